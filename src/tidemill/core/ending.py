@@ -1,0 +1,177 @@
+"""⑤ How things end: a worker is released, an attempt ends when all its workers are gone, a job ends or queues again.
+
+The decision to end an attempt stops its other workers; until the last is confirmed gone nothing starts in its
+place. Then the attempt's cause decides about the job, by the spec's retry policy.
+"""
+
+from __future__ import annotations
+
+from tidemill.core.lifecycle import ALLOCATION, ATTEMPT, JOB, apply, may
+from tidemill.core.meter import shares_of
+from tidemill.core.outcome import Outcome
+from tidemill.core.world import World
+from tidemill.model.job import Allocation, Attempt, AttemptState, Cause, Job, JobState
+from tidemill.model.plan import Forget, Stop
+from tidemill.model.policy import Policy
+from tidemill.model.spec import RetryOn, WorkloadSpec
+
+_RETRIED_AS = {
+    Cause.NODE_LOST: RetryOn.NODE_LOST,
+    Cause.PREEMPTED: RetryOn.PREEMPTED,
+    Cause.ERROR: RetryOn.ERROR,
+    Cause.OUT_OF_MEMORY: RetryOn.ERROR,
+    Cause.NOT_READY: RetryOn.ERROR,
+}
+
+
+def release(
+    world: World,
+    held: Allocation,
+    out: Outcome,
+    *,
+    exit_code: int | None,
+    cause: Cause,
+    detail: str,
+    cpu_used_ns: int = 0,
+) -> None:
+    """Close the books on a worker that is gone and free what it held."""
+    for name, _ in shares_of(held):
+        out.cut(world, held.node_id, name)
+    after = world.update(
+        world.allocations,
+        held.id,
+        held,
+        state=apply(ALLOCATION, held.state, "released"),
+        released_ns=out.now,
+        exit_code=exit_code,
+        cause=cause,
+        detail=detail,
+        cpu_used_ns=cpu_used_ns or held.cpu_used_ns,
+        endpoint="",
+    )
+    world.let_go(held)
+    world.drop(world.allocations, held.id)
+    out.note(
+        "WorkerExited", world.jobs[held.job_id], rank=after.rank, exit_code=exit_code, cause=cause.value, detail=detail
+    )
+    out.commands.append(Forget(launch_id=held.id))
+
+
+def end_attempt(
+    world: World, attempt: Attempt, cause: Cause, out: Outcome, *, detail: str = "", exit_code: int | None = None
+) -> None:
+    """Decide that an attempt ends, for the first cause given, and stop the workers that are still there."""
+    if not may(ATTEMPT, attempt.state, "ending"):
+        return
+    world.update(
+        world.attempts,
+        attempt.job_id,
+        attempt,
+        state=apply(ATTEMPT, attempt.state, "ending"),
+        cause=cause,
+        detail=detail,
+        exit_code=exit_code,
+    )
+    grace = world.workloads[world.jobs[attempt.job_id].workload_id].spec.checkpoint_grace_ns
+    for worker in world.workers_of(attempt):
+        if may(ALLOCATION, worker.state, "drained"):
+            world.update(
+                world.allocations,
+                worker.id,
+                worker,
+                state=apply(ALLOCATION, worker.state, "drained"),
+                drain_ns=out.now,
+                endpoint="",
+            )
+            out.commands.append(Stop(launch_id=worker.id, grace_ns=grace))
+            world.set_timer(out.now + grace + out.policy.stop_margin_ns, "stop_again", worker.id)
+
+
+def finish_if_gone(world: World, held: Allocation, out: Outcome) -> None:
+    """When no worker of the attempt is left: end the attempt, and with it the job, or queue the job again."""
+    job, attempt = world.jobs[held.job_id], world.attempts[held.job_id]
+    if world.workers_of(attempt):
+        return
+    if attempt.state is not AttemptState.ENDING:
+        attempt = world.update(
+            world.attempts,
+            job.id,
+            attempt,
+            state=apply(ATTEMPT, attempt.state, "ending"),
+            cause=Cause.COMPLETED,
+            exit_code=0,
+        )
+    world.update(world.attempts, job.id, attempt, state=apply(ATTEMPT, attempt.state, "ended"), ended_ns=out.now)
+    world.drop(world.attempts, job.id)
+    world.drop(world.workers, attempt.id)
+    spec = world.workloads[job.workload_id].spec
+    out.note("AttemptEnded", job, attempt=attempt.number, cause=attempt.cause.value, detail=attempt.detail)
+    if job.state is JobState.STOPPING:
+        end_job(world, job, "cancelled", Cause.CANCELLED, out, detail=attempt.detail, exit_code=attempt.exit_code)
+    elif attempt.cause is Cause.COMPLETED:
+        end_job(world, job, "succeeded", Cause.COMPLETED, out, exit_code=0)
+    elif job.retries < spec.retry.max and should_retry(spec, attempt):
+        _queue_again(world, job, attempt, out)
+    else:
+        end_job(world, job, "failed", attempt.cause, out, detail=attempt.detail, exit_code=attempt.exit_code)
+
+
+def should_retry(spec: WorkloadSpec, attempt: Attempt) -> bool:
+    """Whether the spec wants another attempt after one that ended this way.
+
+    A port that Tidemill chose itself and found taken is chosen anew without asking.
+    """
+    if attempt.cause is Cause.PORT_TAKEN:
+        return not any(port.number for port in spec.ports)
+    if attempt.exit_code is not None and attempt.exit_code in spec.retry.exit_codes:
+        return True
+    return _RETRIED_AS.get(attempt.cause) in spec.retry.on
+
+
+def backoff_ns(retries: int, policy: Policy) -> int:
+    """How long a job waits before retry number ``retries`` (from 0): doubling, bounded."""
+    return min(policy.retry_backoff_ns << min(retries, 30), policy.retry_backoff_max_ns)
+
+
+def _queue_again(world: World, job: Job, attempt: Attempt, out: Outcome) -> None:
+    not_before = out.now + backoff_ns(job.retries, out.policy)
+    world.update(
+        world.jobs,
+        job.id,
+        job,
+        state=apply(JOB, job.state, "requeued"),
+        retries=job.retries + 1,
+        cause=attempt.cause,
+        detail=attempt.detail,
+        exit_code=attempt.exit_code,
+        not_before_ns=not_before,
+        started_ns=0,
+    )
+    world.set(world.delayed, job.id, not_before)
+    world.set_timer(not_before, "requeue", job.id)
+    out.note("Requeued", job, retry=job.retries + 1, cause=attempt.cause.value, detail=attempt.detail)
+
+
+def end_job(
+    world: World, job: Job, event: str, cause: Cause, out: Outcome, *, detail: str = "", exit_code: int | None = None
+) -> None:
+    """End a job for good."""
+    after = world.update(
+        world.jobs,
+        job.id,
+        job,
+        state=apply(JOB, job.state, event),
+        cause=cause,
+        detail=detail,
+        exit_code=exit_code,
+        ended_ns=out.now,
+    )
+    out.note(event.capitalize(), job, cause=cause.value, detail=detail, exit_code=exit_code)
+    world.drop(world.jobs, job.id)
+    world.drop(world.reasons, job.id)
+    world.drop(world.delayed, job.id)
+    left = world.live_jobs.get(after.workload_id, 1) - 1
+    world.set(world.live_jobs, after.workload_id, left)
+    if left == 0:
+        world.drop(world.live_jobs, after.workload_id)
+        world.drop(world.workloads, after.workload_id)

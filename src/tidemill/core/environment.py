@@ -1,0 +1,93 @@
+"""The variables that every worker finds, in the names that launchers and libraries expect.
+
+A worker sees only its own devices, so its local rank is always 0. Folders, ``PATH`` and the devices' names are
+added by the runner, which alone knows the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tidemill.model.fleet import Node
+from tidemill.model.job import Allocation, Attempt, Job, Workload
+from tidemill.model.spec import Kind
+from tidemill.units import MILLI
+
+
+def worker_environment(
+    workload: Workload, job: Job, attempt: Attempt, worker: Allocation, nodes: Sequence[Node], *, api_url: str
+) -> tuple[tuple[str, str], ...]:
+    """Names and values for one worker; ``nodes`` are those of all ranks, in rank order.
+
+    What the user sets in ``envs`` comes last and wins.
+    """
+    spec = workload.spec
+    size, rank = str(attempt.workers), str(worker.rank)
+    here = nodes[worker.rank]
+    node_rank = str(list(dict.fromkeys(node.id for node in nodes)).index(here.id))
+    master, port = nodes[0].address, str(attempt.rendezvous_port)
+    addresses = [node.address for node in nodes]
+    cpus = str(max(1, worker.cpu_milli // MILLI))
+    gpus = str(len(worker.devices))
+    variables = {
+        # torchrun and torch.distributed
+        "MASTER_ADDR": master,
+        "MASTER_PORT": port,
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "NODE_RANK": rank,
+        "GROUP_RANK": rank,
+        # JAX
+        "JAX_COORDINATOR_ADDRESS": f"{master}:{port}",
+        "JAX_NUM_PROCESSES": size,
+        "JAX_PROCESS_ID": rank,
+        # MPI
+        "OMPI_COMM_WORLD_RANK": rank,
+        "OMPI_COMM_WORLD_SIZE": size,
+        "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+        "PMI_RANK": rank,
+        "PMI_SIZE": size,
+        # SkyPilot
+        "SKYPILOT_NODE_RANK": rank,
+        "SKYPILOT_NODE_IPS": "\n".join(addresses),
+        "SKYPILOT_NUM_NODES": size,
+        "SKYPILOT_NUM_GPUS_PER_NODE": gpus,
+        "SKYPILOT_TASK_ID": job.id,
+        # Slurm
+        "SLURM_JOB_ID": job.id,
+        "SLURM_JOB_NAME": spec.name,
+        "SLURM_PROCID": rank,
+        "SLURM_NTASKS": size,
+        "SLURM_NNODES": size,
+        "SLURM_NODEID": rank,
+        "SLURM_LOCALID": "0",
+        "SLURM_JOB_NODELIST": ",".join(addresses),
+        "SLURM_CPUS_ON_NODE": cpus,
+        "SLURM_GPUS_ON_NODE": gpus,
+        "SLURM_RESTART_COUNT": str(attempt.number - 1),
+        # Tidemill
+        "TIDEMILL_WORKLOAD_ID": workload.id,
+        "TIDEMILL_JOB_ID": job.id,
+        "TIDEMILL_JOB_NAME": spec.name,
+        "TIDEMILL_PROJECT": workload.project_id,
+        "TIDEMILL_ATTEMPT": str(attempt.number),
+        "TIDEMILL_RANK": rank,
+        "TIDEMILL_WORLD_SIZE": size,
+        "TIDEMILL_NODE_RANK": node_rank,
+        "TIDEMILL_NODES": ",".join(addresses),
+        "TIDEMILL_API_URL": api_url,
+    }
+    if spec.kind is Kind.ARRAY:
+        index, last = str(job.index), str(spec.array_size - 1)
+        variables |= {
+            "TIDEMILL_ARRAY_INDEX": index,
+            "TIDEMILL_ARRAY_SIZE": str(spec.array_size),
+            "SLURM_ARRAY_JOB_ID": workload.id,
+            "SLURM_ARRAY_TASK_ID": index,
+            "SLURM_ARRAY_TASK_COUNT": str(spec.array_size),
+            "SLURM_ARRAY_TASK_MIN": "0",
+            "SLURM_ARRAY_TASK_MAX": last,
+        }
+    return tuple((variables | dict(spec.envs)).items())

@@ -1,0 +1,142 @@
+"""⑥ Usage intervals that tile time: for each meter of a node, what is used plus what is idle is capacity x time.
+
+A meter is one device, or the processors of a node. It remembers since when it is open and who holds how much.
+Whenever that changes, and at least every so often, the stretch since then is cut off: one interval for each
+holder and one for what nobody held. No instant is counted twice, none is left out.
+
+Energy of a stretch is the difference of the hardware's counter where it is known at both ends, shared out by
+what each held, down to the last millijoule; else it is estimated from the device's idle and busy power.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tidemill.model.fleet import Node
+from tidemill.model.ids import AttemptId, JobId, LaunchId, NodeId, ProjectId
+from tidemill.model.job import Allocation
+from tidemill.model.ledger import CPU_METER, Evidence, UsageInterval
+from tidemill.units import MILLI, SECOND_NS
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds part of a meter."""
+
+    milli: int
+    attempt_id: AttemptId
+    job_id: JobId
+    project_id: ProjectId
+    included: bool
+
+
+@dataclass(slots=True)
+class Meter:
+    """One meter of one node. ``counter_mj`` is the hardware's reading at ``since_ns``, None when not known."""
+
+    node_id: NodeId
+    name: str
+    resource: str
+    capacity_milli: int
+    idle_mw: int
+    busy_mw: int
+    since_ns: int
+    holders: dict[LaunchId, Holder] = field(default_factory=dict)
+    counter_mj: int | None = None
+    latest_mj: int | None = None
+
+    def read(self, energy_mj: int) -> None:
+        """Take note of the hardware's counter. A counter that went back was reset: its past is unknown."""
+        if self.latest_mj is not None and energy_mj < self.latest_mj:
+            self.counter_mj = None
+        self.latest_mj = energy_mj
+        if self.counter_mj is None and not self.holders:
+            self.counter_mj = energy_mj
+
+    def cut(self, now: int) -> tuple[UsageInterval, ...]:
+        """The intervals from ``since_ns`` until ``now``, after which the meter is open from ``now``.
+
+        Nothing when no time has passed.
+        """
+        if now <= self.since_ns:
+            return ()
+        measured = None
+        if self.counter_mj is not None and self.latest_mj is not None and self.latest_mj >= self.counter_mj:
+            measured = self.latest_mj - self.counter_mj
+        intervals, left_mj, left_milli = [], measured or 0, self.capacity_milli
+        for launch, holder in self.holders.items():
+            if measured is None:
+                energy = _telescoped(self.busy_mw * holder.milli, MILLI * SECOND_NS, self.since_ns, now)
+            else:
+                energy = left_mj * holder.milli // max(left_milli, 1)
+                left_mj -= energy
+            left_milli -= holder.milli
+            intervals.append(self._interval(now, holder.milli, energy, measured is not None, launch, holder))
+        if left_milli > 0:
+            energy = (
+                _telescoped(self.idle_mw * left_milli, MILLI * SECOND_NS, self.since_ns, now)
+                if measured is None
+                else left_mj
+            )
+            intervals.append(self._interval(now, left_milli, energy, measured is not None))
+        self.since_ns = now
+        self.counter_mj = self.latest_mj
+        return tuple(intervals)
+
+    def _interval(
+        self,
+        now: int,
+        milli: int,
+        energy: int,
+        measured: bool,
+        launch: LaunchId = LaunchId(""),
+        by: Holder | None = None,
+    ) -> UsageInterval:
+        return UsageInterval(
+            node_id=self.node_id,
+            meter=self.name,
+            resource=self.resource,
+            from_ns=self.since_ns,
+            to_ns=now,
+            milli=milli,
+            energy_mj=energy,
+            evidence=Evidence.MEASURED if measured else Evidence.ESTIMATED,
+            launch_id=launch,
+            attempt_id=by.attempt_id if by else AttemptId(""),
+            job_id=by.job_id if by else JobId(""),
+            project_id=by.project_id if by else ProjectId(""),
+            included=by.included if by else False,
+        )
+
+
+def _telescoped(rate: int, divisor: int, from_ns: int, to_ns: int) -> int:
+    """``rate * (to - from) / divisor`` in integers that add up the same wherever a stretch is cut."""
+    return rate * to_ns // divisor - rate * from_ns // divisor
+
+
+def meters_of(node: Node, *, now: int) -> tuple[Meter, ...]:
+    """A meter for the node's processors and one for each device, open from ``now``."""
+    cpu = Meter(node.id, CPU_METER, CPU_METER, node.cpu_milli, node.cpu_idle_mw, node.cpu_busy_mw, now)
+    gpus = (
+        Meter(node.id, device.id, device.model, MILLI, device.idle_mw, device.busy_mw, now) for device in node.devices
+    )
+    return (cpu, *gpus)
+
+
+def shares_of(allocation: Allocation) -> tuple[tuple[str, Holder], ...]:
+    """Which meters of its node an allocation holds, and how much of each.
+
+    The processors that come with a GPU are included in the GPU's price; alone, they are paid for.
+    """
+    with_gpu = bool(allocation.devices)
+    cpu = Holder(allocation.cpu_milli, allocation.attempt_id, allocation.job_id, allocation.project_id, with_gpu)
+    return (
+        (CPU_METER, cpu),
+        *(
+            (
+                share.device_id,
+                Holder(share.milli, allocation.attempt_id, allocation.job_id, allocation.project_id, False),
+            )
+            for share in allocation.devices
+        ),
+    )

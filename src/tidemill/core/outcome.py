@@ -1,0 +1,48 @@
+"""What a turn has decided so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tidemill.core.world import World
+from tidemill.model.events import LogEntry
+from tidemill.model.ids import JobId, NodeId
+from tidemill.model.job import Job
+from tidemill.model.ledger import UsageInterval
+from tidemill.model.plan import Command, Reason, Waiting
+from tidemill.model.policy import Policy
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Collects the parts of a plan. ``fresh`` are the jobs that began to wait in this turn."""
+
+    now: int
+    policy: Policy
+    log: list[LogEntry] = field(default_factory=list)
+    usage: list[UsageInterval] = field(default_factory=list)
+    waiting: list[Waiting] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
+    fresh: list[JobId] = field(default_factory=list)
+
+    def note(self, event: str, job: Job | None = None, **body: str | int | bool | None) -> None:
+        """Add a line to the event log."""
+        where: dict[str, Any] = (
+            {"project_id": job.project_id, "workload_id": job.workload_id, "job_id": job.id} if job is not None else {}
+        )
+        self.log.append(LogEntry(at_ns=self.now, type=event, body=tuple(body.items()), **where))
+
+    def cut(self, world: World, node_id: NodeId, meter_name: str) -> None:
+        """Close the open stretch of a meter, because what it counts is about to change."""
+        meter = world.meters.get((node_id, meter_name))
+        if meter is not None:
+            world.watch_meter(meter)
+            self.usage.extend(meter.cut(self.now))
+
+    def wait(self, world: World, job_id: JobId, reason: Reason) -> None:
+        """A job waits for this reason; stored when the reason is another one than before."""
+        before = world.reasons.get(job_id)
+        if before is None or before.code != reason.code:
+            world.set(world.reasons, job_id, reason)
+            self.waiting.append(Waiting(job_id=job_id, reason=reason))

@@ -1,0 +1,79 @@
+"""④ A job that fits is started: devices are leased, ports chosen, and the launch of every worker commanded."""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+from tidemill.core.lifecycle import JOB, apply
+from tidemill.core.meter import shares_of
+from tidemill.core.outcome import Outcome
+from tidemill.core.place import Place
+from tidemill.core.world import World
+from tidemill.model.ids import NodeId, attempt_id, launch_id
+from tidemill.model.job import Allocation, AllocationState, Attempt, AttemptState, Job
+from tidemill.model.plan import Launch
+
+RENDEZVOUS_PORTS = range(20_000, 30_000)
+SERVICE_PORTS = range(30_000, 32_768)
+
+
+def start(world: World, job: Job, places: tuple[Place, ...], out: Outcome) -> None:
+    """Lease the places, whose room is taken already, to a new attempt of the job."""
+    spec = world.workloads[job.workload_id].spec
+    number = job.attempts + 1
+    attempt = Attempt(
+        id=attempt_id(job.id, number),
+        job_id=job.id,
+        number=number,
+        state=AttemptState.STARTING,
+        version=1,
+        placed_ns=out.now,
+        workers=len(places),
+        rendezvous_port=_free_port(world, places[0].node_id, f"{job.id}/{number}", RENDEZVOUS_PORTS),
+    )
+    world.add(world.attempts, job.id, attempt)
+    launches = []
+    for rank, place in enumerate(places):
+        launch = launch_id(attempt.id, rank)
+        ports = tuple(
+            (port.name, port.number or _free_port(world, place.node_id, f"{launch}/{port.name}", SERVICE_PORTS))
+            for port in spec.ports
+        )
+        allocation = Allocation(
+            id=launch,
+            attempt_id=attempt.id,
+            job_id=job.id,
+            project_id=job.project_id,
+            rank=rank,
+            node_id=place.node_id,
+            state=AllocationState.RESERVED,
+            version=1,
+            fence=number,
+            cpu_milli=spec.resources.cpu_milli,
+            memory_bytes=spec.resources.memory_bytes,
+            held_ns=out.now,
+            devices=place.devices,
+            ports=(*ports, ("rendezvous", attempt.rendezvous_port)) if rank == 0 else ports,
+        )
+        for name, _ in shares_of(allocation):
+            out.cut(world, place.node_id, name)
+        world.add(world.allocations, launch, allocation)
+        world.hold(allocation)
+        out.commands.append(Launch(launch_id=launch))
+        launches.append(launch)
+    world.set(world.workers, attempt.id, tuple(launches))
+    world.update(world.jobs, job.id, job, state=apply(JOB, job.state, "placed"), attempts=number)
+    world.drop(world.reasons, job.id)
+    nodes = dict.fromkeys(world.nodes[place.node_id].name for place in places)
+    out.note("Placed", job, attempt=number, workers=len(places), nodes=",".join(nodes))
+
+
+def _free_port(world: World, node: NodeId, key: str, ports: range) -> int:
+    """A port of the range that no live worker of the node was given; the same for the same question.
+
+    Whether something else on the machine has it is found out by the runner, and the attempt is then repeated
+    with another.
+    """
+    taken = world.ports_in_use(node)
+    first = crc32(key.encode()) % len(ports)
+    return next(port for step in range(len(ports)) if (port := ports[(first + step) % len(ports)]) not in taken)

@@ -1,0 +1,174 @@
+"""Facts, in the past tense: what happened, when, to what. Times are ns since 1970.
+
+The control plane's shells put them in the inbox of a turn; the turn applies them and adds what it decided.
+What they led to is in the event log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tidemill.model.fleet import Node
+from tidemill.model.ids import JobId, LaunchId, NodeId, WorkloadId
+from tidemill.model.job import Cause, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """A workload was submitted; its jobs follow from its spec."""
+
+    at_ns: int
+    workload: Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopRequested:
+    """Somebody asked that a job end."""
+
+    at_ns: int
+    job_id: JobId
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A launch's runner is there and prepares the worker's environment."""
+
+    at_ns: int
+    launch_id: LaunchId
+    fence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A worker's process runs. ``isolation`` lists what it really has, as ``name=value``."""
+
+    at_ns: int
+    launch_id: LaunchId
+    fence: int
+    isolation: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Became:
+    """A service's worker became ready (or not) at ``endpoint``, ``host:port``."""
+
+    at_ns: int
+    launch_id: LaunchId
+    fence: int
+    ready: bool
+    endpoint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exited:
+    """A worker ended and is gone. ``cause`` says why when it is not its own exit status.
+
+    ``cpu_used_ns`` is the CPU time it used in all.
+    """
+
+    at_ns: int
+    launch_id: LaunchId
+    fence: int
+    exit_code: int
+    cause: Cause = Cause.NONE
+    detail: str = ""
+    cpu_used_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchRefused:
+    """The engine refused to start a worker; it does not run."""
+
+    at_ns: int
+    launch_id: LaunchId
+    fence: int
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vanished:
+    """The engine confirms that nothing of a launch is left, though no exit was reported."""
+
+    at_ns: int
+    launch_id: LaunchId
+    fence: int
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeverLaunched:
+    """The engine's own list does not have a launch, and no command about it is on its way."""
+
+    at_ns: int
+    launch_id: LaunchId
+    fence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """Cumulative energy counters of a node were read: ``(meter, mJ)``.
+
+    A meter is a device id, or ``cpu`` for the processors. Meters that cannot be read are left out.
+    """
+
+    at_ns: int
+    node_id: NodeId
+    energy_mj: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetersRead:
+    """Somebody wants the books of a job to be up to date now."""
+
+    at_ns: int
+    job_id: JobId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeJoined:
+    """A machine is there, for the first time or again after a restart or with other devices."""
+
+    at_ns: int
+    node: Node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeWentAway:
+    """The engine lost a machine and knows that nothing of ours runs there any more."""
+
+    at_ns: int
+    node_id: NodeId
+    detail: str = ""
+
+
+Fact = (
+    Submitted
+    | StopRequested
+    | Prepared
+    | Started
+    | Became
+    | Exited
+    | LaunchRefused
+    | Vanished
+    | NeverLaunched
+    | Sampled
+    | MetersRead
+    | NodeJoined
+    | NodeWentAway
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogEntry:
+    """One line of the append-only event log, as the turn produces it; the store adds the sequence number.
+
+    ``type`` is the event's name in past tense, ``body`` what there is to know, in plain JSON values.
+    """
+
+    at_ns: int
+    type: str
+    project_id: str = ""
+    workload_id: WorkloadId = WorkloadId("")
+    job_id: JobId = JobId("")
+    body: tuple[tuple[str, str | int | bool | None], ...] = ()

@@ -1,0 +1,102 @@
+"""Usage, prices, and the append-only lines from which bills are made. Integers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from tidemill.model.ids import AttemptId, JobId, LaunchId, NodeId, ProjectId
+
+CPU_METER = "cpu"
+"""The meter of a node's processors; every other meter is a device id."""
+
+
+class Evidence(StrEnum):
+    """How a figure of energy was come by."""
+
+    MEASURED = "measured"
+    ESTIMATED = "estimated"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageInterval:
+    """``milli`` thousandths of one meter of one node, held from ``from_ns`` until just before ``to_ns``.
+
+    ``launch_id`` empty means that nobody held them: idle. For a node and a meter, the intervals tile time:
+    the sum of ``milli * (to_ns - from_ns)`` is capacity x time, which is what the books are checked with.
+    ``energy_mj`` includes neither cooling nor losses; PUE is applied when the line is rated.
+    """
+
+    node_id: NodeId
+    meter: str
+    resource: str
+    """What is priced: a device model of the catalog, or ``cpu``."""
+    from_ns: int
+    to_ns: int
+    milli: int
+    energy_mj: int
+    evidence: Evidence
+    launch_id: LaunchId = LaunchId("")
+    attempt_id: AttemptId = AttemptId("")
+    job_id: JobId = JobId("")
+    project_id: ProjectId = ProjectId("")
+    included: bool = False
+    """The price is part of another line of the same worker (the CPUs that come with a GPU)."""
+
+    @property
+    def id(self) -> str:
+        """The same for the same stretch of usage, however often it is computed."""
+        return f"{self.node_id}/{self.meter}/{self.launch_id or 'idle'}/{self.from_ns}"
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody held it."""
+        return not self.launch_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """The price of a whole unit of a resource for one hour, in micro-USD, and where it is from."""
+
+    resource: str
+    micro_per_hour: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateCard:
+    """Prices by resource; ``id`` changes whenever a price does and is written on every line."""
+
+    id: str
+    rates: tuple[Rate, ...]
+
+    def micro_per_hour(self, resource: str) -> int:
+        """The price of a unit-hour; zero for a resource without a price."""
+        return next((rate.micro_per_hour for rate in self.rates if rate.resource == resource), 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerLine:
+    """One priced interval; ``id`` is that of the usage, so a line can be written once only.
+
+    ``energy_mj`` includes the site's PUE.
+    """
+
+    id: str
+    usage: UsageInterval
+    rate_card: str
+    amount_micro: int
+    energy_mj: int
+    carbon_mg: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerTotals:
+    """Sums over ledger lines. ``held_milli_ns`` maps a resource to milli-units x ns."""
+
+    held_milli_ns: tuple[tuple[str, int], ...]
+    amount_micro: int
+    energy_mj: int
+    carbon_mg: int
+    evidence: Evidence
+    lines: int

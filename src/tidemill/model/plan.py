@@ -1,0 +1,178 @@
+"""What a turn returns: changes, commands, usage, reasons, and when to look again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from tidemill.model.events import LogEntry
+from tidemill.model.fleet import Node
+from tidemill.model.ids import JobId, LaunchId, ProjectId
+from tidemill.model.job import Allocation, Attempt, Job, Workload
+from tidemill.model.ledger import LedgerLine
+from tidemill.model.spec import Environment, Port, Service
+
+
+class ResolvableBy(StrEnum):
+    """What would turn a "no" into a "yes"."""
+
+    PREEMPTION = "preemption"
+    TIME = "time"
+    CAPACITY = "capacity"
+    POLICY = "policy"
+    NOTHING = "nothing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """An expected "no" as a value: what is missing, how much is needed, how much there is.
+
+    ``code`` is a why-not phrase (``NotEnoughFreeGpus``), ``subject`` what it is about, ``sentence`` what a
+    person reads. ``needed`` and ``available`` are text with units.
+    """
+
+    code: str
+    subject: str
+    needed: str
+    available: str
+    resolvable_by: ResolvableBy
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A new value of one thing, and the version of it that the turn assumed (None: it did not exist)."""
+
+    assumed: int | None
+    after: Workload | Job | Attempt | Allocation | Node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """Start a worker; the shell makes the engine's ``LaunchSpec`` from the stored values."""
+
+    launch_id: LaunchId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Stop a worker: signal, wait for ``grace_ns``, kill. Nothing to do when it is gone already."""
+
+    launch_id: LaunchId
+    grace_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forget:
+    """Clean up after a launch that is recorded as released: nothing of it may run."""
+
+    launch_id: LaunchId
+
+
+Command = Launch | Stop | Forget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """Why a job waits."""
+
+    job_id: JobId
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All that one turn decided. ``wake_ns`` is when something could change by itself; zero: never.
+
+    ``waiting`` lists only jobs whose reason changed; jobs that stopped waiting are not in it.
+    """
+
+    changes: tuple[Change, ...] = ()
+    log: tuple[LogEntry, ...] = ()
+    ledger: tuple[LedgerLine, ...] = ()
+    waiting: tuple[Waiting, ...] = ()
+    commands: tuple[Command, ...] = ()
+    wake_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchSpec:
+    """All that an engine and a runner need to start one worker; the id makes it idempotent.
+
+    ``environment_variables`` are complete but for what only the machine knows (folders, CUDA_VISIBLE_DEVICES
+    names). ``workdir`` and ``inputs`` are SHA-256 digests of stored archives. ``secrets`` are names; the
+    runner asks the control plane for the values, so they are on no disk. Ports are already chosen.
+    Tokens: ``runner_token`` reports, ``job_token`` is given to the worker.
+    """
+
+    launch_id: LaunchId
+    job_id: JobId
+    project_id: ProjectId
+    node_id: str
+    fence: int
+    rank: int
+    world_size: int
+    setup: str
+    run: str
+    environment: Environment | None
+    image: str
+    environment_variables: tuple[tuple[str, str], ...]
+    secrets: tuple[str, ...]
+    workdir: str
+    inputs: tuple[tuple[str, str], ...]
+    devices: tuple[tuple[str, int], ...]
+    cpu_milli: int
+    memory_bytes: int
+    disk_bytes: int
+    ports: tuple[Port, ...]
+    service: Service | None
+    rendezvous_port: int
+    max_duration_ns: int
+    grace_ns: int
+    api_url: str
+    runner_token: str
+    job_token: str
+
+
+class ObservedState(StrEnum):
+    """What an engine sees of a launch."""
+
+    ALIVE = "alive"
+    """The runner or some process of the worker is there."""
+    EXITED = "exited"
+    """All is gone, and the runner wrote down how the worker ended."""
+    GONE = "gone"
+    """All is gone, without a word."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What an engine's own list says of one launch."""
+
+    launch_id: LaunchId
+    state: ObservedState
+    exit_code: int | None = None
+    cause: str = ""
+    detail: str = ""
+    cpu_used_ns: int = 0
+    ended_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quote:
+    """The answer before submitting. Amounts are for ``duration_ns`` of running, and are estimates.
+
+    ``starts_ns`` zero with ``feasible`` true means that it would have to wait, for how long is not known.
+    """
+
+    feasible: bool
+    starts_now: bool
+    duration_ns: int
+    duration_known: bool
+    amount_micro: int
+    energy_mj: int
+    carbon_mg: int
+    placement: tuple[tuple[str, str], ...] = ()
+    """For each worker: node and what it would hold there."""
+    reasons: tuple[Reason, ...] = ()
+    suggestions: tuple[str, ...] = ()

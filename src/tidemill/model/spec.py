@@ -1,0 +1,172 @@
+"""The specification of a workload, already parsed: what the scheduler and the runner work from.
+
+``wire`` turns what people write into these values; everything here is checked and in base units.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from tidemill.model.resources import Resources
+from tidemill.units import DAY_NS, SECOND_NS
+
+_EXIT_CODE: Final = re.compile(r"exit:(\d{1,3})")
+_LABEL: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+PRIORITY_RANGE: Final = (-1_000, 1_000)
+MAX_WORKERS: Final = 4_096
+MAX_ARRAY: Final = 100_000
+SECRET_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+
+
+class Kind(StrEnum):
+    """What sort of workload it is."""
+
+    TASK = "task"
+    ARRAY = "array"
+    DEV = "dev"
+    SERVICE = "service"
+    PIPELINE = "pipeline"
+
+
+class RetryOn(StrEnum):
+    """Causes for which a job may be tried again; exit codes are listed beside them."""
+
+    NODE_LOST = "node_lost"
+    PREEMPTED = "preempted"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """When an ended attempt is followed by another. ``max`` counts retries, not attempts."""
+
+    on: tuple[RetryOn, ...] = (RetryOn.NODE_LOST, RetryOn.PREEMPTED)
+    exit_codes: tuple[int, ...] = ()
+    max: int = 3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max <= 1_000:
+            raise ValueError("retry.max lies between 0 and 1000")
+        if any(not 1 <= code <= 255 for code in self.exit_codes):
+            raise ValueError("an exit code to retry on lies between 1 and 255")
+
+
+def parse_retry_on(items: tuple[str, ...]) -> tuple[tuple[RetryOn, ...], tuple[int, ...]]:
+    """The causes and exit codes in a list such as ``["node_lost", "exit:33"]``.
+
+    Raises: ValueError that names the item and what is accepted.
+    """
+    causes: list[RetryOn] = []
+    codes: list[int] = []
+    for item in items:
+        if match := _EXIT_CODE.fullmatch(item):
+            codes.append(int(match[1]))
+        elif item in RetryOn._value2member_map_:
+            causes.append(RetryOn(item))
+        else:
+            raise ValueError(f"{item!r} is not a cause; use node_lost, preempted, error or exit:CODE")
+    return tuple(causes), tuple(codes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """The Python environment of a job, built by uv and kept by content. ``python`` empty: the node's own."""
+
+    python: str = ""
+    packages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Port:
+    """A port that a worker listens on. ``number`` zero: Tidemill chooses one and gives it in ``PORT``."""
+
+    name: str
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", self.name):
+            raise ValueError(f"port name {self.name!r} needs to be lower-case letters, digits, - or _")
+        if self.number and not 1024 <= self.number <= 65_535:
+            raise ValueError(f"port {self.number} is out of range; use 1024 to 65535")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """How a service is reached: its port, its readiness probe, its number of replicas, its model's name.
+
+    ``readiness_path`` empty means that an open port is enough.
+    """
+
+    port: str
+    readiness_path: str = ""
+    readiness_timeout_ns: int = 120 * SECOND_NS
+    replicas: int = 1
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.replicas <= 64:
+            raise ValueError("replicas lies between 1 and 64")
+        if self.readiness_path and not self.readiness_path.startswith("/"):
+            raise ValueError("the readiness path begins with /")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadSpec:
+    """Everything that a user says about a workload.
+
+    ``nodes`` is the size of the gang: workers, each of which gets ``resources``; they may share a machine.
+    ``array_size`` is the number of jobs of an array, ``replicas`` that of a service. ``workdir`` is the
+    SHA-256 of the uploaded folder or empty. ``inputs`` maps a name to an artifact reference
+    ``name[:version]``, ``secrets`` lists names of the project's secrets. ``max_duration_ns`` zero: no limit.
+    """
+
+    kind: Kind
+    name: str
+    run: str = ""
+    setup: str = ""
+    nodes: int = 1
+    resources: Resources = Resources()
+    environment: Environment | None = None
+    image: str = ""
+    workdir: str = ""
+    envs: tuple[tuple[str, str], ...] = ()
+    secrets: tuple[str, ...] = ()
+    inputs: tuple[tuple[str, str], ...] = ()
+    ports: tuple[Port, ...] = ()
+    service: Service | None = None
+    array_size: int = 1
+    max_duration_ns: int = 0
+    retry: RetryPolicy = RetryPolicy()
+    checkpoint_grace_ns: int = 10 * SECOND_NS
+    priority: int = 0
+    labels: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _LABEL.fullmatch(self.name):
+            raise ValueError(
+                f"name {self.name!r} needs to be 1 to 63 letters, digits, - _ or ., with a letter or digit at both ends"
+            )
+        if not 1 <= self.nodes <= MAX_WORKERS:
+            raise ValueError(f"nodes lies between 1 and {MAX_WORKERS}")
+        if not 1 <= self.array_size <= MAX_ARRAY:
+            raise ValueError(f"an array has between 1 and {MAX_ARRAY} jobs")
+        if not PRIORITY_RANGE[0] <= self.priority <= PRIORITY_RANGE[1]:
+            raise ValueError(f"priority lies between {PRIORITY_RANGE[0]} and {PRIORITY_RANGE[1]}")
+        if not 0 <= self.checkpoint_grace_ns <= DAY_NS:
+            raise ValueError("checkpoint.grace lies between 0 and 1 day")
+        if self.kind is Kind.SERVICE and self.service is None:
+            raise ValueError("a service needs a service section with its port")
+        if not self.run.strip() and self.kind is not Kind.DEV:
+            raise ValueError(f"a {self.kind} needs run: the command to execute")
+        if self.service and self.service.port not in {port.name for port in self.ports}:
+            raise ValueError(f"service.port {self.service.port!r} is not among ports")
+
+    @property
+    def job_count(self) -> int:
+        """How many jobs the workload consists of."""
+        if self.kind is Kind.ARRAY:
+            return self.array_size
+        return self.service.replicas if self.service else 1

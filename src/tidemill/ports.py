@@ -1,0 +1,256 @@
+"""What the shells implement: the store and the engines, as protocols, with the values that cross them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from tidemill.model.artifact import Artifact
+from tidemill.model.events import LogEntry
+from tidemill.model.fleet import Node
+from tidemill.model.ids import ArtifactId, JobId, LaunchId, NodeId, PrincipalId, ProjectId, TokenId, WorkloadId
+from tidemill.model.job import Allocation, Attempt, Job, JobState, Workload
+from tidemill.model.ledger import LedgerLine, LedgerTotals
+from tidemill.model.plan import Change, LaunchSpec, Observation, Reason, Waiting
+from tidemill.model.spec import Kind
+from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdempotencyRecord:
+    """The answer given to a write that carried an Idempotency-Key, kept with the write itself.
+
+    ``request_digest`` tells whether a repeated key comes with the same request.
+    """
+
+    principal_id: PrincipalId
+    key: str
+    request_digest: str
+    response: str
+    created_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Everything that one commit makes durable, whole or not at all. ``epoch`` is the leader's."""
+
+    epoch: int
+    changes: Sequence[Change] = ()
+    log: Sequence[LogEntry] = ()
+    ledger: Sequence[LedgerLine] = ()
+    waiting: Sequence[Waiting] = ()
+    idempotency: Sequence[IdempotencyRecord] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredEvent:
+    """A line of the event log with its place in it."""
+
+    seq: int
+    entry: LogEntry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRow:
+    """A job as lists show it: itself, its workload, and the stored reason while it waits."""
+
+    job: Job
+    workload: Workload
+    reason: Reason | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFilter:
+    """Which jobs to list, newest first. Empty fields do not filter. ``text`` matches names by prefix."""
+
+    project_ids: tuple[ProjectId, ...] = ()
+    states: tuple[JobState, ...] = ()
+    kinds: tuple[Kind, ...] = ()
+    workload_id: WorkloadId = WorkloadId("")
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """All that a control plane needs to go on: everything that is not over, and how far metering got.
+
+    ``jobs`` are those not terminal, with their ``workloads``; ``attempts`` and ``allocations`` those not ended
+    or released. ``metered_until`` maps (node, meter) to ns. ``last_seq`` is the newest event's.
+    """
+
+    nodes: tuple[Node, ...] = ()
+    workloads: tuple[Workload, ...] = ()
+    jobs: tuple[Job, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+    allocations: tuple[Allocation, ...] = ()
+    reasons: tuple[Waiting, ...] = ()
+    metered_until: tuple[tuple[NodeId, str, int], ...] = ()
+    last_seq: int = 0
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page(Generic[T]):
+    """Part of a list; ``next_cursor`` empty means that this was the last."""
+
+    items: tuple[T, ...] = field(default=())
+    next_cursor: str = ""
+
+
+class Store(Protocol):
+    """Durable state. Every write is one transaction; no method waits on anything but the database.
+
+    Raises, from any method: ``Unavailable`` when the database does not answer or stays locked,
+    ``StorageFull`` when it cannot grow. After either, nothing of the call is stored.
+    """
+
+    def migrate(self) -> None:
+        """Bring the schema to this version's; harmless when it is there already, whole or not at all."""
+
+    def close(self) -> None:
+        """Release connections; harmless twice."""
+
+    def lead(self, *, holder: str) -> int:
+        """A new epoch, larger than any before, that makes ``holder`` the only one whose commits are taken."""
+
+    def commit(self, batch: Batch) -> int:
+        """The sequence number of the newest event after all of ``batch`` is durable.
+
+        A change with ``assumed`` None inserts, any other updates the row whose version is ``assumed``.
+        Ledger lines whose id is stored already are skipped. Meter marks follow the ledger lines.
+        Raises: Stale when an assumed version does not hold or a new thing exists; Fenced when a later
+        epoch leads. Then nothing of the batch is stored.
+        """
+
+    def load(self) -> Snapshot:
+        """All that is not over, at one instant."""
+
+    def workload(self, workload_id: WorkloadId) -> Workload | None: ...
+
+    def jobs_of(self, workload_id: WorkloadId) -> tuple[Job, ...]:
+        """A workload's jobs by index."""
+
+    def job(self, job_id: JobId) -> JobRow | None: ...
+
+    def find_jobs(self, where: JobFilter, *, cursor: str = "", limit: int = 50) -> Page[JobRow]:
+        """Jobs, newest submission first; stable under concurrent writes."""
+
+    def attempts(self, job_id: JobId) -> tuple[Attempt, ...]:
+        """A job's attempts by number."""
+
+    def allocations(self, job_id: JobId) -> tuple[Allocation, ...]:
+        """What the job's workers held and hold, by attempt and rank."""
+
+    def allocation(self, launch_id: LaunchId) -> Allocation | None: ...
+
+    def nodes(self) -> tuple[Node, ...]:
+        """Every node ever joined, by name."""
+
+    def events(
+        self,
+        *,
+        after: int = 0,
+        limit: int = 100,
+        job_id: JobId = JobId(""),
+        workload_id: WorkloadId = WorkloadId(""),
+        project_ids: tuple[ProjectId, ...] = (),
+    ) -> tuple[StoredEvent, ...]:
+        """Events with a sequence number above ``after``, oldest first."""
+
+    def ledger(
+        self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId(""), cursor: str = "", limit: int = 100
+    ) -> Page[LedgerLine]:
+        """Ledger lines, oldest first; of everything, idle time included, when nothing filters."""
+
+    def ledger_totals(
+        self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId(""), idle: bool = False
+    ) -> LedgerTotals:
+        """Exact sums of a job's or a project's lines, or of idle time when ``idle``; of all lines otherwise."""
+
+    def idempotent(self, principal_id: PrincipalId, key: str) -> IdempotencyRecord | None: ...
+
+    def put_organization(self, organization: Organization) -> None:
+        """Store it, or replace the one of that id; likewise the other ``put_`` methods."""
+
+    def put_project(self, project: Project) -> None: ...
+
+    def put_principal(self, principal: Principal) -> None: ...
+
+    def put_token(self, token: Token) -> None: ...
+
+    def put_secret(self, secret: Secret) -> None: ...
+
+    def delete_secret(self, project_id: ProjectId, name: str) -> bool:
+        """Whether there was one."""
+
+    def put_artifact(self, artifact: Artifact) -> Artifact:
+        """The artifact with the next free version of its name; its own ``version`` is ignored."""
+
+    def organizations(self) -> tuple[Organization, ...]: ...
+
+    def projects(self) -> tuple[Project, ...]: ...
+
+    def principals(self) -> tuple[Principal, ...]: ...
+
+    def tokens(self) -> tuple[Token, ...]: ...
+
+    def token(self, token_id: TokenId) -> Token | None: ...
+
+    def secret(self, project_id: ProjectId, name: str) -> Secret | None: ...
+
+    def secrets(self, project_id: ProjectId) -> tuple[Secret, ...]: ...
+
+    def artifact(self, artifact_id: ArtifactId) -> Artifact | None: ...
+
+    def find_artifact(self, project_id: ProjectId, name: str, version: int = 0) -> Artifact | None:
+        """That version of the named artifact, or the newest when ``version`` is zero."""
+
+    def artifacts(self, project_id: ProjectId) -> tuple[Artifact, ...]:
+        """A project's artifacts, by name, newest version first."""
+
+    def integrity(self) -> tuple[str, ...]:
+        """What is wrong with the database, in sentences; empty when it is sound."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCapabilities:
+    """What an engine can do. ``images`` runs containers, ``exec`` lets commands run inside a worker."""
+
+    name: str
+    images: bool
+    exec: bool
+    places: bool
+    """Whether Tidemill chooses nodes and devices (False: delegated to the engine's own scheduler)."""
+
+
+class Engine(Protocol):
+    """What starts workers. Launching is all it does: no retries, no status logic, no memory of its own.
+
+    Raises, from ``launch`` and ``stop``: ``EngineRefused`` when the same call would be refused again,
+    ``EngineLost`` when it is not known whether it was carried out; then call again, it is idempotent.
+    """
+
+    @property
+    def capabilities(self) -> EngineCapabilities: ...
+
+    def nodes(self) -> tuple[Node, ...]:
+        """The machines it has now, with their devices; ``state``, ``version`` and ``joined_ns`` are ignored."""
+
+    def launch(self, spec: LaunchSpec) -> None:
+        """Have that worker started; nothing more when its launch id was started before, even if it ended."""
+
+    def stop(self, launch_id: LaunchId, *, grace_ns: int) -> None:
+        """Have a worker signalled, and killed with all it started after the grace; harmless when unknown, and
+        then remembered, so that a launch of that id arriving late is not started."""
+
+    def observe(self) -> tuple[Observation, ...]:
+        """Every launch that it has not forgotten, from its own list; never from what it was told."""
+
+    def forget(self, launch_id: LaunchId) -> None:
+        """Drop what is kept of a launch that is gone; refused while anything of it lives; harmless twice."""
+
+    def close(self) -> None:
+        """Let go without touching what runs."""
