@@ -1,0 +1,419 @@
+"""The one place where concrete classes meet: a home folder becomes a running cloud, and stops being one.
+
+``run_foreground`` is the daemon itself. ``start_daemon`` starts it in the background and waits until it answers;
+``stop_daemon`` ends it. Only one daemon can have a home: it holds ``control.lock`` as long as it lives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import http.client
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tidemill.errors import Conflict, TidemillError, Unavailable
+
+log = logging.getLogger(__name__)
+STARTING_TIMEOUT_S = 60.0
+
+
+def run_foreground(home: Path, overrides: Mapping[str, Any], *, ready: Any = None) -> None:
+    """Nothing, when the cloud in ``home`` was told to stop (SIGTERM, SIGINT). What runs in it goes on running.
+
+    ``ready`` is called once it answers. Raises: TidemillError when it cannot start; then nothing is left running.
+    """
+    import uvicorn
+
+    from tidemill.api.app import create_app
+    from tidemill.control.settings import load_settings
+
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    settings = load_settings(home, overrides)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_locked(home))
+        api_socket = stack.enter_context(_listening(settings.host, settings.port, "--port"))
+        gateway_socket = _listening(settings.host, settings.gateway_port, "--gateway-port")
+        gateway_port = gateway_socket.getsockname()[1]
+        gateway_socket.close()
+        from dataclasses import replace
+
+        settings = replace(settings, port=api_socket.getsockname()[1], gateway_port=gateway_port)
+        plane = _build(settings)
+        stack.callback(plane.store.close)
+        _write_endpoint(settings)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(plane),
+                log_config=None,
+                access_log=False,
+                loop="uvloop",
+                http="httptools",
+                timeout_graceful_shutdown=2,
+                timeout_keep_alive=75,
+            )
+        )
+        gateway = _Gateway(settings, plane.directory.gateway_token)
+
+        def started() -> None:
+            plane.start()
+            gateway.start()
+            log.info("ready at %s, gateway at %s", settings.api_url, settings.gateway_url)
+            if ready is not None:
+                ready()
+
+        stack.callback(plane.close)
+        stack.callback(gateway.close)
+        _serve(server, api_socket, started)
+
+
+def _serve(server: Any, api_socket: socket.socket, started: Any) -> None:
+    """Serve until told to stop; ``started`` runs beside, once requests are answered."""
+    failure: list[Exception] = []
+
+    def begin() -> None:
+        try:
+            while not server.started and not server.should_exit:
+                time.sleep(0.005)
+            started()
+        except Exception as error:  # noqa: BLE001 - raised again by the thread that serves
+            failure.append(error)
+            server.should_exit = True
+
+    threading.Thread(target=begin, name="start", daemon=True).start()
+    server.run(sockets=[api_socket])
+    if failure:
+        raise failure[0]
+
+
+def _build(settings: Any) -> Any:
+    """The control plane of these settings, with everything it needs, not yet acting."""
+    from tidemill import catalog, telemetry
+    from tidemill.control.identity import Directory, read_pepper
+    from tidemill.control.plane import ControlPlane
+    from tidemill.control.vault import Vault
+    from tidemill.engines.local import LocalEngine
+    from tidemill.model.fleet import Site, SiteKind
+    from tidemill.model.ids import SiteId
+    from tidemill.store.sql import SqlStore
+
+    store = SqlStore(settings.database_url)
+    store.migrate()
+    pepper = read_pepper(settings.home / "secret.key", create=not store.tokens())
+    carbon = catalog.carbon_intensity(settings.country)
+    given = settings.carbon_g_per_kwh
+    site = Site(
+        id=SiteId(settings.site),
+        name=settings.site,
+        kind=SiteKind(settings.site_kind),
+        engine=settings.engine,
+        country=settings.country,
+        pue_milli=round(settings.pue * 1000),
+        carbon_mg_per_kwh=carbon.mg_per_kwh if given is None else round(given * 1000),
+        carbon_source=carbon.source if given is None else "config.yaml",
+    )
+    node = telemetry.discover_node(site.id)
+    meters = telemetry.EnergyMeters(node.id)
+    sampled = meters.sample()
+    directory = Directory(pepper, principals=store.principals(), known=store.tokens())
+    _first_admin(settings.home, store, directory)
+    engine = LocalEngine(
+        settings.home / "local",
+        endpoint_file=settings.home / "endpoint.json",
+        node=lambda: telemetry.discover_node(site.id),
+    )
+    return ControlPlane(
+        settings=settings,
+        store=store,
+        engine=engine,
+        site=site,
+        rates=catalog.rate_card(settings.rates),
+        directory=directory,
+        vault=Vault(pepper),
+        clock=time.time_ns,
+        sample=meters.sample,
+        energy_evidence="measured" if sampled is not None else "estimated",
+        on_fenced=lambda: os.kill(os.getpid(), signal.SIGTERM),
+    )
+
+
+def _first_admin(home: Path, store: Any, directory: Any) -> None:
+    """On a new database: an organization, a project and an administrator, whose token is put into a 0600 file."""
+    from tidemill.model.ids import OrganizationId, PrincipalId, ProjectId
+    from tidemill.model.tenant import Organization, Principal, PrincipalKind, Project, Scope
+
+    if directory.all():
+        return
+    now = time.time_ns()
+    organization = Organization(id=OrganizationId("org_default"), name="default", created_ns=now)
+    project = Project(id=ProjectId("prj_default"), organization_id=organization.id, name="default", created_ns=now)
+    admin = Principal(
+        id=PrincipalId("usr_admin"),
+        organization_id=organization.id,
+        kind=PrincipalKind.USER,
+        name="admin",
+        created_ns=now,
+    )
+    token, secret = directory.mint(
+        None, admin, name="first admin", scopes=(Scope.ADMIN,), project=ProjectId(""), expires_ns=0, now=now
+    )
+    path = home / "admin.token"
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secret + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    store.put_organization(organization)
+    store.put_project(project)
+    store.put_principal(admin)
+    store.put_token(token)
+    directory.remember(token, admin)
+
+
+class _Gateway:
+    """The gateway's process, started again whenever it ends."""
+
+    def __init__(self, settings: Any, token: str) -> None:
+        self._settings = settings
+        self._token_file = settings.home / "gateway.token"
+        with os.fdopen(os.open(self._token_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(token + "\n")
+        self._closing = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._keep, name="gateway", daemon=True)
+
+    def start(self) -> None:
+        """Begin to keep it running."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End it."""
+        self._closing.set()
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+
+    def _keep(self) -> None:
+        settings = self._settings
+        command = [
+            sys.executable, "-m", "tidemill.gateway",
+            "--listen", f"{settings.host}:{settings.gateway_port}",
+            "--control", settings.api_url,
+            "--token-file", str(self._token_file),
+            "--pepper-file", str(settings.home / "secret.key"),
+            "--home", str(settings.home),
+        ]  # fmt: skip
+        pause = 0.2
+        while not self._closing.is_set():
+            with (settings.home / "gateway.log").open("ab") as output:
+                began = time.monotonic()
+                self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+                status = self._process.wait()
+            if self._closing.is_set():
+                return
+            pause = 0.2 if time.monotonic() - began > 10 else min(pause * 2, 5.0)
+            log.warning("the gateway ended with status %s and is started again", status)
+            self._closing.wait(pause)
+
+
+@contextlib.contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    """Hold the home's lock. Raises: Conflict when another daemon has it."""
+    descriptor = os.open(home / "control.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Conflict(
+                "A cloud is running in this home already.",
+                field="home",
+                value=str(home),
+                mend="Use it, or end it with tidemill down.",
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_running(home: Path) -> bool:
+    """Whether a daemon holds this home."""
+    try:
+        descriptor = os.open(home / "control.lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _listening(host: str, port: int, option: str) -> socket.socket:
+    """A socket bound to that port. Raises: Conflict that names the port and the option to change it."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise Conflict(
+            f"Port {port} on {host} cannot be used: {error.strerror}.",
+            field=option.lstrip("-").replace("-", "_"),
+            value=port,
+            mend=f"Choose another with {option}, or end what uses it.",
+        ) from error
+    return listener
+
+
+def _write_endpoint(settings: Any) -> None:
+    """Say where this cloud answers, for the command line, the runners and the gateway. Replaced in one step."""
+    path = settings.home / "endpoint.json"
+    content = {"api_url": settings.api_url, "gateway_url": settings.gateway_url, "pid": os.getpid()}
+    draft = path.with_suffix(".new")
+    draft.write_text(json.dumps(content))
+    draft.replace(path)
+
+
+def read_endpoint(home: Path) -> dict[str, Any]:
+    """Where the cloud of this home answers. Raises: Unavailable when there is none."""
+    try:
+        endpoint = json.loads((home / "endpoint.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise Unavailable(
+            "No cloud is running here.", field="home", value=str(home), mend="Start one with tidemill up."
+        ) from error
+    if not isinstance(endpoint, dict):
+        raise Unavailable("No cloud is running here.", mend="Start one with tidemill up.")
+    return endpoint
+
+
+def start_daemon(home: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the cloud answers that now runs in the background. Raises: TidemillError as ``run_foreground`` does."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if is_running(home):
+        raise Conflict(
+            "A cloud is running in this home already.",
+            field="home",
+            value=str(home),
+            mend="Use it, or end it with tidemill down.",
+        )
+    reading, writing = os.pipe()
+    command = [sys.executable, "-m", "tidemill.bootstrap", str(home), json.dumps(dict(overrides)), str(writing)]
+    with (home / "control.log").open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            pass_fds=(writing,),
+            cwd="/",
+        )
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        answer = pipe.read()
+    if answer == b"ready":
+        return read_endpoint(home)
+    process.wait(timeout=STARTING_TIMEOUT_S)
+    raise _startup_error(answer, home)
+
+
+def _startup_error(answer: bytes, home: Path) -> TidemillError:
+    try:
+        told = json.loads(answer)
+    except ValueError:
+        return TidemillError("The control plane ended while it started.", mend=f"See {home / 'control.log'}.")
+    for kind in _every_error(TidemillError):
+        if kind.code == told["code"]:
+            return kind(told["detail"], field=told["field"], value=told["value"], mend=told["mend"])
+    return TidemillError(told["detail"], mend=told["mend"])
+
+
+def _every_error(kind: type[TidemillError]) -> Iterator[type[TidemillError]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _every_error(below)
+
+
+def stop_daemon(home: Path, *, stop_jobs: bool, timeout_s: float = 60.0) -> bool:
+    """Whether a daemon was running; it is gone now. With ``stop_jobs`` its jobs are ended first, with their grace."""
+    if not is_running(home):
+        return False
+    endpoint = read_endpoint(home)
+    deadline = time.monotonic() + timeout_s
+    if stop_jobs:
+        token = (home / "admin.token").read_text().strip()
+        _stop_all_jobs(str(endpoint["api_url"]), token, deadline)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(endpoint["pid"]), signal.SIGTERM)
+    while is_running(home):
+        if time.monotonic() > deadline + 15:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(endpoint["pid"]), signal.SIGKILL)
+        time.sleep(0.02)
+    return True
+
+
+def _stop_all_jobs(api_url: str, token: str, deadline: float) -> None:
+    """Ask every job to end and wait until all have, or until the deadline."""
+    connection = http.client.HTTPConnection(api_url.removeprefix("http://"), timeout=30)
+    headers = {"Authorization": f"Bearer {token}", "Content-Length": "0"}
+    asked: set[str] = set()
+    while time.monotonic() < deadline:
+        live = []
+        for state in ("queued", "starting", "running", "stopping"):
+            connection.request("GET", f"/v1/jobs?state={state}&limit=1000", headers=headers)
+            live += json.loads(connection.getresponse().read())["items"]
+        if not live:
+            return
+        for job in live:
+            if job["id"] not in asked:
+                asked.add(job["id"])
+                connection.request("POST", f"/v1/jobs/{job['id']}/stop", headers=headers)
+                connection.getresponse().read()
+        time.sleep(0.05)
+
+
+def main() -> None:
+    """The background process of ``start_daemon``: says through a pipe when it is ready, or why it cannot be."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("home", type=Path)
+    parser.add_argument("overrides", type=json.loads)
+    parser.add_argument("pipe", type=int)
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    os.set_inheritable(given.pipe, False)
+    pipe = os.fdopen(given.pipe, "wb")
+
+    def ready() -> None:
+        pipe.write(b"ready")
+        pipe.close()
+
+    try:
+        run_foreground(given.home, given.overrides, ready=ready)
+    except TidemillError as error:
+        log.error("%s", error)
+        if not pipe.closed:
+            told = {"code": error.code, "detail": error.detail, "field": error.field, "value": error.value}
+            pipe.write(json.dumps(told | {"mend": error.mend}, default=str).encode())
+        raise SystemExit(error.kind.exit_status) from error
+
+
+if __name__ == "__main__":
+    main()

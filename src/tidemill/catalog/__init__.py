@@ -1,0 +1,23 @@
+"""Public facts that the product ships: devices, list prices, carbon intensity. Overridable, with their sources.
+
+Data is read from the package when it is first asked for. ``data/SOURCES.md`` says where each file is from.
+"""
+
+from tidemill.catalog.carbon import CarbonIntensity, carbon_intensity
+from tidemill.catalog.devices import DeviceSpec, devices, known_model, match_device, matches_request, nearest_names
+from tidemill.catalog.power import cpu_power
+from tidemill.catalog.prices import default_rates, rate_card
+
+__all__ = [
+    "CarbonIntensity",
+    "DeviceSpec",
+    "carbon_intensity",
+    "cpu_power",
+    "default_rates",
+    "devices",
+    "known_model",
+    "match_device",
+    "matches_request",
+    "nearest_names",
+    "rate_card",
+]

@@ -1,0 +1,1 @@
+"""The live shell: facts come in, turns are taken and made durable, commands go out to the engines."""

@@ -1,0 +1,275 @@
+"""What the control plane answers when it is asked: why, quotes, receipts, the state of the cloud."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tidemill.core.admission import why_never, why_not_now
+from tidemill.core.rating import amount_micro, carbon_mg
+from tidemill.core.world import World
+from tidemill.model.fleet import Node, Site
+from tidemill.model.job import Allocation, Job, JobState, Workload
+from tidemill.model.ledger import CPU_METER, Evidence, LedgerTotals, Rate
+from tidemill.model.plan import Plan, Quote, Reason, ResolvableBy
+from tidemill.model.spec import WorkloadSpec
+from tidemill.model.tenant import Project
+from tidemill.units import HOUR_NS, MILLI, SECOND_NS
+
+ASSUMED_DURATION_NS = HOUR_NS
+"""What a quote is for when the spec sets no ``max_duration``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Why:
+    """Why a job is where it is: its state and cause, and while it waits each thing that stands in its way.
+
+    ``position`` counts from 1 among the waiting jobs; zero when it does not wait.
+    """
+
+    job_id: str
+    state: str
+    cause: str
+    detail: str
+    sentence: str
+    position: int
+    reasons: tuple[Reason, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What a job took and cost so far. Times in ns, money in micro-USD, energy in mJ, carbon in mg."""
+
+    job: str
+    name: str
+    state: str
+    queue_wait_ns: int
+    run_ns: int
+    held_ns: int
+    device_seconds: tuple[tuple[str, float], ...]
+    amount_micro: int
+    energy_mj: int
+    energy_evidence: str
+    carbon_mg: int
+    carbon_source: str
+    rate_card: str
+    unit_prices: tuple[tuple[str, int], ...]
+    lines: int
+    metered_until_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """The cloud at a glance."""
+
+    version: str
+    site: Site
+    nodes: tuple[Node, ...]
+    cpu_milli: int
+    free_cpu_milli: int
+    gpu_milli: int
+    free_gpu_milli: int
+    jobs: tuple[tuple[str, int], ...]
+    energy: str
+    rate_card: str
+    gateway_url: str
+
+
+def explain(world: World, job: Job, workload: Workload, stored: Reason | None) -> Why:
+    """Why this job is in its state, computed from the world as it is now."""
+    live = world.jobs.get(job.id, job)
+    if live.state is not JobState.QUEUED:
+        return _why(live, _state_sentence(live), 0, ())
+    project = world.projects.get(live.project_id)
+    reasons: list[Reason] = []
+    if project is not None and (never := why_never(world.fleet, workload.spec, project)) is not None:
+        reasons.append(never)
+    if live.id in world.delayed:
+        reasons.append(_backing_off(live))
+    if not reasons:
+        line = world.line_of(live)
+        current = world.line_reasons.get(line) if line in world.blocked else None
+        reasons.append(current or stored or why_not_now(world.fleet, line.shape, line.workers))
+    position = world.queue.ahead_of(live) + 1
+    return _why(live, reasons[0].sentence, position, tuple(reasons))
+
+
+def _why(job: Job, sentence: str, position: int, reasons: tuple[Reason, ...]) -> Why:
+    return Why(
+        job_id=job.id,
+        state=job.state.value,
+        cause=job.cause.value,
+        detail=job.detail,
+        sentence=sentence,
+        position=position,
+        reasons=reasons,
+    )
+
+
+def _state_sentence(job: Job) -> str:
+    detail = f": {job.detail}" if job.detail else ""
+    match job.state:
+        case JobState.STARTING:
+            return "It has its place; its workers are being prepared and started."
+        case JobState.RUNNING:
+            return "It runs."
+        case JobState.STOPPING:
+            return f"It was asked to end and its workers have their grace period{detail}."
+        case JobState.SUCCEEDED:
+            return "It ended well."
+        case JobState.CANCELLED:
+            return f"It was stopped{detail}."
+        case _:
+            return f"It failed ({job.cause.value.replace('_', ' ')}){detail}."
+
+
+def _backing_off(job: Job) -> Reason:
+    return Reason(
+        code="BackingOff",
+        subject="retry",
+        needed=f"retry {job.retries}",
+        available="later",
+        resolvable_by=ResolvableBy.TIME,
+        sentence=f"Attempt {job.attempts} ended ({job.cause.value.replace('_', ' ')}); the next one is due shortly.",
+    )
+
+
+def quote_of(plan: Plan, world: World, workload: Workload, project: Project) -> Quote:
+    """The quote for a workload whose submission gave ``plan`` in a turn that is not kept."""
+    spec = workload.spec
+    duration = spec.max_duration_ns or ASSUMED_DURATION_NS
+    never = why_never(world.fleet, spec, project)
+    if never is not None:
+        return _priced(world, spec, (), duration, feasible=False, starts_now=False, reasons=(never,))
+    placed = [
+        change.after
+        for change in plan.changes
+        if isinstance(change.after, Allocation) and change.assumed is None and change.after.project_id == project.id
+        and change.after.job_id.startswith(f"job_{workload.id.partition('_')[2]}-")
+    ]  # fmt: skip
+    waiting = tuple(
+        item.reason for item in plan.waiting if item.job_id.startswith(f"job_{workload.id.partition('_')[2]}-")
+    )
+    starts_now = len(placed) == spec.nodes * spec.job_count
+    return _priced(world, spec, tuple(placed), duration, feasible=True, starts_now=starts_now, reasons=waiting[:1])
+
+
+def _priced(
+    world: World,
+    spec: WorkloadSpec,
+    placed: tuple[Allocation, ...],
+    duration: int,
+    *,
+    feasible: bool,
+    starts_now: bool,
+    reasons: tuple[Reason, ...],
+) -> Quote:
+    workers = spec.nodes * spec.job_count
+    site = next(iter(world.sites.values()))
+    amount = energy = 0
+    for resource, milli, power_mw, is_free in _units(world, spec, placed):
+        if not is_free:
+            amount += amount_micro(world.rates.micro_per_hour(resource), milli, 0, duration)
+        energy += power_mw * milli * duration // (MILLI * SECOND_NS)
+    share = workers if not placed else 1
+    energy = energy * share * site.pue_milli // MILLI
+    placement = tuple((world.nodes[held.node_id].name, _holding(world, held)) for held in placed)
+    return Quote(
+        feasible=feasible,
+        starts_now=starts_now,
+        duration_ns=duration,
+        duration_known=bool(spec.max_duration_ns),
+        amount_micro=amount * share if feasible else 0,
+        energy_mj=energy if feasible else 0,
+        carbon_mg=carbon_mg(energy, site) if feasible else 0,
+        placement=placement,
+        reasons=reasons,
+        suggestions=_suggestions(reasons),
+    )
+
+
+def _units(world: World, spec: WorkloadSpec, placed: tuple[Allocation, ...]) -> list[tuple[str, int, int, bool]]:
+    """(resource, milli, mW a unit, is free) for what is held: of the real places, or of one typical worker."""
+    units: list[tuple[str, int, int, bool]] = []
+    nodes = list(world.nodes.values())
+    for held in placed:
+        node = world.nodes[held.node_id]
+        units.append((CPU_METER, held.cpu_milli, node.cpu_busy_mw, bool(held.devices)))
+        devices = {device.id: device for device in node.devices}
+        units.extend(
+            (devices[share.device_id].model, share.milli, devices[share.device_id].busy_mw, False)
+            for share in held.devices
+        )
+    if not placed and nodes:
+        gpus = spec.resources.gpus
+        units.append((CPU_METER, spec.resources.cpu_milli, nodes[0].cpu_busy_mw, gpus is not None))
+        if gpus is not None:
+            device = next(
+                (device for node in nodes for device in node.devices if not gpus.model or gpus.model in device.model),
+                None,
+            )
+            if device is not None:
+                units.append((device.model, gpus.total_milli, device.busy_mw, False))
+    return units
+
+
+def _holding(world: World, held: Allocation) -> str:
+    models = {device.id: device.model for device in world.nodes[held.node_id].devices}
+    gpus = ", ".join(f"{share.milli / MILLI:g} x {models[share.device_id]}" for share in held.devices)
+    cpus = f"{held.cpu_milli / MILLI:g} CPU"
+    return f"{gpus}, {cpus}" if gpus else cpus
+
+
+def _suggestions(reasons: tuple[Reason, ...]) -> tuple[str, ...]:
+    mends = {
+        "NoNodeWithGpu": "Ask for a GPU that the fleet has, or leave resources.gpus out to run on CPUs.",
+        "NoNodeWithEnoughGpus": "Ask for fewer GPUs a worker and more workers (nodes).",
+        "NotEnoughGpus": "Ask for fewer GPUs or fewer workers.",
+        "NoNodeWithCpu": "Ask for fewer CPUs a worker.",
+        "NoNodeWithMemory": "Ask for less memory a worker.",
+        "NoNodeWithDisk": "Ask for less disk a worker.",
+        "GangTooLarge": "Ask for fewer workers (nodes), or for less for each.",
+        "ProjectLimit": "Ask for less, or have the project's limit raised.",
+        "NoContainerRuntime": "Use env: {python, packages} instead of image, or install podman on a machine.",
+        "NoNodes": "Start a machine: tidemill up.",
+    }
+    return tuple(mends[reason.code] for reason in reasons if reason.code in mends)
+
+
+def mend_for(reason: Reason) -> str:
+    """What to do about a reason that nothing but another spec or another fleet resolves."""
+    return next(iter(_suggestions((reason,))), "")
+
+
+def receipt_of(
+    job: Job,
+    workload: Workload,
+    totals: LedgerTotals,
+    *,
+    prices: tuple[Rate, ...],
+    rate_card: str,
+    site: Site,
+    held_ns: int,
+    now: int,
+) -> Receipt:
+    """The receipt of a job from the sums of its ledger lines."""
+    end = job.ended_ns or now
+    first = job.first_started_ns
+    used = {resource for resource, _ in totals.held_milli_ns}
+    return Receipt(
+        job=job.id,
+        name=workload.spec.name,
+        state=job.state.value,
+        queue_wait_ns=(first or end) - job.submitted_ns,
+        run_ns=end - first if first else 0,
+        held_ns=held_ns,
+        device_seconds=tuple((name, amount / (MILLI * SECOND_NS)) for name, amount in totals.held_milli_ns),
+        amount_micro=totals.amount_micro,
+        energy_mj=totals.energy_mj,
+        energy_evidence=(totals.evidence if totals.lines else Evidence.ESTIMATED).value,
+        carbon_mg=totals.carbon_mg,
+        carbon_source=site.carbon_source,
+        rate_card=rate_card,
+        unit_prices=tuple((rate.resource, rate.micro_per_hour) for rate in prices if rate.resource in used),
+        lines=totals.lines,
+        metered_until_ns=end,
+    )

@@ -1,0 +1,100 @@
+"""The driver, sans I/O: it owns the world, takes turns, and is told whether the store took them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from tidemill.core.turn import turn
+from tidemill.core.world import World
+from tidemill.model.events import Fact
+from tidemill.model.fleet import NodeState, Site
+from tidemill.model.job import AllocationState, Attempt, JobState
+from tidemill.model.ledger import RateCard
+from tidemill.model.plan import Plan
+from tidemill.model.policy import Policy
+from tidemill.model.tenant import Project
+from tidemill.ports import Snapshot
+
+Answer = TypeVar("Answer")
+
+
+class Driver:
+    """Turns over one world. Between ``step`` and ``accepted`` or ``refused`` nothing else may be called."""
+
+    def __init__(self, world: World, policy: Policy) -> None:
+        self.world = world
+        self.policy = policy
+
+    def step(self, inbox: Sequence[Fact], *, now: int) -> Plan:
+        """The plan of the next turn. Whatever goes wrong inside, the world is as it was before."""
+        try:
+            return turn(self.world, inbox, now=now, policy=self.policy)
+        except BaseException:
+            self.world.rollback()
+            raise
+
+    def accepted(self) -> None:
+        """The store took the plan."""
+        self.world.commit()
+
+    def refused(self) -> None:
+        """The store did not take the plan: it never happened."""
+        self.world.rollback()
+
+    def what_if(self, inbox: Sequence[Fact], look: Callable[[Plan, World], Answer], *, now: int) -> Answer:
+        """What ``look`` makes of the turn that these facts would give; the world stays as it is."""
+        plan = self.step(inbox, now=now)
+        try:
+            return look(plan, self.world)
+        finally:
+            self.world.rollback()
+
+
+def world_from(
+    snapshot: Snapshot, *, sites: Iterable[Site], projects: Iterable[Project], rates: RateCard, policy: Policy, now: int
+) -> World:
+    """The world as the store last knew it: what waits waits again, what ran is held and metered on.
+
+    Whether what ran still runs is for the engines' observations to say.
+    """
+    world = World(sites=sites, projects=projects, rates=rates)
+    world.nodes = {node.id: node for node in snapshot.nodes}
+    world.workloads = {workload.id: workload for workload in snapshot.workloads}
+    world.jobs = {job.id: job for job in snapshot.jobs}
+    for job in snapshot.jobs:
+        world.live_jobs[job.workload_id] = world.live_jobs.get(job.workload_id, 0) + 1
+    world.attempts = {attempt.job_id: attempt for attempt in snapshot.attempts}
+    for allocation in sorted(snapshot.allocations, key=lambda held: (held.attempt_id, held.rank)):
+        world.allocations[allocation.id] = allocation
+        world.workers[allocation.attempt_id] = (*world.workers.get(allocation.attempt_id, ()), allocation.id)
+    world.reasons = {waiting.job_id: waiting.reason for waiting in snapshot.reasons}
+    for node in snapshot.nodes:
+        if node.state is not NodeState.LOST:
+            world.open_meters(node, now=now)
+    for node_id, name, until in snapshot.metered_until:
+        if (node_id, name) in world.meters:
+            world.meters[node_id, name].since_ns = until
+    world.rebuild_fleet()
+    for allocation in snapshot.allocations:
+        world.hold(allocation)
+    for job in snapshot.jobs:
+        if job.state is JobState.QUEUED and job.not_before_ns > now:
+            world.delayed[job.id] = job.not_before_ns
+            world.set_timer(job.not_before_ns, "requeue", job.id)
+        elif job.state is JobState.QUEUED:
+            world.queue.add(world.line_of(job), job)
+        if (attempt := world.attempts.get(job.id)) is not None:
+            _restore_timers(world, attempt, policy, now=now)
+    world.metered_ns = now
+    world.begin()
+    return world
+
+
+def _restore_timers(world: World, attempt: Attempt, policy: Policy, *, now: int) -> None:
+    limit = world.workloads[world.jobs[attempt.job_id].workload_id].spec.max_duration_ns
+    if attempt.started_ns and limit:
+        world.set_timer(attempt.started_ns + limit, "expire", attempt.job_id)
+    for worker in world.workers_of(attempt):
+        if worker.state is AllocationState.DRAINING:
+            world.set_timer(now + policy.stop_margin_ns, "stop_again", worker.id)

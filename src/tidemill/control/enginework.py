@@ -1,0 +1,181 @@
+"""Commands carried out on an engine, and what the engine then sees, as facts.
+
+Commands of one launch are carried out in order; those of different launches side by side. What is not known to have
+been carried out is not repeated here: the next look at the engine's own list tells what is missing, and a turn
+decides. A worker counts as lost only when the engine itself says that nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from zlib import crc32
+
+from tidemill.errors import Conflict, EngineLost, EngineRefused, NotFound, TidemillError
+from tidemill.model.events import Exited, Fact, LaunchRefused, NeverLaunched, NodeJoined, Vanished
+from tidemill.model.ids import LaunchId
+from tidemill.model.job import Allocation, AllocationState, Cause
+from tidemill.model.plan import Command, Forget, Launch, LaunchSpec, Observation, ObservedState, Stop
+from tidemill.ports import Engine, Store
+
+log = logging.getLogger(__name__)
+_LANES = 4
+
+
+class EngineWork:
+    """The hands of the control plane on one engine.
+
+    ``live`` gives the allocations that are not released, ``build`` the launch spec of one of them (raising
+    NotFound when it is over), ``tell`` takes facts.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        *,
+        clock: Callable[[], int],
+        live: Callable[[], dict[LaunchId, Allocation]],
+        build: Callable[[LaunchId], LaunchSpec],
+        tell: Callable[[Sequence[Fact]], object],
+        observe_every_s: float = 0.5,
+        nodes_every_s: float = 30.0,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._clock = clock
+        self._live = live
+        self._build = build
+        self._tell = tell
+        self._observe_every_s = observe_every_s
+        self._nodes_every_s = nodes_every_s
+        self._lanes: list[queue.SimpleQueue[Command | None]] = [queue.SimpleQueue() for _ in range(_LANES)]
+        self._in_flight: Counter[LaunchId] = Counter()
+        self._lock = threading.Lock()
+        self._stranger: set[LaunchId] = set()
+        self._closing = threading.Event()
+        self._threads = [
+            *(threading.Thread(target=self._work, args=(lane,), name="engine", daemon=True) for lane in self._lanes),
+            threading.Thread(target=self._watch, name="observe", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Begin to work and to watch."""
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Finish what was begun and stop watching; whatever runs goes on."""
+        self._closing.set()
+        for lane in self._lanes:
+            lane.put(None)
+        for thread in self._threads:
+            thread.join(timeout=10)
+
+    def obey(self, commands: Sequence[Command]) -> None:
+        """Have the commands carried out, soon."""
+        with self._lock:
+            for command in commands:
+                self._in_flight[command.launch_id] += 1
+        for command in commands:
+            self._lanes[crc32(command.launch_id.encode()) % _LANES].put(command)
+
+    def look(self) -> None:
+        """Compare what should be with what the engine sees, once."""
+        live = self._live()
+        with self._lock:
+            busy = {launch for launch, count in self._in_flight.items() if count > 0}
+        observed = {observation.launch_id: observation for observation in self._engine.observe()}
+        facts = [
+            fact
+            for launch, held in live.items()
+            if launch not in busy and (fact := self._compare(held, observed.get(launch))) is not None
+        ]
+        if facts:
+            self._tell(facts)
+        for observation in observed.values():
+            if observation.launch_id not in live and observation.launch_id not in busy:
+                self._clean_up(observation)
+
+    def _compare(self, held: Allocation, seen: Observation | None) -> Fact | None:
+        now = self._clock()
+        if seen is None:
+            return NeverLaunched(at_ns=now, launch_id=held.id, fence=held.fence)
+        if seen.state is ObservedState.EXITED:
+            return Exited(
+                at_ns=seen.ended_ns or now,
+                launch_id=held.id,
+                fence=held.fence,
+                exit_code=seen.exit_code if seen.exit_code is not None else 1,
+                cause=Cause(seen.cause) if seen.cause in Cause._value2member_map_ else Cause.ERROR,
+                detail=seen.detail,
+                cpu_used_ns=seen.cpu_used_ns,
+            )
+        if seen.state is ObservedState.GONE:
+            return Vanished(at_ns=now, launch_id=held.id, fence=held.fence, detail=seen.detail)
+        return None
+
+    def _clean_up(self, seen: Observation) -> None:
+        """A launch that nobody holds: forgotten when it is over, ended when it was released, else left alone.
+
+        One that the store has never heard of belongs to a newer state than the store's (an old backup was
+        restored): it is reported and not touched.
+        """
+        launch = seen.launch_id
+        if launch in self._stranger:
+            return
+        stored = self._store.allocation(launch)
+        if stored is None:
+            self._stranger.add(launch)
+            log.warning("%s runs on the engine and is unknown here; it is left alone", launch)
+        elif stored.state is AllocationState.RELEASED:
+            if seen.state is not ObservedState.ALIVE:
+                self.obey([Forget(launch_id=launch)])
+            elif self._clock() - stored.released_ns > 10_000_000_000:
+                self.obey([Stop(launch_id=launch, grace_ns=0)])
+
+    def _watch(self) -> None:
+        refresh_ns = 0
+        while not self._closing.is_set():
+            try:
+                self.look()
+                if self._clock() >= refresh_ns:
+                    refresh_ns = self._clock() + int(self._nodes_every_s * 1e9)
+                    self._tell([NodeJoined(at_ns=self._clock(), node=node) for node in self._engine.nodes()])
+            except TidemillError as error:
+                log.warning("the engine could not be observed: %s", error)
+            except Exception:
+                log.exception("observing the engine failed")
+            self._closing.wait(self._observe_every_s)
+
+    def _work(self, lane: queue.SimpleQueue[Command | None]) -> None:
+        while (command := lane.get()) is not None:
+            try:
+                self._carry_out(command)
+            except Exception:
+                log.exception("%s failed", command)
+            finally:
+                with self._lock:
+                    self._in_flight[command.launch_id] -= 1
+                    if self._in_flight[command.launch_id] <= 0:
+                        del self._in_flight[command.launch_id]
+
+    def _carry_out(self, command: Command) -> None:
+        try:
+            match command:
+                case Launch():
+                    self._engine.launch(self._build(command.launch_id))
+                case Stop():
+                    self._engine.stop(command.launch_id, grace_ns=command.grace_ns)
+                case Forget():
+                    self._engine.forget(command.launch_id)
+        except NotFound:
+            log.debug("%s: it is over already", command)
+        except EngineRefused as error:
+            if isinstance(command, Launch) and (held := self._live().get(command.launch_id)) is not None:
+                self._tell([LaunchRefused(at_ns=self._clock(), launch_id=held.id, fence=held.fence, detail=str(error))])
+        except (EngineLost, Conflict) as error:
+            log.info("%s: %s", command, error)

@@ -1,0 +1,81 @@
+"""The launch spec of a worker, made from the world's values when its command is carried out."""
+
+from __future__ import annotations
+
+from tidemill.control.identity import Directory
+from tidemill.core.environment import worker_environment
+from tidemill.core.world import World
+from tidemill.errors import InvalidSpec, NotFound
+from tidemill.model.artifact import Artifact
+from tidemill.model.ids import LaunchId, ProjectId
+from tidemill.model.plan import LaunchSpec
+from tidemill.model.spec import Port
+from tidemill.ports import Store
+
+
+def build_launch(launch_id: LaunchId, *, world: World, store: Store, directory: Directory, api_url: str) -> LaunchSpec:
+    """All that the engine needs to start that worker. Raises: NotFound when it is over."""
+    held = world.allocations.get(launch_id)
+    if held is None or (attempt := world.attempts.get(held.job_id)) is None or attempt.id != held.attempt_id:
+        raise NotFound("That launch is over.", field="launch", value=launch_id)
+    job = world.jobs[held.job_id]
+    workload = world.workloads[job.workload_id]
+    spec = workload.spec
+    gang = [held]
+    if attempt.workers > 1:
+        gang = [worker for worker in store.allocations(job.id) if worker.attempt_id == attempt.id]
+    nodes = [world.nodes[worker.node_id] for worker in sorted(gang, key=lambda worker: worker.rank)]
+    runner_token, job_token = directory.launch_tokens(
+        launch_id,
+        organization=workload.organization_id,
+        project=workload.project_id,
+        principal=workload.principal_id,
+    )
+    chosen = dict(held.ports)
+    return LaunchSpec(
+        launch_id=launch_id,
+        job_id=job.id,
+        project_id=job.project_id,
+        node_id=held.node_id,
+        fence=held.fence,
+        rank=held.rank,
+        world_size=attempt.workers,
+        setup=spec.setup,
+        run=spec.run,
+        environment=spec.environment,
+        image=spec.image,
+        environment_variables=worker_environment(workload, job, attempt, held, nodes, api_url=api_url),
+        secrets=spec.secrets,
+        workdir=spec.workdir,
+        inputs=tuple((name, find_input(store, job.project_id, ref).digest) for name, ref in spec.inputs),
+        devices=tuple((share.device_id, share.milli) for share in held.devices),
+        cpu_milli=held.cpu_milli,
+        memory_bytes=held.memory_bytes,
+        disk_bytes=spec.resources.disk_bytes,
+        ports=tuple(Port(name=port.name, number=chosen[port.name]) for port in spec.ports),
+        service=spec.service,
+        rendezvous_port=attempt.rendezvous_port,
+        max_duration_ns=spec.max_duration_ns,
+        grace_ns=spec.checkpoint_grace_ns,
+        api_url=api_url,
+        runner_token=runner_token,
+        job_token=job_token,
+    )
+
+
+def find_input(store: Store, project_id: ProjectId, reference: str) -> Artifact:
+    """The artifact behind ``name[:version]``, the newest without a version.
+
+    Raises: InvalidSpec when there is none or the version is not a number.
+    """
+    name, _, version = reference.partition(":")
+    if version and not version.isdigit():
+        raise InvalidSpec(
+            f"{version!r} is not a version number.", field="inputs", value=reference, mend="Write name:3."
+        )
+    artifact = store.find_artifact(project_id, name, int(version or 0))
+    if artifact is None:
+        raise InvalidSpec(
+            f"There is no artifact {reference}.", field="inputs", value=reference, mend="See tidemill artifact list."
+        )
+    return artifact

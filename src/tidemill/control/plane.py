@@ -1,0 +1,610 @@
+"""The control plane as the API sees it: commands that become facts, questions that get answers. Thread-safe."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tidemill import __version__
+from tidemill.control.answers import Receipt, Status, Why, explain, mend_for, quote_of, receipt_of
+from tidemill.control.blobs import BlobStore
+from tidemill.control.driver import Driver, world_from
+from tidemill.control.enginework import EngineWork
+from tidemill.control.identity import Directory, Identity
+from tidemill.control.launching import build_launch, find_input
+from tidemill.control.logs import LogStore
+from tidemill.control.relay import Relay
+from tidemill.control.settings import Settings
+from tidemill.control.turns import TurnLoop
+from tidemill.control.vault import Vault
+from tidemill.core.admission import why_never
+from tidemill.core.world import World
+from tidemill.errors import (
+    Fenced,
+    IdempotencyMismatch,
+    Infeasible,
+    InvalidRequest,
+    InvalidSpec,
+    NotFound,
+    Unavailable,
+)
+from tidemill.model.artifact import Artifact
+from tidemill.model.events import Fact, MetersRead, NodeJoined, NodeWentAway, Sampled, StopRequested, Submitted
+from tidemill.model.fleet import Site
+from tidemill.model.ids import (
+    ArtifactId,
+    JobId,
+    LaunchId,
+    ProjectId,
+    TokenId,
+    WorkloadId,
+    sortable_id,
+)
+from tidemill.model.job import Allocation, AllocationState, Attempt, Cause, Job, Workload
+from tidemill.model.ledger import RateCard
+from tidemill.model.plan import LaunchSpec, Quote
+from tidemill.model.spec import SECRET_NAME, WorkloadSpec
+from tidemill.model.tenant import Project, Scope, Token
+from tidemill.ports import Engine, IdempotencyRecord, Store
+
+RECORDED_RESPONSE = msgspec.json.Decoder(list[str])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Directive:
+    """What a runner should do: go on, or stop its worker with that grace."""
+
+    stop: bool
+    grace_ns: int
+
+
+class ControlPlane:
+    """One installation's control plane. ``start`` begins to act; ``close`` lets go, and what runs goes on."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        store: Store,
+        engine: Engine,
+        site: Site,
+        rates: RateCard,
+        directory: Directory,
+        vault: Vault,
+        clock: Callable[[], int],
+        sample: Callable[[], Sampled | None] = lambda: None,
+        energy_evidence: str = "estimated",
+        on_fenced: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.site = site
+        self.directory = directory
+        self.logs = LogStore(settings.home / "logs")
+        self.blobs = BlobStore(settings.home / "blobs")
+        self.relay = Relay()
+        self._vault = vault
+        self._clock = clock
+        self._sample = sample
+        self._engine = engine
+        self._rates = rates
+        self._energy_evidence = energy_evidence
+        self._projects: dict[ProjectId, Project] = {project.id: project for project in store.projects()}
+        epoch = store.lead(holder=secrets.token_hex(8))
+        last_seq = store.load().last_seq
+        self._turns = TurnLoop(
+            Driver(self._load_world(), settings.policy),
+            store,
+            epoch=epoch,
+            last_seq=last_seq,
+            clock=clock,
+            obey=lambda commands: self._work.obey(commands),
+            reload=self._load_world,
+            on_fenced=on_fenced,
+        )
+        self._work = EngineWork(
+            engine,
+            store,
+            clock=clock,
+            live=lambda: self.world.allocations.copy(),
+            build=self._build_launch,
+            tell=self._turns.put,
+        )
+        self._in_flight: dict[tuple[str, str], tuple[str, Future[tuple[Workload, ...]]]] = {}
+        self._lock = threading.Lock()
+        self.beats: dict[LaunchId, tuple[int, int, int]] = {}
+        """The last beat of each launch: when, CPU time used (ns), resident memory (bytes)."""
+        self._closing = threading.Event()
+        self._sampler = threading.Thread(target=self._sample_forever, name="sample", daemon=True)
+        self._remember_launches()
+
+    @property
+    def world(self) -> World:
+        """The world, for reading only: it changes under the reader, one value at a time."""
+        return self._turns.driver.world
+
+    @property
+    def last_seq(self) -> int:
+        """The number of the newest event."""
+        return self._turns.last_seq
+
+    def start(self) -> None:
+        """Join the engine's machines and begin to take turns and act on them."""
+        self._turns.start()
+        now = self._clock()
+        self._turns.put([NodeJoined(at_ns=now, node=node) for node in self._engine.nodes()]).result(timeout=60)
+        self._work.start()
+        self._sampler.start()
+
+    def close(self) -> None:
+        """Stop acting. With nothing running, the machines leave, so that no time counts while they are away."""
+        self._closing.set()
+        self._work.close()
+        world = self.world
+        if not world.allocations:
+            gone = [NodeWentAway(at_ns=self._clock(), node_id=node, detail="shut down") for node in list(world.nodes)]
+            try:
+                self._turns.put(gone).result(timeout=10)
+            except (Unavailable, TimeoutError, Fenced):
+                self._closing.set()
+        self._turns.close()
+        self._engine.close()
+
+    def watch(self, callback: Callable[[int], None]) -> Callable[[], None]:
+        """Have ``callback`` called with the newest event's number after each commit; returns how to stop it."""
+        return self._turns.watch(callback)
+
+    # -- who ------------------------------------------------------------------------------------------------------
+
+    def authenticate(self, token: str) -> Identity:
+        """Whose token this is. Raises: Unauthorized."""
+        return self.directory.authenticate(token, now=self._clock())
+
+    def project(self, identity: Identity, name: str = "") -> Project:
+        """The project of that name or id that the identity may see; without a name its only one, or ``default``.
+
+        Raises: NotFound.
+        """
+        visible = [
+            project
+            for project in self._projects.values()
+            if project.organization_id == identity.organization_id and identity.may_see(project.id)
+        ]
+        wanted = name or (visible[0].name if len(visible) == 1 else "default")
+        for project in visible:
+            if wanted in (project.name, project.id):
+                return project
+        names = ", ".join(sorted(project.name for project in visible)) or "none"
+        raise NotFound(f"There is no project {wanted}.", field="project", value=wanted, mend=f"Projects: {names}.")
+
+    def projects(self, identity: Identity) -> tuple[Project, ...]:
+        """The projects that the identity may see."""
+        return tuple(
+            project
+            for project in self._projects.values()
+            if project.organization_id == identity.organization_id and identity.may_see(project.id)
+        )
+
+    def create_project(
+        self, identity: Identity, name: str, *, limit_gpu_milli: int = 0, limit_cpu_milli: int = 0
+    ) -> Project:
+        """A new project, or the one of that name with new limits."""
+        identity.require(Scope.ADMIN)
+        known = next((p for p in self.projects(identity) if p.name == name), None)
+        now = self._clock()
+        project = Project(
+            id=known.id if known else ProjectId(sortable_id("prj", now=now, entropy=secrets.randbits(40))),
+            organization_id=identity.organization_id,
+            name=name,
+            created_ns=known.created_ns if known else now,
+            limit_gpu_milli=limit_gpu_milli,
+            limit_cpu_milli=limit_cpu_milli,
+        )
+        self.store.put_project(project)
+        self._projects[project.id] = project
+        self.world.projects[project.id] = project
+        return project
+
+    def create_token(
+        self, identity: Identity, *, name: str, scopes: tuple[Scope, ...], project: ProjectId, expires_ns: int
+    ) -> tuple[Token, str]:
+        """A new token of the same principal and its secret, shown this once. Raises: Forbidden."""
+        principal = self.directory.principal(identity.principal_id)
+        if principal is None:
+            raise NotFound("This token's principal is not known.", field="principal", value=identity.principal_id)
+        token, secret = self.directory.mint(
+            identity,
+            principal,
+            name=name,
+            scopes=scopes,
+            project=project,
+            expires_ns=expires_ns,
+            now=self._clock(),
+        )
+        self.store.put_token(token)
+        self.directory.remember(token, principal)
+        return token, secret
+
+    def revoke_token(self, identity: Identity, token_id: TokenId) -> None:
+        """Nothing; the token opens nothing from now on. Raises: NotFound."""
+        identity.require(Scope.ADMIN)
+        token = self.directory.revoked(token_id, identity.organization_id, now=self._clock())
+        principal = self.directory.principal(token.principal_id)
+        self.store.put_token(token)
+        if principal is not None:
+            self.directory.remember(token, principal)
+
+    def put_secret(self, project: Project, name: str, value: str) -> None:
+        """Nothing; the secret is stored sealed. Raises: InvalidRequest for a name that no variable could have."""
+        if not SECRET_NAME.fullmatch(name):
+            raise InvalidRequest(
+                "A secret's name is letters, digits and _, not beginning with a digit.", field="name", value=name
+            )
+        self.store.put_secret(self._vault.seal(project.id, name, value, now=self._clock()))
+
+    def secret_values(self, launch_id: LaunchId) -> dict[str, str]:
+        """The values of the secrets that a live launch's spec names. Raises: NotFound."""
+        _, _, job, workload = self.launch(launch_id)
+        values = {}
+        for name in workload.spec.secrets:
+            secret = self.store.secret(job.project_id, name)
+            if secret is None:
+                raise NotFound(f"There is no secret {name}.", field="secrets", value=name)
+            values[name] = self._vault.open(secret)
+        return values
+
+    # -- work -----------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        identity: Identity,
+        project: Project,
+        specs: Sequence[WorkloadSpec],
+        *,
+        idempotency_key: str = "",
+        request_digest: str = "",
+    ) -> Future[tuple[Workload, ...]]:
+        """The stored workloads, all or none, when they are durable.
+
+        Raises, from the call: Infeasible, InvalidSpec, IdempotencyMismatch. Through the future: Unavailable, …
+        """
+        now = self._clock()
+        if idempotency_key:
+            known = self._recorded(identity, idempotency_key, request_digest)
+            if known is not None:
+                return known
+        specs = [self._checked(spec, project) for spec in specs]
+        workloads = tuple(
+            Workload(
+                id=WorkloadId(sortable_id("wl", now=now, entropy=secrets.randbits(40))),
+                organization_id=project.organization_id,
+                project_id=project.id,
+                principal_id=identity.principal_id,
+                spec=spec,
+                submitted_ns=now,
+            )
+            for spec in specs
+        )
+        record = IdempotencyRecord(
+            principal_id=identity.principal_id,
+            key=idempotency_key,
+            request_digest=request_digest,
+            response=msgspec.json.encode([workload.id for workload in workloads]).decode() if idempotency_key else "",
+            created_ns=now,
+        )
+        answer: Future[tuple[Workload, ...]] = Future()
+        key = (str(identity.principal_id), idempotency_key)
+        if idempotency_key:
+            with self._lock:
+                if key in self._in_flight:
+                    return self._same(self._in_flight[key], idempotency_key, request_digest)
+                self._in_flight[key] = (request_digest, answer)
+
+        def done(stored: Future[None]) -> None:
+            if idempotency_key:
+                with self._lock:
+                    self._in_flight.pop(key, None)
+            if (error := stored.exception()) is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(workloads)
+
+        facts = [Submitted(at_ns=now, workload=workload) for workload in workloads]
+        self._turns.put(facts, [record] if idempotency_key else ()).add_done_callback(done)
+        return answer
+
+    def stop(self, identity: Identity, job_ids: Sequence[JobId]) -> Future[None]:
+        """Nothing, when it is recorded that these jobs are to end."""
+        now = self._clock()
+        return self._turns.put([StopRequested(at_ns=now, job_id=job, by=identity.name) for job in job_ids])
+
+    def quote(self, project: Project, spec: WorkloadSpec) -> Quote:
+        """What would happen if it were submitted now: the next turn, taken and undone."""
+        now = self._clock()
+        self._resolve_inputs(spec, project)
+        workload = Workload(
+            id=WorkloadId(sortable_id("wl", now=now, entropy=secrets.randbits(40))),
+            organization_id=project.organization_id,
+            project_id=project.id,
+            principal_id=next(iter(self.directory.all())).principal_id,
+            spec=spec,
+            submitted_ns=now,
+        )
+        future = self._turns.ask(
+            [Submitted(at_ns=now, workload=workload)], lambda plan, world: quote_of(plan, world, workload, project)
+        )
+        return future.result(timeout=30)
+
+    def why(self, job_id: JobId) -> Why:
+        """Why a job is where it is. Raises: NotFound."""
+        row = self.store.job(job_id)
+        if row is None:
+            raise NotFound("There is no such job.", field="job", value=job_id)
+        return explain(self.world, row.job, row.workload, row.reason)
+
+    def receipt(self, job_id: JobId) -> Receipt:
+        """What a job took and cost, as far as it is metered. Raises: NotFound."""
+        row = self.store.job(job_id)
+        if row is None:
+            raise NotFound("There is no such job.", field="job", value=job_id)
+        now = self._clock()
+        if job_id in self.world.jobs:
+            self._turns.put([MetersRead(at_ns=now, job_id=job_id)]).result(timeout=30)
+        held = self.store.allocations(job_id)
+        return receipt_of(
+            row.job,
+            row.workload,
+            self.store.ledger_totals(job_id=job_id),
+            prices=self._rates.rates,
+            rate_card=self._rates.id,
+            site=self.site,
+            held_ns=sum((worker.released_ns or now) - worker.held_ns for worker in held),
+            now=now,
+        )
+
+    def status(self) -> Status:
+        """The cloud at a glance."""
+        world = self.world
+        counts: dict[str, int] = {}
+        for job in world.jobs.copy().values():
+            counts[job.state.value] = counts.get(job.state.value, 0) + 1
+        fleet = world.fleet
+        nodes = tuple(world.nodes.copy().values())
+        free_gpu = int(fleet.gpu_free.clip(min=0).sum()) if fleet.gpu_free.size else 0
+        return Status(
+            version=__version__,
+            site=self.site,
+            nodes=nodes,
+            cpu_milli=sum(node.cpu_milli for node in nodes),
+            free_cpu_milli=int(fleet.cpu_free.sum()),
+            gpu_milli=sum(node.gpu_milli for node in nodes),
+            free_gpu_milli=free_gpu,
+            jobs=tuple(sorted(counts.items())),
+            energy=self._energy_evidence,
+            rate_card=self._rates.id,
+            gateway_url=self.settings.gateway_url,
+        )
+
+    # -- runners --------------------------------------------------------------------------------------------------
+
+    def launch(self, launch_id: LaunchId) -> tuple[Allocation, Attempt, Job, Workload]:
+        """A live launch and what it belongs to. Raises: NotFound when it is over or was never."""
+        world = self.world
+        held = world.allocations.get(launch_id)
+        if held is not None:
+            attempt, job = world.attempts.get(held.job_id), world.jobs.get(held.job_id)
+            workload = world.workloads.get(job.workload_id) if job is not None else None
+            if attempt is not None and job is not None and workload is not None and attempt.id == held.attempt_id:
+                return held, attempt, job, workload
+        raise NotFound("That launch is over.", field="launch", value=launch_id)
+
+    def report(self, launch_id: LaunchId, fence: int, facts: Sequence[Fact]) -> Future[Directive]:
+        """What the runner should do, when what it reported is durable. Raises through the future: Fenced."""
+        answer: Future[Directive] = Future()
+
+        def done(stored: Future[None]) -> None:
+            try:
+                stored.result()
+                answer.set_result(self._directive(launch_id, fence))
+            except Exception as error:  # noqa: BLE001 - handed on to whoever asked
+                answer.set_exception(error)
+
+        try:
+            self._directive(launch_id, fence)
+        except Fenced as error:
+            answer.set_exception(error)
+            return answer
+        self._turns.put(facts).add_done_callback(done)
+        return answer
+
+    def beat(self, launch_id: LaunchId, fence: int, *, cpu_used_ns: int, rss_bytes: int) -> Directive:
+        """What the runner should do. Raises: Fenced when a newer attempt holds the lease."""
+        self.beats[launch_id] = (self._clock(), cpu_used_ns, rss_bytes)
+        return self._directive(launch_id, fence)
+
+    def _directive(self, launch_id: LaunchId, fence: int) -> Directive:
+        held = self.world.allocations.get(launch_id)
+        if held is None:
+            stored = self.store.allocation(launch_id)
+            if stored is not None and stored.fence == fence and stored.cause is Cause.COMPLETED:
+                return Directive(stop=True, grace_ns=0)
+            raise Fenced("This launch is over.", field="launch", value=launch_id)
+        if held.fence != fence:
+            raise Fenced("A newer attempt holds the lease.", field="fence", value=fence)
+        if held.state is not AllocationState.DRAINING:
+            return Directive(stop=False, grace_ns=0)
+        job = self.world.jobs.get(held.job_id)
+        workload = self.world.workloads.get(job.workload_id) if job is not None else None
+        return Directive(stop=True, grace_ns=workload.spec.checkpoint_grace_ns if workload else 0)
+
+    # -- artifacts and the gateway --------------------------------------------------------------------------------
+
+    def output_folder(self, job: Job) -> Path:
+        """Where a job's output folder is on this machine."""
+        return self.settings.volume_root / job.project_id / job.id / "output"
+
+    def create_artifact(self, project: Project, name: str, job: Job, path: str) -> Artifact:
+        """A new version of the artifact, packed from ``path`` in the job's output folder.
+
+        Raises: NotFound when there is nothing there, InvalidRequest when the path leaves the folder.
+        """
+        root = self.output_folder(job).resolve()
+        folder = (root / path).resolve()
+        if not folder.is_relative_to(root):
+            raise InvalidRequest("The path leaves the job's output folder.", field="path", value=path)
+        if not folder.exists():
+            raise NotFound(
+                "The job's output folder has nothing there.",
+                field="path",
+                value=path,
+                mend="Write to $TIDEMILL_OUTPUT_DIR in the job; see tidemill cp JOB:. for what it has.",
+            )
+        digest, size = self.blobs.pack(folder)
+        now = self._clock()
+        return self.store.put_artifact(
+            Artifact(
+                id=ArtifactId(sortable_id("art", now=now, entropy=secrets.randbits(40))),
+                project_id=project.id,
+                name=name,
+                version=0,
+                digest=digest,
+                size=size,
+                created_ns=now,
+                job_id=job.id,
+            )
+        )
+
+    def gateway_feed(self) -> tuple[str, dict[str, Any]]:
+        """Everything the gateway needs: token hashes and where each model's ready replicas are, and its version."""
+        world = self.world
+        routes: dict[str, dict[str, Any]] = {}
+        for held in sorted(world.allocations.copy().values(), key=lambda held: held.id):
+            job = world.jobs.get(held.job_id)
+            workload = world.workloads.get(job.workload_id) if job is not None else None
+            if workload is None or workload.spec.service is None:
+                continue
+            model = workload.spec.service.model or workload.spec.name
+            route = routes.setdefault(
+                model, {"project": workload.project_id, "service": workload.spec.name, "replicas": []}
+            )
+            if held.endpoint and route["project"] == workload.project_id:
+                route["replicas"].append({"job": held.job_id, "endpoint": held.endpoint})
+        known = {
+            token.hash: {
+                "project": token.project_id,
+                "organization": token.organization_id,
+                "scopes": [scope.value for scope in token.scopes],
+                "expires_ns": token.expires_ns,
+            }
+            for token in self.directory.all()
+            if not token.revoked_ns
+        }
+        feed = {"tokens": known, "routes": routes}
+        version = hashlib.sha256(msgspec.json.encode(feed)).hexdigest()[:16]
+        return version, feed
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _load_world(self) -> World:
+        return world_from(
+            self.store.load(),
+            sites=[self.site],
+            projects=self._projects.values(),
+            rates=self._rates,
+            policy=self.settings.policy,
+            now=self._clock(),
+        )
+
+    def _build_launch(self, launch_id: LaunchId) -> LaunchSpec:
+        return build_launch(
+            launch_id,
+            world=self.world,
+            store=self.store,
+            directory=self.directory,
+            api_url=self.settings.api_url,
+        )
+
+    def _remember_launches(self) -> None:
+        """Let the runners that outlived the last control plane in: their tokens follow from their launch ids."""
+        for held in self.world.allocations.values():
+            workload = self.world.workloads[self.world.jobs[held.job_id].workload_id]
+            self.directory.launch_tokens(
+                held.id,
+                organization=workload.organization_id,
+                project=workload.project_id,
+                principal=workload.principal_id,
+            )
+
+    def _checked(self, spec: WorkloadSpec, project: Project) -> WorkloadSpec:
+        """The spec with its inputs pinned to versions. Raises: Infeasible, InvalidSpec."""
+        if spec.inputs:
+            spec = self._resolve_inputs(spec, project)
+        if spec.workdir and not self.blobs.exists(spec.workdir):
+            raise InvalidSpec(
+                "The workdir was not uploaded.", field="workdir", value=spec.workdir, mend="Upload it first."
+            )
+        for name in spec.secrets:
+            if self.store.secret(project.id, name) is None:
+                raise InvalidSpec(
+                    f"Project {project.name} has no secret {name}.",
+                    field="secrets",
+                    value=name,
+                    mend=f"Set it: tidemill secret set {name}.",
+                )
+        never = why_never(self.world.fleet, spec, project)
+        if never is not None:
+            raise Infeasible(
+                never.sentence, field=never.subject, value=never.needed, mend=mend_for(never), reason=never.code
+            )
+        return spec
+
+    def _resolve_inputs(self, spec: WorkloadSpec, project: Project) -> WorkloadSpec:
+        pinned = []
+        for name, reference in spec.inputs:
+            artifact = find_input(self.store, project.id, reference)
+            pinned.append((name, f"{artifact.name}:{artifact.version}"))
+        return replace(spec, inputs=tuple(pinned))
+
+    def _recorded(self, identity: Identity, key: str, digest: str) -> Future[tuple[Workload, ...]] | None:
+        with self._lock:
+            flying = self._in_flight.get((str(identity.principal_id), key))
+        if flying is not None:
+            return self._same(flying, key, digest)
+        record = self.store.idempotent(identity.principal_id, key)
+        if record is None:
+            return None
+        if record.request_digest != digest:
+            raise _mismatch(key)
+        answer: Future[tuple[Workload, ...]] = Future()
+        stored = [self.store.workload(WorkloadId(one)) for one in RECORDED_RESPONSE.decode(record.response)]
+        answer.set_result(tuple(workload for workload in stored if workload is not None))
+        return answer
+
+    @staticmethod
+    def _same(flying: tuple[str, Future[tuple[Workload, ...]]], key: str, digest: str) -> Future[tuple[Workload, ...]]:
+        if flying[0] != digest:
+            raise _mismatch(key)
+        return flying[1]
+
+    def _sample_forever(self) -> None:
+        while not self._closing.wait(5.0):
+            sampled = self._sample()
+            if sampled is not None:
+                self._turns.put([sampled])
+
+
+def _mismatch(key: str) -> IdempotencyMismatch:
+    return IdempotencyMismatch(
+        "This Idempotency-Key came with another request before.",
+        field="Idempotency-Key",
+        value=key,
+        mend="Use a new key for a new request.",
+    )

@@ -1,0 +1,201 @@
+"""The loop that takes turns: one thread, one world, group commit.
+
+Everything that happens is put in its inbox. While one batch is being made durable, the next gathers, so the cost
+of durability is paid per batch. An item's future completes when what it led to is stored; when the store
+cannot take it, the world is rolled back and the future says so: the item never happened, and whoever sent it
+may send it again. An item that breaks a turn is found by taking the items one at a time, and only it fails.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from tidemill.control.driver import Driver
+from tidemill.core.world import World
+from tidemill.errors import Fenced, Stale, TidemillError, Unavailable
+from tidemill.model.events import Fact
+from tidemill.model.plan import Command, Plan
+from tidemill.ports import Batch, IdempotencyRecord, Store
+
+log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+_BATCH = 4_096
+
+
+@dataclass(slots=True)
+class _Item:
+    """Facts that belong together, and who waits for them."""
+
+    facts: Sequence[Fact]
+    idempotency: Sequence[IdempotencyRecord] = ()
+    future: Future[None] = field(default_factory=Future)
+
+
+@dataclass(slots=True)
+class _Question:
+    """A what-if to be answered between turns."""
+
+    facts: Sequence[Fact]
+    look: Callable[[Plan, World], Any]
+    future: Future[Any] = field(default_factory=Future)
+
+
+class TurnLoop:
+    """Owns the driver. ``obey`` is given the commands of every stored plan, in order, and must not wait."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        store: Store,
+        *,
+        epoch: int,
+        last_seq: int,
+        clock: Callable[[], int],
+        obey: Callable[[Sequence[Command]], None],
+        reload: Callable[[], World],
+        on_fenced: Callable[[], None],
+    ) -> None:
+        self.driver = driver
+        self.last_seq = last_seq
+        self._store = store
+        self._epoch = epoch
+        self._clock = clock
+        self._obey = obey
+        self._reload = reload
+        self._on_fenced = on_fenced
+        self._inbox: deque[_Item | _Question] = deque()
+        self._wake = threading.Condition()
+        self._wake_ns = 0
+        self._watchers: tuple[Callable[[int], None], ...] = ()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="turns", daemon=True)
+
+    def start(self) -> None:
+        """Begin to take turns."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take what is in the inbox, then stop."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(timeout=30)
+
+    def put(self, facts: Sequence[Fact], idempotency: Sequence[IdempotencyRecord] = ()) -> Future[None]:
+        """A future that completes when what follows from ``facts`` is durable."""
+        item = _Item(facts, idempotency)
+        self._enqueue(item, item.future)
+        return item.future
+
+    def ask(self, facts: Sequence[Fact], look: Callable[[Plan, World], Answer]) -> Future[Answer]:
+        """A future of what ``look`` makes of the turn that would follow from ``facts``; nothing changes."""
+        question = _Question(facts, look)
+        self._enqueue(question, question.future)
+        return question.future
+
+    def watch(self, callback: Callable[[int], None]) -> Callable[[], None]:
+        """Have ``callback`` called with the newest event's number after each commit; returns how to stop it."""
+        self._watchers = (*self._watchers, callback)
+
+        def unwatch() -> None:
+            self._watchers = tuple(other for other in self._watchers if other is not callback)
+
+        return unwatch
+
+    def _enqueue(self, item: _Item | _Question, future: Future[Any]) -> None:
+        with self._wake:
+            if self._closing:
+                future.set_exception(Unavailable("The control plane is shutting down.", mend="Try again in a moment."))
+                return
+            self._inbox.append(item)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._inbox and not self._closing:
+                    left = (self._wake_ns - self._clock()) / 1e9 if self._wake_ns else None
+                    if left is not None and left <= 0:
+                        break
+                    self._wake.wait(left)
+                if self._closing and not self._inbox:
+                    return
+                taken = [self._inbox.popleft() for _ in range(min(len(self._inbox), _BATCH))]
+            items = [item for item in taken if isinstance(item, _Item)]
+            if items or not taken:
+                self._take(items)
+            for question in taken:
+                if isinstance(question, _Question):
+                    self._answer(question)
+
+    def _answer(self, question: _Question) -> None:
+        try:
+            question.future.set_result(self.driver.what_if(question.facts, question.look, now=self._clock()))
+        except Exception as error:  # noqa: BLE001 - whoever asked is told, the loop goes on
+            question.future.set_exception(error)
+
+    def _take(self, items: Sequence[_Item]) -> None:
+        try:
+            plan = self.driver.step([fact for item in items for fact in item.facts], now=self._clock())
+        except Exception as error:
+            if len(items) > 1:
+                for item in items:
+                    self._take([item])
+                return
+            log.exception("a turn failed and was undone: %s", [type(f).__name__ for i in items for f in i.facts])
+            self._wake_ns = self._clock() + 1_000_000_000
+            _fail(items, error)
+            return
+        try:
+            self._store_plan(plan, [record for item in items for record in item.idempotency])
+        except TidemillError as error:
+            self.driver.refused()
+            self._wake_ns = self._clock() + 500_000_000
+            self._refused(items, error)
+            return
+        self.driver.accepted()
+        self._wake_ns = plan.wake_ns
+        self._obey(plan.commands)
+        for item in items:
+            item.future.set_result(None)
+        for watcher in self._watchers:
+            watcher(self.last_seq)
+
+    def _store_plan(self, plan: Plan, idempotency: Sequence[IdempotencyRecord]) -> None:
+        if plan.changes or plan.log or plan.ledger or plan.waiting or idempotency:
+            self.last_seq = self._store.commit(
+                Batch(
+                    epoch=self._epoch,
+                    changes=plan.changes,
+                    log=plan.log,
+                    ledger=plan.ledger,
+                    waiting=plan.waiting,
+                    idempotency=idempotency,
+                )
+            )
+
+    def _refused(self, items: Sequence[_Item], error: TidemillError) -> None:
+        log.error("a turn could not be stored and was undone: %s", error)
+        if isinstance(error, Fenced):
+            _fail(items, error)
+            self._on_fenced()
+        elif isinstance(error, Stale):
+            self.driver.world = self._reload()
+            if len(items) > 1:
+                for item in items:
+                    self._take([item])
+            else:
+                _fail(items, error)
+        else:
+            _fail(items, error)
+
+
+def _fail(items: Sequence[_Item], error: Exception) -> None:
+    for item in items:
+        item.future.set_exception(error)
