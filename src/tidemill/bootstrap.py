@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,7 @@ def run_foreground(home: Path, overrides: Mapping[str, Any], *, ready: Any = Non
 
     ``ready`` is called once it answers. Raises: TidemillError when it cannot start; then nothing is left running.
     """
-    import uvicorn
-
-    from tidemill.api.app import create_app
+    from tidemill.api.app import close_streams, create_app
     from tidemill.control.settings import load_settings
 
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -44,27 +43,16 @@ def run_foreground(home: Path, overrides: Mapping[str, Any], *, ready: Any = Non
     with contextlib.ExitStack() as stack:
         stack.enter_context(_locked(home))
         api_socket = stack.enter_context(_listening(settings.host, settings.port, "--port"))
-        gateway_socket = _listening(settings.host, settings.gateway_port, "--gateway-port")
-        gateway_port = gateway_socket.getsockname()[1]
-        gateway_socket.close()
-        from dataclasses import replace
-
-        settings = replace(settings, port=api_socket.getsockname()[1], gateway_port=gateway_port)
+        settings = replace(settings, port=api_socket.getsockname()[1])
         plane = _build(settings)
         stack.callback(plane.store.close)
-        _write_endpoint(settings)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(plane),
-                log_config=None,
-                access_log=False,
-                loop="uvloop",
-                http="httptools",
-                timeout_graceful_shutdown=2,
-                timeout_keep_alive=75,
-            )
-        )
         gateway = _Gateway(settings, plane.directory.gateway_token)
+        if not gateway.is_adopted:
+            with _listening(settings.host, settings.gateway_port, "--gateway-port"):
+                log.debug("port %s is free for the gateway", settings.gateway_port)
+        _write_endpoint(settings)
+        app = create_app(plane)
+        server = _server_of(app)
 
         def started() -> None:
             plane.start()
@@ -75,7 +63,36 @@ def run_foreground(home: Path, overrides: Mapping[str, Any], *, ready: Any = Non
 
         stack.callback(plane.close)
         stack.callback(gateway.close)
+
+        def stop(_number: int, _frame: object) -> None:
+            server.should_exit = True
+            close_streams(app)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
         _serve(server, api_socket, started)
+
+
+def _server_of(app: Any) -> Any:
+    """A web server that leaves signals alone: who starts it says what they do."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    return Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            loop="uvloop",
+            http="httptools",
+            timeout_graceful_shutdown=2,
+            timeout_keep_alive=75,
+        )
+    )
 
 
 def _serve(server: Any, api_socket: socket.socket, started: Any) -> None:
@@ -182,16 +199,36 @@ def _first_admin(home: Path, store: Any, directory: Any) -> None:
 
 
 class _Gateway:
-    """The gateway's process, started again whenever it ends."""
+    """The gateway's process, started again whenever it ends.
+
+    It serves on while the control plane is away: one that outlived a crash is adopted when it listens where it should,
+    and replaced otherwise.
+    """
 
     def __init__(self, settings: Any, token: str) -> None:
-        self._settings = settings
-        self._token_file = settings.home / "gateway.token"
+        home = settings.home
+        self._token_file = home / "gateway.token"
         with os.fdopen(os.open(self._token_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(token + "\n")
+        self._log = home / "gateway.log"
+        self._command = [
+            sys.executable, "-m", "tidemill.gateway",
+            "--listen", f"{settings.host}:{settings.gateway_port}",
+            "--control", settings.api_url,
+            "--token-file", str(self._token_file),
+            "--pepper-file", str(home / "secret.key"),
+            "--home", str(home),
+            "--drain", "3",
+        ]  # fmt: skip
         self._closing = threading.Event()
+        self._adopted = _gateway_of(home, self._command)
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._keep, name="gateway", daemon=True)
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether one that outlived the last control plane serves already."""
+        return bool(self._adopted)
 
     def start(self) -> None:
         """Begin to keep it running."""
@@ -200,6 +237,8 @@ class _Gateway:
     def close(self) -> None:
         """End it."""
         self._closing.set()
+        if self._adopted:
+            _end(self._adopted)
         if self._process is not None:
             self._process.terminate()
             try:
@@ -208,26 +247,47 @@ class _Gateway:
                 self._process.kill()
 
     def _keep(self) -> None:
-        settings = self._settings
-        command = [
-            sys.executable, "-m", "tidemill.gateway",
-            "--listen", f"{settings.host}:{settings.gateway_port}",
-            "--control", settings.api_url,
-            "--token-file", str(self._token_file),
-            "--pepper-file", str(settings.home / "secret.key"),
-            "--home", str(settings.home),
-        ]  # fmt: skip
+        while self._adopted and not self._closing.wait(0.2):
+            if not Path(f"/proc/{self._adopted}").exists():
+                self._adopted = 0
         pause = 0.2
         while not self._closing.is_set():
-            with (settings.home / "gateway.log").open("ab") as output:
+            with self._log.open("ab") as output:
                 began = time.monotonic()
-                self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+                self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
                 status = self._process.wait()
             if self._closing.is_set():
                 return
             pause = 0.2 if time.monotonic() - began > 10 else min(pause * 2, 5.0)
             log.warning("the gateway ended with status %s and is started again", status)
             self._closing.wait(pause)
+
+
+def _gateway_of(home: Path, command: list[str]) -> int:
+    """The process id of a gateway of this home that runs that very command; any other of this home is ended. Or 0."""
+    adopted = 0
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                found = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+            except OSError:
+                continue
+            if found[1:3] == ["-m", "tidemill.gateway"] and "--home" in found and str(home) in found:
+                if found[1:] == command[1:] and not adopted:
+                    adopted = int(entry.name)
+                else:
+                    _end(int(entry.name))
+    return adopted
+
+
+def _end(pid: int) -> None:
+    """Ask a process to end, and see that it does."""
+    for number, patience_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        deadline = time.monotonic() + patience_s
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
 
 
 @contextlib.contextmanager

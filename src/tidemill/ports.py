@@ -62,13 +62,18 @@ class JobRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobFilter:
-    """Which jobs to list, newest first. Empty fields do not filter. ``text`` matches names by prefix."""
+    """Which jobs to list, newest first. Empty fields do not filter.
+
+    ``name`` is a workload's whole name; ``text`` is the beginning of one, ``id_prefix`` that of a job's id.
+    """
 
     project_ids: tuple[ProjectId, ...] = ()
     states: tuple[JobState, ...] = ()
     kinds: tuple[Kind, ...] = ()
     workload_id: WorkloadId = WorkloadId("")
     name: str = ""
+    text: str = ""
+    id_prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,92 @@
+# What people and machines do with a checkout. `make` lists it.
+# Every target that needs Python makes its own environment first, from the locks in requirements/.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV ?= .venv
+BIN := $(VENV)/bin
+TESTS ?= tests
+JOBS ?= 2
+# arguments for quickstart, pytest and the benchmarks: make quickstart ARGS=--keep
+ARGS ?=
+
+.PHONY: help
+help: ## list what there is
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# --- environments: a stamp says for which locks one was made, so a second call costs nothing ---
+
+RUNTIME := $(VENV)/.tidemill-runtime
+DEV := $(VENV)/.tidemill-dev
+
+$(RUNTIME): requirements/runtime.txt requirements/venv.sh pyproject.toml
+	@requirements/venv.sh $(VENV) runtime
+	@touch $@
+
+$(DEV): requirements/dev.txt requirements/venv.sh pyproject.toml
+	@requirements/venv.sh $(VENV) dev
+	@touch $@ $(RUNTIME)
+
+# --- using it ---
+
+.PHONY: quickstart
+quickstart: $(RUNTIME) ## train, serve and ask a small model on this machine, and see what it cost
+	@$(BIN)/tidemill quickstart $(ARGS)
+
+# --- working on it ---
+
+.PHONY: test
+test: $(DEV) ## the tests
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(TESTS) $(ARGS)
+
+.PHONY: check
+check: lint types layers docs-check test ## all that continuous integration checks
+
+.PHONY: lint
+lint: $(DEV) ## ruff: style and mistakes, and the format
+	@$(BIN)/ruff check src tests benchmarks docs examples
+	@$(BIN)/ruff format --check src tests benchmarks docs examples
+
+.PHONY: format
+format: $(DEV) ## let ruff mend what it can
+	@$(BIN)/ruff check --fix src tests benchmarks docs examples
+	@$(BIN)/ruff format src tests benchmarks docs examples
+
+.PHONY: types
+types: $(DEV) ## mypy --strict
+	@$(BIN)/mypy
+
+.PHONY: layers
+layers: $(DEV) ## import-linter: imports go down the page
+	@$(BIN)/lint-imports
+
+.PHONY: docs
+docs: $(DEV) ## write the generated pages of docs/reference
+	@$(BIN)/python docs/generate.py
+
+.PHONY: docs-check
+docs-check: $(DEV) ## whether the generated pages are up to date
+	@$(BIN)/python docs/generate.py --check
+
+.PHONY: lock
+lock: $(DEV) ## write requirements/*.txt anew (ARGS=--upgrade for the newest versions)
+	@UV=$(BIN)/uv requirements/lock.sh $(ARGS)
+
+# --- measuring it ---
+
+.PHONY: bench
+bench: ## list the benchmarks
+	@awk 'BEGIN {FS = ":.*## "} /^bench-[a-z]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: bench-latency
+bench-latency: $(DEV) ## from submitting to the first line of output, beside Ray and a bare subprocess
+	@$(BIN)/python benchmarks/latency.py $(ARGS)
+
+.PHONY: bench-submit
+bench-submit: $(DEV) ## durable submissions a second, on SQLite and on PostgreSQL
+	@$(BIN)/python benchmarks/submit.py $(ARGS)
+
+.PHONY: clean
+clean: ## remove the environment, caches and what the benchmarks installed
+	@rm -rf $(VENV) .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,304 @@
+"""Values of the model as the JSON that is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tidemill.api.shapes import (
+    ArtifactOut,
+    AttemptOut,
+    EventOut,
+    JobOut,
+    LedgerLineOut,
+    NodeOut,
+    ReasonOut,
+    UsageOut,
+    WorkerOut,
+    WorkloadOut,
+)
+from tidemill.core.world import World
+from tidemill.model.artifact import Artifact
+from tidemill.model.fleet import Node
+from tidemill.model.ids import LaunchId, NodeId
+from tidemill.model.job import Allocation, AllocationState, Attempt, Job, JobState, Workload
+from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals
+from tidemill.model.plan import Reason
+from tidemill.model.spec import Kind
+from tidemill.ports import StoredEvent
+from tidemill.units import MILLI, SECOND_NS
+from tidemill.wire import resources_json, spec_to_json
+
+TERMINAL = frozenset((JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED))
+
+
+def reason_json(reason: Reason) -> ReasonOut:
+    """A reason's fields."""
+    return {
+        "code": reason.code,
+        "subject": reason.subject,
+        "needed": reason.needed,
+        "available": reason.available,
+        "resolvable_by": reason.resolvable_by.value,
+        "sentence": reason.sentence,
+    }
+
+
+def job_json(job: Job, workload: Workload, *, project: str, reason: Reason | None, endpoint: str = "") -> JobOut:
+    """A job as lists show it."""
+    spec = workload.spec
+    return {
+        "id": job.id,
+        "workload_id": job.workload_id,
+        "name": spec.name,
+        "kind": spec.kind.value,
+        "project": project,
+        "index": job.index,
+        "state": job.state.value,
+        "cause": job.cause.value,
+        "detail": job.detail,
+        "exit_code": job.exit_code,
+        "priority": job.priority,
+        "submitted_at_ns": job.submitted_ns,
+        "first_started_at_ns": job.first_started_ns,
+        "started_at_ns": job.started_ns,
+        "ended_at_ns": job.ended_ns,
+        "attempts": job.attempts,
+        "retries": job.retries,
+        "nodes": spec.nodes,
+        "resources": dict(resources_json(spec.resources)),
+        "labels": dict(spec.labels),
+        "reason": reason_json(reason) if reason is not None and job.state is JobState.QUEUED else None,
+        "endpoint": endpoint,
+    }
+
+
+def whole_job_json(
+    job: Job,
+    workload: Workload,
+    *,
+    project: str,
+    reason: Reason | None,
+    attempts: Sequence[Attempt],
+    workers: Sequence[Allocation],
+    nodes: dict[NodeId, Node],
+) -> JobOut:
+    """A job with its spec, attempts and workers."""
+    endpoint = next((held.endpoint for held in reversed(workers) if held.endpoint and _is_live(held)), "")
+    answer = job_json(job, workload, project=project, reason=reason, endpoint=endpoint)
+    numbers = {attempt.id: attempt.number for attempt in attempts}
+    answer["spec"] = spec_to_json(workload.spec)
+    answer["attempt_list"] = [attempt_json(attempt) for attempt in attempts]
+    answer["workers"] = [
+        worker_json(held, numbers.get(held.attempt_id, 0), nodes.get(held.node_id)) for held in workers
+    ]
+    return answer
+
+
+def _is_live(held: Allocation) -> bool:
+    return held.state is not AllocationState.RELEASED
+
+
+def attempt_json(attempt: Attempt) -> AttemptOut:
+    """An attempt's fields."""
+    return {
+        "id": attempt.id,
+        "number": attempt.number,
+        "state": attempt.state.value,
+        "cause": attempt.cause.value,
+        "detail": attempt.detail,
+        "exit_code": attempt.exit_code,
+        "workers": attempt.workers,
+        "placed_at_ns": attempt.placed_ns,
+        "started_at_ns": attempt.started_ns,
+        "ready_at_ns": attempt.ready_ns,
+        "ended_at_ns": attempt.ended_ns,
+    }
+
+
+def worker_json(held: Allocation, attempt: int, node: Node | None) -> WorkerOut:
+    """A worker of attempt number ``attempt``."""
+    devices = {device.id: device for device in node.devices} if node is not None else {}
+    return {
+        "rank": held.rank,
+        "attempt": attempt,
+        "node": node.name if node is not None else held.node_id,
+        "devices": [
+            {
+                "id": share.device_id,
+                "milli": share.milli,
+                "model": devices[share.device_id].model if share.device_id in devices else "",
+                "index": devices[share.device_id].index if share.device_id in devices else -1,
+            }
+            for share in held.devices
+        ],
+        "cpu_milli": held.cpu_milli,
+        "memory_bytes": held.memory_bytes,
+        "state": held.state.value,
+        "exit_code": held.exit_code,
+        "isolation": list(held.isolation),
+        "ports": dict(held.ports),
+        "endpoint": held.endpoint,
+        "cause": held.cause.value,
+        "detail": held.detail,
+        "cpu_used_ns": held.cpu_used_ns,
+        "started_at_ns": held.started_ns,
+        "released_at_ns": held.released_ns,
+    }
+
+
+def workload_json(workload: Workload, jobs: Sequence[Job], world: World, *, project: str) -> WorkloadOut:
+    """A workload with its jobs; reasons and endpoints are the world's."""
+    spec = workload.spec
+    return {
+        "id": workload.id,
+        "name": spec.name,
+        "kind": spec.kind.value,
+        "project": project,
+        "submitted_at_ns": workload.submitted_ns,
+        "state": _state_of(jobs),
+        "spec": spec_to_json(spec),
+        "jobs": [
+            job_json(
+                job,
+                workload,
+                project=project,
+                reason=world.reasons.get(job.id),
+                endpoint=endpoint_of(world, workload, job),
+            )
+            for job in jobs[:1_000]
+        ],
+        "job_count": spec.job_count,
+    }
+
+
+def endpoint_of(world: World, workload: Workload, job: Job) -> str:
+    """Where a service's job answers now, empty when it does not."""
+    if workload.spec.kind is not Kind.SERVICE:
+        return ""
+    attempt = world.attempts.get(job.id)
+    held: Iterable[LaunchId] = world.workers.get(attempt.id, ()) if attempt is not None else ()
+    found = (world.allocations.get(launch) for launch in held)
+    return next((worker.endpoint for worker in found if worker is not None and worker.endpoint), "")
+
+
+def _state_of(jobs: Sequence[Job]) -> str:
+    """One word for all jobs: the furthest from the end counts while any is not over, the worst afterwards."""
+    states = {job.state for job in jobs}
+    for state in (JobState.RUNNING, JobState.STARTING, JobState.STOPPING, JobState.QUEUED):
+        if state in states:
+            return state.value
+    for state in (JobState.FAILED, JobState.CANCELLED, JobState.SUCCEEDED):
+        if state in states:
+            return state.value
+    return JobState.QUEUED.value
+
+
+def node_json(node: Node, world: World) -> NodeOut:
+    """A machine with what is free of it."""
+    fleet = world.fleet
+    row = fleet.row.get(node.id)
+    has_free = row is not None and row < len(fleet.cpu_free) and bool(fleet.is_ready[row])
+    return {
+        "id": node.id,
+        "name": node.name,
+        "site": node.site_id,
+        "state": node.state.value,
+        "cpu_model": node.cpu_model,
+        "cpu_milli": node.cpu_milli,
+        "free_cpu_milli": int(fleet.cpu_free[row]) if has_free else 0,
+        "memory_bytes": node.memory_bytes,
+        "free_memory_bytes": int(fleet.memory_free[row]) if has_free else 0,
+        "disk_bytes": node.disk_bytes,
+        "devices": [
+            {
+                "id": device.id,
+                "index": device.index,
+                "model": device.model,
+                "reported": device.reported,
+                "memory_bytes": device.memory_bytes,
+                "free_milli": max(0, int(fleet.gpu_free[row, column])) if has_free else 0,
+            }
+            for column, device in enumerate(node.devices)
+        ],
+        "images": node.images,
+        "labels": dict(node.labels),
+        "joined_at_ns": node.joined_ns,
+    }
+
+
+def event_json(event: StoredEvent) -> EventOut:
+    """An event with what there is to know about it."""
+    return {"seq": event.seq, "type": event.entry.type, "data": event_data(event)}
+
+
+def event_data(event: StoredEvent) -> dict[str, Any]:
+    """What there is to know about an event."""
+    entry = event.entry
+    return {
+        "seq": event.seq,
+        "at_ns": entry.at_ns,
+        "project_id": entry.project_id,
+        "workload_id": entry.workload_id,
+        "job_id": entry.job_id,
+        **dict(entry.body),
+    }
+
+
+def ledger_json(line: LedgerLine) -> LedgerLineOut:
+    """A ledger line's fields."""
+    usage = line.usage
+    return {
+        "id": line.id,
+        "node_id": usage.node_id,
+        "meter": usage.meter,
+        "resource": usage.resource,
+        "from_ns": usage.from_ns,
+        "to_ns": usage.to_ns,
+        "milli": usage.milli,
+        "amount_micro": line.amount_micro,
+        "energy_mj": line.energy_mj,
+        "energy_evidence": usage.evidence.value,
+        "carbon_mg": line.carbon_mg,
+        "rate_card": line.rate_card,
+        "included": usage.included,
+        "launch_id": usage.launch_id,
+        "attempt_id": usage.attempt_id,
+        "job_id": usage.job_id,
+        "project_id": usage.project_id,
+    }
+
+
+def usage_json(totals: Sequence[LedgerTotals]) -> UsageOut:
+    """The sum of sums."""
+    held: dict[str, int] = {}
+    for one in totals:
+        for resource, amount in one.held_milli_ns:
+            held[resource] = held.get(resource, 0) + amount
+    measured = bool(totals) and all(one.evidence is Evidence.MEASURED for one in totals if one.lines)
+    lines = sum(one.lines for one in totals)
+    return {
+        "held_milli_ns": held,
+        "device_seconds": {resource: amount / (MILLI * SECOND_NS) for resource, amount in held.items()},
+        "amount_micro": sum(one.amount_micro for one in totals),
+        "currency": "USD",
+        "energy_mj": sum(one.energy_mj for one in totals),
+        "energy_evidence": (Evidence.MEASURED if measured and lines else Evidence.ESTIMATED).value,
+        "carbon_mg": sum(one.carbon_mg for one in totals),
+        "lines": lines,
+    }
+
+
+def artifact_json(artifact: Artifact, *, project: str) -> ArtifactOut:
+    """An artifact's fields."""
+    return {
+        "id": artifact.id,
+        "name": artifact.name,
+        "version": artifact.version,
+        "project": project,
+        "digest": artifact.digest,
+        "size": artifact.size,
+        "created_at_ns": artifact.created_ns,
+        "job": artifact.job_id,
+        "metadata": dict(artifact.metadata),
+    }

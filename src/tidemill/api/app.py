@@ -1,0 +1,111 @@
+"""The HTTP application: every route, what guards them, and how errors are answered."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from typing_extensions import override
+
+from tidemill import __version__
+from tidemill.api import accounts, artifacts, execs, fleet, gatewayfeed, jobs, runners, workloads
+from tidemill.api.bodies import json_answer
+from tidemill.api.door import Door
+from tidemill.api.follow import Hub
+from tidemill.api.guard import OPEN, GuardedRoute, Routes, Services
+from tidemill.api.once import Once
+from tidemill.api.openapi import document
+from tidemill.api.problems import from_validation, on_http_error, on_tidemill_error, problem
+from tidemill.errors import TidemillError
+
+if TYPE_CHECKING:
+    from tidemill.control.plane import ControlPlane
+
+_NOUNS = (workloads, runners, jobs, execs, artifacts, fleet, accounts, gatewayfeed)
+"""The busiest first: routes are tried in order."""
+
+
+class App(FastAPI):
+    """FastAPI with our own description, which is complete."""
+
+    @override
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        if self.openapi_schema is None:
+            self.openapi_schema = document(self)
+        return self.openapi_schema
+
+
+def create_app(plane: ControlPlane) -> FastAPI:
+    """The application in front of a control plane. ``close_streams`` ends what goes on without end."""
+    services = Services(plane, Hub(plane), Once())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        services.hub.close()
+        plane.relay.close()
+
+    settings = plane.settings
+    app = App(
+        title="Tidemill",
+        version=__version__,
+        lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=[Middleware(Door, hosts=(_bracketed(settings.host), *settings.hosts))],
+        exception_handlers={
+            TidemillError: on_tidemill_error,
+            HTTPException: on_http_error,
+            RequestValidationError: _on_validation_error,
+        },
+    )
+    app.state.services = services
+    for noun in _NOUNS:
+        app.router.routes.extend(noun.routes.items)
+    app.router.routes.extend(_own_description(app).items)
+    return app
+
+
+def close_streams(app: FastAPI) -> None:
+    """End all streams, from any thread, so that a server that is told to stop need not wait for them."""
+    services: Services = app.state.services
+    services.hub.close()
+
+
+def _own_description(app: FastAPI) -> Routes:
+    described = Routes("fleet")
+
+    @described.get("/v1/openapi.json", allow=OPEN, answer=dict[str, Any])
+    async def openapi() -> Response:
+        """Get this description. Needs no token."""
+        return json_answer(app.openapi())
+
+    return described
+
+
+def policies(app: FastAPI) -> dict[tuple[str, str], tuple[str, ...]]:
+    """For every method and path, the scopes any one of which opens it."""
+    return {
+        (method, route.path): tuple(scope.value for scope in route.policy)
+        for route in app.routes
+        if isinstance(route, GuardedRoute)
+        for method in sorted(route.methods or ())
+    }
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+async def _on_validation_error(_: Request, error: Exception) -> Response:
+    return problem(from_validation(list(error.errors()) if isinstance(error, RequestValidationError) else []))

@@ -1,0 +1,192 @@
+"""The cloud at a glance: its state, machines, events, and what was used."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Annotated, Any, Final
+
+from fastapi import Header, Query
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from tidemill import __version__
+from tidemill.api.answers import event_data, event_json, ledger_json, node_json, usage_json
+from tidemill.api.bodies import json_answer
+from tidemill.api.follow import PING, PING_S, event_stream, rung, sse
+from tidemill.api.guard import OPEN, Call, Caller, Routes, blocking
+from tidemill.api.jobs import Cursor, Limit, ProjectName
+from tidemill.api.refs import find_job
+from tidemill.api.shapes import EventOut, Health, LedgerLineOut, NodeOut, PageOf, StatusOut, UsageOut
+from tidemill.model.ids import JobId, ProjectId
+from tidemill.model.tenant import Scope
+from tidemill.ports import StoredEvent
+
+routes = Routes("fleet")
+_PAGE: Final = 500
+_HELLO: Final = b": events\n\n"
+
+
+@routes.get("/v1/healthz", allow=OPEN, answer=Health)
+async def health() -> Response:
+    """Tell that the control plane answers. Needs no token."""
+    return json_answer({"status": "ok", "version": __version__})
+
+
+@routes.get("/v1/status", allow=Scope.READ, answer=StatusOut)
+async def status(call: Caller) -> Response:
+    """Get the state of the cloud. Jobs are those that the caller may see and that are not over."""
+
+    def answer() -> dict[str, Any]:
+        found = call.plane.status()
+        visible = set(call.visible_projects())
+        jobs = Counter(job.state.value for job in list(call.plane.world.jobs.values()) if job.project_id in visible)
+        return {
+            "version": found.version,
+            "state": "ready" if found.nodes else "waiting for machines",
+            "site": found.site.name,
+            "nodes": len(found.nodes),
+            "devices": [
+                {
+                    "id": device.id,
+                    "node": node.name,
+                    "index": device.index,
+                    "model": device.model,
+                    "memory_bytes": device.memory_bytes,
+                }
+                for node in found.nodes
+                for device in node.devices
+            ],
+            "cpu_milli": found.cpu_milli,
+            "free_cpu_milli": found.free_cpu_milli,
+            "gpu_milli": found.gpu_milli,
+            "free_gpu_milli": found.free_gpu_milli,
+            "jobs": dict(jobs),
+            "gateway_url": found.gateway_url,
+            "energy": found.energy,
+            "rate_card": found.rate_card,
+        }
+
+    return json_answer(await blocking(answer))
+
+
+@routes.get("/v1/nodes", allow=Scope.READ, answer=PageOf[NodeOut])
+async def list_nodes(call: Caller, cursor: Cursor = "", limit: Limit = 200) -> Response:
+    """List the machines, by name, with what is free."""
+
+    def page() -> dict[str, Any]:
+        nodes = [node for node in call.plane.store.nodes() if node.name > cursor]
+        items = nodes[:limit]
+        return {
+            "items": [node_json(node, call.plane.world) for node in items],
+            "next_cursor": items[-1].name if len(nodes) > limit else "",
+        }
+
+    return json_answer(await blocking(page))
+
+
+@routes.get("/v1/events", allow=Scope.READ, answer=PageOf[EventOut])
+async def list_events(
+    call: Caller,
+    after: Annotated[int, Query(ge=0, lt=2**63, description="Only events after that one.")] = 0,
+    follow: Annotated[bool, Query(description="Go on with what happens, as `text/event-stream`.")] = False,
+    job: Annotated[str, Query(max_length=100, description="Only events of that job.")] = "",
+    project: ProjectName = "",
+    cursor: Annotated[str, Query(max_length=20)] = "",
+    limit: Limit = 100,
+    accept: Annotated[str, Header(include_in_schema=False)] = "",
+    last_event_id: Annotated[str, Header(description="Go on after that event of an earlier stream.")] = "",
+) -> Response:
+    """Read the event log, oldest first; as a stream when `text/event-stream` is accepted."""
+    for text in (cursor, last_event_id):
+        if text.isascii() and text.isdigit() and len(text) < 19:
+            after = max(after, int(text))
+    job_id = (await blocking(find_job, call, job, project)).job.id if job else JobId("")
+    visible = await blocking(call.visible_projects, project)
+    if call.identity.allows(Scope.ADMIN) and not project:
+        visible = (*visible, ProjectId(""))  # what happens to machines is no project's
+
+    def read(after: int, limit: int) -> tuple[StoredEvent, ...]:
+        if not visible:
+            return ()
+        return call.plane.store.events(after=after, limit=limit, project_ids=visible, job_id=job_id)
+
+    if "text/event-stream" in accept:
+        return event_stream(_followed(call, read, after, follow=follow))
+    events = await blocking(read, after, limit)
+    return json_answer(
+        {
+            "items": [event_json(event) for event in events],
+            "next_cursor": str(events[-1].seq) if len(events) == limit else "",
+        }
+    )
+
+
+async def _followed(call: Call, read: Any, after: int, *, follow: bool) -> AsyncIterator[bytes]:
+    hub = call.services.hub
+    pinged = time.monotonic()
+    with hub.commits() as bell:
+        yield _HELLO
+        while True:
+            newest = call.plane.last_seq
+            events: tuple[StoredEvent, ...] = await run_in_threadpool(read, after, _PAGE)
+            if events:
+                after = events[-1].seq
+                pinged = time.monotonic()
+                yield b"".join(sse(event.entry.type, event_data(event), identity=str(event.seq)) for event in events)
+            if len(events) == _PAGE:
+                continue
+            after = max(after, newest)
+            if not follow or hub.closed:
+                return
+            if not await rung(bell, PING_S) and time.monotonic() - pinged >= PING_S:
+                pinged = time.monotonic()
+                yield PING
+
+
+@routes.get("/v1/usage", allow=Scope.READ, answer=UsageOut)
+async def usage(
+    call: Caller,
+    job: Annotated[str, Query(max_length=100, description="Only that job.")] = "",
+    project: ProjectName = "",
+) -> Response:
+    """Get exact sums of what a job, a project or everything visible used."""
+
+    def answer() -> UsageOut:
+        store = call.plane.store
+        if job:
+            return usage_json([store.ledger_totals(job_id=find_job(call, job, project).job.id)])
+        return usage_json([store.ledger_totals(project_id=one) for one in call.visible_projects(project)])
+
+    return json_answer(await blocking(answer))
+
+
+@routes.get("/v1/ledger", allow=Scope.READ, answer=PageOf[LedgerLineOut])
+async def list_ledger(
+    call: Caller,
+    job: Annotated[str, Query(max_length=100, description="Only that job.")] = "",
+    project: ProjectName = "",
+    cursor: Cursor = "",
+    limit: Limit = 100,
+) -> Response:
+    """List the ledger lines of a job or a project, oldest first.
+
+    An administrator who names neither gets all of the organization's, and those of idle time.
+    """
+
+    def page() -> dict[str, Any]:
+        store = call.plane.store
+        if job:
+            found = store.ledger(job_id=find_job(call, job, project).job.id, cursor=cursor, limit=limit)
+        elif not project and call.identity.allows(Scope.ADMIN) and not call.identity.project_ids:
+            everything = store.ledger(cursor=cursor, limit=limit)
+            visible = {*call.visible_projects(), ProjectId("")}
+            own = tuple(line for line in everything.items if line.usage.project_id in visible)
+            found = replace(everything, items=own)
+        else:
+            found = store.ledger(project_id=call.project(project).id, cursor=cursor, limit=limit)
+        return {"items": [ledger_json(line) for line in found.items], "next_cursor": found.next_cursor}
+
+    return json_answer(await blocking(page))

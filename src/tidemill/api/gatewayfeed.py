@@ -1,0 +1,54 @@
+"""What the gateway serves by: keys and routes, whole, whenever they change."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+from fastapi import Query
+from starlette.responses import Response
+
+from tidemill.api.bodies import json_answer
+from tidemill.api.follow import rung
+from tidemill.api.guard import Call, Caller, Routes, blocking, unless_gone
+from tidemill.api.shapes import FeedOut
+from tidemill.model.tenant import Scope
+
+routes = Routes("gateway")
+_LOOK_S = 0.2
+"""How soon a new or revoked token is noticed: tokens are no events."""
+
+
+@routes.get("/v1/gateway/feed", allow=Scope.GATEWAY, answer=FeedOut)
+async def gateway_feed(
+    call: Caller,
+    since: Annotated[int, Query(ge=-1, lt=2**63, description="The version that is known.")] = -1,
+    wait: Annotated[float, Query(ge=0, le=60, description="Seconds to wait for another version.")] = 0,
+) -> Response:
+    """Get all keys and routes, when their version is another than `since` or after `wait` seconds."""
+    return json_answer(await unless_gone(call, _changed(call, since, wait)))
+
+
+async def _changed(call: Call, since: int, wait_s: float) -> dict[str, Any]:
+    deadline = time.monotonic() + wait_s
+    with call.services.hub.commits() as bell:
+        while True:
+            keys = call.plane.directory.version
+            feed = await blocking(_feed, call)
+            if feed["version"] != since:
+                return feed
+            while not await rung(bell, max(0.0, min(_LOOK_S, deadline - time.monotonic()))):
+                if time.monotonic() >= deadline or call.services.hub.closed:
+                    return feed
+                if call.plane.directory.version != keys:
+                    break
+
+
+def _feed(call: Call) -> dict[str, Any]:
+    version, feed = call.plane.gateway_feed()
+    return {"version": number_of(version), **feed}
+
+
+def number_of(version: str | int) -> int:
+    """A version as a whole number that every JSON reader keeps exactly."""
+    return version if isinstance(version, int) else int(version, 16) & (2**53 - 1)

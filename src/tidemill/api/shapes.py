@@ -1,0 +1,504 @@
+"""The shapes of answers and of bodies, for the OpenAPI document and for checking what is sent.
+
+Answers are typed dictionaries: they are built as such and encoded at once. Instants end in ``_at_ns`` and are ns
+since 1970, zero for "not yet"; money is micro-USD, energy mJ, carbon mg of CO2e, shares thousandths.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, NotRequired, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from typing_extensions import TypedDict
+
+from tidemill.model.tenant import Scope
+
+Item = TypeVar("Item")
+PLAIN_TEXT = r"^[^\x00]*$"
+ENDPOINT = r"^([A-Za-z0-9.-]{1,253}:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5})?$"
+Plain = Annotated[str, StringConstraints(max_length=4_096, pattern=PLAIN_TEXT)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")]
+
+
+class Problem(TypedDict):
+    """An error (RFC 9457). ``code`` is stable; ``errors`` lists every mistake of a spec."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    kind: str
+    detail: str
+    field: str
+    value: Any
+    mend: str
+    errors: list[dict[str, Any]]
+
+
+class PageOf(TypedDict, Generic[Item]):
+    """Part of a list; ``next_cursor`` is empty when this was the last."""
+
+    items: list[Item]
+    next_cursor: str
+
+
+class Health(TypedDict):
+    """The control plane answers."""
+
+    status: Literal["ok"]
+    version: str
+
+
+class ReasonOut(TypedDict):
+    """An expected "no": what is missing, how much is needed, how much there is, and what would resolve it."""
+
+    code: str
+    subject: str
+    needed: str
+    available: str
+    resolvable_by: str
+    sentence: str
+
+
+class DeviceHeld(TypedDict):
+    """A device, or a share of one, that a worker holds."""
+
+    id: str
+    milli: int
+    model: str
+    index: int
+
+
+class WorkerOut(TypedDict):
+    """One rank of an attempt."""
+
+    rank: int
+    attempt: int
+    node: str
+    devices: list[DeviceHeld]
+    cpu_milli: int
+    memory_bytes: int
+    state: str
+    exit_code: int | None
+    isolation: list[str]
+    ports: dict[str, int]
+    endpoint: str
+    cause: str
+    detail: str
+    cpu_used_ns: int
+    started_at_ns: int
+    released_at_ns: int
+
+
+class AttemptOut(TypedDict):
+    """One try at running a job."""
+
+    id: str
+    number: int
+    state: str
+    cause: str
+    detail: str
+    exit_code: int | None
+    workers: int
+    placed_at_ns: int
+    started_at_ns: int
+    ready_at_ns: int
+    ended_at_ns: int
+
+
+class JobOut(TypedDict):
+    """One schedulable unit of a workload. The last three come with one job only."""
+
+    id: str
+    workload_id: str
+    name: str
+    kind: str
+    project: str
+    index: int
+    state: str
+    cause: str
+    detail: str
+    exit_code: int | None
+    priority: int
+    submitted_at_ns: int
+    first_started_at_ns: int
+    started_at_ns: int
+    ended_at_ns: int
+    attempts: int
+    retries: int
+    nodes: int
+    resources: dict[str, Any]
+    labels: dict[str, str]
+    reason: ReasonOut | None
+    endpoint: str
+    spec: NotRequired[dict[str, Any]]
+    attempt_list: NotRequired[list[AttemptOut]]
+    workers: NotRequired[list[WorkerOut]]
+
+
+class WorkloadOut(TypedDict):
+    """What was submitted, with the first thousand of its jobs; ``job_count`` counts all."""
+
+    id: str
+    name: str
+    kind: str
+    project: str
+    submitted_at_ns: int
+    state: str
+    spec: dict[str, Any]
+    jobs: list[JobOut]
+    job_count: int
+
+
+class WorkloadsOut(TypedDict):
+    """The workloads of a batch, in its order."""
+
+    items: list[WorkloadOut]
+
+
+class QuoteOut(TypedDict):
+    """The answer before submitting; amounts are estimates for ``duration_ns`` of running."""
+
+    feasible: bool
+    starts_now: bool
+    duration_ns: int
+    duration_known: bool
+    amount_micro: int
+    energy_mj: int
+    carbon_mg: int
+    placement: list[list[str]]
+    reasons: list[ReasonOut]
+    suggestions: list[str]
+    estimated: bool
+    rate_card: str
+    currency: str
+    carbon_source: str
+
+
+class WhyOut(TypedDict):
+    """Why a job is where it is. ``position`` counts from 1 while it waits; ``lines`` are for people."""
+
+    job: str
+    state: str
+    cause: str
+    detail: str
+    reasons: list[ReasonOut]
+    position: int
+    ahead: int
+    lines: list[str]
+
+
+class ReceiptOut(TypedDict):
+    """What a job took and cost so far."""
+
+    job: str
+    name: str
+    state: str
+    queue_wait_ns: int
+    run_ns: int
+    held_ns: int
+    device_seconds: dict[str, float]
+    amount_micro: int
+    currency: str
+    energy_mj: int
+    energy_evidence: str
+    carbon_mg: int
+    carbon_source: str
+    rate_card: str
+    unit_prices: dict[str, int]
+    lines: int
+    metered_until_ns: int
+
+
+class StatusOut(TypedDict):
+    """The cloud at a glance."""
+
+    version: str
+    state: str
+    site: str
+    nodes: int
+    devices: list[dict[str, Any]]
+    cpu_milli: int
+    free_cpu_milli: int
+    gpu_milli: int
+    free_gpu_milli: int
+    jobs: dict[str, int]
+    gateway_url: str
+    energy: str
+    rate_card: str
+
+
+class NodeOut(TypedDict):
+    """A machine: what it has, and what of it is free."""
+
+    id: str
+    name: str
+    site: str
+    state: str
+    cpu_model: str
+    cpu_milli: int
+    free_cpu_milli: int
+    memory_bytes: int
+    free_memory_bytes: int
+    disk_bytes: int
+    devices: list[dict[str, Any]]
+    images: bool
+    labels: dict[str, str]
+    joined_at_ns: int
+
+
+class EventOut(TypedDict):
+    """A line of the event log."""
+
+    seq: int
+    type: str
+    data: dict[str, Any]
+
+
+class UsageOut(TypedDict):
+    """Exact sums over ledger lines. ``held_milli_ns`` maps a resource to milli-units x ns."""
+
+    held_milli_ns: dict[str, int]
+    device_seconds: dict[str, float]
+    amount_micro: int
+    currency: str
+    energy_mj: int
+    energy_evidence: str
+    carbon_mg: int
+    lines: int
+
+
+class LedgerLineOut(TypedDict):
+    """One priced interval of use; without a launch, of idle time."""
+
+    id: str
+    node_id: str
+    meter: str
+    resource: str
+    from_ns: int
+    to_ns: int
+    milli: int
+    amount_micro: int
+    energy_mj: int
+    energy_evidence: str
+    carbon_mg: int
+    rate_card: str
+    included: bool
+    launch_id: str
+    attempt_id: str
+    job_id: str
+    project_id: str
+
+
+class ArtifactOut(TypedDict):
+    """One version of a named artifact."""
+
+    id: str
+    name: str
+    version: int
+    project: str
+    digest: str
+    size: int
+    created_at_ns: int
+    job: str
+    metadata: dict[str, str]
+
+
+class BlobOut(TypedDict):
+    """A stored blob."""
+
+    digest: str
+    size: int
+
+
+class SecretOut(TypedDict):
+    """A secret's name; its value is never shown."""
+
+    name: str
+    updated_at_ns: int
+
+
+class ProjectOut(TypedDict):
+    """A project and its limits; zero does not limit."""
+
+    id: str
+    name: str
+    created_at_ns: int
+    limit_gpu_milli: int
+    limit_cpu_milli: int
+
+
+class TokenOut(TypedDict):
+    """A token. ``token`` is there only in the answer that makes it."""
+
+    id: str
+    name: str
+    display: str
+    scopes: list[str]
+    project: str
+    created_at_ns: int
+    expires_at_ns: int
+    revoked_at_ns: int
+    token: NotRequired[str]
+
+
+class ExecOut(TypedDict):
+    """A command that was handed to a worker's runner."""
+
+    exec_id: str
+
+
+class DirectiveOut(TypedDict):
+    """What the runner should do."""
+
+    directive: Literal["run", "stop"]
+    grace_ns: int
+
+
+class OffsetOut(TypedDict):
+    """From where the log goes on."""
+
+    offset: int
+
+
+class CommandsOut(TypedDict):
+    """What waits for the runner."""
+
+    commands: list[dict[str, Any]]
+
+
+class FeedOut(TypedDict):
+    """Everything that the gateway needs."""
+
+    version: int
+    tokens: dict[str, Any]
+    routes: dict[str, Any]
+
+
+class Body(BaseModel):
+    """What is sent; fields that are not known are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+
+class SubmitIn(Body):
+    """A workload to submit, or to quote."""
+
+    spec: dict[str, Any] = Field(description="The workload; see the workload schema.")
+    project: Plain = ""
+
+
+class BatchIn(Body):
+    """Workloads to submit, all or none."""
+
+    specs: list[dict[str, Any]] = Field(min_length=1, max_length=1_000)
+    project: Plain = ""
+
+
+class NothingIn(Body):
+    """An empty object, or no body."""
+
+
+class ArtifactIn(Body):
+    """A new version of an artifact, from a job's output folder."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    job: Plain
+    path: Plain = ""
+    project: Plain = ""
+
+
+class SecretIn(Body):
+    """A secret's value."""
+
+    value: Annotated[str, StringConstraints(max_length=65_536, pattern=PLAIN_TEXT)]
+
+
+class ProjectIn(Body):
+    """A project, made or given new limits."""
+
+    name: Name
+    limit_gpu_milli: int = Field(0, ge=0, le=10**12)
+    limit_cpu_milli: int = Field(0, ge=0, le=10**12)
+
+
+class TokenIn(Body):
+    """A token to make. It gets at most what its maker may do."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=PLAIN_TEXT)]
+    scopes: list[Annotated[Scope, Field(strict=False)]] = Field(min_length=1, max_length=10)
+    project: Plain = ""
+    expires_in: str | int = Field("90d", description="A duration such as 90d, or never.")
+
+
+class ExecIn(Body):
+    """A command to run inside a worker."""
+
+    command: list[Annotated[str, StringConstraints(max_length=131_000, pattern=PLAIN_TEXT)]] = Field(
+        min_length=1, max_length=1_000
+    )
+    rank: int = Field(0, ge=0, le=100_000)
+    tty: bool = False
+    rows: int = Field(24, ge=1, le=10_000)
+    cols: int = Field(80, ge=1, le=10_000)
+    env: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,255}$")], Plain] = Field(
+        default={}, max_length=1_000
+    )
+
+
+Nanoseconds = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class PreparedIn(BaseModel):
+    """The runner is there and prepares."""
+
+    type: Literal["prepared"]
+    at_ns: Nanoseconds
+
+
+class StartedIn(BaseModel):
+    """The worker's process runs."""
+
+    type: Literal["started"]
+    at_ns: Nanoseconds
+    isolation: list[Plain] = Field(default=[], max_length=100)
+
+
+class BecameIn(BaseModel):
+    """A service's worker became ready, or not."""
+
+    type: Literal["became"]
+    at_ns: Nanoseconds
+    ready: bool
+    endpoint: Annotated[
+        str, StringConstraints(pattern=r"^([A-Za-z0-9.-]{1,253}:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5})?$")
+    ] = ""
+
+
+class ExitedIn(BaseModel):
+    """The worker ended."""
+
+    type: Literal["exited"]
+    at_ns: Nanoseconds
+    exit_code: int = Field(ge=-1_000, le=100_000)
+    cause: str = ""
+    detail: Annotated[str, StringConstraints(max_length=100_000)] = ""
+    cpu_used_ns: Nanoseconds = 0
+
+
+RunnerEvent = Annotated[PreparedIn | StartedIn | BecameIn | ExitedIn, Field(discriminator="type")]
+
+
+class ReportIn(BaseModel):
+    """What happened, in order; harmless to repeat."""
+
+    fence: int = Field(ge=0, lt=2**63)
+    events: list[RunnerEvent] = Field(max_length=1_000)
+
+
+class BeatIn(BaseModel):
+    """The runner lives."""
+
+    fence: int = Field(ge=0, lt=2**63)
+    cpu_used_ns: Nanoseconds = 0
+    rss_bytes: Nanoseconds = 0

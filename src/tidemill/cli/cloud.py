@@ -1,0 +1,154 @@
+"""The cloud itself: ``up``, ``down``, ``status``, ``nodes``."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tidemill.cli.output import emit, facts, note, paint, say, state, table
+from tidemill.cli.parsing import Json
+from tidemill.cli.ticker import Ticker
+from tidemill.errors import InvalidRequest
+from tidemill.sdk import connection
+from tidemill.sdk.client import Client
+from tidemill.sdk.results import NodeInfo, Status
+from tidemill.units import MILLI, format_size
+
+NO_GPU = "no GPU found: jobs run on CPU slots"
+
+
+def up_command(
+    foreground: Annotated[bool, typer.Option("--foreground", "-f", help="Stay in this terminal.")] = False,
+    port: Annotated[int | None, typer.Option("--port", metavar="N", help="Of the API; 7070 unless set.")] = None,
+    gateway_port: Annotated[
+        int | None, typer.Option("--gateway-port", metavar="N", help="Of the OpenAI address; 7071 unless set.")
+    ] = None,
+    database: Annotated[
+        str | None, typer.Option("--database", metavar="URL", help="PostgreSQL, instead of the file in the home.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Start the cloud on this machine, or say that it runs already."""
+    from tidemill import bootstrap
+
+    home = connection.home()
+    overrides = {"port": port, "gateway_port": gateway_port, "database": database}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if foreground:
+        with Ticker("starting; Ctrl-C stops it") as ticker:
+            bootstrap.run_foreground(home, given, ready=ticker.close)
+        return
+    is_new = not bootstrap.is_running(home)
+    if not is_new and given:
+        raise InvalidRequest(
+            f"the cloud in {home} runs already, with other settings perhaps", mend="Stop it first: tidemill down"
+        )
+    with Ticker("starting the cloud", is_silent=json):
+        endpoint = bootstrap.start_daemon(home, given) if is_new else bootstrap.read_endpoint(home)
+        with Client(str(endpoint["api_url"]), _own_token(home), retry_for_s=20) as client:
+            status, nodes = client.status(), client.nodes()
+    if json:
+        emit({**endpoint, "home": str(home), "started": is_new, "status": status.to_json()})
+        return
+    say(paint("Tidemill is up" if is_new else "Tidemill is up already", "green"))
+    facts(
+        [
+            ("API", str(endpoint["api_url"])),
+            ("OpenAI", f"{endpoint.get('gateway_url') or status.gateway_url}/v1"),
+            *machine_rows(nodes, status),
+            ("token", f"{home / 'admin.token'}  {paint('an administrator; keep it to yourself', 'muted')}"),
+        ]
+    )
+    note("  tidemill run -- echo hello   tidemill quickstart   tidemill doctor")
+
+
+def _own_token(home: Path) -> str | None:
+    path = home / "admin.token"
+    return path.read_text().strip() if path.exists() else None
+
+
+def machine_rows(nodes: tuple[NodeInfo, ...], status: Status) -> list[tuple[str, str]]:
+    """What there is to run on, as names and values."""
+    devices = Counter(str(device.get("model", "GPU")) for node in nodes for device in node.devices)
+    listed = ", ".join(f"{number} × {model}" for model, number in devices.items())
+    memory = sum(node.memory_bytes for node in nodes)
+    size = f"{status.cpu_milli / MILLI:g} CPU" + (f", {format_size(memory)}" if memory else "")
+    return [("GPUs", listed or paint(NO_GPU, "yellow")), ("machines", f"{len(nodes)}  {paint(size, 'muted')}")]
+
+
+def down_command(
+    keep_jobs: Annotated[bool, typer.Option("--keep-jobs", help="Let jobs run on; the next up adopts them.")] = False,
+    timeout: Annotated[float, typer.Option("--timeout", metavar="S", help="For the jobs to end, in seconds.")] = 60.0,
+    json: Json = False,
+) -> None:
+    """Stop the cloud. Jobs are asked to end, and killed after their grace, unless --keep-jobs."""
+    from tidemill import bootstrap
+
+    home = connection.home()
+    text = "stopping the cloud; jobs run on" if keep_jobs else "stopping jobs, then the cloud"
+    with Ticker(text if bootstrap.is_running(home) else "", is_silent=json):
+        was_running = bootstrap.stop_daemon(home, stop_jobs=not keep_jobs, timeout_s=timeout)
+    if json:
+        emit({"was_running": was_running, "kept_jobs": keep_jobs, "home": str(home)})
+    elif not was_running:
+        say(f"no cloud runs in {home}")
+    else:
+        kept = "; its jobs run on, and tidemill up adopts them" if keep_jobs else ""
+        say(f"Tidemill is down{kept}")
+
+
+def status_command(json: Json = False) -> None:
+    """The state of the cloud: its machines, what is free, how many jobs are in which state."""
+    with Client() as client:
+        status, nodes = client.status(), client.nodes()
+    if json:
+        emit(status.to_json())
+        return
+    say(f"{paint('Tidemill', 'bold')} {status.version}  {state(status.state)}  {paint(client.url, 'muted')}".rstrip())
+    jobs = ", ".join(f"{number} {name}" for name, number in status.jobs.items() if number)
+    free = f"{status.free_cpu_milli / MILLI:g} of {status.cpu_milli / MILLI:g} CPU"
+    if status.gpu_milli:
+        free = f"{status.free_gpu_milli / MILLI:g} of {status.gpu_milli / MILLI:g} GPU, {free}"
+    facts(
+        [
+            *machine_rows(nodes, status),
+            ("free", free),
+            ("jobs", jobs or "none"),
+            ("energy", status.energy),
+            ("OpenAI", f"{status.gateway_url}/v1" if status.gateway_url else ""),
+            ("home", str(connection.home()) if client.is_local and not os.environ.get("TIDEMILL_API_URL") else ""),
+        ]
+    )
+
+
+def nodes_command(json: Json = False) -> None:
+    """The machines and what of them is free."""
+    with Client() as client:
+        nodes = client.nodes()
+    if json:
+        emit([node.to_json() for node in nodes])
+        return
+    table(("name", "state", "gpus", "cpu", "memory", "processor"), [node_row(node) for node in nodes], flexible=5)
+    if nodes and not any(node.devices for node in nodes):
+        note(NO_GPU)
+
+
+def node_row(node: NodeInfo) -> tuple[str, ...]:
+    """A machine as a row of a table."""
+    models = Counter(str(device.get("model", "GPU")) for device in node.devices)
+    return (
+        node.name,
+        state(node.state),
+        ", ".join(f"{number} × {model}" for model, number in models.items()),
+        _part(node.free_cpu_milli / MILLI, node.cpu_milli / MILLI),
+        format_size(node.memory_bytes),
+        node.cpu_model,
+    )
+
+
+def _part(free: float, whole: float) -> str:
+    return f"{free:g}/{whole:g} free" if free else f"{whole:g}"

@@ -1,0 +1,77 @@
+"""How quotes and receipts look."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from tidemill.cli.output import ESTIMATED, count, emit, facts, paint, resources, say, state
+from tidemill.errors import ErrorKind
+from tidemill.sdk.results import Quote, Receipt
+from tidemill.units import format_carbon, format_duration, format_energy, format_usd
+
+
+def show_quote(quote: Quote, spec: Mapping[str, Any], *, is_json: bool) -> int:
+    """The exit status of a quote: 0 when the fleet can run it, else that of an infeasible request."""
+    status = 0 if quote.feasible else ErrorKind.INFEASIBLE.exit_status
+    if is_json:
+        emit(quote.to_json())
+        return status
+    nodes = int(spec.get("nodes") or 1)
+    each = resources(spec.get("resources"))
+    size = count(nodes, "worker") + (f" × {each}" if each else "")
+    say(f"{paint(str(spec.get('name') or 'quote'), 'bold')}  {paint(size, 'muted')}")
+    facts(quote_rows(quote))
+    return status
+
+
+def quote_rows(quote: Quote) -> list[tuple[str, str]]:
+    """A quote's names and values."""
+    if not quote.feasible:
+        return [
+            ("feasible", paint("no", "red")),
+            *(("because", reason.sentence) for reason in quote.reasons),
+            *(("try", suggestion) for suggestion in quote.suggestions),
+        ]
+    where = ", ".join(f"{node} × {number}" if number > 1 else node for node, number in _placed(quote).items())
+    wait = quote.reasons[0].sentence if quote.reasons else "when there is room"
+    given = "at most, by max_duration" if quote.duration_known else "assumed; set max_duration for a better answer"
+    mark = paint(ESTIMATED, "muted")
+    now = paint("now", "green") + (f", on {where}" if where else "")
+    return [
+        ("feasible", paint("yes", "green")),
+        ("starts", now if quote.starts_now else f"later: {wait}"),
+        ("runs", f"{format_duration(quote.duration_ns)}  {paint(given, 'muted')}"),
+        ("cost", f"{format_usd(quote.amount_micro)}  {mark}"),
+        ("energy", f"{format_energy(quote.energy_mj)}  {mark}"),
+        ("carbon", f"{format_carbon(quote.carbon_mg)}  {mark}"),
+        *(("hint", suggestion) for suggestion in quote.suggestions),
+    ]
+
+
+def _placed(quote: Quote) -> Counter[str]:
+    nodes: Counter[str] = Counter()
+    for place in quote.placement:
+        nodes[str(place.get("node", "")) if isinstance(place, Mapping) else str(place[0])] += 1
+    return nodes
+
+
+def show_receipt(receipt: Receipt) -> None:
+    """A receipt for people."""
+    say(f"{paint(receipt.name, 'bold')}  {state(receipt.state)}  {paint(receipt.job, 'muted')}")
+    facts(receipt_rows(receipt))
+
+
+def receipt_rows(receipt: Receipt) -> list[tuple[str, str]]:
+    """A receipt's names and values."""
+    used = ", ".join(f"{name} {seconds:,.1f} s" for name, seconds in receipt.device_seconds.items())
+    priced = f"rate card {receipt.rate_card}" if receipt.rate_card else ""
+    return [
+        ("queue wait", format_duration(receipt.queue_wait_ns)),
+        ("run time", format_duration(receipt.run_ns)),
+        ("held", used),
+        ("cost", f"{format_usd(receipt.amount_micro)}  {paint(priced, 'muted')}".rstrip()),
+        ("energy", f"{format_energy(receipt.energy_mj)}  {paint(receipt.energy_evidence or ESTIMATED, 'muted')}"),
+        ("carbon", f"{format_carbon(receipt.carbon_mg)}  {paint(receipt.carbon_source or ESTIMATED, 'muted')}"),
+    ]

@@ -1,0 +1,112 @@
+"""``tidemill run`` and ``tidemill quote``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tidemill.cli.parsing import InProject, Json, after_dashes
+from tidemill.cli.running import RunOptions, run
+
+_File = Annotated[str | None, typer.Argument(metavar="FILE", help="A workload file; - for standard input.")]
+_Gpus = Annotated[str | None, typer.Option("--gpus", metavar="GPUS", help="Of each worker: H100:8, 24GB+, 0.5, none.")]
+_Cpus = Annotated[float | None, typer.Option("--cpus", metavar="N", help="Cores for each worker.")]
+_Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="For each worker, such as 16GB.")]
+_Nodes = Annotated[int | None, typer.Option("--nodes", metavar="N", help="Workers that start together.")]
+_Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="What to call it.")]
+_Env = Annotated[list[str] | None, typer.Option("--env", "-e", metavar="KEY=VALUE", help="Set a variable; repeatable.")]
+_Secret = Annotated[list[str] | None, typer.Option("--secret", metavar="NAME", help="Give it a secret; repeatable.")]
+_Python = Annotated[str | None, typer.Option("--python", metavar="VERSION", help="Python version of its environment.")]
+_With = Annotated[
+    list[str] | None, typer.Option("--with", metavar="PACKAGE", help="Install it for the job; repeatable.")
+]
+_Workdir = Annotated[str | None, typer.Option("--workdir", metavar="FOLDER", help="Folder to take along.")]
+_Priority = Annotated[int | None, typer.Option("--priority", metavar="N", help="From -1000 to 1000.")]
+_Duration = Annotated[str | None, typer.Option("--max-duration", metavar="TIME", help="Stop it after, such as 30m.")]
+_Retry = Annotated[int | None, typer.Option("--retry", metavar="N", help="Try again so often when it fails.")]
+
+
+def run_command(
+    ctx: typer.Context,
+    file: _File = None,
+    gpus: _Gpus = None,
+    cpus: _Cpus = None,
+    memory: _Memory = None,
+    nodes: _Nodes = None,
+    name: _Name = None,
+    env: _Env = None,
+    secret: _Secret = None,
+    python: _Python = None,
+    with_: _With = None,
+    workdir: _Workdir = None,
+    priority: _Priority = None,
+    project: InProject = None,
+    max_duration: _Duration = None,
+    retry: _Retry = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return once it is submitted.")] = False,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Show its output until it ends.")] = True,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before using GPUs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only quote it.")] = False,
+    json: Json = False,
+) -> int:
+    """Run a workload file, or a command given after --.
+
+    Shows the output until it ends, and exits with its exit code. Ctrl-C stops the job;
+    Ctrl-C again leaves it to itself.
+
+    Examples: tidemill run train.yaml; tidemill run --gpus 24GB+ -- python train.py
+    """
+    return run(
+        RunOptions(
+            file=file or "",
+            command=after_dashes(ctx),
+            gpus=gpus,
+            cpus=cpus,
+            memory=memory,
+            nodes=nodes,
+            name=name,
+            env=tuple(env or ()),
+            secret=tuple(secret or ()),
+            python=python,
+            package=tuple(with_ or ()),
+            workdir=workdir,
+            priority=priority,
+            project=project,
+            max_duration=max_duration,
+            retry=retry,
+            is_detached=detach,
+            does_follow=follow,
+            is_sure=yes,
+            is_dry=dry_run,
+            is_json=json,
+        )
+    )
+
+
+def quote_command(
+    ctx: typer.Context,
+    file: _File = None,
+    gpus: _Gpus = None,
+    cpus: _Cpus = None,
+    memory: _Memory = None,
+    nodes: _Nodes = None,
+    max_duration: _Duration = None,
+    project: InProject = None,
+    json: Json = False,
+) -> int:
+    """What a run would need, when and where it would start, and what it would cost. Submits nothing."""
+    return run(
+        RunOptions(
+            file=file or "",
+            command=after_dashes(ctx),
+            gpus=gpus,
+            cpus=cpus,
+            memory=memory,
+            nodes=nodes,
+            max_duration=max_duration,
+            project=project,
+            is_dry=True,
+            is_json=json,
+        )
+    )

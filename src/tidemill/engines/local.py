@@ -1,0 +1,425 @@
+"""The engine of one machine: no server of its own, no memory of its own.
+
+What it knows is in ``launches/`` and in the process table. A launch's folder is written before anything is
+started; a runner claims it, once, and holds its lock for as long as it lives. From these follows what is
+observed, whoever asks and after whichever crash:
+
+==================================  =======================================================
+lock held                           ALIVE
+claimed, lock free, ``exit.json``   EXITED
+claimed, lock free                  leftovers are killed, then GONE
+not claimed                         not carried out: no observation, until it is given up
+stopped before it was launched      GONE; the folder stays, so that a late launch finds it
+==================================  =======================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from tidemill.errors import Conflict, EngineLost, EngineRefused
+from tidemill.model.fleet import Node
+from tidemill.model.ids import LaunchId
+from tidemill.model.plan import LaunchSpec, Observation, ObservedState
+from tidemill.ports import EngineCapabilities
+from tidemill.runner import cgroup, processes, sandbox
+from tidemill.runner.folders import LaunchFolder, read_json, sync_folder, write_json
+from tidemill.units import SECOND_NS
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_ABANDONED_S: Final = 60.0
+_ANSWER_S: Final = 30.0
+_MAX_PIDS: Final = 16_384
+_SOURCE: Final = Path(__file__).parents[2]
+_START: Final = "import sys; sys.path.append(sys.argv[1]); from tidemill.runner.launcher import main; main()"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSettings:
+    """How runners of this machine behave. ``sandbox`` is ``auto`` (bubblewrap when it works) or ``none``.
+
+    ``spool_cap_bytes`` limits output that waits to be sent, ``linger_ns`` how long a runner goes on trying to
+    deliver after its worker ended, ``beat_ns`` is the time between two heartbeats.
+    """
+
+    sandbox: str = "auto"
+    spool_cap_bytes: int = 1 << 30
+    linger_ns: int = 24 * 3600 * SECOND_NS
+    beat_ns: int = 2 * SECOND_NS
+    max_pids: int = _MAX_PIDS
+
+
+class LocalEngine:
+    """Starts workers on this machine, as runners that outlive the control plane.
+
+    ``root`` is this engine's folder and nobody else's; ``endpoint_file`` tells runners where the control plane
+    is; ``node`` describes this machine and its devices.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        endpoint_file: Path,
+        node: Callable[[], Node],
+        settings: LocalSettings | None = None,
+        python: Path | None = None,
+    ) -> None:
+        self.root = root.resolve()
+        self._endpoint_file = endpoint_file
+        self._node = node
+        self._settings = settings or LocalSettings()
+        self._python = python or Path(getattr(sys, "_base_executable", "") or sys.executable)
+        self._launches = self.root / "launches"
+        self._launches.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.root.chmod(0o700)
+        self._write_accounts()
+        self.isolation = sandbox.probe_isolation(self.root / "bwrap-works")
+        self._hierarchies = cgroup.find_hierarchies()
+        self._tag = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:8]
+        self._boot_id = processes.boot_id()
+        for doomed in self._launches.glob(".forgotten-*"):
+            _remove_tree(doomed)
+        self._launcher = _Launcher(self.root)
+        self._launching: set[str] = set()
+        self._launcher.start()
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """What this engine can do here."""
+        return EngineCapabilities(name="local", images=False, exec=True, places=True)
+
+    def nodes(self) -> tuple[Node, ...]:
+        """This machine."""
+        return (dataclasses.replace(self._node(), images=False),)
+
+    def launch(self, spec: LaunchSpec) -> None:
+        """Have that worker started; nothing more when its launch id was started before, even if it ended."""
+        folder = self._folder(spec.launch_id)
+        self._check(spec)
+        self._launching.add(spec.launch_id)
+        try:
+            if folder.claimed.exists() or folder.gone.exists() or (folder.stop.exists() and not folder.spec.exists()):
+                return
+            known = read_json(folder.spec)
+            if known is None:
+                self._write_spec(folder, spec)
+            elif known["runner"]["boot_id"] != self._boot_id:
+                return
+            answer = self._launcher.ask(os.fsencode(folder.path))
+            if answer.startswith(b"failed"):
+                raise EngineLost(f"the runner could not be started: {answer.decode()[7:]}")
+        except OSError as error:
+            raise EngineLost(f"the launch could not be written down: {error.strerror}: {error.filename}") from error
+        finally:
+            self._launching.discard(spec.launch_id)
+
+    def stop(self, launch_id: LaunchId, *, grace_ns: int) -> None:
+        """Have a worker signalled, and killed with all it started after the grace; remembered when unknown."""
+        folder = self._folder(launch_id)
+        if folder.gone.exists():
+            return
+        try:
+            folder.path.mkdir(mode=0o700, exist_ok=True)
+            before = read_json(folder.stop)
+            if before is None or grace_ns < before["grace_ns"]:
+                write_json(folder.stop, {"grace_ns": grace_ns, "at_ns": time.time_ns()}, durable=True)
+                sync_folder(self._launches)
+        except OSError as error:
+            raise EngineLost(f"the stop could not be written down: {error.strerror}") from error
+        runner = read_json(folder.runner)
+        if (
+            runner
+            and runner["boot_id"] == self._boot_id
+            and processes.start_ticks(runner["pid"]) == runner["start_ticks"]
+        ):
+            processes.send(runner["pid"], signal.SIGTERM)
+
+    def observe(self) -> tuple[Observation, ...]:
+        """Every launch that it has not forgotten, from its own list; never from what it was told."""
+        seen: list[Observation] = []
+        lost: list[LaunchFolder] = []
+        for folder in self._folders():
+            state = self._look(folder)
+            if isinstance(state, Observation):
+                seen.append(state)
+            elif state == "lost":
+                lost.append(folder)
+        return (*seen, *self._clean_up(lost))
+
+    def forget(self, launch_id: LaunchId) -> None:
+        """Drop what is kept of a launch that is gone. Raises: Conflict while anything of it lives."""
+        folder = self._folder(launch_id)
+        if not folder.path.exists():
+            return
+        state = self._look(folder)
+        if state == "lost":
+            state = self._clean_up([folder])[0]
+        if isinstance(state, Observation) and state.state is ObservedState.ALIVE:
+            raise Conflict(f"{launch_id} still runs")
+        self._groups(folder).remove()
+        doomed = self._launches / f".forgotten-{launch_id}-{time.monotonic_ns()}"
+        with suppress(FileNotFoundError):
+            folder.path.rename(doomed)
+        _remove_tree(doomed)
+
+    def close(self) -> None:
+        """Let go without touching what runs."""
+        self._launcher.close()
+
+    def mark(self, launch_id: str) -> str:
+        """What names a launch on this machine, also beside another Tidemill's: processes and control groups bear it."""
+        return f"{self._tag}-{launch_id}"
+
+    # ------------------------------------------------------------------ launching
+
+    def _check(self, spec: LaunchSpec) -> None:
+        for name in (spec.launch_id, spec.project_id, spec.job_id):
+            if not _NAME.fullmatch(name):
+                raise EngineRefused(f"{name!r} cannot be the name of a folder")
+        if spec.image:
+            raise EngineRefused(
+                "container images cannot be run on this node yet", field="image", value=spec.image,
+                mend="Use env: with python and packages instead.",
+            )  # fmt: skip
+
+    def _write_spec(self, folder: LaunchFolder, spec: LaunchSpec) -> None:
+        folder.path.mkdir(mode=0o700, exist_ok=True)
+        write_json(folder.spec, {**dataclasses.asdict(spec), "runner": self._runner_settings(spec)}, durable=True)
+        sync_folder(self._launches)
+
+    def _runner_settings(self, spec: LaunchSpec) -> dict[str, Any]:
+        """What the runner needs to know of this machine."""
+        bubblewrap = self.isolation.supports[0]
+        walled = self._settings.sandbox != "none"
+        return {
+            "boot_id": self._boot_id,
+            "root": str(self.root),
+            "endpoint_file": str(self._endpoint_file),
+            "uv": _find_uv(),
+            "python": str(self._python),
+            "bwrap": self.isolation.bwrap if walled else "",
+            "sandbox_reason": bubblewrap.detail if walled else "turned off in the settings",
+            "groups": cgroup.plan(self.mark(spec.launch_id), self._hierarchies),
+            "mark": self.mark(spec.launch_id),
+            "pids": self._settings.max_pids,
+            "spool_cap_bytes": self._settings.spool_cap_bytes,
+            "linger_s": self._settings.linger_ns / SECOND_NS,
+            "beat_s": self._settings.beat_ns / SECOND_NS,
+        }
+
+    def _write_accounts(self) -> None:
+        """The user names that workers see: their own, and nobody else's of this machine."""
+        accounts = self.root / "accounts"
+        accounts.mkdir(exist_ok=True)
+        uid, user = sandbox.UID, sandbox.USER
+        lines = {
+            "passwd": f"root:x:0:0:root:/root:/bin/sh\n{user}:x:{uid}:{uid}::/home/{user}:/bin/bash\n"
+            "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+            "group": f"root:x:0:\n{user}:x:{uid}:\nnogroup:x:65534:\n",
+        }
+        for name, content in lines.items():
+            if not (accounts / name).exists():
+                (accounts / name).write_text(content)
+
+    # ------------------------------------------------------------------ observing
+
+    def _folder(self, launch_id: str) -> LaunchFolder:
+        if not _NAME.fullmatch(launch_id):
+            raise EngineRefused(f"{launch_id!r} cannot be the name of a folder")
+        return LaunchFolder(self._launches / launch_id)
+
+    def _folders(self) -> Iterator[LaunchFolder]:
+        with os.scandir(self._launches) as entries:
+            names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+        return (LaunchFolder(self._launches / name) for name in names)
+
+    def _look(self, folder: LaunchFolder) -> Observation | str:
+        """What is seen of a launch; ``lost`` when its runner is gone without a word, ``idle`` when not started."""
+        launch_id = LaunchId(folder.path.name)
+        if processes.is_locked(folder.lock):
+            return Observation(launch_id=launch_id, state=ObservedState.ALIVE)
+        if gone := read_json(folder.gone):
+            return _gone(launch_id, gone)
+        if ended := read_json(folder.exit):
+            return Observation(
+                launch_id=launch_id,
+                state=ObservedState.EXITED,
+                exit_code=int(ended["exit_code"]),
+                cause=str(ended["cause"]),
+                detail=str(ended["detail"]),
+                cpu_used_ns=int(ended["cpu_used_ns"]),
+                ended_ns=int(ended["ended_ns"]),
+            )
+        if folder.claimed.exists():
+            return "lost"
+        if not folder.spec.exists():
+            return _gone(launch_id, {"detail": "stopped before it was launched"}) if folder.stop.exists() else "idle"
+        return self._look_unclaimed(folder)
+
+    def _look_unclaimed(self, folder: LaunchFolder) -> str:
+        """A launch that was written down and not carried out; after a while, or a reboot, it never will be."""
+        if folder.path.name in self._launching:
+            return "idle"
+        try:
+            old = time.time() - folder.spec.stat().st_mtime > _ABANDONED_S
+        except FileNotFoundError:
+            return "idle"
+        known = read_json(folder.spec)
+        if old or not known or known["runner"]["boot_id"] != self._boot_id:
+            folder.claim()
+            return "lost"
+        return "idle"
+
+    def _clean_up(self, lost: list[LaunchFolder]) -> list[Observation]:
+        """Kill what lost runners left behind, and say that they are gone when nothing is left."""
+        if not lost:
+            return []
+        left = {self.mark(folder.path.name): folder.path.name for folder in lost}
+        for folder in lost:
+            self._groups(folder).kill(within_s=1.0)
+        processes.kill_until_gone(
+            lambda: [pid for pids in processes.marked_pids(left).values() for pid in pids], within_s=1.0
+        )
+        alive = {left[mark] for mark, pids in processes.marked_pids(left).items() if pids}
+        return [self._conclude(folder, alive=folder.path.name in alive) for folder in lost]
+
+    def _conclude(self, folder: LaunchFolder, *, alive: bool) -> Observation:
+        groups = self._groups(folder)
+        launch_id = LaunchId(folder.path.name)
+        if alive or groups.pids():
+            return Observation(
+                launch_id=launch_id, state=ObservedState.ALIVE, detail="its runner is gone; being killed"
+            )
+        runner = read_json(folder.runner)
+        rebooted = runner is not None and runner["boot_id"] != self._boot_id
+        record = {
+            "detail": "the machine was restarted" if rebooted else "its runner was lost" if runner else "never started",
+            "cpu_used_ns": groups.cpu_used_ns() or 0,
+            "ended_ns": time.time_ns(),
+        }
+        groups.remove()
+        with suppress(OSError):
+            write_json(folder.gone, record)
+        return _gone(launch_id, record)
+
+    def _groups(self, folder: LaunchFolder) -> cgroup.Groups:
+        return cgroup.from_json(cgroup.plan(self.mark(folder.path.name), self._hierarchies))
+
+
+def _gone(launch_id: LaunchId, record: dict[str, Any]) -> Observation:
+    return Observation(
+        launch_id=launch_id,
+        state=ObservedState.GONE,
+        detail=str(record.get("detail", "")),
+        cpu_used_ns=int(record.get("cpu_used_ns", 0)),
+        ended_ns=int(record.get("ended_ns", 0)),
+    )
+
+
+class _Launcher:
+    """The process that forks runners, started again when it is gone; requests are made one at a time."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: socket.socket | None = None
+
+    def start(self) -> None:
+        """Have it there before it is needed."""
+        with self._lock:
+            self._ensure()
+
+    @property
+    def pid(self) -> int:
+        """Its process id, zero when it does not run."""
+        return self._process.pid if self._process else 0
+
+    def ask(self, request: bytes) -> bytes:
+        """Its answer. Raises: EngineLost when it did not answer, though it was started again once."""
+        with self._lock:
+            for last in (False, True):
+                try:
+                    channel = self._ensure()
+                    channel.send(request)
+                    if answer := channel.recv(4096):
+                        return answer
+                except OSError as error:
+                    if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EAGAIN, errno.ENOTCONN) or last:
+                        self._drop()
+                        raise EngineLost(f"the launcher did not answer: {error}") from error
+                self._drop()
+        raise EngineLost("the launcher ended twice without an answer")
+
+    def close(self) -> None:
+        """Let it end; runners go on."""
+        with self._lock:
+            self._drop()
+
+    def _ensure(self) -> socket.socket:
+        if self._channel and self._process and self._process.poll() is None:
+            return self._channel
+        self._drop()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(_ANSWER_S)
+        log = (self._root / "launcher.log").open("ab")
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-c", _START, str(_SOURCE), str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
+                start_new_session=True,
+            )  # fmt: skip
+        finally:
+            theirs.close()
+            log.close()
+        self._channel = ours
+        if not ours.recv(64):
+            raise ConnectionResetError(errno.ECONNRESET, "it ended at once; see launcher.log")
+        return ours
+
+    def _drop(self) -> None:
+        if self._channel:
+            self._channel.close()
+        if self._process:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
+        self._channel = self._process = None
+
+
+def _find_uv() -> str:
+    try:
+        import uv
+    except ImportError:
+        return shutil.which("uv") or ""
+    try:
+        return str(uv.find_uv_bin())
+    except FileNotFoundError:
+        return shutil.which("uv") or ""
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder with everything in it, read-only folders included, and following no links."""
+
+    def retry(function: Callable[..., Any], path: str, _: object) -> None:
+        with suppress(OSError):
+            Path(path).parent.chmod(0o700)
+            Path(path).chmod(0o700, follow_symlinks=True) if not Path(path).is_symlink() else None
+            function(path)
+
+    shutil.rmtree(folder, onerror=retry)

@@ -1,0 +1,121 @@
+"""The gateway's process: ``python -m tidemill.gateway --listen 127.0.0.1:7071 --control http://127.0.0.1:7070 …``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import errno
+import logging
+import os
+import resource
+import signal
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvloop
+
+from tidemill.gateway.feed import Feed
+from tidemill.gateway.server import Gateway, Limits
+
+ADDRESS_IN_USE = 98
+"""The exit status when another process listens there."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The process's exit status."""
+    options = _options(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        pepper = _pepper(options.pepper_file)
+        host, port = _address(options.listen)
+    except (OSError, ValueError) as error:
+        logging.getLogger("tidemill.gateway").error("%s", error)
+        return 2
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(options, host, port, pepper))
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tidemill.gateway", description="Serve the OpenAI API.")
+    parser.add_argument("--listen", default="127.0.0.1:7071", metavar="HOST:PORT")
+    parser.add_argument("--control", default="http://127.0.0.1:7070", metavar="URL")
+    parser.add_argument("--token-file", required=True, type=Path, help="the gateway's own token")
+    parser.add_argument("--pepper-file", required=True, type=Path, help="the key that tokens are hashed with")
+    parser.add_argument("--home", required=True, type=Path, help="where the last good feed is kept")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a further Host to answer to; may be repeated"
+    )
+    parser.add_argument("--drain", type=float, default=30.0, metavar="SECONDS", help="time to finish after SIGTERM")
+    return parser.parse_args(argv)
+
+
+async def _serve(options: argparse.Namespace, host: str, port: int, pepper: bytes) -> int:
+    log = logging.getLogger("tidemill.gateway")
+    loop = asyncio.get_running_loop()
+    gateway = Gateway(
+        pepper=pepper,
+        own_token=lambda: feed.token,
+        hosts=frozenset(name.lower().encode() for name in _hosts(host, options.allow_host)),
+        limits=Limits(connections=_raise_file_limit()),
+        feed_age_s=lambda: loop.time() - feed.heard_at,
+    )
+    feed = Feed(
+        control=options.control,
+        token_file=options.token_file,
+        copy=options.home / "gateway-feed.json",
+        adopt=gateway.adopt,
+    )
+    try:
+        server = await loop.create_server(gateway.connection, host, port, backlog=2048)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        log.error("port %d on %s is taken; choose another with --listen", port, host)
+        return ADDRESS_IN_USE
+    stopping = asyncio.Event()
+    hurrying = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: hurrying.set() if stopping.is_set() else stopping.set())
+    tasks = [loop.create_task(feed.follow()), loop.create_task(gateway.sweep())]
+    log.info("serving on http://%s:%d", *server.sockets[0].getsockname()[:2])
+    await asyncio.wait({loop.create_task(stopping.wait()), *tasks}, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        if task.done():
+            task.result()  # neither ever ends well
+    server.close()
+    drained = loop.create_task(gateway.drain(within_s=options.drain))
+    await asyncio.wait({drained, loop.create_task(hurrying.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    return 0
+
+
+def _address(listen: str) -> tuple[str, int]:
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"{listen!r} is not an address to listen on; write for example 127.0.0.1:7071")
+    return host.strip("[]"), int(port)
+
+
+def _hosts(listen: str, allowed: Sequence[str]) -> set[str]:
+    return {"localhost", "127.0.0.1", "[::1]", f"[{listen}]" if ":" in listen else listen, *allowed}
+
+
+def _pepper(path: Path) -> bytes:
+    """The key in its 0600 file, as the control plane wrote it. Raises: ValueError when others can read it."""
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise ValueError(f"{path} is readable by others; run chmod 600 {path}")
+    return bytes.fromhex(path.read_text().strip())
+
+
+def _raise_file_limit() -> int:
+    """The number of client connections that leaves room for as many upstream ones."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, 65_536) if hard != resource.RLIM_INFINITY else 65_536
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(16, wanted // 2 - 64)
+
+
+if __name__ == "__main__":
+    os.umask(0o077)
+    sys.exit(main())

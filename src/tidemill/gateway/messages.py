@@ -1,0 +1,323 @@
+"""HTTP/1.1 messages without I/O: heads checked and taken apart, bodies measured, ambiguity refused.
+
+A head is first cut out by this module at the one empty line that ends it, so its size and its end never depend on
+how the bytes happened to arrive; httptools then reads it in strict mode. What two parsers could read differently (a
+bare CR or LF, a folded line, two lengths, a length beside chunks) is refused, because the peer behind may read it
+the other way. Source: RFC 9112, sections 2.2, 5.2, 6 and 7.1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import httptools
+
+HEAD_LIMIT: Final = 32 * 1024
+_CHUNK_LINE_LIMIT: Final = 256
+_TRAILER_LIMIT: Final = 8 * 1024
+_LENGTH: Final = re.compile(rb"[0-9]{1,15}")
+_CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
+
+Headers = Sequence[tuple[bytes, bytes]]
+"""Names in lower case with their values, in the order received."""
+
+_HOP_BY_HOP: Final = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+
+
+class Malformed(Exception):
+    """A message that is refused, with the HTTP status that says why."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        self.status = status
+        self.detail = detail
+        super().__init__(detail)
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestHead:
+    """A request's head. ``length`` is the body's bytes, None when it comes in chunks."""
+
+    method: bytes
+    target: bytes
+    http_1_0: bool
+    headers: Headers
+    host: bytes
+    length: int | None
+    keep_alive: bool
+    expects_continue: bool
+
+    def header(self, name: bytes) -> bytes | None:
+        """The value of the header of that lower-case name, None when absent.
+
+        Raises: Malformed when it is there more than once.
+        """
+        return _only(self.headers, name)
+
+
+@dataclass(slots=True, kw_only=True)
+class ResponseHead:
+    """A response's head. ``length`` None and not ``chunked`` means that the body ends with the connection."""
+
+    status: int
+    reason: bytes
+    headers: Headers
+    length: int | None
+    chunked: bool
+    keep_alive: bool
+
+    @property
+    def is_event_stream(self) -> bool:
+        """Whether the body is a stream of server-sent events."""
+        return any(
+            name == b"content-type" and value.lstrip().lower().startswith(b"text/event-stream")
+            for name, value in self.headers
+        )
+
+
+def cut_head(data: bytes) -> tuple[bytes, bytes] | None:
+    """The head at the start of ``data`` with its empty line, and what follows; None when more bytes are needed.
+
+    Raises: Malformed as soon as the bytes cannot become a head; the same however they were split.
+    """
+    window = data[:HEAD_LIMIT]
+    end = window.find(b"\r\n\r\n")
+    head = window if end < 0 else window[: end + 4]
+    if head.count(b"\n") != head.count(b"\r\n"):
+        raise Malformed(400, "A header line ends with a bare line feed.")
+    if end < 0:
+        if len(data) >= HEAD_LIMIT:
+            raise Malformed(431, f"The header is larger than {HEAD_LIMIT} bytes.")
+        return None
+    if head.count(b"\r") != head.count(b"\r\n"):
+        raise Malformed(400, "A header line holds a bare carriage return.")
+    return head, data[end + 4 :]
+
+
+def read_request(head: bytes) -> RequestHead:
+    """The request that ``head``, as cut, describes. Raises: Malformed."""
+    sink = _Sink()
+    parser = httptools.HttpRequestParser(sink)
+    _parse(parser, head, sink)
+    version = parser.get_http_version()
+    if version not in ("1.1", "1.0"):
+        raise Malformed(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+    old = version == "1.0"
+    length, chunked = _framing(sink.headers)
+    if chunked and old:
+        raise Malformed(400, "HTTP/1.0 has no Transfer-Encoding.")
+    host = _only(sink.headers, b"host")
+    if host is None and not old:
+        raise Malformed(400, "The Host header is missing.")
+    expect = _only(sink.headers, b"expect")
+    if expect is not None and expect.lower() != b"100-continue":
+        raise Malformed(417, "The only expectation understood is 100-continue.")
+    return RequestHead(
+        method=parser.get_method(),
+        target=bytes(sink.target),
+        http_1_0=old,
+        headers=sink.headers,
+        host=host or b"",
+        length=None if chunked else length or 0,
+        keep_alive=_keep_alive(sink.headers, old),
+        expects_continue=expect is not None and not old,
+    )
+
+
+def read_response(head: bytes) -> ResponseHead:
+    """The response that ``head``, as cut, describes. Raises: Malformed."""
+    sink = _Sink()
+    parser = httptools.HttpResponseParser(sink)
+    _parse(parser, head, sink)
+    status = parser.get_status_code()
+    length, chunked = _framing(sink.headers)
+    if 100 <= status < 200 or status in (204, 304):
+        length, chunked = 0, False
+    return ResponseHead(
+        status=status,
+        reason=bytes(sink.reason),
+        headers=sink.headers,
+        length=length,
+        chunked=chunked,
+        keep_alive=_keep_alive(sink.headers, parser.get_http_version() != "1.1"),
+    )
+
+
+def end_to_end(headers: Headers, *, without: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
+    """The headers that are meant for the far end: none that concern one connection, none named in ``without``."""
+    dropped = _HOP_BY_HOP | without
+    for name, value in headers:
+        if name == b"connection":
+            dropped |= {token.strip().lower() for token in value.split(b",")}
+    return [pair for pair in headers if pair[0] not in dropped]
+
+
+def write_head(first_line: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """A head on the wire, with its empty line."""
+    return b"".join((first_line, b"\r\n", *(b"%b: %b\r\n" % pair for pair in headers), b"\r\n"))
+
+
+def chunk(payload: bytes) -> bytes:
+    """A non-empty ``payload`` as one chunk on the wire."""
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+LAST_CHUNK: Final = b"0\r\n\r\n"
+
+
+class ChunkedBody:
+    """Reads one chunked body; extensions and trailers are checked and dropped."""
+
+    __slots__ = ("_buffer", "_remaining", "_trailers", "rest")
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self._remaining = -2
+        self._trailers = -1
+        self.rest: bytes | None = None
+        """What followed the body, once it is complete; None until then."""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The payload found in ``data``, in pieces. Raises: Malformed; the same however the bytes were split."""
+        pieces: list[bytes] = []
+        data = self._buffer + data if self._buffer else data
+        position, size = 0, len(data)
+        while self.rest is None:
+            if self._remaining > 0:  # inside a chunk
+                if position == size:
+                    break
+                piece = data[position : position + self._remaining]
+                pieces.append(piece)
+                position += len(piece)
+                self._remaining -= len(piece)
+            elif self._remaining == 0:  # the line end after a chunk
+                ending = data[position : position + 2]
+                if ending != b"\r\n"[: len(ending)]:
+                    raise Malformed(400, "A chunk does not end where its size says.")
+                if len(ending) < 2:
+                    break
+                position += 2
+                self._remaining = -2
+            else:
+                line = self._line(data, position)
+                if line is None:
+                    break
+                position += len(line) + 2
+                self._take_line(line)
+                if self._remaining == -1 and not line:
+                    self.rest = data[position:]
+        self._buffer = b"" if self.rest is not None else data[position:]
+        return pieces
+
+    def _take_line(self, line: bytes) -> None:
+        if self._trailers >= 0:
+            self._trailers += len(line) + 2
+            if self._trailers > _TRAILER_LIMIT:
+                raise Malformed(431, f"The trailer is larger than {_TRAILER_LIMIT} bytes.")
+            return
+        match = _CHUNK_SIZE.fullmatch(line)
+        if match is None:
+            raise Malformed(400, "A chunk has no valid size.")
+        size = int(match[1], 16)
+        if size:
+            self._remaining = size
+        else:
+            self._remaining, self._trailers = -1, 0
+
+    def _line(self, data: bytes, position: int) -> bytes | None:
+        limit = _TRAILER_LIMIT if self._trailers >= 0 else _CHUNK_LINE_LIMIT
+        window = data[position : position + limit]
+        end = window.find(b"\n")
+        line = window if end < 0 else window[: end + 1]
+        carriage = line.find(b"\r")
+        if carriage != len(line) - 2 if end >= 0 else 0 <= carriage < len(line) - 1:
+            raise Malformed(400, "A chunk's line does not end with CR LF.")
+        if end >= 0:
+            return line[:-2]
+        if len(window) >= limit:
+            raise Malformed(400, "A chunk's line is too long.")
+        return None
+
+
+class _Sink:
+    """What httptools calls back."""
+
+    __slots__ = ("headers", "is_complete", "reason", "target")
+
+    def __init__(self) -> None:
+        self.target = b""
+        self.reason = b""
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.is_complete = False
+
+    def on_url(self, url: bytes) -> None:
+        self.target += url
+
+    def on_status(self, reason: bytes) -> None:
+        self.reason += reason
+
+    def on_header(self, name: bytes, value: bytes | None) -> None:
+        self.headers.append((name.lower(), (value or b"").strip(b" \t")))
+
+    def on_headers_complete(self) -> None:
+        self.is_complete = True
+
+
+def _parse(parser: httptools.HttpRequestParser | httptools.HttpResponseParser, head: bytes, sink: _Sink) -> None:
+    try:
+        parser.feed_data(head)
+    except httptools.HttpParserUpgrade:
+        pass  # the upgrade is not taken; the message is an ordinary one
+    except httptools.HttpParserError as error:
+        raise Malformed(400, f"The header cannot be read: {error}.") from None
+    if not sink.is_complete:
+        raise Malformed(400, "The header cannot be read.")
+
+
+def _framing(headers: Headers) -> tuple[int | None, bool]:
+    """The body's length, when given, and whether it comes in chunks."""
+    length = _only(headers, b"content-length")
+    coding = _only(headers, b"transfer-encoding")
+    if coding is not None:
+        if length is not None:
+            raise Malformed(400, "Content-Length and Transfer-Encoding exclude each other.")
+        if coding.lower() != b"chunked":
+            raise Malformed(400, "The only Transfer-Encoding understood is chunked.")
+        return None, True
+    if length is None:
+        return None, False
+    if _LENGTH.fullmatch(length) is None:
+        raise Malformed(400, "Content-Length is not a number.")
+    return int(length), False
+
+
+def _only(headers: Headers, name: bytes) -> bytes | None:
+    found: bytes | None = None
+    for key, value in headers:
+        if key == name:
+            if found is not None:
+                raise Malformed(400, f"The header {name.decode()} is there twice.")
+            found = value
+    return found
+
+
+def _keep_alive(headers: Headers, http_1_0: bool) -> bool:
+    """Whether the connection goes on after the message; with HTTP/1.0 never, to have one rule for it."""
+    return not http_1_0 and not any(
+        name == b"connection" and b"close" in (token.strip() for token in value.lower().split(b","))
+        for name, value in headers
+    )

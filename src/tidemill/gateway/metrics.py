@@ -1,0 +1,85 @@
+"""Counts of what passed, per model, as Prometheus text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class ModelCounts:
+    """One model's figures since the process started; ``in_flight`` is the present."""
+
+    requests: int = 0
+    errors: int = 0
+    streams: int = 0
+    aborted: int = 0
+    retries: int = 0
+    request_bytes: int = 0
+    response_bytes: int = 0
+    in_flight: int = 0
+
+
+_HELP = {
+    "requests": "Requests routed to the model.",
+    "errors": "Requests that ended with a status of 500 or more, or broke off.",
+    "streams": "Responses that were streams of events.",
+    "aborted": "Requests whose client went away first.",
+    "retries": "Second and later tries before the first byte.",
+    "request_bytes": "Bytes of request bodies.",
+    "response_bytes": "Bytes of response bodies passed on.",
+}
+
+
+@dataclass(slots=True)
+class Metrics:
+    """All figures of one gateway. A model enters when a request is first routed to it, so clients cannot add names."""
+
+    models: dict[str, ModelCounts] = field(default_factory=dict)
+    refused: dict[int, int] = field(default_factory=dict)
+    """The gateway's own refusals, by status."""
+
+    def of(self, model: str) -> ModelCounts:
+        """The figures of a routed model."""
+        counts = self.models.get(model)
+        if counts is None:
+            counts = self.models[model] = ModelCounts()
+        return counts
+
+    def refuse(self, status: int) -> None:
+        """Count one refusal."""
+        self.refused[status] = self.refused.get(status, 0) + 1
+
+    def text(self, *, connections: int, feed_version: int, feed_age_s: float) -> bytes:
+        """The Prometheus exposition of everything."""
+        lines: list[str] = []
+        for name, text in _HELP.items():
+            lines += [f"# HELP tidemill_gateway_{name}_total {text}", f"# TYPE tidemill_gateway_{name}_total counter"]
+            lines += [
+                f'tidemill_gateway_{name}_total{{model="{_escape(model)}"}} {getattr(counts, name)}'
+                for model, counts in self.models.items()
+            ]
+        lines += ["# HELP tidemill_gateway_in_flight Requests under way.", "# TYPE tidemill_gateway_in_flight gauge"]
+        lines += [
+            f'tidemill_gateway_in_flight{{model="{_escape(model)}"}} {counts.in_flight}'
+            for model, counts in self.models.items()
+        ]
+        lines += [
+            "# HELP tidemill_gateway_refused_total Requests that the gateway itself refused.",
+            "# TYPE tidemill_gateway_refused_total counter",
+        ]
+        lines += [f'tidemill_gateway_refused_total{{status="{status}"}} {n}' for status, n in self.refused.items()]
+        for name, text, value in (
+            ("connections", "Open client connections.", connections),
+            ("feed_version", "Version of the keys and routes in use.", feed_version),
+            ("feed_age_seconds", "Seconds since the control plane last answered.", round(feed_age_s, 3)),
+        ):
+            lines += [
+                f"# HELP tidemill_gateway_{name} {text}",
+                f"# TYPE tidemill_gateway_{name} gauge",
+                f"tidemill_gateway_{name} {value}",
+            ]
+        return ("\n".join(lines) + "\n").encode()
+
+
+def _escape(label: str) -> str:
+    return label.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')

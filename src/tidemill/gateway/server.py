@@ -1,0 +1,881 @@
+"""The client side: one connection reads one request at a time, and an exchange carries it to a replica and back.
+
+The order in which a request is judged, each step before the next may cost anything: the head's form, the Host, the
+key, the path, the size, then the body and its model. What follows a request on the same connection (pipelining)
+stays unread bytes until the answer is out, so a client's going away is seen in every phase.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import itertools
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, cast
+from urllib.parse import unquote
+
+import orjson
+
+from tidemill.core import tokens
+from tidemill.gateway import answers
+from tidemill.gateway.answers import Answer
+from tidemill.gateway.messages import (
+    LAST_CHUNK,
+    ChunkedBody,
+    Malformed,
+    RequestHead,
+    ResponseHead,
+    chunk,
+    cut_head,
+    end_to_end,
+    read_request,
+    write_head,
+)
+from tidemill.gateway.metrics import Metrics
+from tidemill.gateway.table import Key, Replica, Route, Table
+from tidemill.gateway.upstream import BUFFER_HIGH, Pool, UpstreamConnection, tune
+
+INFERENCE_PATHS: Final = frozenset(
+    {b"/v1/completions", b"/v1/chat/completions", b"/v1/embeddings", b"/v1/responses", b"/v1/rerank"}
+)
+_MODELS_PATH: Final = b"/v1/models"
+_READ_AHEAD: Final = 64 * 1024
+_DRAINED_BODY: Final = 64 * 1024
+_REQUESTS_PER_STEP: Final = 64
+_NOT_FORWARDED: Final = frozenset({b"authorization", b"content-length", b"cookie", b"expect", b"host", b"x-request-id"})
+_log = logging.getLogger("tidemill.gateway")
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one client may cost, in bytes and seconds."""
+
+    body: int = 32 * 1024 * 1024
+    bodies: int = 512 * 1024 * 1024
+    """All request bodies held at one time."""
+    connections: int = 8192
+    idle_s: float = 75.0
+    head_s: float = 10.0
+    """From a head's first byte to its last."""
+    body_s: float = 20.0
+    """For a body, beyond what ``body_rate`` allows it."""
+    body_rate: int = 64 * 1024
+    """Bytes a second that a body must come with on average."""
+    silence_s: float = 600.0
+    """How long a replica may send nothing."""
+    stall_s: float = 60.0
+    """How long a client may take nothing of an answer that waits for it."""
+    linger_s: float = 2.0
+    attempts: int = 3
+
+
+class Gateway:
+    """What all connections share: the table, the pool, the figures, and the rules of who may do what."""
+
+    def __init__(
+        self,
+        *,
+        pepper: bytes,
+        own_token: Callable[[], str],
+        hosts: frozenset[bytes],
+        limits: Limits | None = None,
+        feed_age_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self.pepper = pepper
+        self.hosts = hosts
+        self.limits = limits or Limits()
+        self.table: Table | None = None
+        self.pool = Pool()
+        self.metrics = Metrics()
+        self.connections: set[Connection] = set()
+        self.held = 0
+        """Bytes of request bodies held now."""
+        self.is_draining = False
+        self._own_token = own_token
+        self._feed_age_s = feed_age_s
+        self._turns = itertools.count(1)
+        self._request_prefix = os.urandom(6).hex()
+        self._request_numbers = itertools.count(1)
+
+    def adopt(self, table: Table) -> None:
+        """Use another table from the next request on."""
+        self.table = table
+
+    def connection(self) -> Connection:
+        """The protocol of a new client."""
+        return Connection(self)
+
+    async def sweep(self, *, every_s: float = 0.25) -> None:
+        """End what takes longer than the limits, for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(every_s)
+            now = loop.time()
+            for connection in list(self.connections):
+                connection.check(now)
+            self.pool.sweep(now)
+
+    async def drain(self, *, within_s: float) -> None:
+        """Let what is under way end, for at most ``within_s``, then close everything."""
+        self.is_draining = True
+        for connection in list(self.connections):
+            connection.close_when_idle()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + within_s
+        while self.connections and loop.time() < until:
+            await asyncio.sleep(0.02)
+        for connection in list(self.connections):
+            connection.abort()
+        self.pool.close()
+
+    def next_turn(self) -> int:
+        """A number larger than any before."""
+        return next(self._turns)
+
+    def request_id(self, head: RequestHead) -> bytes:
+        """The client's request id when it gave an acceptable one, else a new one."""
+        for name, value in head.headers:
+            if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+                return value
+        return b"req_%b%08x" % (self._request_prefix.encode(), next(self._request_numbers))
+
+    def admit(self, head: RequestHead, *, is_loopback: bool) -> Key | Answer | None:
+        """The key of a request whose body may now be read, None for an open path, or the answer that refuses it."""
+        if not head.target.startswith(b"/"):
+            return answers.refuse(400, "invalid_target", "The request's target must be a path.")
+        if not self._is_host(head):
+            return answers.refuse(421, "host_not_allowed", "This gateway does not answer to that Host.")
+        path = head.target.partition(b"?")[0]
+        if path == b"/health":
+            return None if head.method in (b"GET", b"HEAD") else _wrong_method(b"GET, HEAD")
+        secret = _bearer(head)
+        if isinstance(secret, Answer):
+            return secret
+        if path == b"/metrics" and is_loopback and self._is_own(secret):
+            return Key(scopes=frozenset({"gateway"}), project="", expires_ns=0)
+        table = self.table
+        if table is None:
+            return _starting()
+        key = table.key(secret, self.pepper)
+        if key is None:
+            return answers.unauthorized("Incorrect API key provided. Tidemill's keys begin with tm_user_.")
+        if key.is_expired(now=time.time_ns()):
+            return answers.unauthorized("This API key has expired.")
+        if path == b"/metrics":
+            if not is_loopback or "admin" not in key.scopes or key.project:
+                return answers.refuse(403, "insufficient_scope", "Metrics need the scope admin, on this machine.")
+            return key if head.method == b"GET" else _wrong_method(b"GET")
+        if not key.may_infer:
+            return answers.refuse(403, "insufficient_scope", "This API key lacks the scope infer.")
+        if path in INFERENCE_PATHS:
+            return key if head.method == b"POST" else _wrong_method(b"POST")
+        if path == _MODELS_PATH or path.startswith(_MODELS_PATH + b"/"):
+            return key if head.method == b"GET" else _wrong_method(b"GET")
+        return answers.refuse(404, "unknown_url", f"There is no {path[:256].decode('ascii', 'replace')} here.")
+
+    def answer(self, head: RequestHead, key: Key | None, body: bytes) -> Answer | Route:
+        """The answer to a whole request, or the route that it takes."""
+        path = head.target.partition(b"?")[0]
+        table = self.table
+        if key is None:
+            if table is None:
+                return Answer(status=503, body=b'{"status":"starting"}', headers=((b"Retry-After", b"2"),))
+            return Answer(status=200, body=b'{"status":"ok"}')
+        if path == b"/metrics":
+            text = self.metrics.text(
+                connections=len(self.connections),
+                feed_version=table.version if table is not None else -1,
+                feed_age_s=self._feed_age_s(),
+            )
+            return Answer(status=200, body=text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
+        if table is None:
+            return _starting()
+        if path == _MODELS_PATH:
+            return answers.model_list(table.visible(key))
+        if path not in INFERENCE_PATHS:
+            name = unquote(path[len(_MODELS_PATH) + 1 :].decode("ascii"))
+            route = table.route(name, key)
+            return answers.model(route) if route else answers.model_not_found(name, table.near(name, key))
+        model = _model(body)
+        if isinstance(model, Answer):
+            return model
+        route = table.route(model, key)
+        if route is None:
+            return answers.model_not_found(model, table.near(model, key))
+        return route
+
+    def _is_own(self, secret: str) -> bool:
+        return tokens.parse(secret) == "gw" and hmac.compare_digest(secret, self._own_token())
+
+    def _is_host(self, head: RequestHead) -> bool:
+        if head.http_1_0 and not head.host:
+            return True
+        name = head.host.lower()
+        if not name.endswith(b"]"):
+            bare, colon, port = name.rpartition(b":")
+            if colon:
+                if port and not port.isdigit():
+                    return False
+                name = bare
+        return name in self.hosts
+
+
+class _Phase(Enum):
+    IDLE = "between requests"
+    HEAD = "reading a head"
+    BODY = "reading a body"
+    ANSWER = "answering"
+    LINGER = "closing"
+
+
+class Connection(asyncio.Protocol):
+    """One client."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self._transport: asyncio.Transport | None = None
+        self._phase = _Phase.IDLE
+        self._since = 0.0
+        """When the phase began."""
+        self._buffer = b""
+        self._head: RequestHead | None = None
+        self._key: Key | None = None
+        self._refusal: Answer | None = None
+        self._pieces: list[bytes] = []
+        self._received = 0
+        self._chunks: ChunkedBody | None = None
+        self._held = 0
+        self._exchange: Exchange | None = None
+        self._must_close = False
+        self._is_reading = True
+        self._is_writable = True
+        self._stalled: tuple[float, int] = (0.0, 0)
+        self._is_loopback = False
+        self._ate_empty_line = False
+        self._has_more = False
+        self._is_advancing = False
+
+    # What asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        tune(self._transport)
+        peer = transport.get_extra_info("peername")
+        self._is_loopback = bool(peer) and (peer[0].startswith("127.") or peer[0] == "::1")
+        self.gateway.connections.add(self)
+        self._enter(_Phase.IDLE)
+        if len(self.gateway.connections) > self.gateway.limits.connections:
+            self._must_close = True
+            self._reply(answers.overloaded("too_many_connections", "Too many connections are open.", retry_after_s=1))
+
+    def data_received(self, data: bytes) -> None:
+        if self._phase is _Phase.LINGER:
+            return
+        if self._phase is _Phase.BODY:
+            self._take_body(data)
+        else:
+            self._buffer = self._buffer + data if self._buffer else data
+        self._advance()
+
+    def eof_received(self) -> None:
+        self._abandon()
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        self.gateway.connections.discard(self)
+        self._abandon()
+        self._transport = None
+
+    def pause_writing(self) -> None:
+        self._is_writable = False
+        self._stalled = (self._now(), self._waiting_to_be_sent())
+        if self._exchange is not None:
+            self._exchange.pause()
+
+    def resume_writing(self) -> None:
+        self._is_writable = True
+        if self._exchange is not None:
+            self._exchange.resume()
+        else:
+            self._advance()
+
+    # What the gateway calls
+
+    def check(self, now: float) -> None:
+        """End what has taken longer than the limits."""
+        limits, age = self.gateway.limits, now - self._since
+        if self._stalls(now):
+            self.abort()
+        elif self._phase is _Phase.IDLE and age > limits.idle_s:
+            self._close()
+        elif self._phase is _Phase.HEAD and age > limits.head_s:
+            self._fail(408, "The header took too long.")
+        elif self._phase is _Phase.BODY and age > limits.body_s + self._received / limits.body_rate:
+            self._fail(408, "The body took too long.")
+        elif self._phase is _Phase.LINGER and age > limits.linger_s:
+            self.abort()
+        elif self._exchange is not None:
+            self._exchange.check(now)
+
+    def close_when_idle(self) -> None:
+        """Take no further request."""
+        self._must_close = True
+        if self._phase is _Phase.IDLE:
+            self._close()
+
+    def abort(self) -> None:
+        """Drop the client, and what runs for it."""
+        self._abandon()
+        if self._transport is not None:
+            self._transport.abort()
+
+    # What the exchange calls
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the client keeps up with what it is sent."""
+        return self._is_writable
+
+    @property
+    def closes(self) -> bool:
+        """Whether the answer under way is the last on this connection."""
+        return self._must_close or self.gateway.is_draining
+
+    def write(self, data: bytes) -> None:
+        """Send part of the answer."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    def release(self) -> None:
+        """The request's body is needed no more."""
+        self.gateway.held -= self._held
+        self._held = 0
+
+    def answer(self, answer: Answer, request_id: bytes) -> None:
+        """Send an answer of the gateway's own in place of the replica's."""
+        self._exchange = None
+        self._reply(answer, request_id)
+        self._advance()
+
+    def ended(self, *, close: bool) -> None:
+        """The answer is out."""
+        self._exchange = None
+        self._must_close = self._must_close or close
+        self._end_request()
+        self._advance()
+
+    def broke(self) -> None:
+        """The answer cannot be completed; the client must not take it for whole."""
+        self._exchange = None
+        self._must_close = True
+        self._end_request()
+
+    # One request after another
+
+    def _advance(self) -> None:
+        """Go as far as the bytes and the client's own reading allow."""
+        if self._is_advancing:
+            return
+        self._is_advancing = True
+        for _ in range(_REQUESTS_PER_STEP):
+            if self._phase in (_Phase.ANSWER, _Phase.LINGER) or not self._is_writable or not self._step():
+                break
+        else:
+            if not self._has_more:
+                self._has_more = True
+                asyncio.get_running_loop().call_soon(self._advance_later)
+        self._is_advancing = False
+        self._read(len(self._buffer) <= _READ_AHEAD or self._phase is _Phase.LINGER)
+
+    def _advance_later(self) -> None:
+        self._has_more = False
+        if self._transport is not None and not self._transport.is_closing():
+            self._advance()
+
+    def _step(self) -> bool:
+        """Whether a step was taken: from no request to its head, from its head to its body, to its answer."""
+        try:
+            if self._phase is _Phase.BODY:
+                return self._finish_body()
+            if not self._buffer:
+                return False
+            if self._phase is _Phase.IDLE:
+                self._enter(_Phase.HEAD)
+                self._ate_empty_line = False
+            return self._take_head()
+        except Malformed as error:
+            self._fail(error.status, error.detail)
+            return False
+
+    def _take_head(self) -> bool:
+        if not self._ate_empty_line and self._buffer[:1] == b"\r":
+            if len(self._buffer) < 2:
+                return False
+            if self._buffer[:2] == b"\r\n":
+                self._ate_empty_line = True
+                self._buffer = self._buffer[2:]
+                if not self._buffer:
+                    return False
+        if not 0x41 <= self._buffer[0] <= 0x5A:
+            raise Malformed(400, "This is not an HTTP request.")
+        cut = cut_head(self._buffer)
+        if cut is None:
+            return False
+        self._buffer = cut[1]
+        head = self._head = read_request(cut[0])
+        self._must_close = self._must_close or not head.keep_alive
+        self._judge(head)
+        return True
+
+    def _judge(self, head: RequestHead) -> None:
+        """Decide from the head alone whether and how the body is read."""
+        limits = self.gateway.limits
+        verdict = self.gateway.admit(head, is_loopback=self._is_loopback)
+        limit = limits.body if head.method == b"POST" else _DRAINED_BODY
+        if not isinstance(verdict, Answer):
+            self._key = verdict
+            if head.header(b"content-encoding") not in (None, b"identity"):
+                verdict = answers.refuse(415, "unsupported_encoding", "Send the body without Content-Encoding.")
+            elif head.length is not None and head.length > limit:
+                verdict = _too_large(limit)
+            elif not self._hold(head.length or 0):
+                verdict = answers.overloaded("too_many_bodies", "Too much is being sent at once.", retry_after_s=1)
+        if isinstance(verdict, Answer):
+            if head.length is None or head.length > _DRAINED_BODY or (head.length and head.expects_continue):
+                self._must_close = True
+                self._reply(verdict)
+                return
+            self._refusal = verdict
+        if head.expects_continue and head.length != 0:
+            self.write(_CONTINUE)
+        self._chunks = ChunkedBody() if head.length is None else None
+        self._received = 0
+        self._enter(_Phase.BODY)
+        data, self._buffer = self._buffer, b""
+        self._take_body(data)
+
+    def _take_body(self, data: bytes) -> None:
+        head = self._head
+        if head is None:
+            return
+        if self._chunks is None:
+            missing = (head.length or 0) - self._received
+            if len(data) > missing:
+                data, self._buffer = data[:missing], self._buffer + data[missing:]
+            self._received += len(data)
+            if data and self._refusal is None:
+                self._pieces.append(data)
+            return
+        if self._chunks.rest is not None:
+            self._buffer += data
+            return
+        try:
+            pieces = self._chunks.feed(data)
+        except Malformed as error:
+            self._fail(error.status, error.detail)
+            return
+        self._received += sum(map(len, pieces))
+        limit = self.gateway.limits.body if head.method == b"POST" else _DRAINED_BODY
+        if self._received > limit:
+            self._must_close = True
+            self._reply(_too_large(limit))
+        elif not self._hold(self._received - self._held):
+            self._must_close = True
+            self._reply(answers.overloaded("too_many_bodies", "Too much is being sent at once.", retry_after_s=1))
+        else:
+            self._pieces += pieces
+            if self._chunks.rest is not None:
+                self._buffer = self._chunks.rest
+
+    def _finish_body(self) -> bool:
+        head = self._head
+        if head is None:
+            return False
+        if self._chunks.rest is None if self._chunks is not None else self._received < (head.length or 0):
+            return False
+        body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces = []
+        self._enter(_Phase.ANSWER)
+        outcome = self._refusal or self.gateway.answer(head, self._key, body)
+        if isinstance(outcome, Answer):
+            self._reply(outcome)
+            return True
+        self._exchange = Exchange(self, head, body, outcome)
+        self._exchange.start()
+        return True
+
+    def _hold(self, size: int) -> bool:
+        """Whether there is room for ``size`` more bytes of bodies; then they are counted."""
+        if self.gateway.held + size > self.gateway.limits.bodies:
+            return False
+        self.gateway.held += size
+        self._held += size
+        return True
+
+    # Ends
+
+    def _reply(self, answer: Answer, request_id: bytes = b"") -> None:
+        head = self._head
+        if answer.status >= 400:
+            self.gateway.metrics.refuse(answer.status)
+        if not request_id and head is not None:
+            request_id = self.gateway.request_id(head)
+        headers = [
+            (b"Content-Type", answer.content_type),
+            (b"Content-Length", b"%d" % len(answer.body)),
+            *answer.headers,
+        ]
+        if request_id:
+            headers.append((b"X-Request-Id", request_id))
+        if self.closes:
+            headers.append((b"Connection", b"close"))
+        line = b"HTTP/1.1 %d %b" % (answer.status, answers.reason(answer.status))
+        body = b"" if head is not None and head.method == b"HEAD" else answer.body
+        self.write(write_head(line, headers) + body)
+        self._end_request()
+
+    def _fail(self, status: int, detail: str) -> None:
+        """Refuse what cannot be read on; the connection ends with it, since nobody knows where the next would begin."""
+        self._must_close = True
+        code = {408: "timeout", 413: "too_large", 431: "header_too_large"}.get(status, "bad_request")
+        self._reply(answers.refuse(status, code, detail))
+
+    def _end_request(self) -> None:
+        self.release()
+        self._head = self._key = self._refusal = self._chunks = None
+        self._pieces = []
+        if self.closes:
+            self._close()
+        else:
+            self._enter(_Phase.IDLE)
+
+    def _close(self) -> None:
+        """Send what waits, then close; what still comes is read and dropped, or it would cost the client the answer."""
+        if self._transport is None or self._phase is _Phase.LINGER:
+            return
+        self._buffer = b""
+        self._enter(_Phase.LINGER)
+        self._read(True)
+        if self._transport.can_write_eof() and not self._transport.is_closing():
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+
+    def _abandon(self) -> None:
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.abandon()
+        self.release()
+        self._pieces = []
+        self._buffer = b""
+
+    def _read(self, wanted: bool) -> None:
+        if self._transport is None or self._transport.is_closing() or wanted is self._is_reading:
+            return
+        self._is_reading = wanted
+        if wanted:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+
+    def _stalls(self, now: float) -> bool:
+        """Whether the client has taken nothing for too long while an answer waits for it."""
+        if self._is_writable:
+            return False
+        since, waiting = self._stalled
+        left = self._waiting_to_be_sent()
+        if left != waiting:
+            self._stalled = (now, left)
+            return False
+        return now - since > self.gateway.limits.stall_s
+
+    def _waiting_to_be_sent(self) -> int:
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    def _enter(self, phase: _Phase) -> None:
+        self._phase = phase
+        self._since = self._now()
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+class Exchange:
+    """One request on its way to a replica and its response on the way back.
+
+    Until the first byte of a response another replica may be tried. A response that is no event stream is held, up
+    to a bound, until it is whole, so that a replica's death in the middle of it is an honest 502.
+    """
+
+    def __init__(self, client: Connection, head: RequestHead, body: bytes, route: Route) -> None:
+        gateway = client.gateway
+        self._client = client
+        self._gateway = gateway
+        self._route = route
+        self._http_1_0 = head.http_1_0
+        self._request_id = gateway.request_id(head)
+        self._target = head.target
+        headers = end_to_end(head.headers, without=_NOT_FORWARDED)
+        headers += [(b"content-length", b"%d" % len(body)), (b"x-request-id", self._request_id)]
+        self._headers = write_head(b"", headers)
+        self._body = body
+        self._tried: list[Replica] = []
+        self._replica: Replica | None = None
+        self._upstream: UpstreamConnection | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._was_reused = False
+        self._is_refused = True
+        """Whether every replica tried so far refused the connection."""
+        self._response: ResponseHead | None = None
+        self._held: list[bytes] = []
+        self._held_size = 0
+        self._is_committed = False
+        self._is_chunked = False
+        self._is_over = False
+        self._heard_at = 0.0
+        self._counts = gateway.metrics.of(route.model)
+        self._counts.requests += 1
+        self._counts.in_flight += 1
+        self._counts.request_bytes += len(body)
+
+    def start(self) -> None:
+        """Try the best replica, or say that there is none."""
+        now = self._heard_at = asyncio.get_running_loop().time()
+        replica = None
+        if len(self._tried) < self._gateway.limits.attempts:
+            replica = self._route.choose(now=now, tried=self._tried)
+        if replica is None:
+            self._give_up()
+            return
+        if self._tried:
+            self._counts.retries += 1
+        self._tried.append(replica)
+        self._assign(replica)
+        upstream = self._gateway.pool.take(replica.address)
+        if upstream is not None:
+            self._send(upstream, replica)
+        else:
+            self._connecting = asyncio.get_running_loop().create_task(self._connect(replica))
+
+    def abandon(self) -> None:
+        """The client went away: stop the replica's work at once."""
+        if not self._is_over:
+            self._counts.aborted += 1
+            self._over()
+
+    def check(self, now: float) -> None:
+        """End a response that a replica no longer sends."""
+        if self._client.is_writable and now - self._heard_at > self._gateway.limits.silence_s:
+            self._break("replica_timeout", "The model's replica sent nothing for too long.", status=504)
+
+    def pause(self) -> None:
+        """Read no more from the replica while the client does not keep up."""
+        if self._upstream is not None:
+            self._upstream.pause()
+
+    def resume(self) -> None:
+        """Read on."""
+        self._heard_at = asyncio.get_running_loop().time()
+        if self._upstream is not None:
+            self._upstream.resume()
+
+    # What the upstream calls
+
+    def response_started(self, head: ResponseHead) -> None:
+        self._response = head
+        self._heard_at = asyncio.get_running_loop().time()
+        self._body = b""
+        self._client.release()
+        if head.is_event_stream:
+            self._counts.streams += 1
+            self._commit(head.length)
+        elif head.length is not None and head.length > BUFFER_HIGH:
+            self._commit(head.length)
+
+    def response_data(self, data: bytes) -> None:
+        if not data or self._is_over:
+            return
+        self._heard_at = asyncio.get_running_loop().time()
+        self._counts.response_bytes += len(data)
+        if self._is_committed:
+            self._client.write(chunk(data) if self._is_chunked else data)
+            return
+        self._held.append(data)
+        self._held_size += len(data)
+        if self._held_size > BUFFER_HIGH and self._response is not None:
+            self._commit(self._response.length)
+
+    def response_ended(self) -> None:
+        if self._is_over:
+            return
+        if not self._is_committed:
+            self._commit(self._held_size)
+        if self._is_chunked:
+            self._client.write(LAST_CHUNK)
+        if self._response is not None and self._response.status >= 500:
+            self._counts.errors += 1
+        close = self._http_1_0
+        self._upstream = None  # it is the pool's again
+        self._over()
+        self._client.ended(close=close)
+
+    def response_failed(self, reason: str, *, started: bool) -> None:
+        if self._is_over:
+            return
+        self._upstream = None
+        _log.info("replica %s of %s: %s", self._tried[-1].job, self._route.model, reason)
+        if started:
+            self._break("replica_failed", "The model's replica broke off in the middle of the response.")
+        elif self._was_reused:  # the replica closed an idle connection just as it was used
+            self._tried.pop()
+            self._unassign()
+            self.start()
+        else:
+            self._is_refused = False
+            self._unassign()
+            self.start()
+
+    # Ways there
+
+    async def _connect(self, replica: Replica) -> None:
+        try:
+            upstream = await self._gateway.pool.connect(replica.address)
+        except (OSError, ValueError):
+            self._connecting = None
+            if not self._is_over:
+                replica.refuse(now=asyncio.get_running_loop().time())
+                self._unassign()
+                self.start()
+            return
+        self._connecting = None
+        if self._is_over:
+            self._gateway.pool.give(upstream, replica.address)
+        elif upstream.is_usable:
+            self._send(upstream, replica)
+        else:
+            self._unassign()
+            self.start()
+
+    def _send(self, upstream: UpstreamConnection, replica: Replica) -> None:
+        self._upstream = upstream
+        self._was_reused = upstream.served > 0
+        first = b"POST %b%b HTTP/1.1\r\nhost: %b" % (replica.prefix, self._target, replica.authority)
+        upstream.send(self, first + self._headers, self._body)
+        if not self._client.is_writable:
+            upstream.pause()
+
+    def _assign(self, replica: Replica) -> None:
+        self._replica = replica
+        replica.outstanding += 1
+        replica.turn = self._gateway.next_turn()
+
+    def _unassign(self) -> None:
+        if self._replica is not None:
+            self._replica.outstanding -= 1
+            self._replica = None
+
+    # Ways back
+
+    def _commit(self, length: int | None) -> None:
+        """Send the response's head and what is held; from here on there is no other answer."""
+        response = self._response
+        if response is None:
+            return
+        self._is_committed = True
+        headers = end_to_end(response.headers, without=frozenset({b"content-length", b"x-request-id"}))
+        headers.append((b"x-request-id", self._request_id))
+        if response.status in (204, 304):
+            pass
+        elif length is not None:
+            headers.append((b"content-length", b"%d" % length))
+        elif not self._http_1_0:
+            self._is_chunked = True
+            headers.append((b"transfer-encoding", b"chunked"))
+        if self._http_1_0 or self._client.closes:
+            headers.append((b"connection", b"close"))
+        first = write_head(b"HTTP/1.1 %d %b" % (response.status, response.reason), headers)
+        held = b"".join(self._held)
+        self._held = []
+        self._client.write(first + (chunk(held) if held and self._is_chunked else held))
+
+    def _give_up(self) -> None:
+        """No replica is left to try."""
+        self._counts.errors += 1
+        name = self._route.model
+        if not self._tried:
+            answer = answers.overloaded("no_ready_replica", f"No replica of '{name}' is ready yet.", retry_after_s=5)
+        elif self._is_refused:
+            answer = answers.overloaded("replica_refused", f"No replica of '{name}' can be reached.", retry_after_s=2)
+        else:
+            answer = answers.refuse(502, "replica_failed", f"The replica of '{name}' broke off before it answered.")
+        self._over()
+        self._client.answer(answer, self._request_id)
+
+    def _break(self, code: str, message: str, *, status: int = 502) -> None:
+        """End a response that cannot be completed."""
+        self._counts.errors += 1
+        response = self._response
+        committed, streaming = self._is_committed, response is not None and response.is_event_stream
+        self._over()
+        if not committed:
+            self._client.answer(answers.refuse(status, code, message), self._request_id)
+            return
+        if streaming and (self._is_chunked or self._http_1_0):
+            event = answers.error_event(code, message)
+            self._client.write(chunk(event) if self._is_chunked else event)
+        self._client.broke()
+
+    def _over(self) -> None:
+        self._is_over = True
+        self._counts.in_flight -= 1
+        self._unassign()
+        upstream, self._upstream = self._upstream, None
+        if upstream is not None:
+            upstream.abandon()
+        connecting, self._connecting = self._connecting, None
+        if connecting is not None and connecting is not asyncio.current_task():
+            connecting.cancel()
+
+
+def _bearer(head: RequestHead) -> str | Answer:
+    value = head.header(b"authorization")
+    if value is None:
+        return answers.unauthorized("You did not provide an API key. Send it as: Authorization: Bearer tm_user_…")
+    scheme, _, secret = value.partition(b" ")
+    if scheme.lower() != b"bearer" or not secret.isascii():
+        return answers.unauthorized("The API key must be sent as: Authorization: Bearer tm_user_…")
+    return secret.strip().decode("ascii")
+
+
+def _model(body: bytes) -> str | Answer:
+    """The model that a request's body names, or the answer that says what is wrong with the body."""
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        return answers.refuse(400, "invalid_json", f"The body is not valid JSON in UTF-8: {error}.")
+    if not isinstance(content, dict):
+        return answers.refuse(400, "invalid_json", "The body must be a JSON object.")
+    model = content.get("model")
+    if not isinstance(model, str) or not model:
+        return answers.refuse(400, "model_required", "The body must name a model.", param="model")
+    return model
+
+
+def _starting() -> Answer:
+    return answers.overloaded("starting", "The gateway has not heard from the control plane yet.", retry_after_s=2)
+
+
+def _wrong_method(allowed: bytes) -> Answer:
+    message = f"Use {allowed.decode()} here."
+    return answers.refuse(405, "method_not_allowed", message, headers=((b"Allow", allowed),))
+
+
+def _too_large(limit: int) -> Answer:
+    return answers.refuse(413, "too_large", f"The body is larger than {limit} bytes.")

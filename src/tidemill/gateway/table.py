@@ -1,0 +1,196 @@
+"""What the gateway knows: keys and routes, as the control plane last told them, and which replica is next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlsplit
+
+import msgspec
+
+from tidemill.core import tokens
+
+_ALL_OPEN: Final = frozenset({"infer", "admin"})
+_NEAR_NAMES: Final = 3
+_REFUSAL_PAUSE_S: Final = 1.0
+
+
+class FeedError(ValueError):
+    """The feed does not have the shape that was agreed; the last good one stays in use."""
+
+
+class _Replica(msgspec.Struct):
+    job: str
+    endpoint: str
+
+
+class _Route(msgspec.Struct):
+    project: str
+    service: str
+    replicas: list[_Replica]
+
+
+class _Key(msgspec.Struct):
+    scopes: list[str]
+    project: str = ""
+    expires_ns: int = 0
+
+
+class _Feed(msgspec.Struct):
+    version: int
+    tokens: dict[str, _Key]
+    routes: dict[str, _Route]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """What a token opens. ``project`` empty means every project; ``expires_ns`` zero means never."""
+
+    scopes: frozenset[str]
+    project: str
+    expires_ns: int
+
+    def is_expired(self, *, now: int) -> bool:
+        """Whether it opens nothing any more at ``now`` (ns)."""
+        return bool(self.expires_ns) and now >= self.expires_ns
+
+    @property
+    def may_infer(self) -> bool:
+        """Whether it opens the services' endpoints."""
+        return not _ALL_OPEN.isdisjoint(self.scopes)
+
+    def may_use(self, route: Route) -> bool:
+        """Whether that route exists for its holder."""
+        return not self.project or self.project == route.project
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One running copy of a service, with what is under way on it now; the same object as feeds come and go."""
+
+    job: str
+    host: str
+    port: int
+    prefix: bytes
+    outstanding: int = 0
+    turn: int = 0
+    refused_until: float = 0.0
+    """Until then (s, the loop's clock) others are preferred, because it refused a connection."""
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return (self.host, self.port)
+
+    @property
+    def authority(self) -> bytes:
+        """What the Host header says."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}".encode()
+
+    def refuse(self, *, now: float) -> None:
+        """Prefer others for a moment."""
+        self.refused_until = now + _REFUSAL_PAUSE_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """A model's name, whose it is, and the replicas that are ready."""
+
+    model: str
+    project: str
+    service: str
+    replicas: tuple[Replica, ...]
+
+    def choose(self, *, now: float, tried: Sequence[Replica] = ()) -> Replica | None:
+        """The replica with the fewest requests under way; ties go to the one that waited longest for a turn.
+
+        Replicas that refused a moment ago come last, those in ``tried`` never; None when none is left.
+        """
+        best: Replica | None = None
+        rank: tuple[bool, int, int] = (True, 0, 0)
+        for replica in self.replicas:
+            if replica in tried:
+                continue
+            mine = (replica.refused_until > now, replica.outstanding, replica.turn)
+            if best is None or mine < rank:
+                best, rank = replica, mine
+        return best
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """One version of all keys and routes."""
+
+    version: int
+    keys: Mapping[str, Key]
+    routes: Mapping[str, Route]
+    raw: bytes
+    """The feed it was read from: hashes of tokens, never tokens."""
+
+    def key(self, token: str, pepper: bytes) -> Key | None:
+        """What the token opens, expired or not; None for one that is malformed or unknown."""
+        return self.keys.get(tokens.digest(token, pepper)) if tokens.parse(token) else None
+
+    def route(self, model: str, key: Key) -> Route | None:
+        """The route of that model, None when there is none for the key's holder."""
+        route = self.routes.get(model)
+        return route if route is not None and key.may_use(route) else None
+
+    def visible(self, key: Key) -> list[Route]:
+        """The routes that exist for the key's holder, by name."""
+        return sorted((route for route in self.routes.values() if key.may_use(route)), key=lambda route: route.model)
+
+    def near(self, model: str, key: Key) -> list[str]:
+        """Names like ``model`` that the key's holder may use, best first."""
+        names = {route.model.lower(): route.model for route in self.visible(key)}
+        close = difflib.get_close_matches(model[:128].lower(), names, n=_NEAR_NAMES, cutoff=0.5)
+        return [names[name] for name in close]
+
+
+def read_feed(raw: bytes, before: Table | None = None) -> Table:
+    """The table in a feed; replicas that were in ``before`` stay the same objects, with their counts.
+
+    Raises: FeedError.
+    """
+    try:
+        feed = msgspec.json.decode(raw, type=_Feed)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FeedError(f"The feed cannot be read: {error}") from None
+    known = {} if before is None else _replicas(before)
+    routes = {}
+    for model, route in feed.routes.items():
+        replicas = []
+        for each in route.replicas:
+            replica = _replica(each)
+            identity = (replica.job, replica.host, replica.port, replica.prefix)
+            replicas.append(known.setdefault(identity, replica))
+        routes[model] = Route(model=model, project=route.project, service=route.service, replicas=tuple(replicas))
+    keys = {
+        digest: Key(scopes=frozenset(key.scopes), project=key.project, expires_ns=key.expires_ns)
+        for digest, key in feed.tokens.items()
+    }
+    return Table(version=feed.version, keys=keys, routes=routes, raw=raw)
+
+
+def _replicas(table: Table) -> dict[tuple[str, str, int, bytes], Replica]:
+    return {
+        (replica.job, replica.host, replica.port, replica.prefix): replica
+        for route in table.routes.values()
+        for replica in route.replicas
+    }
+
+
+def _replica(told: _Replica) -> Replica:
+    parts = urlsplit(told.endpoint if "://" in told.endpoint else f"http://{told.endpoint}")
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if parts.scheme != "http" or not parts.hostname or port is None:
+        raise FeedError(f"{told.endpoint!r} of {told.job} is not an endpoint; it should be like http://127.0.0.1:8000")
+    prefix = parts.path.rstrip("/")
+    if not prefix.isascii() or any(character <= " " for character in prefix):
+        raise FeedError(f"{told.endpoint!r} of {told.job} has a path that cannot be sent")
+    return Replica(job=told.job, host=parts.hostname, port=port, prefix=prefix.encode())

@@ -1,0 +1,152 @@
+"""The runner's side of its conversation with the control plane, over one kept-alive HTTP connection each."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from tidemill.runner.folders import read_json
+
+CONNECT_TIMEOUT_S: Final = 3.0
+ANSWER_TIMEOUT_S: Final = 15.0
+_BACKOFF_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class Unreachable(Exception):
+    """The control plane did not answer, or answered that it cannot now; the same request may succeed later."""
+
+
+class Refused(Exception):
+    """The control plane answered no; ``status`` and ``body`` say how."""
+
+    def __init__(self, status: int, body: Mapping[str, Any]) -> None:
+        self.status = status
+        self.body = body
+        super().__init__(f"{status}: {body.get('detail') or body.get('code') or body}")
+
+    @property
+    def fenced(self) -> bool:
+        """Whether somebody else holds this launch's lease now."""
+        return self.status == 409 and self.body.get("code") == "fenced"
+
+
+class Closing(Exception):
+    """The runner is about to end and waits for nothing more."""
+
+
+class Channel:
+    """A connection to the control plane for the use of one thread, made again when it breaks.
+
+    The address is read from the control plane's endpoint file at each connecting, because it may come back
+    at another port; ``api_url`` is used while there is no such file.
+    """
+
+    def __init__(self, *, api_url: str, endpoint_file: Path | None, token: str, prefix: str) -> None:
+        self._api_url = api_url
+        self._endpoint_file = endpoint_file
+        self._token = token
+        self._prefix = prefix
+        self._connection: http.client.HTTPConnection | None = None
+        self._failures = 0
+
+    def copy(self) -> Channel:
+        """Another connection to the same control plane, for another thread."""
+        return Channel(api_url=self._api_url, endpoint_file=self._endpoint_file, token=self._token, prefix=self._prefix)
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+        content_type: str = "application/json",
+    ) -> dict[str, Any]:
+        """The JSON of the answer. Raises: Unreachable, Refused."""
+        response = self.open(method, path, body, timeout_s=timeout_s, content_type=content_type)
+        try:
+            content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise Unreachable(str(error)) from error
+        return _object(content)
+
+    def open(
+        self,
+        method: str,
+        path: str,
+        body: bytes | Iterable[bytes] | None = None,
+        *,
+        timeout_s: float | None = ANSWER_TIMEOUT_S,
+        content_type: str = "application/json",
+    ) -> http.client.HTTPResponse:
+        """An answer whose status is good and whose content is still to be read. Raises: Unreachable, Refused."""
+        headers = {"Authorization": f"Bearer {self._token}"}
+        if body is not None:
+            headers["Content-Type"] = content_type if isinstance(body, bytes) else "application/octet-stream"
+        try:
+            connection = self._connection or self._connect()
+            if connection.sock:
+                connection.sock.settimeout(timeout_s)
+            connection.request(method, self._prefix + path, body, headers, encode_chunked=not _sized(body))
+            response = connection.getresponse()
+            if response.status < 300:
+                self._failures = 0
+                return response
+            problem = _object(response.read())
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise Unreachable(str(error) or type(error).__name__) from error
+        if response.status >= 500 or response.status in (408, 425, 429):
+            raise Unreachable(f"{response.status} {problem.get('detail', '')}")
+        self._failures = 0
+        raise Refused(response.status, problem)
+
+    def rest(self, until: threading.Event) -> bool:
+        """Whether ``until`` was set while waiting a little, longer after each failure in a row."""
+        delay = _BACKOFF_S[min(self._failures, len(_BACKOFF_S) - 1)]
+        self._failures += 1
+        return until.wait(delay)
+
+    def close(self) -> None:
+        """Drop the connection; the next call makes another."""
+        connection, self._connection = self._connection, None
+        if connection:
+            connection.close()
+
+    def abort(self) -> None:
+        """Wake the thread that waits for an answer on this connection; it gets Unreachable."""
+        connection = self._connection
+        if connection and connection.sock:
+            try:
+                connection.sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                self.close()
+
+    def _connect(self) -> http.client.HTTPConnection:
+        found = read_json(self._endpoint_file) if self._endpoint_file else None
+        parts = urlsplit(str(found["api_url"]) if found and found.get("api_url") else self._api_url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=CONNECT_TIMEOUT_S)
+        connection.connect()
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection = connection
+        return connection
+
+
+def _sized(body: bytes | Iterable[bytes] | None) -> bool:
+    return body is None or isinstance(body, bytes)
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content) if content else {}
+    except ValueError:
+        return {"detail": content[:200].decode(errors="replace")}
+    return value if isinstance(value, dict) else {}

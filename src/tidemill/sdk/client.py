@@ -1,0 +1,428 @@
+"""The client: one method per verb, synchronous, with values of ``tidemill.sdk.results``.
+
+A *ref* is a job's id, the beginning of one that is unique, or a workload's name (its newest job).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
+
+from tidemill.errors import NotFound, Unavailable
+from tidemill.sdk import connection
+from tidemill.sdk.results import (
+    ArtifactInfo,
+    Event,
+    ExecResult,
+    Job,
+    NodeInfo,
+    ProjectInfo,
+    Quote,
+    Receipt,
+    Record,
+    Status,
+    TokenInfo,
+    Why,
+    Workload,
+)
+from tidemill.sdk.transport import OnRetry, Transport, segment
+
+if TYPE_CHECKING:
+    from tidemill.sdk.execs import ExecSession
+    from tidemill.sdk.specfile import SpecFile
+    from tidemill.sdk.streams import LogFollower
+    from tidemill.sdk.workdir import Progress
+
+R = TypeVar("R", bound=Record)
+RECONNECT_FOR_S = 300.0
+"""How long a followed log waits for a control plane that is away; the job goes on meanwhile."""
+_HEX = frozenset("0123456789abcdef")
+
+
+class Client:
+    """A connection to a control plane.
+
+    Without arguments: ``TIDEMILL_API_URL`` and ``TIDEMILL_TOKEN``, else the control plane that ``tidemill up``
+    started here. Methods raise ``TidemillError`` and its subclasses. Use as a context manager, or ``close()``.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        token: str | None = None,
+        project: str | None = None,
+        *,
+        retry_for_s: float = 5.0,
+        on_retry: OnRetry | None = None,
+    ) -> None:
+        """Raises: Unavailable when no control plane is known, Unauthorized when there is no token for it."""
+        found = connection.find(url, token)
+        self.project = project or ""
+        self.url = found.url
+        self.is_local = found.is_local
+        self._http = Transport(found.url, found.token, retry_for_s=retry_for_s, on_retry=on_retry)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of connections; harmless twice."""
+        self._http.close()
+
+    # --- submitting ---
+
+    def submit(
+        self,
+        spec: Mapping[str, Any] | str | Path | SpecFile,
+        *,
+        workdir: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> Workload:
+        """The workload made from a mapping, a YAML file's path or a ``SpecFile``.
+
+        Its ``workdir`` (relative to the file's folder, or to the current one) is uploaded when it is not there yet.
+        """
+        body = self._complete(spec, workdir, progress)
+        return Workload.from_json(self._http.post("/v1/workloads", self._with_project({"spec": body})))
+
+    def submit_batch(self, specs: Sequence[Mapping[str, Any]]) -> tuple[Workload, ...]:
+        """The workloads made from up to 1000 specs: all of them or none."""
+        body = {"specs": [self._complete(spec, None, None) for spec in specs]}
+        answer = self._http.post("/v1/workloads:batch", self._with_project(body))
+        return tuple(Workload.from_json(item) for item in answer["items"])
+
+    def run(
+        self,
+        spec: Mapping[str, Any] | str | Path | SpecFile,
+        *,
+        workdir: str | Path | None = None,
+        timeout_s: float | None = None,
+    ) -> Job:
+        """The first job of a submitted workload, after it ended."""
+        workload = self.submit(spec, workdir=workdir)
+        return self.wait(workload.jobs[0].id, timeout_s=timeout_s)
+
+    def quote(self, spec: Mapping[str, Any] | str | Path | SpecFile) -> Quote:
+        """What it would be to submit this: whether and where it would start, and an estimate of its cost."""
+        plain = dict(_mapping(spec)[0])
+        if not _is_digest(plain.get("workdir")):
+            plain.pop("workdir", None)  # nothing about it changes with what is in the folder
+        return Quote.from_json(self._http.post("/v1/quotes", self._with_project({"spec": plain})))
+
+    def upload_workdir(self, folder: str | Path, *, progress: Progress | None = None) -> str:
+        """The digest under which a folder's content is stored; it is sent only when it is missing there."""
+        from tempfile import SpooledTemporaryFile
+
+        from tidemill.sdk.workdir import pack
+
+        with SpooledTemporaryFile(max_size=16 << 20) as spool:
+            packed = pack(Path(folder), spool, progress=progress)
+            path = f"/v1/blobs/{packed.digest}"
+            try:
+                self._http.call("HEAD", path)
+            except NotFound:
+                self._http.call(
+                    "PUT",
+                    path,
+                    content=lambda: _Unclosed(spool),
+                    headers={"Content-Type": "application/gzip", "Content-Length": str(packed.size)},
+                    timeout_s=600.0,
+                )
+        return packed.digest
+
+    # --- jobs and workloads ---
+
+    def jobs(
+        self,
+        *,
+        state: str = "",
+        kind: str = "",
+        name: str = "",
+        workload: str = "",
+        limit: int = 0,
+    ) -> Iterator[Job]:
+        """Jobs, newest first; ``state`` may list several with commas. All of them when ``limit`` is zero."""
+        query = {"state": state, "kind": kind, "name": name, "workload": workload, "project": self.project}
+        return self._list("/v1/jobs", Job, query, limit=limit)
+
+    def job(self, ref: str) -> Job:
+        """One job with its attempts and workers."""
+        return Job.from_json(self._http.get(f"/v1/jobs/{segment(ref)}", project=self.project))
+
+    def workload(self, ref: str) -> Workload:
+        """One workload with its jobs."""
+        return Workload.from_json(self._http.get(f"/v1/workloads/{segment(ref)}", project=self.project))
+
+    def stop(self, ref: str) -> Job:
+        """The job, asked to end: its workers are signalled, and killed after their grace."""
+        return Job.from_json(self._http.post(f"/v1/jobs/{segment(ref)}/stop", project=self.project))
+
+    def stop_workload(self, ref: str) -> Workload:
+        """The workload, all jobs of which are asked to end."""
+        return Workload.from_json(self._http.post(f"/v1/workloads/{segment(ref)}/stop", project=self.project))
+
+    def wait(
+        self,
+        ref: str,
+        *,
+        until: Callable[[Job], bool] | None = None,
+        timeout_s: float | None = None,
+        on_update: Callable[[Job], None] | None = None,
+    ) -> Job:
+        """The job once it ended, or once ``until`` holds for it, whichever is first.
+
+        Raises: Unavailable when ``timeout_s`` pass first.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        pause = 0.05
+        while True:
+            job = self.job(ref)
+            if on_update is not None:
+                on_update(job)
+            if job.is_terminal or (until is not None and until(job)):
+                return job
+            if deadline is not None and time.monotonic() + pause > deadline:
+                raise Unavailable(f"{job.name} is {job.state} after {timeout_s:g} s", job=job)
+            time.sleep(pause)
+            pause = min(pause * 1.3, 1.0)
+
+    def logs(
+        self,
+        ref: str,
+        *,
+        rank: int | None = None,
+        attempt: int | None = None,
+        tail: int | None = None,
+        follow: bool = True,
+        on_retry: OnRetry | None = None,
+    ) -> LogFollower:
+        """``LogChunk`` and ``JobUpdate`` values in order; without ``follow``, what there is now.
+
+        A connection that breaks is made again without a gap or a repeat, for up to ``RECONNECT_FOR_S``.
+        """
+        from tidemill.sdk.streams import follow_log
+
+        query = {"rank": rank, "attempt": attempt, "tail": tail, "follow": follow, "project": self.project}
+        path = f"/v1/jobs/{segment(ref)}/logs"
+        return follow_log(self._http, path, query=query, give_up_s=RECONNECT_FOR_S, on_retry=on_retry)
+
+    def why(self, ref: str) -> Why:
+        """Why a job is where it is."""
+        return Why.from_json(self._http.get(f"/v1/jobs/{segment(ref)}/why", project=self.project))
+
+    def receipt(self, ref: str) -> Receipt:
+        """What a job used so far and what that costs."""
+        return Receipt.from_json(self._http.get(f"/v1/jobs/{segment(ref)}/receipt", project=self.project))
+
+    # --- inside a job ---
+
+    def exec_session(
+        self,
+        ref: str,
+        command: Sequence[str],
+        *,
+        rank: int = 0,
+        tty: bool = False,
+        rows: int = 24,
+        cols: int = 80,
+        env: Mapping[str, str] | None = None,
+    ) -> ExecSession:
+        """A started command inside a worker, to talk to."""
+        from tidemill.sdk.execs import ExecSession
+
+        body = {
+            "command": list(command),
+            "rank": rank,
+            "tty": tty,
+            "rows": rows,
+            "cols": cols,
+            "env": dict(env or {}),
+        }
+        answer = self._http.post(f"/v1/jobs/{segment(ref)}/exec", body, project=self.project)
+        return ExecSession(self._http, answer["exec_id"])
+
+    def exec(
+        self, ref: str, command: Sequence[str], *, rank: int = 0, stdin: bytes | Iterable[bytes] = b""
+    ) -> ExecResult:
+        """How a command inside a worker ended, with what it wrote."""
+        wrote: dict[bytes, list[bytes]] = {b"o": [], b"e": []}
+        with self.exec_session(ref, command, rank=rank) as session:
+            session.feed([stdin] if isinstance(stdin, bytes) else stdin)
+            for kind, octets in session:
+                wrote[kind].append(octets)
+            return ExecResult(session.exit_code or 0, b"".join(wrote[b"o"]), b"".join(wrote[b"e"]))
+
+    def copy_from(self, ref: str, path: str, to: str | Path, *, rank: int = 0) -> list[Path]:
+        """The files written at ``to``; see ``tidemill.sdk.copying`` for what ``path`` may be."""
+        from tidemill.sdk.copying import copy_from
+
+        return copy_from(self, ref, path, Path(to), rank=rank)
+
+    def copy_to(self, ref: str, source: str | Path, path: str, *, rank: int = 0) -> None:
+        """Put a file or folder of this machine into a running worker."""
+        from tidemill.sdk.copying import copy_to
+
+        copy_to(self, ref, Path(source), path, rank=rank)
+
+    def outputs(self, ref: str, path: str = "") -> Iterable[bytes]:
+        """The tar archive of what is at ``path`` in the job's output folder, in pieces; also after it ended."""
+        return self._http.open("GET", f"/v1/jobs/{segment(ref)}/outputs", query={"path": path, "project": self.project})
+
+    # --- the cloud ---
+
+    def status(self) -> Status:
+        """The state of the cloud."""
+        return Status.from_json(self._http.get("/v1/status"))
+
+    def health(self) -> Mapping[str, Any]:
+        """``{"status": "ok", "version": …}``; needs no token."""
+        answer: Mapping[str, Any] = self._http.get("/v1/healthz")
+        return answer
+
+    def nodes(self) -> tuple[NodeInfo, ...]:
+        """The machines."""
+        return tuple(self._list("/v1/nodes", NodeInfo, {}))
+
+    def usage(self, *, job: str = "") -> Mapping[str, Any]:
+        """Exact sums over the ledger lines of a job or a project."""
+        answer: Mapping[str, Any] = self._http.get("/v1/usage", job=job, project=self.project)
+        return answer
+
+    def events(self, *, after: int = 0, follow: bool = True) -> Iterator[Event]:
+        """The event log from ``after`` on; endless with ``follow``."""
+        if follow:
+            from tidemill.sdk.streams import follow_events
+
+            return follow_events(self._http, after=after, give_up_s=RECONNECT_FOR_S)
+        return self._list("/v1/events", Event, {"after": after or None})
+
+    # --- artifacts, secrets, tokens, projects ---
+
+    def artifacts(self) -> tuple[ArtifactInfo, ...]:
+        """The project's artifacts by name, newest version first."""
+        return tuple(self._list("/v1/artifacts", ArtifactInfo, {"project": self.project}))
+
+    def artifact(self, reference: str) -> ArtifactInfo:
+        """One artifact: ``name`` (its newest version) or ``name:version``."""
+        return ArtifactInfo.from_json(self._http.get(f"/v1/artifacts/{segment(reference)}", project=self.project))
+
+    def create_artifact(self, name: str, *, job: str, path: str) -> ArtifactInfo:
+        """A new version made from ``path`` in a job's output folder."""
+        body = self._with_project({"name": name, "job": job, "path": path})
+        return ArtifactInfo.from_json(self._http.post("/v1/artifacts", body))
+
+    def artifact_content(self, reference: str) -> Iterable[bytes]:
+        """The artifact's archive (tar.gz), in pieces."""
+        return self._http.open("GET", f"/v1/artifacts/{segment(reference)}/content", query={"project": self.project})
+
+    def get_artifact(self, reference: str, to: str | Path) -> list[Path]:
+        """The files written below the folder ``to``."""
+        from tidemill.sdk.copying import extract
+
+        return extract(self.artifact_content(reference), Path(to))
+
+    def secrets(self) -> tuple[str, ...]:
+        """The names of the project's secrets."""
+        items = self._http.get("/v1/secrets", project=self.project)["items"]
+        return tuple(item["name"] if isinstance(item, Mapping) else str(item) for item in items)
+
+    def put_secret(self, name: str, value: str) -> None:
+        """Store a secret, or replace its value."""
+        path = f"/v1/secrets/{segment(name)}"
+        self._http.call("PUT", path, body={"value": value}, query={"project": self.project})
+
+    def delete_secret(self, name: str) -> None:
+        """Raises: NotFound when there is none."""
+        self._http.call("DELETE", f"/v1/secrets/{segment(name)}", query={"project": self.project})
+
+    def tokens(self) -> tuple[TokenInfo, ...]:
+        """The tokens of the organization, without their secret part."""
+        return tuple(self._list("/v1/tokens", TokenInfo, {}))
+
+    def create_token(self, name: str, *, scopes: Sequence[str], project: str = "", expires_in: str = "") -> TokenInfo:
+        """A new token; its ``token`` is shown in this answer only."""
+        body: dict[str, Any] = {"name": name, "scopes": list(scopes)}
+        if project or self.project:
+            body["project"] = project or self.project
+        if expires_in:
+            body["expires_in"] = expires_in
+        return TokenInfo.from_json(self._http.post("/v1/tokens", body))
+
+    def revoke_token(self, token_id: str) -> None:
+        """Make a token worthless."""
+        self._http.call("DELETE", f"/v1/tokens/{segment(token_id)}")
+
+    def projects(self) -> tuple[ProjectInfo, ...]:
+        """The organization's projects."""
+        return tuple(self._list("/v1/projects", ProjectInfo, {}))
+
+    def create_project(self, name: str, *, limit_gpu_milli: int = 0, limit_cpu_milli: int = 0) -> ProjectInfo:
+        """A new project; a limit of zero does not limit."""
+        body = {"name": name, "limit_gpu_milli": limit_gpu_milli, "limit_cpu_milli": limit_cpu_milli}
+        return ProjectInfo.from_json(self._http.post("/v1/projects", body))
+
+    def _list(self, path: str, kind: type[R], query: Mapping[str, Any], *, limit: int = 0) -> Iterator[R]:
+        cursor, given = "", 0
+        while True:
+            size = min(200, limit - given) if limit else 200
+            page = self._http.get(path, **query, cursor=cursor, limit=size)
+            for item in page["items"]:
+                yield kind.from_json(item)
+                given += 1
+                if limit and given >= limit:
+                    return
+            cursor = page.get("next_cursor") or ""
+            if not cursor:
+                return
+
+    def _with_project(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {**body, "project": self.project} if self.project else body
+
+    def _complete(
+        self,
+        spec: Mapping[str, Any] | str | Path | SpecFile,
+        workdir: str | Path | None,
+        progress: Progress | None,
+    ) -> dict[str, Any]:
+        """The spec with its folder uploaded and replaced by the digest."""
+        plain, folder = _mapping(spec)
+        asked = workdir if workdir is not None else plain.get("workdir")
+        if not asked or _is_digest(asked):
+            return dict(plain)
+        base = Path() if workdir is not None else folder
+        return {**plain, "workdir": self.upload_workdir(base / Path(asked).expanduser(), progress=progress)}
+
+
+class _Unclosed:
+    """A file from its beginning, which closing leaves open: a body that can be sent again."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        file.seek(0)
+        self._file = file
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Up to ``size`` octets."""
+        return self._file.read(size)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def _mapping(spec: Mapping[str, Any] | str | Path | SpecFile) -> tuple[Mapping[str, Any], Path]:
+    """The spec as a mapping and the folder that its paths are relative to."""
+    if isinstance(spec, Mapping):
+        return spec, Path()
+    if isinstance(spec, str | Path):
+        from tidemill.sdk.specfile import load
+
+        spec = load(Path(spec))
+    return spec.spec, spec.folder
+
+
+def _is_digest(text: Any) -> bool:
+    return isinstance(text, str) and len(text) == 64 and set(text) <= _HEX

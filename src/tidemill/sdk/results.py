@@ -1,0 +1,317 @@
+"""What the client returns: frozen values made from the control plane's JSON.
+
+Fields that a newer control plane adds are ignored, fields that an older one lacks take their defaults.
+Units are those of ``tidemill.units``; zero instants mean "not yet".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
+
+TERMINAL_STATES = frozenset(("succeeded", "failed", "cancelled"))
+
+
+class Record:
+    """A value that is read from JSON and written back as JSON. ``nested`` names the fields that are records."""
+
+    __slots__ = ()
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    nested: ClassVar[Mapping[str, type[Record]]] = {}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The value behind a JSON object; unknown fields are ignored."""
+        known = {item.name: data[item.name] for item in fields(cls) if item.name in data}
+        for name, kind in cls.nested.items():
+            if isinstance(known.get(name), Mapping):
+                known[name] = kind.from_json(known[name])
+            elif isinstance(known.get(name), list):
+                known[name] = tuple(kind.from_json(item) for item in known[name])
+        for name, value in known.items():
+            if isinstance(value, list):  # a mapping may come as a list of pairs, which keeps its order
+                known[name] = dict(value) if cls.__dataclass_fields__[name].default_factory is dict else tuple(value)
+        return cls(**known)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that ``from_json`` reads; the stable shape of ``--json``."""
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Record):
+        return value.to_json()
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reason(Record):
+    """Why something is not so: an expected "no"."""
+
+    code: str = ""
+    subject: str = ""
+    needed: str = ""
+    available: str = ""
+    resolvable_by: str = ""
+    sentence: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker(Record):
+    """One rank of a job's attempt."""
+
+    rank: int = 0
+    attempt: int = 0
+    node: str = ""
+    devices: tuple[Any, ...] = ()
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+    state: str = ""
+    exit_code: int | None = None
+    isolation: tuple[str, ...] = ()
+    ports: Mapping[str, int] = field(default_factory=dict)
+    endpoint: str = ""
+    cause: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Record):
+    """One schedulable unit of a workload. ``spec``, ``attempt_list`` and ``workers`` come with one job only."""
+
+    nested: ClassVar[Mapping[str, type[Record]]] = {"reason": Reason, "workers": Worker}
+
+    id: str = ""
+    workload_id: str = ""
+    name: str = ""
+    kind: str = ""
+    project: str = ""
+    index: int = 0
+    state: str = ""
+    cause: str = ""
+    detail: str = ""
+    exit_code: int | None = None
+    priority: int = 0
+    submitted_at_ns: int = 0
+    first_started_at_ns: int = 0
+    started_at_ns: int = 0
+    ended_at_ns: int = 0
+    attempts: int = 0
+    retries: int = 0
+    nodes: int = 1
+    resources: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    reason: Reason | None = None
+    endpoint: str = ""
+    spec: Mapping[str, Any] | None = None
+    attempt_list: tuple[Mapping[str, Any], ...] = ()
+    workers: tuple[Worker, ...] = ()
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether it has ended for good."""
+        return self.state in TERMINAL_STATES
+
+    @property
+    def exit_status(self) -> int:
+        """The exit status of a command that stands for the job: its own, and 1 when it failed without one."""
+        if self.state == "succeeded":
+            return 0
+        if self.exit_code is None or self.exit_code == 0:
+            return 1
+        return self.exit_code if 0 < self.exit_code < 256 else 128 - self.exit_code if -128 < self.exit_code < 0 else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload(Record):
+    """What was submitted, with the first thousand of its ``job_count`` jobs."""
+
+    nested: ClassVar[Mapping[str, type[Record]]] = {"jobs": Job}
+
+    id: str = ""
+    name: str = ""
+    kind: str = ""
+    project: str = ""
+    submitted_at_ns: int = 0
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    jobs: tuple[Job, ...] = ()
+    job_count: int = 0
+    state: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogChunk(Record):
+    """A piece of one worker's log. ``offset`` is its first byte's place in that worker's log."""
+
+    rank: int = 0
+    attempt: int = 0
+    offset: int = 0
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobUpdate(Record):
+    """The job as it became while its log was followed."""
+
+    nested: ClassVar[Mapping[str, type[Record]]] = {"job": Job}
+
+    job: Job = Job()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event(Record):
+    """A line of the event log. ``data`` is what the control plane recorded."""
+
+    seq: int = 0
+    type: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quote(Record):
+    """The answer before submitting; amounts are estimates for ``duration_ns`` of running."""
+
+    nested: ClassVar[Mapping[str, type[Record]]] = {"reasons": Reason}
+
+    feasible: bool = False
+    starts_now: bool = False
+    duration_ns: int = 0
+    duration_known: bool = False
+    amount_micro: int = 0
+    energy_mj: int = 0
+    carbon_mg: int = 0
+    placement: tuple[Any, ...] = ()
+    reasons: tuple[Reason, ...] = ()
+    suggestions: tuple[str, ...] = ()
+    estimated: bool = True
+    rate_card: str = ""
+    currency: str = "USD"
+    carbon_source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Why(Record):
+    """Why a job is where it is. ``position`` counts from 1 in its queue; zero when it does not wait."""
+
+    nested: ClassVar[Mapping[str, type[Record]]] = {"reasons": Reason}
+
+    job: str = ""
+    state: str = ""
+    cause: str = ""
+    detail: str = ""
+    reasons: tuple[Reason, ...] = ()
+    position: int = 0
+    ahead: int = 0
+    lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt(Record):
+    """What a job used and what that costs."""
+
+    job: str = ""
+    name: str = ""
+    state: str = ""
+    queue_wait_ns: int = 0
+    run_ns: int = 0
+    held_ns: int = 0
+    device_seconds: Mapping[str, float] = field(default_factory=dict)
+    amount_micro: int = 0
+    energy_mj: int = 0
+    energy_evidence: str = ""
+    carbon_mg: int = 0
+    carbon_source: str = ""
+    rate_card: str = ""
+    lines: int = 0
+    unit_prices: Mapping[str, Any] = field(default_factory=dict)
+    metered_until_ns: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status(Record):
+    """The state of the cloud."""
+
+    version: str = ""
+    state: str = ""
+    site: Any = ""
+    nodes: Any = 0
+    devices: tuple[Any, ...] = ()
+    cpu_milli: int = 0
+    free_cpu_milli: int = 0
+    gpu_milli: int = 0
+    free_gpu_milli: int = 0
+    rate_card: str = ""
+    jobs: Mapping[str, int] = field(default_factory=dict)
+    gateway_url: str = ""
+    energy: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeInfo(Record):
+    """A machine: what it has, and what of it is free."""
+
+    id: str = ""
+    name: str = ""
+    site: str = ""
+    state: str = ""
+    cpu_model: str = ""
+    cpu_milli: int = 0
+    free_cpu_milli: int = 0
+    memory_bytes: int = 0
+    free_memory_bytes: int = 0
+    devices: tuple[Mapping[str, Any], ...] = ()
+    images: bool = False
+    joined_at_ns: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactInfo(Record):
+    """One version of a named artifact."""
+
+    id: str = ""
+    name: str = ""
+    version: int = 0
+    project: str = ""
+    digest: str = ""
+    size: int = 0
+    created_at_ns: int = 0
+    job: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectInfo(Record):
+    """A project and its limits; zero means no limit."""
+
+    id: str = ""
+    name: str = ""
+    created_at_ns: int = 0
+    limit_gpu_milli: int = 0
+    limit_cpu_milli: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenInfo(Record):
+    """A token as it is listed. ``token`` is filled only in the answer that creates it."""
+
+    id: str = ""
+    name: str = ""
+    display: str = ""
+    scopes: tuple[str, ...] = ()
+    project: str = ""
+    created_at_ns: int = 0
+    expires_at_ns: int = 0
+    revoked_at_ns: int = 0
+    token: str = ""
+
+
+@dataclass(frozen=True)
+class ExecResult:
+    """How a command inside a worker ended, and what it wrote."""
+
+    exit_code: int
+    stdout: bytes = b""
+    stderr: bytes = b""

@@ -1,0 +1,362 @@
+"""The store in memory: the same behaviour as the databases, for tests, for quotes and for the twin; gone at the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
+
+from tidemill.core.lifecycle import is_terminal
+from tidemill.errors import Fenced, Stale
+from tidemill.model.artifact import Artifact
+from tidemill.model.fleet import Node
+from tidemill.model.ids import (
+    ArtifactId,
+    JobId,
+    LaunchId,
+    NodeId,
+    OrganizationId,
+    PrincipalId,
+    ProjectId,
+    TokenId,
+    WorkloadId,
+)
+from tidemill.model.job import Allocation, Attempt, Job, JobState, Workload
+from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals
+from tidemill.model.plan import Reason, Waiting
+from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
+from tidemill.ports import Batch, IdempotencyRecord, JobFilter, JobRow, Page, Snapshot, StoredEvent
+from tidemill.store.cursors import from_cursor, to_cursor
+from tidemill.store.rows import Thing, marks, net_changes, version_of
+
+
+class _Comparable(Protocol):
+    def __lt__(self, other: Any, /) -> bool: ...
+
+
+V = TypeVar("V")
+
+
+@dataclass(slots=True)
+class _Contents:
+    epoch: int = 0
+    holder: str = ""
+    things: dict[Any, dict[Any, Any]] = field(
+        default_factory=lambda: {kind: {} for kind in (Workload, Job, Attempt, Allocation, Node)}
+    )
+    reasons: dict[JobId, Reason] = field(default_factory=dict)
+    events: list[StoredEvent] = field(default_factory=list)
+    ledger: dict[str, LedgerLine] = field(default_factory=dict)
+    marks: dict[tuple[NodeId, str], int] = field(default_factory=dict)
+    idempotency: dict[tuple[PrincipalId, str], IdempotencyRecord] = field(default_factory=dict)
+    organizations: dict[OrganizationId, Organization] = field(default_factory=dict)
+    projects: dict[ProjectId, Project] = field(default_factory=dict)
+    principals: dict[PrincipalId, Principal] = field(default_factory=dict)
+    tokens: dict[TokenId, Token] = field(default_factory=dict)
+    secrets: dict[tuple[ProjectId, str], Secret] = field(default_factory=dict)
+    artifacts: dict[ArtifactId, Artifact] = field(default_factory=dict)
+
+
+class MemoryStore:
+    """``ports.Store`` without a database. Closing it loses nothing as long as the object lives."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._all = _Contents()
+
+    def migrate(self) -> None:
+        """Nothing: there is no schema."""
+
+    def close(self) -> None:
+        """Nothing: there are no connections."""
+
+    # Commits
+
+    def lead(self, *, holder: str) -> int:
+        """A new epoch, larger than any before, that makes ``holder`` the only one whose commits are taken."""
+        with self._lock:
+            self._all.epoch, self._all.holder = self._all.epoch + 1, holder
+            return self._all.epoch
+
+    def commit(self, batch: Batch) -> int:
+        """The sequence number of the newest event after all of ``batch`` is stored. Raises: Stale, Fenced."""
+        with self._lock:
+            changes = list(net_changes(batch.changes))
+            self._check(batch, changes)
+            for kind, _, after in changes:
+                self._all.things[kind][after.id] = after
+                if isinstance(after, Job) and after.state is not JobState.QUEUED:
+                    self._all.reasons.pop(after.id, None)
+            for waiting in batch.waiting:
+                job = self._of(Job).get(waiting.job_id)
+                if job is not None and job.state is JobState.QUEUED:
+                    self._all.reasons[waiting.job_id] = waiting.reason
+            for entry in batch.log:
+                self._all.events.append(StoredEvent(seq=len(self._all.events) + 1, entry=entry))
+            for line in batch.ledger:
+                self._all.ledger.setdefault(line.id, line)
+            for key, until in marks(batch.ledger):
+                self._all.marks[key] = max(self._all.marks.get(key, until), until)
+            self._all.idempotency.update({(record.principal_id, record.key): record for record in batch.idempotency})
+            return len(self._all.events)
+
+    def _check(self, batch: Batch, changes: Iterable[tuple[type[Thing], int | None, Thing]]) -> None:
+        if batch.epoch != self._all.epoch:
+            raise Fenced("Another control plane leads.", epoch=batch.epoch, leads=self._all.epoch)
+        for kind, assumed, after in changes:
+            stored = self._all.things[kind].get(after.id)
+            if (None if stored is None else version_of(stored)) != assumed:
+                raise Stale("The state changed since it was read.", field="id", value=after.id)
+        ends: dict[str, int] = {}
+        for line in batch.ledger:
+            end = self._all.ledger[line.id].usage.to_ns if line.id in self._all.ledger else line.usage.to_ns
+            if ends.setdefault(line.id, end) != line.usage.to_ns:
+                raise Stale("This usage is in the books with another end.", field="ledger", value=line.id)
+        keys = [(record.principal_id, record.key) for record in batch.idempotency]
+        if len(set(keys)) != len(keys) or any(key in self._all.idempotency for key in keys):
+            raise Stale("It exists already.")
+
+    # What is not over
+
+    def load(self) -> Snapshot:
+        """All that is not over, at one instant."""
+        with self._lock:
+            jobs = self._sorted(
+                Job, lambda job: not is_terminal(job.state), key=lambda job: (job.workload_id, job.index)
+            )
+            owners = {job.workload_id for job in jobs}
+            return Snapshot(
+                nodes=self.nodes(),
+                workloads=self._sorted(Workload, lambda it: it.id in owners, key=lambda it: it.id),
+                jobs=jobs,
+                attempts=self._sorted(
+                    Attempt, lambda it: not is_terminal(it.state), key=lambda it: (it.job_id, it.number)
+                ),
+                allocations=self._sorted(
+                    Allocation, lambda it: not is_terminal(it.state), key=lambda it: (it.job_id, it.fence, it.rank)
+                ),
+                reasons=tuple(
+                    Waiting(job_id=job.id, reason=self._all.reasons[job.id])
+                    for job in jobs
+                    if job.id in self._all.reasons
+                ),
+                metered_until=tuple((node, meter, until) for (node, meter), until in sorted(self._all.marks.items())),
+                last_seq=len(self._all.events),
+            )
+
+    # Workloads, jobs and what they held
+
+    def workload(self, workload_id: WorkloadId) -> Workload | None:
+        return self._of(Workload).get(workload_id)
+
+    def jobs_of(self, workload_id: WorkloadId) -> tuple[Job, ...]:
+        """A workload's jobs by index."""
+        return self._sorted(Job, lambda job: job.workload_id == workload_id, key=lambda job: job.index)
+
+    def job(self, job_id: JobId) -> JobRow | None:
+        with self._lock:
+            job = self._of(Job).get(job_id)
+            return None if job is None else self._row(job)
+
+    def find_jobs(self, where: JobFilter, *, cursor: str = "", limit: int = 50) -> Page[JobRow]:
+        """Jobs, newest submission first; stable under concurrent writes. Raises: InvalidRequest for a bad cursor."""
+        before = from_cursor(cursor, tuple[int, str, int]) if cursor else None
+        with self._lock:
+            rows = sorted((self._row(job) for job in self._of(Job).values()), key=_place, reverse=True)
+        found = [row for row in rows if _matches(row, where) and (before is None or _place(row) < before)]
+        more = len(found) > limit
+        return Page(items=tuple(found[:limit]), next_cursor=to_cursor(_place(found[limit - 1])) if more else "")
+
+    def attempts(self, job_id: JobId) -> tuple[Attempt, ...]:
+        """A job's attempts by number."""
+        return self._sorted(Attempt, lambda it: it.job_id == job_id, key=lambda it: it.number)
+
+    def allocations(self, job_id: JobId) -> tuple[Allocation, ...]:
+        """What the job's workers held and hold, by attempt and rank."""
+        return self._sorted(Allocation, lambda it: it.job_id == job_id, key=lambda it: (it.fence, it.rank, it.id))
+
+    def allocation(self, launch_id: LaunchId) -> Allocation | None:
+        return self._of(Allocation).get(launch_id)
+
+    def nodes(self) -> tuple[Node, ...]:
+        """Every node ever joined, by name."""
+        return self._sorted(Node, lambda _: True, key=lambda node: (node.name, node.id))
+
+    # The event log and the books
+
+    def events(
+        self,
+        *,
+        after: int = 0,
+        limit: int = 100,
+        job_id: JobId = JobId(""),
+        workload_id: WorkloadId = WorkloadId(""),
+        project_ids: tuple[ProjectId, ...] = (),
+    ) -> tuple[StoredEvent, ...]:
+        """Events with a sequence number above ``after``, oldest first."""
+        with self._lock:
+            later = self._all.events[max(after, 0) :]
+        found = (
+            event
+            for event in later
+            if (not job_id or event.entry.job_id == job_id)
+            and (not workload_id or event.entry.workload_id == workload_id)
+            and (not project_ids or event.entry.project_id in project_ids)
+        )
+        return tuple(event for event, _ in zip(found, range(limit), strict=False))
+
+    def ledger(
+        self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId(""), cursor: str = "", limit: int = 100
+    ) -> Page[LedgerLine]:
+        """Ledger lines in the order in which they were stored. Raises: InvalidRequest for a bad cursor."""
+        after = from_cursor(cursor, int) if cursor else 0
+        with self._lock:
+            numbered = list(enumerate(self._all.ledger.values(), 1))
+        found = [(n, line) for n, line in numbered if n > after and _belongs(line, job_id, project_id)]
+        return Page(
+            items=tuple(line for _, line in found[:limit]),
+            next_cursor=to_cursor(found[limit - 1][0]) if len(found) > limit else "",
+        )
+
+    def ledger_totals(
+        self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId(""), idle: bool = False
+    ) -> LedgerTotals:
+        """Exact sums of a job's or a project's lines, or of idle time when ``idle``; of all lines otherwise."""
+        with self._lock:
+            stored = tuple(self._all.ledger.values())
+        lines = [it for it in stored if _belongs(it, job_id, project_id) and (it.usage.is_idle or not idle)]
+        held: dict[str, int] = {}
+        for line in lines:
+            usage = line.usage
+            held[usage.resource] = held.get(usage.resource, 0) + usage.milli * (usage.to_ns - usage.from_ns)
+        all_measured = bool(lines) and all(line.usage.evidence is Evidence.MEASURED for line in lines)
+        return LedgerTotals(
+            held_milli_ns=tuple(sorted(held.items())),
+            amount_micro=sum(line.amount_micro for line in lines),
+            energy_mj=sum(line.energy_mj for line in lines),
+            carbon_mg=sum(line.carbon_mg for line in lines),
+            evidence=Evidence.MEASURED if all_measured else Evidence.ESTIMATED,
+            lines=len(lines),
+        )
+
+    def idempotent(self, principal_id: PrincipalId, key: str) -> IdempotencyRecord | None:
+        return self._all.idempotency.get((principal_id, key))
+
+    # Tenants, secrets and artifacts
+
+    def put_organization(self, organization: Organization) -> None:
+        with self._lock:
+            self._all.organizations[organization.id] = organization
+
+    def put_project(self, project: Project) -> None:
+        with self._lock:
+            self._all.projects[project.id] = project
+
+    def put_principal(self, principal: Principal) -> None:
+        with self._lock:
+            self._all.principals[principal.id] = principal
+
+    def put_token(self, token: Token) -> None:
+        with self._lock:
+            self._all.tokens[token.id] = token
+
+    def put_secret(self, secret: Secret) -> None:
+        with self._lock:
+            self._all.secrets[secret.project_id, secret.name] = secret
+
+    def delete_secret(self, project_id: ProjectId, name: str) -> bool:
+        """Whether there was one."""
+        with self._lock:
+            return self._all.secrets.pop((project_id, name), None) is not None
+
+    def put_artifact(self, artifact: Artifact) -> Artifact:
+        """The artifact with the next free version of its name; its own ``version`` is ignored."""
+        with self._lock:
+            if artifact.id in self._all.artifacts:
+                raise Stale("It exists already.")
+            newest = self.find_artifact(artifact.project_id, artifact.name)
+            stored = replace(artifact, version=newest.version + 1 if newest else 1)
+            self._all.artifacts[stored.id] = stored
+            return stored
+
+    def organizations(self) -> tuple[Organization, ...]:
+        return self._by_key(self._all.organizations)
+
+    def projects(self) -> tuple[Project, ...]:
+        return self._by_key(self._all.projects)
+
+    def principals(self) -> tuple[Principal, ...]:
+        return self._by_key(self._all.principals)
+
+    def tokens(self) -> tuple[Token, ...]:
+        return self._by_key(self._all.tokens)
+
+    def token(self, token_id: TokenId) -> Token | None:
+        return self._all.tokens.get(token_id)
+
+    def secret(self, project_id: ProjectId, name: str) -> Secret | None:
+        return self._all.secrets.get((project_id, name))
+
+    def secrets(self, project_id: ProjectId) -> tuple[Secret, ...]:
+        """A project's secrets, by name."""
+        return tuple(secret for secret in self._by_key(self._all.secrets) if secret.project_id == project_id)
+
+    def artifact(self, artifact_id: ArtifactId) -> Artifact | None:
+        return self._all.artifacts.get(artifact_id)
+
+    def find_artifact(self, project_id: ProjectId, name: str, version: int = 0) -> Artifact | None:
+        """That version of the named artifact, or the newest when ``version`` is zero."""
+        found = (it for it in self.artifacts(project_id) if it.name == name and version in (0, it.version))
+        return next(found, None)
+
+    def artifacts(self, project_id: ProjectId) -> tuple[Artifact, ...]:
+        """A project's artifacts, by name, newest version first."""
+        with self._lock:
+            found = [artifact for artifact in self._all.artifacts.values() if artifact.project_id == project_id]
+        return tuple(sorted(found, key=lambda artifact: (artifact.name, -artifact.version)))
+
+    # Whether it is sound
+
+    def integrity(self) -> tuple[str, ...]:
+        """What is wrong, in sentences; there is no way for anything to be."""
+        return ()
+
+    # Looking into the contents
+
+    def _of(self, kind: type[V]) -> dict[Any, V]:
+        things: dict[Any, V] = self._all.things[kind]
+        return things
+
+    def _sorted(self, kind: type[V], keep: Callable[[V], bool], *, key: Callable[[V], _Comparable]) -> tuple[V, ...]:
+        with self._lock:
+            return tuple(sorted((thing for thing in self._of(kind).values() if keep(thing)), key=key))
+
+    def _by_key(self, values: dict[Any, V]) -> tuple[V, ...]:
+        with self._lock:
+            return tuple(value for _, value in sorted(values.items(), key=lambda item: item[0]))
+
+    def _row(self, job: Job) -> JobRow:
+        workload = self._of(Workload)[job.workload_id]
+        return JobRow(job=job, workload=workload, reason=self._all.reasons.get(job.id))
+
+
+def _place(row: JobRow) -> tuple[int, str, int]:
+    return row.workload.submitted_ns, row.workload.id, row.job.index
+
+
+def _matches(row: JobRow, where: JobFilter) -> bool:
+    workload, job = row.workload, row.job
+    return (
+        (not where.project_ids or workload.project_id in where.project_ids)
+        and (not where.states or job.state in where.states)
+        and (not where.kinds or workload.spec.kind in where.kinds)
+        and (not where.workload_id or job.workload_id == where.workload_id)
+        and (not where.name or workload.spec.name == where.name)
+        and workload.spec.name.startswith(where.text)
+        and job.id.startswith(where.id_prefix)
+    )
+
+
+def _belongs(line: LedgerLine, job_id: JobId, project_id: ProjectId) -> bool:
+    return (not job_id or line.usage.job_id == job_id) and (not project_id or line.usage.project_id == project_id)

@@ -1,0 +1,235 @@
+"""Values to store in checks, and what checks say when a promise was not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, Final
+
+from tidemill.errors import TidemillError
+from tidemill.model.artifact import Artifact
+from tidemill.model.events import LogEntry
+from tidemill.model.fleet import Device, Node, NodeState
+from tidemill.model.ids import (
+    ArtifactId,
+    DeviceId,
+    NodeId,
+    OrganizationId,
+    PrincipalId,
+    ProjectId,
+    SiteId,
+    WorkloadId,
+    attempt_id,
+    job_id,
+    launch_id,
+    sortable_id,
+)
+from tidemill.model.job import (
+    Allocation,
+    AllocationState,
+    Attempt,
+    AttemptState,
+    DeviceShare,
+    Job,
+    JobState,
+    Workload,
+)
+from tidemill.model.ledger import CPU_METER, Evidence, LedgerLine, UsageInterval
+from tidemill.model.plan import Change, Reason, ResolvableBy
+from tidemill.model.spec import Environment, Kind, Port, RetryOn, RetryPolicy, Service, WorkloadSpec
+from tidemill.ports import IdempotencyRecord
+from tidemill.units import SECOND_NS
+
+NOW: Final = 1_800_000_000 * SECOND_NS
+RED: Final = ProjectId("prj_red")
+BLUE: Final = ProjectId("prj_blue")
+LARGE: Final = 2**63 - 1
+
+
+def a_workload(number: int, *, project: ProjectId = RED, kind: Kind = Kind.TASK, name: str = "train") -> Workload:
+    """A workload; the higher its number, the later it was submitted."""
+    service = Service(port="http", model="m") if kind is Kind.SERVICE else None
+    return Workload(
+        id=WorkloadId(sortable_id("wl", now=NOW + number * SECOND_NS, entropy=number)),
+        organization_id=OrganizationId("org_test"),
+        project_id=project,
+        principal_id=PrincipalId("usr_test"),
+        spec=WorkloadSpec(
+            kind=kind,
+            name=name,
+            run="python train.py --größe 1 # 数 \x00 \U0001f30a",
+            environment=Environment(python="3.12", packages=("numpy==2.0", "jax")),
+            envs=(("A", ""), ("B", "'\"\\\n")),
+            ports=(Port(name="http"),),
+            service=service,
+            retry=RetryPolicy(on=(RetryOn.ERROR,), exit_codes=(33,), max=1),
+            labels=(("team", "blå"),),
+        ),
+        submitted_ns=NOW + number * SECOND_NS,
+    )
+
+
+def a_job(workload: Workload, index: int = 0) -> Job:
+    """A job of it that waits."""
+    return Job(
+        id=job_id(workload.id, index),
+        workload_id=workload.id,
+        project_id=workload.project_id,
+        index=index,
+        state=JobState.QUEUED,
+        version=1,
+        priority=-7,
+        submitted_ns=workload.submitted_ns,
+    )
+
+
+def an_attempt(job: Job, number: int = 1) -> Attempt:
+    """An attempt that is starting."""
+    return Attempt(
+        id=attempt_id(job.id, number),
+        job_id=job.id,
+        number=number,
+        state=AttemptState.STARTING,
+        version=1,
+        placed_ns=NOW,
+        workers=2,
+        rendezvous_port=29_500,
+    )
+
+
+def an_allocation(attempt: Attempt, rank: int = 0) -> Allocation:
+    """What a worker of it holds."""
+    return Allocation(
+        id=launch_id(attempt.id, rank),
+        attempt_id=attempt.id,
+        job_id=attempt.job_id,
+        project_id=RED,
+        rank=rank,
+        node_id=NodeId("node_a"),
+        state=AllocationState.RESERVED,
+        version=1,
+        fence=attempt.number,
+        cpu_milli=1_500,
+        memory_bytes=2**40,
+        held_ns=NOW,
+        devices=(DeviceShare(device_id=DeviceId("gpu-0"), milli=500),),
+        ports=(("http", 8_080),),
+        isolation=("sandbox=bubblewrap",),
+    )
+
+
+def a_node(name: str) -> Node:
+    """A machine with a GPU."""
+    device = Device(
+        id=DeviceId(f"gpu-{name}"), index=0, model="H100-SXM", reported="NVIDIA H100 80GB HBM3",
+        memory_bytes=80 * 1024**3, idle_mw=70_000, busy_mw=700_000,
+    )  # fmt: skip
+    return Node(
+        id=NodeId(f"node_{name}"), site_id=SiteId("local"), name=name, state=NodeState.READY, version=1, boot_id="b",
+        address="127.0.0.1", cpu_milli=64_000, memory_bytes=2**38, disk_bytes=2**42, devices=(device,),
+        labels=(("zone", "a"),), joined_ns=NOW,
+    )  # fmt: skip
+
+
+def a_line(
+    from_ns: int,
+    to_ns: int,
+    *,
+    job: Job | None = None,
+    node: str = "node_a",
+    resource: str = CPU_METER,
+    milli: int = 1_000,
+    amount_micro: int = 5,
+    energy_mj: int = 7,
+    carbon_mg: int = 11,
+    evidence: Evidence = Evidence.MEASURED,
+) -> LedgerLine:
+    """A priced interval of one meter; idle time when there is no job."""
+    usage = UsageInterval(
+        node_id=NodeId(node),
+        meter=resource,
+        resource=resource,
+        from_ns=from_ns,
+        to_ns=to_ns,
+        milli=milli,
+        energy_mj=energy_mj,
+        evidence=evidence,
+    )
+    if job is not None:
+        attempt = attempt_id(job.id, 1)
+        usage = replace(
+            usage, launch_id=launch_id(attempt, 0), attempt_id=attempt, job_id=job.id, project_id=job.project_id
+        )
+    return LedgerLine(
+        id=usage.id, usage=usage, rate_card="r1", amount_micro=amount_micro, energy_mj=energy_mj, carbon_mg=carbon_mg
+    )
+
+
+def a_reason(code: str = "NotEnoughFreeGpus") -> Reason:
+    """Why a job waits."""
+    return Reason(
+        code=code, subject="site local", needed="8 GPUs", available="2 GPUs", resolvable_by=ResolvableBy.TIME,
+        sentence="8 GPUs are needed – 2 are free.",
+    )  # fmt: skip
+
+
+def a_note(job: Job | None = None, name: str = "Submitted", **body: str | int | bool | None) -> LogEntry:
+    """A line of the event log."""
+    if job is None:
+        return LogEntry(at_ns=NOW, type=name, body=tuple(body.items()))
+    return LogEntry(
+        at_ns=NOW, type=name, project_id=job.project_id, workload_id=job.workload_id, job_id=job.id,
+        body=tuple(body.items()),
+    )  # fmt: skip
+
+
+def new(*things: Workload | Job | Attempt | Allocation | Node) -> tuple[Change, ...]:
+    """Changes that insert these."""
+    return tuple(Change(assumed=None, after=thing) for thing in things)
+
+
+def moved(job: Job, state: JobState) -> Change:
+    """A change that brings a job as it is to another state."""
+    return Change(assumed=job.version, after=replace(job, state=state, version=job.version + 1))
+
+
+def a_record(key: str) -> IdempotencyRecord:
+    return IdempotencyRecord(
+        principal_id=PrincipalId("usr_test"), key=key, request_digest="d", response='["wl_1"]', created_ns=NOW
+    )
+
+
+def an_artifact(number: int, *, name: str = "model") -> Artifact:
+    return Artifact(
+        id=ArtifactId(f"art_{number}"), project_id=RED, name=name, version=99, digest="ab", size=2**50, created_ns=NOW,
+        metadata=(("f1", "0,9"),),
+    )  # fmt: skip
+
+
+# Promises
+
+
+def same(found: object, expected: object, what: str) -> None:
+    """Raises: AssertionError when they differ."""
+    if found != expected:
+        raise AssertionError(f"{what}: found {_short(found)}, expected {_short(expected)}")
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Iterable) and not isinstance(value, str) and (text := repr(value)) and len(text) > 2_000:
+        return text[:2_000] + " …"
+    return repr(value)
+
+
+def holds(kept: bool, what: str) -> None:
+    if not kept:
+        raise AssertionError(what)
+
+
+def raises(kind: type[TidemillError], call: Callable[..., object], *given: Any, **named: Any) -> None:
+    """Raises: AssertionError when the call does not raise that."""
+    try:
+        answer = call(*given, **named)
+    except kind:
+        return
+    raise AssertionError(f"{kind.__name__} was expected, and the answer was {_short(answer)}")

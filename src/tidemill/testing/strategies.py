@@ -1,0 +1,121 @@
+"""Hypothesis strategies: model values with all that their types allow, and histories for ``testing.history``."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from hypothesis import strategies as st
+
+from tidemill.model.artifact import Artifact
+from tidemill.model.events import LogEntry
+from tidemill.model.fleet import Device, Node
+from tidemill.model.job import Allocation, Attempt, DeviceShare, Job, Workload
+from tidemill.model.ledger import LedgerLine, UsageInterval
+from tidemill.model.plan import Reason
+from tidemill.model.resources import GpuRequest, Resources
+from tidemill.model.spec import Environment, Kind, Port, RetryOn, RetryPolicy, Service, WorkloadSpec
+from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
+from tidemill.ports import IdempotencyRecord
+from tidemill.testing.history import Step
+
+TEXTS: Final = st.text(st.characters(codec="utf-8"), max_size=20)
+"""Any text that can be written as UTF-8."""
+NUMBERS: Final = st.integers(-(2**63), 2**63 - 1)
+COUNTS: Final = st.integers(1, 2**63 - 1)
+PAIRS: Final = st.lists(st.tuples(TEXTS, TEXTS), max_size=3).map(tuple)
+NAMES: Final = st.from_regex(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,8}[A-Za-z0-9])?", fullmatch=True)
+
+
+def _built(kind: type[Any], **known: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Values of a dataclass: fields by their types, with any texts and numbers where those are asked for."""
+    return st.builds(kind, **dict.fromkeys(kind.__dataclass_fields__, ...) | known)
+
+
+def _tuples(of: st.SearchStrategy[Any], size: int = 3) -> st.SearchStrategy[tuple[Any, ...]]:
+    return st.lists(of, max_size=size).map(tuple)
+
+
+def workload_specs() -> st.SearchStrategy[WorkloadSpec]:
+    """Specs of every kind."""
+    gpus = st.none() | st.builds(GpuRequest, count=st.integers(1, 64), model=NAMES, memory_min_bytes=COUNTS)
+    service = Service(port="http", readiness_path="/health", model="m")
+    return st.sampled_from(Kind).flatmap(
+        lambda kind: st.builds(
+            WorkloadSpec,
+            kind=st.just(kind),
+            name=NAMES,
+            run=TEXTS.map(lambda text: "run " + text),
+            setup=TEXTS,
+            nodes=st.integers(1, 4_096),
+            resources=st.builds(
+                Resources, gpus=gpus, cpu_milli=COUNTS, memory_bytes=COUNTS, disk_bytes=st.just(0) | COUNTS
+            ),
+            environment=st.none() | st.builds(Environment, python=TEXTS, packages=_tuples(TEXTS)),
+            envs=PAIRS,
+            secrets=_tuples(NAMES),
+            inputs=PAIRS,
+            ports=st.just((Port(name="http"), Port(name="debug", number=8_080))),
+            service=st.just(service) if kind is Kind.SERVICE else st.none(),
+            array_size=st.integers(1, 100_000),
+            max_duration_ns=COUNTS,
+            retry=st.builds(
+                RetryPolicy,
+                on=_tuples(st.sampled_from(RetryOn)),
+                exit_codes=_tuples(st.integers(1, 255)),
+                max=st.integers(0, 1_000),
+            ),
+            priority=st.integers(-1_000, 1_000),
+            labels=PAIRS,
+        )
+    )
+
+
+def values() -> st.SearchStrategy[Any]:
+    """Values of every kind that a store keeps."""
+    devices = st.lists(_built(Device), max_size=3, unique_by=lambda device: device.id).map(tuple)
+    return st.one_of(
+        st.builds(
+            Workload,
+            id=TEXTS, organization_id=TEXTS, project_id=TEXTS, principal_id=TEXTS, spec=workload_specs(),
+            submitted_ns=NUMBERS,
+        ),
+        _built(Job),
+        _built(Attempt),
+        _built(Allocation, devices=_tuples(_built(DeviceShare)), ports=_tuples(st.tuples(TEXTS, NUMBERS))),
+        _built(Node, cpu_milli=COUNTS, memory_bytes=COUNTS, devices=devices, labels=PAIRS),
+        _built(LogEntry, body=_tuples(st.tuples(TEXTS, st.none() | st.booleans() | NUMBERS | TEXTS))),
+        _built(LedgerLine, usage=_built(UsageInterval)),
+        _built(Reason),
+        _built(Artifact, metadata=PAIRS),
+        _built(Secret, sealed=st.binary(max_size=64)),
+        _built(Token),
+        _built(Organization),
+        _built(Project),
+        _built(Principal),
+        _built(IdempotencyRecord),
+    )  # fmt: skip
+
+
+def histories(*, max_steps: int = 12) -> st.SearchStrategy[list[Step]]:
+    """Histories for ``testing.history.check_history``: mostly of commits that hold, some that must be refused."""
+    rarely = st.integers(0, 9).map(lambda number: number == 9)
+    few = st.integers(0, 4)
+    return st.lists(
+        st.builds(
+            Step,
+            submit=st.integers(0, 3),
+            place=_tuples(few),
+            move=_tuples(st.tuples(few, st.integers(0, 6))),
+            wait=_tuples(st.tuples(few, st.integers(0, 2))),
+            meter=_tuples(st.tuples(few, st.integers(1, 2**40))),
+            rebook=st.just(()) | _tuples(st.tuples(few, st.integers(0, 1)), 1),
+            notes=st.integers(0, 3),
+            key=st.none() | few,
+            lag=st.sampled_from((0, 0, 0, 0, 1, -1)),
+            repeat=rarely,
+            old_epoch=rarely,
+            lead=rarely,
+            reopen=rarely,
+        ),
+        max_size=max_steps,
+    )

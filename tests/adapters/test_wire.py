@@ -1,0 +1,377 @@
+"""Specs as people write them: what they become, what is said of their mistakes, and the way back."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tidemill import catalog
+from tidemill.errors import InvalidSpec, TidemillError
+from tidemill.model.resources import GpuRequest, Resources, parse_gpus
+from tidemill.model.spec import Environment, Kind, Port, RetryOn, RetryPolicy, Service, WorkloadSpec
+from tidemill.units import DAY_NS, SECOND_NS
+from tidemill.wire import (
+    MAX_BYTES,
+    MAX_DURATION_NS,
+    WorkloadSpecIn,
+    gpus_text,
+    json_schema,
+    read_spec,
+    spec_reference_markdown,
+    spec_to_json,
+)
+
+GIB = 1024**3
+DIGEST = "0123456789abcdef" * 4
+
+
+def read(**fields: Any) -> WorkloadSpec:
+    return read_spec({"run": "true"} | fields, "task")
+
+
+def mistakes(**fields: Any) -> dict[str, dict[str, Any]]:
+    """The mistakes in a spec, by field."""
+    with pytest.raises(InvalidSpec) as refused:
+        read(**fields)
+    assert refused.value.data["errors"][0]["field"] == refused.value.field
+    for problem in refused.value.data["errors"]:
+        assert problem["detail"], problem
+        assert problem["mend"], problem
+    return {problem["field"]: problem for problem in refused.value.data["errors"]}
+
+
+def test_the_least_spec() -> None:
+    assert read() == WorkloadSpec(kind=Kind.TASK, name="task", run="true")
+
+
+def test_everything_at_once() -> None:
+    spec = read(
+        kind="service",
+        name="chat",
+        nodes=2,
+        resources={"gpus": "H100:80GB:8", "cpus": 0.5, "memory": "2GB", "disk": "1.5TB"},
+        env={"python": "3.12", "packages": ["vllm==0.20"]},
+        workdir=f"sha256:{DIGEST}",
+        envs={"A": "text", "B": 1, "C": 0.5, "D": True},
+        secrets=["HF_TOKEN"],
+        inputs={"model": "gpt:2"},
+        setup="pip list",
+        run="serve",
+        ports=["http", 8000, "metrics:9100", {"name": "grpc", "port": 50051}],
+        service={"port": 8000, "readiness": {"path": "/health", "timeout": "5m"}, "replicas": 3, "model": "gpt"},
+        max_duration="1h30m",
+        retry={"on": ["node_lost", "exit:75"], "max": 2},
+        checkpoint={"grace": "30s"},
+        priority=-5,
+        labels={"team": "a", "n": 3},
+    )
+    assert spec == WorkloadSpec(
+        kind=Kind.SERVICE,
+        name="chat",
+        nodes=2,
+        resources=Resources(
+            gpus=parse_gpus("H100:80GB:8"), cpu_milli=500, memory_bytes=2 * GIB, disk_bytes=1_536 * GIB
+        ),
+        environment=Environment(python="3.12", packages=("vllm==0.20",)),
+        workdir=DIGEST,
+        envs=(("A", "text"), ("B", "1"), ("C", "0.5"), ("D", "true")),
+        secrets=("HF_TOKEN",),
+        inputs=(("model", "gpt:2"),),
+        setup="pip list",
+        run="serve",
+        ports=(
+            Port(name="http"),
+            Port(name="port-8000", number=8000),
+            Port(name="metrics", number=9100),
+            Port(name="grpc", number=50051),
+        ),
+        service=Service(
+            port="port-8000", readiness_path="/health", readiness_timeout_ns=300 * SECOND_NS, replicas=3, model="gpt"
+        ),
+        max_duration_ns=5_400 * SECOND_NS,
+        retry=RetryPolicy(on=(RetryOn.NODE_LOST,), exit_codes=(75,), max=2),
+        checkpoint_grace_ns=30 * SECOND_NS,
+        priority=-5,
+        labels=(("team", "a"), ("n", "3")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ({"array": 10}, {"kind": "array", "array": {"size": 10}}),
+        ({"retry": 5}, {"retry": {"on": ["node_lost", "preempted"], "max": 5}}),
+        ({"service": {}}, {"kind": "service", "ports": ["http"], "service": {"port": "http"}}),
+        ({"kind": "service"}, {"kind": "service", "ports": ["http"], "service": {"port": "http"}}),
+        ({"service": {"port": 8000}}, {"kind": "service", "ports": [8000], "service": {"port": "port-8000"}}),
+        ({"service": {"readiness": "/up"}}, {"service": {"readiness": {"path": "/up"}}}),
+        ({"ports": 8000}, {"ports": [8000]}),
+        ({"ports": ["a:8000"]}, {"ports": [{"name": "a", "port": 8000}]}),
+        ({"resources": {"gpus": None}}, {"resources": {"gpus": "none"}}),
+        ({"resources": {"gpus": 0.5}}, {"resources": {"gpus": "0.5"}}),
+        ({"resources": {"gpus": 2.0}}, {"resources": {"gpus": 2}}),
+        ({"workdir": DIGEST}, {"workdir": f"sha256:{DIGEST}"}),
+        ({"max_duration": 90}, {"max_duration": "90s"}),
+        ({"retry": {"on": "error"}}, {"retry": {"on": ["error"]}}),
+        ({"envs": None, "secrets": None, "ports": None}, {}),
+    ],
+)
+def test_short_forms_mean_their_long_forms(short: dict[str, Any], long: dict[str, Any]) -> None:
+    assert read(**short) == read(**long)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "said"),
+    [
+        ({"nmae": "x"}, "nmae", "Did you mean name?"),
+        ({"resources": {"gpu": 1}}, "resources.gpu", "Did you mean gpus?"),
+        ({"gpus": 1}, "gpus", "resources.gpus?"),
+        ({"command": "x"}, "command", "Did you mean run?"),
+        ({"replicas": 2}, "replicas", "Did you mean service.replicas?"),
+        ({"xyzzy": 2}, "xyzzy", "Fields are kind, name,"),
+        ({"resources": {"memory": "2 parsecs"}}, "resources.memory", "512MB, 16GB or 1.5TB"),
+        ({"resources": {"memory": -1}}, "resources.memory", "512MB"),
+        ({"resources": {"memory": "9" * 60 + "TB"}}, "resources.memory", "512MB"),
+        ({"resources": {"cpus": "4"}}, "resources.cpus", "4, or 0.5"),
+        ({"resources": {"cpus": 0}}, "resources.cpus", "4, or 0.5"),
+        ({"resources": {"cpus": float("nan")}}, "resources.cpus", "4, or 0.5"),
+        ({"resources": {"cpus": float("inf")}}, "resources.cpus", "4, or 0.5"),
+        ({"resources": {"cpus": 10**400}}, "resources.cpus", "4, or 0.5"),
+        ({"resources": {"cpus": True}}, "resources.cpus", "4, or 0.5"),
+        ({"resources": {"gpus": "H10"}}, "resources.gpus", "H100"),
+        ({"resources": {"gpus": 1.5}}, "resources.gpus", "0.5 or none"),
+        ({"resources": {"gpus": -1}}, "resources.gpus", "0.5 or none"),
+        ({"resources": {"gpus": "H100:H200"}}, "resources.gpus", "H100:80GB:8"),
+        ({"resources": {"gpus": []}}, "resources.gpus", "H100:80GB:8"),
+        ({"resources": 3}, "resources", "gpus, cpus, memory, disk"),
+        ({"max_duration": "1 fortnight"}, "max_duration", "90s, 15m"),
+        ({"max_duration": 1.5}, "max_duration", "90s, 15m"),
+        ({"max_duration": "99999999d"}, "max_duration", "90s, 15m"),
+        ({"checkpoint": {"grace": "2d"}}, "checkpoint.grace", "30s"),
+        ({"nodes": 0}, "nodes", "1 to 4096"),
+        ({"nodes": "2"}, "nodes", "without quotes"),
+        ({"array": 0}, "array.size", "1 to 100000"),
+        ({"array": 2, "kind": "task"}, "array", "kind: array"),
+        ({"kind": "array"}, "array", "array: 10"),
+        ({"kind": "pipeline"}, "kind", "steps as tasks"),
+        ({"kind": "tsk"}, "kind", "Did you mean task?"),
+        ({"kind": "task", "service": {}}, "service", "kind: service"),
+        ({"env": {}, "image": "x"}, "image", "Leave one of them out"),
+        ({"env": {"python": 3.1}}, "env.python", 'in quotes: "3.1"'),
+        ({"env": {"packages": ["-r /etc/passwd"]}}, "env.packages", "torch"),
+        ({"env": {"packages": "torch"}}, "env.packages", "list"),
+        ({"run": " "}, "run", "command"),
+        ({"run": "a\0b"}, "run", "Take it out"),
+        ({"run": "x" * 200_000}, "run", "workdir"),
+        ({"run": ["a"]}, "run", "quotes"),
+        ({"run": "\ud800"}, "run", "UTF-8"),
+        ({"envs": {"1A": "x"}}, "envs", "not beginning with a digit"),
+        ({"envs": {"A": None}}, "envs", "text, a number"),
+        ({"envs": {"A": ["x"]}}, "envs", "text, a number"),
+        ({"envs": ["A=b"]}, "envs", "NAME: value"),
+        ({"secrets": ["a-b"]}, "secrets", "letters, digits"),
+        ({"inputs": {"../x": "a"}}, "inputs", "letters, digits"),
+        ({"inputs": {"x": "a:b"}}, "inputs", "name:version"),
+        ({"ports": [80]}, "ports", "1024 to 65535"),
+        ({"ports": ["8000"]}, "ports", "without quotes"),
+        ({"ports": ["a:99999"]}, "ports", "1024 to 65535"),
+        ({"ports": ["Http"]}, "ports", "lower-case"),
+        ({"ports": ["a", "a"]}, "ports", "once"),
+        ({"ports": [8000, "x:8000"]}, "ports", "once"),
+        ({"ports": [{"nmae": "x"}]}, "ports", "name: http"),
+        ({"ports": ["a"], "service": {"port": "b"}}, "service.port", "Ports are a"),
+        ({"service": {"port": "B!"}}, "service.port", "1024 to 65535"),
+        ({"service": {"readiness": "health"}}, "service.readiness.path", "/health"),
+        ({"service": {"replicas": 65}}, "service.replicas", "1 to 64"),
+        ({"retry": {"on": ["bad_luck"]}}, "retry.on", "node_lost"),
+        ({"retry": {"on": ["exit:0"]}}, "retry.on", "exit:75"),
+        ({"retry": {"max": -1}}, "retry.max", "0 to 1000"),
+        ({"priority": 1001}, "priority", "-1000 to 1000"),
+        ({"labels": {"a b": "x"}}, "labels", "letters"),
+        ({"name": "a b"}, "name", "1 to 63"),
+        ({"name": "x" * 64}, "name", "1 to 63"),
+        ({"name": "x\n"}, "name", "1 to 63"),
+        ({"workdir": "."}, "workdir", "/v1/blobs"),
+        ({"image": "--privileged"}, "image", "python:3.12"),
+    ],
+)
+def test_a_mistake_is_named_with_its_field_and_the_mend(fields: dict[str, Any], field: str, said: str) -> None:
+    found = mistakes(**fields)
+    assert field in found, found
+    assert said in found[field]["mend"], found[field]
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    found = mistakes(
+        nmae="x",
+        resources={"gpus": "H10", "memory": "2 parsecs", "cpus": "x"},
+        env={},
+        image="x",
+        retry={"max": "3"},
+        kind="array",
+        run="",
+    )
+    assert set(found) == {
+        "nmae", "resources.gpus", "resources.memory", "resources.cpus", "image", "retry.max", "array", "run",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [None, [], "run", 3, {1: 2}, {"run": {}}, {"retry": [[[]]]}])
+def test_what_is_no_mapping_is_refused_kindly(given: Any) -> None:
+    with pytest.raises(InvalidSpec) as refused:
+        read_spec(given, "x")
+    json.dumps(refused.value.data["errors"])
+
+
+GPU_MODELS = sorted(device.model for device in catalog.devices())[:20]
+TEXT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=30)
+SCRIPT = TEXT.filter(lambda text: bool(text.strip()))
+NAME = st.from_regex(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,20}[A-Za-z0-9])?", fullmatch=True)
+SIZE = st.one_of(st.just(0), st.integers(0, MAX_BYTES), st.integers(1, 512).map(lambda count: count * GIB))
+DURATION = st.one_of(st.integers(0, MAX_DURATION_NS), st.integers(0, 10_000).map(lambda count: count * SECOND_NS))
+
+
+@st.composite
+def gpu_requests(draw: st.DrawFn) -> GpuRequest:
+    low = draw(SIZE)
+    high = draw(st.one_of(st.just(0), st.just(low), st.integers(low, MAX_BYTES)))
+    share = draw(st.one_of(st.just(1_000), st.integers(1, 999)))
+    return GpuRequest(
+        model=draw(st.sampled_from(["", *GPU_MODELS])),
+        memory_min_bytes=low,
+        memory_max_bytes=high,
+        milli=share,
+        count=draw(st.integers(1, 1_000)) if share == 1_000 else 1,
+    )
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> WorkloadSpec:
+    kind = draw(st.sampled_from([Kind.TASK, Kind.ARRAY, Kind.DEV, Kind.SERVICE]))
+    ports = draw(
+        st.lists(
+            st.builds(
+                Port, name=st.from_regex(r"[a-z][a-z0-9_-]{0,8}", fullmatch=True), number=st.sampled_from([0, *range(2_000, 2_020)])
+            ),
+            max_size=4,
+            unique_by=(lambda port: port.name, lambda port: port.number or port.name),
+        )
+    )  # fmt: skip
+    if kind is Kind.SERVICE and not ports:
+        ports = [Port(name="http")]
+    pairs = st.dictionaries(st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,9}", fullmatch=True), TEXT, max_size=3)
+    has_image = draw(st.booleans())
+    return WorkloadSpec(
+        kind=kind,
+        name=draw(NAME),
+        run=draw(st.one_of(st.just(""), SCRIPT) if kind is Kind.DEV else SCRIPT),
+        setup=draw(TEXT),
+        nodes=draw(st.integers(1, 4_096)),
+        resources=Resources(
+            gpus=draw(st.none() | gpu_requests()),
+            cpu_milli=draw(st.integers(1, 1_000_000)),
+            memory_bytes=draw(SIZE),
+            disk_bytes=draw(SIZE),
+        ),
+        environment=None
+        if has_image
+        else draw(
+            st.none()
+            | st.builds(
+                Environment,
+                python=st.sampled_from(["", "3.12", "3.10"]),
+                packages=st.lists(st.sampled_from(["a", "b==1", "c[x]>=2"])).map(tuple),
+            )
+        ),
+        image="docker.io/library/python:3" if has_image else "",
+        workdir=draw(st.sampled_from(["", DIGEST])),
+        envs=tuple(draw(pairs).items()),
+        secrets=tuple(draw(st.lists(st.sampled_from(["A", "B_1"]), max_size=2))),
+        inputs=tuple(draw(st.dictionaries(NAME, st.sampled_from(["a", "b:3"]), max_size=2)).items()),
+        ports=tuple(ports),
+        service=Service(
+            port=draw(st.sampled_from(ports)).name,
+            readiness_path=draw(st.sampled_from(["", "/", "/health"])),
+            readiness_timeout_ns=draw(DURATION),
+            replicas=draw(st.integers(1, 64)),
+            model=draw(st.sampled_from(["", "gpt", "a/b"])),
+        )
+        if kind is Kind.SERVICE
+        else None,
+        array_size=draw(st.integers(1, 100_000)) if kind is Kind.ARRAY else 1,
+        max_duration_ns=draw(DURATION),
+        retry=RetryPolicy(
+            on=tuple(draw(st.lists(st.sampled_from(RetryOn), max_size=3))),
+            exit_codes=tuple(draw(st.lists(st.integers(1, 255), max_size=3))),
+            max=draw(st.integers(0, 1_000)),
+        ),
+        checkpoint_grace_ns=draw(st.integers(0, DAY_NS)),
+        priority=draw(st.integers(-1_000, 1_000)),
+        labels=tuple(draw(st.dictionaries(NAME, TEXT, max_size=3)).items()),
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(spec=specs())
+def test_what_is_written_reads_back_as_the_same(spec: WorkloadSpec) -> None:
+    written = json.loads(json.dumps(spec_to_json(spec)))
+    assert WorkloadSpecIn.model_validate(written).to_model("other") == spec
+
+
+@given(request=gpu_requests())
+def test_gpu_requests_read_back_to_the_byte(request: GpuRequest) -> None:
+    assert parse_gpus(gpus_text(request)) == request
+
+
+def test_the_planted_bug_of_rounded_sizes_is_caught() -> None:
+    request = GpuRequest(model="", memory_min_bytes=24 * GIB + 1)
+    assert parse_gpus(str(request)) != request
+    assert parse_gpus(gpus_text(request)) == request
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+FIELDS = [*WorkloadSpecIn.model_fields]
+
+
+@settings(max_examples=400, deadline=None)
+@given(given=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=6), ANY_JSON, max_size=6))
+def test_no_input_does_anything_but_become_a_spec_or_be_refused(given: dict[str, Any]) -> None:
+    try:
+        spec = read_spec(given, "x")
+    except InvalidSpec as refused:
+        json.dumps([refused.data["errors"][0], *refused.data["errors"]])
+        return
+    assert isinstance(spec, WorkloadSpec)
+
+
+def test_the_schema_describes_every_field() -> None:
+    schema = json_schema()
+    json.dumps(schema)
+    assert schema["$schema"].endswith("2020-12/schema")
+    assert list(schema["properties"]) == FIELDS
+    sections = [schema, *schema["$defs"].values()]
+    for section in sections:
+        assert section["additionalProperties"] is False
+        for name, field in section["properties"].items():
+            assert field.get("description"), name
+
+
+def test_the_reference_has_a_row_for_every_field() -> None:
+    page = spec_reference_markdown()
+    for name in (*FIELDS, "resources.gpus", "service.readiness.timeout", "retry.on", "array.size", "env.packages"):
+        assert f"| `{name}` |" in page
+    assert "None" not in page
+    assert "{}" not in page
+
+
+def test_errors_are_our_own() -> None:
+    with pytest.raises(TidemillError):
+        read_spec({"run": "x", "service": {"port": 1}}, "x")
