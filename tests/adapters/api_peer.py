@@ -86,7 +86,7 @@ class Peer:
     def __init__(self, home: Path) -> None:
         node = Node(
             id=NodeId("node_a"), site_id=SiteId("here"), name="a", state=NodeState.READY, version=1, boot_id="b",
-            address="127.0.0.1", cpu_milli=8_000, memory_bytes=32 << 30, disk_bytes=1 << 40,
+            address="127.0.0.1", cpu_milli=512_000, memory_bytes=32 << 30, disk_bytes=1 << 40,
         )  # fmt: skip
         self.home = home
         self.engine = PuppetEngine([node])

@@ -14,9 +14,11 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 import yaml
@@ -65,19 +67,29 @@ class Reader:
         }
 
     def run(self, command: str) -> tuple[int, str, str]:
-        """Exit status, standard output and standard error of a command, which finds what those before it left."""
-        script = _SESSION.format(state=self._state, command=command)
-        done = subprocess.run(
-            ["bash", "-c", script],
+        """Exit status, standard output, and both outputs as they came, of a command that finds what others left."""
+        process = subprocess.Popen(
+            ["bash", "-c", _SESSION.format(state=self._state, command=command)],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            timeout=TIMEOUT_S,
-            check=False,
         )
-        output, notes = (_ANSI.sub("", octets.decode(errors="replace")) for octets in (done.stdout, done.stderr))
-        return done.returncode, output, notes
+        came: list[tuple[bool, bytes]] = []
+        readers = [
+            threading.Thread(target=_collect, args=(pipe, is_output, came))
+            for pipe, is_output in ((process.stdout, True), (process.stderr, False))
+        ]
+        for reader in readers:
+            reader.start()
+        try:
+            status = process.wait(TIMEOUT_S)
+        finally:
+            process.kill()
+        for reader in readers:
+            reader.join(TIMEOUT_S)
+        output = b"".join(octets for is_output, octets in came if is_output)
+        return status, _plain(output), _plain(b"".join(octets for _, octets in came))
 
     def follow(self, block: Block) -> None:
         """Do what the block says. Raises: AssertionError that shows where it is not as the page says."""
@@ -89,18 +101,27 @@ class Reader:
             for step in steps_of(block):
                 self._take(block, step)
         elif block.language == "python":
-            status, output, notes = self.run(f"python - <<'END_OF_BLOCK'\n{block.body}\nEND_OF_BLOCK")
-            assert status == 0, f"{block}: the example fails\n{output}{notes}"
+            status, _, told = self.run(f"python - <<'END_OF_BLOCK'\n{block.body}\nEND_OF_BLOCK")
+            assert status == 0, f"{block}: the example fails\n{told}"
 
     def _take(self, block: Block, step: Step) -> None:
         where = f"{block.page.relative_to(ROOT)}:{step.line}"
-        status, output, notes = self.run(step.command)
-        assert status == 0, f"{where}: $ {step.command}\nended with {status} and said:\n{output}{notes}"
+        status, output, told = self.run(step.command)
+        assert status == 0, f"{where}: $ {step.command}\nended with {status} and said:\n{told}"
         if step.output.strip():
             want = doctest.Example(step.command, step.output + "\n").want
-            seen = (output, notes + output, output + notes)  # a terminal shows both, and progress only for a moment
-            matches = any(_CHECKER.check_output(want, text, _FLAGS) for text in seen)
-            assert matches, f"{where}: $ {step.command}\nthe page says:\n{step.output}\nit prints:\n{notes}{output}"
+            # a terminal shows both outputs; that something is under way it shows only for a moment
+            matches = any(_CHECKER.check_output(want, text, _FLAGS) for text in (output, told))
+            assert matches, f"{where}: $ {step.command}\nthe page says:\n{step.output}\nit prints:\n{told}"
+
+
+def _collect(pipe: IO[bytes], is_output: bool, came: list[tuple[bool, bytes]]) -> None:
+    while octets := os.read(pipe.fileno(), 65_536):
+        came.append((is_output, octets))
+
+
+def _plain(octets: bytes) -> str:
+    return _ANSI.sub("", octets.decode(errors="replace"))
 
 
 def _name(page: Path) -> str:
@@ -126,8 +147,8 @@ def test_a_reader_who_does_what_the_page_says_sees_what_it_says(page: Path, read
     blocks = [block for block in blocks_of(page) if not block.not_run]
     first = next(block for block in blocks if block.language in _RUNS and not block.file_name)
     if "$ tidemill up\n" not in first.body:
-        status, output, notes = reader.run("tidemill up")
-        assert status == 0, output + notes
+        status, _, told = reader.run("tidemill up")
+        assert status == 0, told
     for block in blocks:
         reader.follow(block)
 

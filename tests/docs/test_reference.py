@@ -39,7 +39,9 @@ def test_every_command_and_option_is_on_the_page() -> None:
     for name, command in generate.commands():
         assert f"## {name}\n" in page
         for parameter in command.params:
-            assert parameter.name == "help" or (parameter.opts or [parameter.name])[0].strip("-") in page.lower()
+            assert parameter.name == "help" or f"| {generate.option(parameter)[0]} |" in page, (
+                f"{name} {parameter.name}"
+            )
 
 
 def test_every_route_is_on_the_page() -> None:

@@ -92,7 +92,7 @@ def audit_books(cloud: Cloud, job_id: str, *, workers: int) -> None:
         }
         assert len(totals) == 1, f"{meter}: between {instants[0]} and {instants[-1]} the books show {totals} milli"
     booked = sum(end - start for _, meter, start, end, _, launch in lines if meter == "cpu" and launch)
-    held = sum(one["released_ns"] - one["held_ns"] for one in job["workers"])
+    held = sum(one["released_at_ns"] - one["held_at_ns"] for one in job["workers"])
     assert booked == held
 
 

@@ -142,6 +142,7 @@ def worker_json(held: Allocation, attempt: int, node: Node | None) -> WorkerOut:
         "cause": held.cause.value,
         "detail": held.detail,
         "cpu_used_ns": held.cpu_used_ns,
+        "held_at_ns": held.held_ns,
         "started_at_ns": held.started_ns,
         "released_at_ns": held.released_ns,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,8 @@ def create_app(plane: ControlPlane) -> FastAPI:
     services = Services(plane, Hub(plane), Once())
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(served: FastAPI) -> AsyncIterator[None]:
+        served.state.loop = asyncio.get_running_loop()
         yield
         services.hub.close()
         plane.relay.close()
@@ -77,9 +79,12 @@ def create_app(plane: ControlPlane) -> FastAPI:
 
 
 def close_streams(app: FastAPI) -> None:
-    """End all streams, from any thread, so that a server that is told to stop need not wait for them."""
+    """End all streams and long polls, from any thread, so that a server that is told to stop need not wait for them."""
     services: Services = app.state.services
     services.hub.close()
+    loop: asyncio.AbstractEventLoop | None = getattr(app.state, "loop", None)
+    if loop is not None and not loop.is_closed():
+        loop.call_soon_threadsafe(services.plane.relay.close)
 
 
 def _own_description(app: FastAPI) -> Routes:

@@ -6,7 +6,6 @@ What another organization or project has is not there. Everything here asks the 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Final
 
 from tidemill.api.guard import Call, missing
@@ -20,8 +19,7 @@ _JOB: Final = re.compile(r"job_[0-9a-z]{1,40}(-[0-9]{1,6})?", re.ASCII)
 _WORKLOAD: Final = re.compile(r"wl_[0-9a-z]{1,40}", re.ASCII)
 _WHOLE: Final = 18
 _SHORTEST: Final = 6
-_SEARCHED: Final = 2_000
-"""How many of the newest jobs are searched for the beginning of an id."""
+_SEARCHED: Final = 200
 
 
 def find_job(call: Call, reference: str, project: str = "") -> JobRow:
@@ -91,7 +89,7 @@ def _workload(call: Call, reference: str, project: str) -> Workload | None:
 
 def _by_beginning(call: Call, beginning: str, project: str, *, whole_workload: bool = False) -> JobRow | None:
     found: dict[str, JobRow] = {}
-    for row in _newest(call, project):
+    for row in _newest(call, project, id_prefix=beginning):
         if row.job.id.startswith(beginning) and _may_see(call, row.workload):
             found.setdefault(row.workload.id if whole_workload else row.job.id, row)
             if len(found) > 1:
@@ -105,19 +103,12 @@ def _by_beginning(call: Call, beginning: str, project: str, *, whole_workload: b
     return next(iter(found.values()), None)
 
 
-def _newest(call: Call, project: str, *, name: str = "") -> Iterator[JobRow]:
+def _newest(call: Call, project: str, *, name: str = "", id_prefix: str = "") -> tuple[JobRow, ...]:
     visible = call.visible_projects(project)
     if not visible:
-        return
-    cursor, seen = "", 0
-    where = JobFilter(project_ids=visible, name=name)
-    while seen < _SEARCHED:
-        page = call.plane.store.find_jobs(where, cursor=cursor, limit=500)
-        yield from page.items
-        seen += len(page.items)
-        cursor = page.next_cursor
-        if not cursor:
-            return
+        return ()
+    where = JobFilter(project_ids=visible, name=name, id_prefix=id_prefix)
+    return call.plane.store.find_jobs(where, limit=_SEARCHED).items
 
 
 def _may_see(call: Call, workload: Workload) -> bool:

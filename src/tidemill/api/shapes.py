@@ -87,6 +87,7 @@ class WorkerOut(TypedDict):
     detail: str
     cpu_used_ns: int
     started_at_ns: int
+    held_at_ns: int
     released_at_ns: int
 
 

@@ -30,7 +30,7 @@ async def submit_workload(call: Caller) -> Response:
     With an Idempotency-Key, repeating the request gives the first answer again.
     """
     given, raw = await json_object(call.request)
-    if type(given.get("spec")) is not dict or given.keys() - {"spec", "project"}:
+    if len(given) != 1 or type(given.get("spec")) is not dict:
         checked(given, SubmitIn)
     project, specs = _read(call, [given["spec"]], given.get("project", ""), many=False)
     stored = await _submit(call, project, specs, b"one\0" + raw)
@@ -42,9 +42,10 @@ async def submit_batch(call: Caller) -> Response:
     """Submit up to 1000 workloads, all of them or none."""
     given, raw = await json_object(call.request)
     batch = checked(given, BatchIn)
-    project, specs = _read(call, batch.specs, batch.project, many=True)
+    project, specs = await blocking(_read, call, batch.specs, batch.project, many=True)
     stored = await _submit(call, project, specs, b"many\0" + raw)
-    return json_answer({"items": [_answer(call, workload, project) for workload in stored]}, 201)
+    answers = await blocking(lambda: [_answer(call, workload, project) for workload in stored])
+    return json_answer({"items": answers}, 201)
 
 
 @routes.post("/v1/quotes", allow=(Scope.SUBMIT, Scope.READ), body=SubmitIn, answer=QuoteOut)

@@ -4,7 +4,16 @@ Data is read from the package when it is first asked for. ``data/SOURCES.md`` sa
 """
 
 from tidemill.catalog.carbon import CarbonIntensity, carbon_intensity
-from tidemill.catalog.devices import DeviceSpec, devices, known_model, match_device, matches_request, nearest_names
+from tidemill.catalog.devices import (
+    DeviceSpec,
+    derived_device,
+    devices,
+    known_model,
+    match_device,
+    matches_request,
+    mig_device,
+    nearest_names,
+)
 from tidemill.catalog.power import cpu_power
 from tidemill.catalog.prices import default_rates, rate_card
 
@@ -14,10 +23,12 @@ __all__ = [
     "carbon_intensity",
     "cpu_power",
     "default_rates",
+    "derived_device",
     "devices",
     "known_model",
     "match_device",
     "matches_request",
+    "mig_device",
     "nearest_names",
     "rate_card",
 ]

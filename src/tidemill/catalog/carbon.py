@@ -1,69 +1,79 @@
-"""Grams of CO2e for one kWh, by country."""
+"""Carbon intensity of electricity, by country and year."""
 
 from __future__ import annotations
 
-import csv
 import difflib
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
-from importlib import resources
+from typing import Final
 
+from tidemill.catalog.tables import rows
 from tidemill.errors import InvalidSetting
 
-_SOURCE = "CodeCarbon / Our World in Data, Ember (CC BY 4.0)"
+_SOURCE: Final = "Our World in Data and Ember (CC BY 4.0), by way of codecarbon"
+_WORLD: Final = frozenset({"", "world", "wld"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CarbonIntensity:
-    """The carbon intensity of a grid: mg CO2e for one kWh, of which year, from where."""
+    """Milligrams of CO2e for one kWh from a country's grid, averaged over ``year``."""
 
+    country: str
     mg_per_kwh: int
     year: int
     source: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    country: str
-    year: int
-    mg_per_kwh: int
-    total_twh: float
-
-
 def carbon_intensity(country: str = "") -> CarbonIntensity:
-    """The intensity of a country, by ISO 3166 alpha-3 code or English name; of the world when none is given.
+    """The intensity of a country, by ISO 3166 alpha-3 code or English name; the world's when nothing is given.
 
-    The world's is the mean of all countries, weighted by what they generate. Raises: InvalidSetting.
+    The world's is the mean of all countries, weighted by what they generate.
+    Raises: InvalidSetting that names the nearest countries.
+
+    >>> carbon_intensity("DEU") == carbon_intensity("germany")
+    True
     """
-    rows = _rows()
-    if not country:
-        total = sum(row.total_twh for row in rows.values())
-        mean = sum(row.mg_per_kwh * row.total_twh for row in rows.values()) / total
-        year = max(row.year for row in rows.values())
-        return CarbonIntensity(
-            mg_per_kwh=round(mean), year=year, source=f"world mean of {len(rows)} countries, {_SOURCE}"
+    asked = " ".join(country.split()).casefold()
+    if asked in _WORLD:
+        return _world()
+    found = _countries().get(asked)
+    if found is None:
+        near = [_countries()[name].country for name in difflib.get_close_matches(asked, _countries(), 3, 0.6)]
+        hint = f"Did you mean {', '.join(dict.fromkeys(near))}? " if near else ""
+        raise InvalidSetting(
+            f"No carbon intensity is known for {country!r}.",
+            field="country",
+            value=country,
+            mend=f"{hint}Write an ISO 3166 alpha-3 code such as DEU, or leave it out for the world's average.",
         )
-    row = rows.get(country.upper()) or next((r for r in rows.values() if r.country.lower() == country.lower()), None)
-    if row is None:
-        names = {name.lower(): name for name in (*rows, *(r.country for r in rows.values()))}
-        near = ", ".join(names[one] for one in difflib.get_close_matches(country.lower(), names, 3))
-        mend = f"Did you mean {near}?" if near else "Write an ISO 3166 alpha-3 code such as DEU."
-        raise InvalidSetting("There is no such country in the catalog.", field="country", value=country, mend=mend)
-    return CarbonIntensity(mg_per_kwh=row.mg_per_kwh, year=row.year, source=f"{row.country} {row.year}, {_SOURCE}")
+    return found
 
 
 @cache
-def _rows() -> dict[str, _Row]:
-    with (
-        resources.files("tidemill.catalog").joinpath("data/country_carbon_intensity.csv").open(encoding="utf-8") as file
-    ):
-        return {
-            row["iso3"]: _Row(
-                row["country"],
-                int(row["year"]),
-                round(float(row["gco2e_per_kwh"]) * 1000),
-                float(row["total_twh"] or 0),
-            )
-            for row in csv.DictReader(file)
-            if row["gco2e_per_kwh"]
-        }
+def _countries() -> dict[str, CarbonIntensity]:
+    """Intensities by code and by name, both in lower case."""
+    found = {}
+    for row in rows("country_carbon_intensity.csv"):
+        intensity = CarbonIntensity(
+            country=row["country"],
+            mg_per_kwh=int(Decimal(row["gco2e_per_kwh"]) * 1000),
+            year=int(row["year"]),
+            source=f"{_SOURCE}: {row['country']} {row['year']}",
+        )
+        found[row["iso3"].casefold()] = found[row["country"].casefold()] = intensity
+    return found
+
+
+@cache
+def _world() -> CarbonIntensity:
+    table = rows("country_carbon_intensity.csv")
+    generated = sum(Decimal(row["total_twh"]) for row in table)
+    emitted = sum(Decimal(row["total_twh"]) * Decimal(row["gco2e_per_kwh"]) for row in table)
+    year = min(int(row["year"]) for row in table if Decimal(row["total_twh"]) > 1000)
+    return CarbonIntensity(
+        country="world",
+        mg_per_kwh=int(emitted / generated * 1000),
+        year=year,
+        source=f"{_SOURCE}: mean of {len(table)} countries weighted by generation",
+    )

@@ -98,7 +98,10 @@ def _isolation() -> Iterator[Finding]:
     from tidemill.runner.sandbox import probe_isolation
 
     for support in probe_isolation().supports:
-        yield Finding(support.name, "ok" if support.works else "note", support.detail, support.mend)
+        detail = (
+            "limits of memory, CPU and processes hold" if support.name == "cgroup" and support.works else support.detail
+        )
+        yield Finding(support.name, "ok" if support.works else "note", detail, support.mend)
 
 
 def _energy() -> Iterator[Finding]:

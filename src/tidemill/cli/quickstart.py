@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tidemill.cli.output import clip, count, emit, facts, note, paint, say
+from tidemill.cli.output import clip, count, emit, facts, note, paint, say, width
 from tidemill.cli.quoting import quote_rows, receipt_rows
 from tidemill.cli.ticker import Ticker
 from tidemill.cli.training import TrainingView
@@ -260,7 +260,7 @@ class Quickstart:
     def _expect_success(self, job: Job, last_lines: list[str]) -> None:
         if job.state == "succeeded":
             return
-        told = "".join(f"\n  {clip(line, 150)}" for line in last_lines[-12:])
+        told = "".join(f"\n  {clip(line, width() - 4)}" for line in last_lines[-12:])
         why = job.detail or job.cause.replace("_", " ") or f"exit code {job.exit_code}"
         raise TidemillError(f"{job.name} {job.state} ({why}); its last lines:{told}", mend=f"tidemill why {job.id}")
 

@@ -116,7 +116,8 @@ class TrainingView:
         if not self.losses:
             spinner = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"[int(time.monotonic() * 10) % 10]
             state = f"preparing ({self._state})" if self._line and self._state == "running" else self._state
-            rows.append(Text.assemble((f"  {spinner} ", "cyan"), state, (f"  {passed}", "dim")))
+            mark, colour = {"failed": ("✗", "red"), "cancelled": ("■", "yellow")}.get(self._state, (spinner, "cyan"))
+            rows.append(Text.assemble((f"  {mark} ", colour), state, (f"  {passed}", "dim")))
             if self._line:
                 rows.append(Text(f"    {self._line}", style="dim", no_wrap=True, overflow="ellipsis"))
             return Group(*rows)

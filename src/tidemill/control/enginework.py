@@ -178,4 +178,4 @@ class EngineWork:
             if isinstance(command, Launch) and (held := self._live().get(command.launch_id)) is not None:
                 self._tell([LaunchRefused(at_ns=self._clock(), launch_id=held.id, fence=held.fence, detail=str(error))])
         except (EngineLost, Conflict) as error:
-            log.info("%s: %s", command, error)
+            log.debug("%s: %s", command, error)

@@ -405,12 +405,25 @@ class Runner:
 
     def _base_view(self) -> sandbox.View:
         accounts = self.root / "accounts"
+        host = f"{str(self.spec['job_id'])[-40:].replace('_', '-')}-{self.spec.get('rank', 0)}"
         return sandbox.View(
-            placed=((accounts / "passwd", "/etc/passwd"), (accounts / "group", "/etc/group")),
+            placed=(
+                (accounts / "passwd", "/etc/passwd"),
+                (accounts / "group", "/etc/group"),
+                (self._hosts_file(host), "/etc/hosts"),
+            ),
             temporary=self.temporary,
             devices=sandbox.private_devices((), self.folder.path / "dev"),
-            host=f"{self.spec.get('rank', 0)}.{str(self.spec['job_id'])[-40:]}",
+            host=host,
         )
+
+    def _hosts_file(self, host: str) -> Path:
+        """The machine's own names and the worker's, which libraries look up to learn their address."""
+        path = self.folder.path / "hosts"
+        known = Path("/etc/hosts")
+        own = known.read_text(errors="replace") if known.exists() else "127.0.0.1 localhost\n"
+        path.write_text(f"{own.rstrip()}\n127.0.0.1 {host}\n")
+        return path
 
     def _surroundings(
         self, secrets: Mapping[str, str], virtual_env: Path | None

@@ -22,6 +22,8 @@ from tidemill.errors import InvalidSetting, Stale, StorageFull, TidemillError, U
 
 _READERS: Final = 8
 _NO_SPACE_BYTES: Final = 64 * 1024
+_SMALL_LOG: Final = f"PRAGMA journal_size_limit={64 * 1024 * 1024}"
+"""To what size the write-ahead log is cut back, after a long reader let it grow."""
 _DUPLICATE: Final = {"SQLITE_CONSTRAINT_PRIMARYKEY", "SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_ROWID"}
 _NO_ANSWER: Final = {
     sqlite3.SQLITE_BUSY,
@@ -113,7 +115,7 @@ def _sqlite(path: Path, patience_s: float) -> Database:
     arguments = {"timeout": patience_s, "check_same_thread": False}
     writer = create_engine(url, pool_size=1, max_overflow=0, pool_timeout=patience_s, connect_args=arguments)
     reader = create_engine(url, pool_size=_READERS, max_overflow=0, pool_timeout=patience_s, connect_args=arguments)
-    _on_connect(writer, "PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", path=path)
+    _on_connect(writer, "PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", _SMALL_LOG, path=path)
     _on_connect(reader, "PRAGMA query_only=ON", path=path)
     event.listen(writer, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     event.listen(reader, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))

@@ -27,6 +27,7 @@ from sqlalchemy import (
     func,
     insert,
     inspect,
+    literal_column,
     null,
     select,
     text,
@@ -55,6 +56,8 @@ from tidemill.store.rows import LOW_BITS, LOW_MASK, Row, Rows, Thing, rows_of
 
 T = TypeVar("T")
 _MIGRATION_LOCK: Final = 7_203_685_477
+_BITS: Final[Any] = literal_column(str(LOW_BITS))
+_MASK: Final[Any] = literal_column(str(LOW_MASK))
 _LAST: Final = "\U0010ffff"
 _LIVE_JOBS: Final = [state.value for state in JobState if not is_terminal(state)]
 _LIVE_ATTEMPTS: Final = [state.value for state in AttemptState if not is_terminal(state)]
@@ -399,7 +402,7 @@ class SqlStore:
         halves = [
             half
             for column in (lines.amount_micro, lines.energy_mj, lines.carbon_mg)
-            for half in (func.sum(column.op(">>")(LOW_BITS)), func.sum(column.op("&")(LOW_MASK)))
+            for half in (func.sum(column.op(">>")(_BITS)), func.sum(column.op("&")(_MASK)))
         ]
         estimated = func.sum(case((lines.evidence == Evidence.ESTIMATED.value, 1), else_=0))
         query = select(

@@ -1,6 +1,21 @@
 """What a machine has and what it draws: discovery of nodes and devices, and cumulative energy meters."""
 
 from tidemill.telemetry.energy import EnergyMeters
-from tidemill.telemetry.node import DeviceStats, NodeStats, discover_node, node_stats, why_no_gpu
+from tidemill.telemetry.node import discover_node, node_id, usable_cpu_milli, usable_memory_bytes
+from tidemill.telemetry.nvml import Gpu, Nvml, why_no_gpu
+from tidemill.telemetry.stats import DeviceStats, NodeStats, device_stats, node_stats
 
-__all__ = ["DeviceStats", "EnergyMeters", "NodeStats", "discover_node", "node_stats", "why_no_gpu"]
+__all__ = [
+    "DeviceStats",
+    "EnergyMeters",
+    "Gpu",
+    "NodeStats",
+    "Nvml",
+    "device_stats",
+    "discover_node",
+    "node_id",
+    "node_stats",
+    "usable_cpu_milli",
+    "usable_memory_bytes",
+    "why_no_gpu",
+]

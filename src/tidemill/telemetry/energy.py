@@ -1,6 +1,7 @@
-"""Cumulative energy counters of this machine: NVML for devices, RAPL for processors.
+"""Cumulative energy counters of this machine: NVML for GPUs, RAPL for processors.
 
-A counter that cannot be read is left out, and what it would have measured is estimated and marked so.
+A counter that cannot be read is left out, and says why in ``unavailable``; what it would have measured is then
+estimated, and marked so. What is returned for a meter never goes back while this object lives.
 """
 
 from __future__ import annotations
@@ -8,69 +9,147 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from tidemill.model.events import Sampled
 from tidemill.model.ids import NodeId
 from tidemill.model.ledger import CPU_METER
-from tidemill.telemetry.nvml import Nvml, text_of
+from tidemill.telemetry.node import node_id, usable_cpu_milli
+from tidemill.telemetry.nvml import Gpu, Nvml, the_nvml
+from tidemill.units import MILLI, SECOND_NS
+
+_ROOT: Final = Path("/")
+_LONGEST_GAP_NS: Final = 60 * SECOND_NS
+"""Two samples of power further apart say nothing about the time between them."""
 
 
 class EnergyMeters:
-    """Reads all counters of a node. RAPL's counters wrap around; what is returned only grows.
-
-    ``cpu_reason`` says why the processors cannot be measured; empty when they are.
-    """
+    """Reads the energy counters of one node. ``cores`` is for tests: how many this process may use."""
 
     def __init__(
         self,
-        node_id: NodeId,
+        node: NodeId | None = None,
         *,
-        root: Path = Path("/"),
+        root: Path = _ROOT,
         nvml: Nvml | None = None,
         clock: Callable[[], int] = time.time_ns,
+        cores: int | None = None,
     ) -> None:
-        self._node_id = node_id
-        self._nvml = nvml or Nvml()
+        self._node_id = node or node_id(root=root)
+        self._root = root
+        self._nvml = nvml or the_nvml()
         self._clock = clock
-        zones = sorted((root / "sys/class/powercap").glob("intel-rapl:[0-9]*"))
-        self._packages = [zone for zone in zones if zone.name.count(":") == 1]
-        self._last_uj: dict[Path, int] = {}
-        self._total_uj = 0
-        self.cpu_reason = "this machine shows no RAPL counters" if not self._packages else ""
+        self._cores = cores
+        self._counters: dict[str, _Counter] = {}
+        self._powers: dict[str, _Integral] = {}
+        self.unavailable: dict[str, str] = {}
+        """For each meter that could not be read last time, the reason in a sentence."""
 
     def sample(self) -> Sampled | None:
-        """All counters that can be read now, in mJ; None when there are none."""
-        energy = self._device_counters()
+        """All counters that can be read now, in mJ; None when there is none."""
+        now = self._clock()
+        self.unavailable = {}
+        energy = [(gpu.uuid, mj) for gpu in self._nvml.gpus() if (mj := self._gpu_mj(gpu, now)) is not None]
         processors = self._processors_mj()
-        if processors is not None:
+        if isinstance(processors, str):
+            self.unavailable[CPU_METER] = processors
+        else:
             energy.append((CPU_METER, processors))
         if not energy:
             return None
-        return Sampled(at_ns=self._clock(), node_id=self._node_id, energy_mj=tuple(energy))
+        return Sampled(at_ns=now, node_id=self._node_id, energy_mj=tuple(energy))
 
-    def _device_counters(self) -> list[tuple[str, int]]:
-        counters = []
-        module = self._nvml.module
-        for _, handle in self._nvml.handles():
-            try:
-                used = int(module.nvmlDeviceGetTotalEnergyConsumption(handle))
-                counters.append((text_of(module.nvmlDeviceGetUUID(handle)), used))
-            except module.NVMLError:
-                continue
-        return counters
-
-    def _processors_mj(self) -> int | None:
-        for zone in self._packages:
-            try:
-                now = int((zone / "energy_uj").read_text())
-                span = int((zone / "max_energy_range_uj").read_text())
-            except (OSError, ValueError) as error:
-                self.cpu_reason = f"RAPL cannot be read ({error.__class__.__name__}: {error})"
-                return None
-            before = self._last_uj.get(zone, now)
-            self._total_uj += now - before if now >= before else now + span - before
-            self._last_uj[zone] = now
-        if not self._packages:
+    def _gpu_mj(self, gpu: Gpu, now: int) -> int | None:
+        if gpu.profile:
+            self.unavailable[gpu.uuid] = "The energy of a MIG slice is not measured apart from its GPU's."
             return None
-        self.cpu_reason = ""
-        return self._total_uj // 1000
+        counted = self._nvml.ask("nvmlDeviceGetTotalEnergyConsumption", gpu.handle)
+        if counted is not None:
+            return self._counters.setdefault(gpu.uuid, _Counter()).read(int(counted))
+        power = self._nvml.ask("nvmlDeviceGetPowerUsage", gpu.handle)
+        if power is not None:
+            return self._powers.setdefault(gpu.uuid, _Integral()).read(int(power), now)
+        self.unavailable[gpu.uuid] = f"{gpu.name} tells neither its energy nor its power."
+        return None
+
+    def _processors_mj(self) -> int | str:
+        """The processors' energy so far, or why it cannot be told."""
+        packages = _packages(self._root)
+        if not packages:
+            return "This machine shows no counters of its processors (RAPL)."
+        if part := self._part_of_machine():
+            return part
+        readings = []
+        for zone in packages:
+            try:
+                span = int((zone / "max_energy_range_uj").read_text())
+                readings.append((zone, int((zone / "energy_uj").read_text()), span))
+            except PermissionError:
+                mend = f"sudo chmod a+r {zone / 'energy_uj'}"
+                return f"The processors' counters (RAPL) are for root only; {mend} opens them."
+            except (OSError, ValueError) as error:
+                return f"The processors' counters (RAPL) cannot be read: {error}."
+        total_uj = sum(self._counters.setdefault(str(zone), _Counter()).read(uj, span) for zone, uj, span in readings)
+        return total_uj // 1000
+
+    def _part_of_machine(self) -> str:
+        """Why the counters of whole processors would be too much, when only part of them is ours to use."""
+        present = _present_cores(self._root)
+        mine = usable_cpu_milli(root=self._root, cores=self._cores)
+        if mine < present * MILLI:
+            return f"The processors' counters are of all {present} cores, of which {mine / MILLI:g} are for use here."
+        return ""
+
+
+class _Counter:
+    """A counter of hardware as one that only grows: it may wrap around at ``span``, or start again from zero."""
+
+    def __init__(self) -> None:
+        self._last = 0
+        self._total = 0
+
+    def read(self, value: int, span: int = 0) -> int:
+        """The total after a reading of ``value``."""
+        gone = value - self._last
+        self._total += gone if gone >= 0 else gone + span if self._last <= span else value
+        self._last = value
+        return self._total
+
+
+class _Integral:
+    """Energy from samples of power, each pair of neighbours joined by a straight line."""
+
+    def __init__(self) -> None:
+        self._at_ns = 0
+        self._power_mw = 0
+        self._twice_pj = 0
+
+    def read(self, power_mw: int, now: int) -> int:
+        """Energy so far in mJ, with ``power_mw`` drawn now."""
+        if self._at_ns and 0 < now - self._at_ns <= _LONGEST_GAP_NS:
+            self._twice_pj += (power_mw + self._power_mw) * (now - self._at_ns)
+        self._at_ns, self._power_mw = now, power_mw
+        return self._twice_pj // (2 * SECOND_NS)
+
+
+def _packages(root: Path) -> list[Path]:
+    """The RAPL zones of whole processors; their parts and the whole machine (``psys``) would count twice."""
+    zones = sorted((root / "sys/class/powercap").glob("intel-rapl:*"))
+    return [zone for zone in zones if zone.name.count(":") == 1 and _name(zone).startswith("package")]
+
+
+def _name(zone: Path) -> str:
+    try:
+        return (zone / "name").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _present_cores(root: Path) -> int:
+    """How many hardware threads are online in the machine; zero when it does not say."""
+    try:
+        text = (root / "sys/devices/system/cpu/online").read_text().strip()
+        ranges = [part.partition("-") for part in text.split(",") if part]
+        return sum(int(last or first) - int(first) + 1 for first, _, last in ranges)
+    except (OSError, ValueError):
+        return 0

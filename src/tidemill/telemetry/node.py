@@ -1,168 +1,178 @@
-"""This machine as a node: what jobs may have of it, and how busy it is."""
+"""This machine as a node: what jobs may have of it. The same answer each time, unless the machine changed."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import socket
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Final
 
 import psutil
 
 from tidemill import catalog
 from tidemill.model.fleet import Device, Node, NodeState
 from tidemill.model.ids import DeviceId, NodeId, SiteId
-from tidemill.telemetry.nvml import Nvml, text_of
+from tidemill.telemetry.nvml import Gpu, Nvml, the_nvml
 from tidemill.units import MILLI
 
-_UNLIMITED = 1 << 60
-_UNKNOWN_DEVICE_MW = (20_000, 250_000)
+_ROOT: Final = Path("/")
+_LEAST_MILLI: Final = 100
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceStats:
-    """How busy a device is: percent, bytes, milliwatts, degrees Celsius; None where it does not say."""
+def discover_node(
+    site_id: SiteId,
+    *,
+    name: str | None = None,
+    root: Path = _ROOT,
+    nvml: Nvml | None = None,
+    disk: Path | None = None,
+    address: str = "127.0.0.1",
+) -> Node:
+    """This machine. Sizes are what a process here may really use, of CPUs, memory and the disk under ``disk``.
 
-    id: str
-    model: str
-    utilization: int | None
-    memory_used: int | None
-    memory_total: int
-    power_mw: int | None
-    temperature_c: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeStats:
-    """How busy this machine is."""
-
-    cpu_percent: float
-    memory_used: int
-    memory_total: int
-    devices: tuple[DeviceStats, ...]
-
-
-def discover_node(site_id: SiteId, *, name: str = "", root: Path = Path("/"), nvml: Nvml | None = None) -> Node:
-    """This machine. Its id stays the same across restarts; sizes are what processes here may really use."""
-    host = name or socket.gethostname()
-    idle_mw, busy_mw = catalog.cpu_power()
-    disk = shutil.disk_usage(root)
+    Its id follows from the machine's own and stays the same across restarts of anything.
+    """
+    cpu_model = _cpu_model(root)
+    idle_mw, busy_mw = catalog.cpu_power(cpu_model)
     return Node(
-        id=NodeId(f"node_{hashlib.sha256(_machine_id(root, host).encode()).hexdigest()[:12]}"),
+        id=node_id(root=root),
         site_id=site_id,
-        name=host,
+        name=name or socket.gethostname(),
         state=NodeState.READY,
         version=1,
         boot_id=_read(root / "proc/sys/kernel/random/boot_id"),
-        address="127.0.0.1",
-        cpu_milli=_usable_cpu_milli(root),
-        memory_bytes=_usable_memory(root),
-        disk_bytes=disk.total,
-        cpu_model=_cpu_model(root),
+        address=address,
+        cpu_milli=usable_cpu_milli(root=root),
+        memory_bytes=usable_memory_bytes(root=root),
+        disk_bytes=_disk_bytes(disk or Path.home()),
+        cpu_model=cpu_model,
         cpu_idle_mw=idle_mw,
         cpu_busy_mw=busy_mw,
-        images=any(shutil.which(program) for program in ("podman", "docker")),
-        devices=_devices(nvml or Nvml()),
+        images=_can_run_images(root, os.environ),
+        devices=tuple(_device(gpu) for gpu in (nvml or the_nvml()).gpus()),
     )
 
 
-def why_no_gpu(nvml: Nvml | None = None) -> str:
-    """Why this machine has no GPUs for jobs; empty when it has some."""
-    asked = nvml or Nvml()
-    return "" if list(asked.handles()) else asked.reason or "the driver's devices do not answer"
+def node_id(*, root: Path = _ROOT) -> NodeId:
+    """The id of this machine as a node: a hash of its machine id, which is itself not to be shown around."""
+    for place in ("etc/machine-id", "var/lib/dbus/machine-id"):
+        if (text := _read(root / place)) and text != "uninitialized":
+            break
+    else:
+        text = f"host {socket.gethostname()}"
+    return NodeId(f"node_{hashlib.sha256(f'tidemill {text}'.encode()).hexdigest()[:16]}")
 
 
-def node_stats(nvml: Nvml | None = None) -> NodeStats:
-    """How busy this machine is now; processor use is that since the last call."""
-    memory = psutil.virtual_memory()
-    return NodeStats(
-        cpu_percent=psutil.cpu_percent(),
-        memory_used=memory.total - memory.available,
-        memory_total=memory.total,
-        devices=tuple(_stats(asked, handle) for asked in [nvml or Nvml()] for _, handle in asked.handles()),
+def usable_cpu_milli(*, root: Path = _ROOT, cores: int | None = None) -> int:
+    """Thousandths of cores that this process may use: its affinity (or ``cores``), less by a cgroup's quota."""
+    if cores is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(min([cores * MILLI, *_cpu_quotas(root)]), _LEAST_MILLI)
+
+
+def usable_memory_bytes(*, root: Path = _ROOT) -> int:
+    """Memory of this machine, or of the cgroup that this process is in when that is less."""
+    return min([_memory_total(root), *_memory_limits(root)])
+
+
+def _device(gpu: Gpu) -> Device:
+    spec = catalog.match_device(gpu.name, gpu.memory_bytes) if not gpu.profile else _whole_of(gpu)
+    if spec is None:
+        spec = catalog.derived_device(gpu.name, gpu.memory_bytes, power_mw=gpu.limit_mw)
+    if gpu.profile:
+        spec = catalog.mig_device(spec, gpu.profile)
+    busy_mw = min(gpu.limit_mw, spec.busy_mw) if gpu.limit_mw and spec.busy_mw else gpu.limit_mw or spec.busy_mw
+    return Device(
+        id=DeviceId(gpu.uuid),
+        index=gpu.index,
+        model=spec.model,
+        reported=f"{gpu.name} MIG {gpu.profile}" if gpu.profile else gpu.name,
+        memory_bytes=spec.memory_bytes,
+        idle_mw=min(spec.idle_mw, busy_mw),
+        busy_mw=busy_mw,
     )
 
 
-def _devices(nvml: Nvml) -> tuple[Device, ...]:
-    found = []
-    for index, handle in nvml.handles():
-        name = text_of(nvml.module.nvmlDeviceGetName(handle))
-        memory = int(nvml.module.nvmlDeviceGetMemoryInfo(handle).total)
-        spec = catalog.match_device(name, memory)
-        idle_mw, busy_mw = (spec.idle_mw, spec.busy_mw) if spec else _UNKNOWN_DEVICE_MW
-        found.append(
-            Device(
-                id=DeviceId(text_of(nvml.module.nvmlDeviceGetUUID(handle))),
-                index=index,
-                model=spec.model if spec else name.removeprefix("NVIDIA ").replace(" ", "-"),
-                reported=name,
-                memory_bytes=spec.memory_bytes if spec else memory,
-                idle_mw=idle_mw,
-                busy_mw=busy_mw,
-            )
-        )
-    return tuple(found)
+def _whole_of(gpu: Gpu) -> catalog.DeviceSpec | None:
+    """What a slice is cut from, by name alone: the library tells the slice's memory."""
+    named = [spec for spec in catalog.devices() if catalog.match_device(gpu.name, spec.memory_bytes) == spec]
+    fits = [spec for spec in named if gpu.profile in spec.mig_profiles]
+    return next(iter(fits or named), None)
 
 
-def _stats(nvml: Nvml, handle: object) -> DeviceStats:
-    module = nvml.module
-    name = text_of(module.nvmlDeviceGetName(handle))
-    total = int(module.nvmlDeviceGetMemoryInfo(handle).total)
-    spec = catalog.match_device(name, total)
-
-    def ask(function: str, *arguments: object) -> object | None:
-        try:
-            answer: object = getattr(module, function)(handle, *arguments)
-            return answer
-        except module.NVMLError:
-            return None
-
-    rates, memory = ask("nvmlDeviceGetUtilizationRates"), ask("nvmlDeviceGetMemoryInfo")
-    power, heat = ask("nvmlDeviceGetPowerUsage"), ask("nvmlDeviceGetTemperature", 0)
-    return DeviceStats(
-        id=text_of(module.nvmlDeviceGetUUID(handle)),
-        model=spec.model if spec else name,
-        utilization=int(getattr(rates, "gpu", 0)) if rates is not None else None,
-        memory_used=int(getattr(memory, "used", 0)) if memory is not None else None,
-        memory_total=total,
-        power_mw=int(str(power)) if power is not None else None,
-        temperature_c=int(str(heat)) if heat is not None else None,
-    )
+def _cpu_quotas(root: Path) -> Iterator[int]:
+    for folder in _cgroup_folders(root, ""):
+        quota, _, period = _read(folder / "cpu.max").partition(" ")
+        if quota.isdigit() and period.isdigit() and int(period):
+            yield int(quota) * MILLI // int(period)
+    for folder in _cgroup_folders(root, "cpu"):
+        old_quota, old_period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+        if old_quota.isdigit() and old_period.isdigit() and int(old_quota) and int(old_period):
+            yield int(old_quota) * MILLI // int(old_period)
 
 
-def _usable_cpu_milli(root: Path) -> int:
-    """Cores this process may run on, less what a cgroup's quota takes away."""
-    cores = len(os.sched_getaffinity(0)) * MILLI
-    quota = _UNLIMITED
-    if (limit := _read(root / "sys/fs/cgroup/cpu.max").split())[:1] not in ([], ["max"]):
-        quota = int(limit[0]) * MILLI // int(limit[1])
-    elif (micros := _number(root / "sys/fs/cgroup/cpu/cpu.cfs_quota_us")) > 0:
-        quota = micros * MILLI // max(_number(root / "sys/fs/cgroup/cpu/cpu.cfs_period_us"), 1)
-    return max(100, min(cores, quota))
+def _memory_limits(root: Path) -> Iterator[int]:
+    files = [folder / "memory.max" for folder in _cgroup_folders(root, "")]
+    files += [folder / "memory.limit_in_bytes" for folder in _cgroup_folders(root, "memory")]
+    for file in files:
+        if (limit := _read(file)).isdigit() and int(limit):
+            yield int(limit)
 
 
-def _usable_memory(root: Path) -> int:
-    files = ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes")
-    limits = [limit for name in files if (limit := _number(root / name)) > 0]
-    return min([int(psutil.virtual_memory().total), *limits])
+def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of this process's cgroup and all above it, in version 2 or in a controller of version 1.
+
+    Where the path is one of the host's that is not mounted here, what is mounted is at the top.
+    """
+    mount, path = root / "sys/fs/cgroup", ""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, where = line.split(":", 2)
+        if controller in controllers.split(","):
+            mount = mount / controllers if (mount / controllers).is_dir() else mount / controller
+            path = where.strip("/")
+            break
+    else:
+        if controller:
+            return
+    folder = mount / path
+    while folder != mount:
+        yield folder
+        folder = folder.parent
+    yield mount
+
+
+def _memory_total(root: Path) -> int:
+    for line in _read(root / "proc/meminfo").splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    return int(psutil.virtual_memory().total)
+
+
+def _disk_bytes(folder: Path) -> int:
+    near = next((each for each in (folder, *folder.parents) if each.exists()), Path("/"))
+    return shutil.disk_usage(near).total
 
 
 def _cpu_model(root: Path) -> str:
     for line in _read(root / "proc/cpuinfo").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return ""
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "Model"):
+            return value.strip()
+    return platform.processor() or platform.machine()
 
 
-def _machine_id(root: Path, host: str) -> str:
-    return f"{_read(root / 'etc/machine-id')}/{host}"
-
-
-def _number(path: Path) -> int:
-    text = _read(path)
-    return int(text) if text.lstrip("-").isdigit() else 0
+def _can_run_images(root: Path, environment: Mapping[str, str]) -> bool:
+    """Whether this user can run containers: docker's socket is theirs to use, or podman works for them."""
+    path = environment.get("PATH")
+    if shutil.which("docker", path=path) and os.access(root / "var/run/docker.sock", os.R_OK | os.W_OK):
+        return True
+    if not shutil.which("podman", path=path):
+        return False
+    return os.geteuid() == 0 or (shutil.which("newuidmap", path=path) is not None and bool(_read(root / "etc/subuid")))
 
 
 def _read(path: Path) -> str:

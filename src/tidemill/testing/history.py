@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -25,7 +25,7 @@ from tidemill.model.job import (
 )
 from tidemill.model.ledger import CPU_METER, LedgerLine
 from tidemill.model.plan import Change, Reason, Waiting
-from tidemill.ports import Batch, JobFilter, Store
+from tidemill.ports import Batch, JobFilter, JobRow, Store
 from tidemill.testing.samples import (
     BLUE,
     RED,
@@ -70,7 +70,7 @@ class Step:
     reopen: bool = False
 
 
-def check_history(open_store: OpenStore, steps: Sequence[Step]) -> None:
+def check_history(open_store: Callable[[], Store], steps: Sequence[Step]) -> None:
     """Nothing, when the store did at every step what the model did. Raises: AssertionError that says where not."""
     store, model = open_store(), _Model()
     store.migrate()

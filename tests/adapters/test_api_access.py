@@ -1,0 +1,211 @@
+"""Who may do what: every route has a policy, and what is another's is not there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.adapters.api_peer import ROLES, Peer
+from tidemill.api.app import App, create_app, policies
+from tidemill.api.guard import GuardedRoute
+from tidemill.model.tenant import Scope
+
+OPEN = {("GET", "/v1/healthz"), ("GET", "/v1/openapi.json")}
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    made = Peer(tmp_path_factory.mktemp("access"))
+    yield made
+    made.close()
+
+
+def unplugged() -> App:
+    settings = SimpleNamespace(host="127.0.0.1", hosts=())
+    plane: Any = SimpleNamespace(settings=settings)
+    app = create_app(plane)
+    assert isinstance(app, App)
+    return app
+
+
+def unguarded(app: Any) -> list[str]:
+    """The routes that have no policy, or an empty one without being known to be open."""
+    return [
+        str(route)
+        for route in app.routes
+        if not isinstance(route, GuardedRoute)
+        or any(not route.policy and (method, route.path) not in OPEN for method in route.methods or ())
+    ]
+
+
+def test_every_route_has_a_policy() -> None:
+    assert unguarded(unplugged()) == []
+
+
+def test_a_planted_route_without_a_policy_is_found() -> None:
+    app = unplugged()
+
+    @app.get("/v1/planted")
+    async def planted() -> str:
+        return ""
+
+    assert len(unguarded(app)) == 1
+
+
+def test_the_policies_are_these() -> None:
+    """A change of who may do what shows here."""
+    by_scope: dict[str, set[str]] = {}
+    for (method, path), scopes in policies(unplugged()).items():
+        by_scope.setdefault("|".join(scopes), set()).add(f"{method} {path}")
+    assert {scopes: len(routes) for scopes, routes in by_scope.items()} == {
+        "": 2,
+        "submit": 8,
+        "submit|read": 1,
+        "read|job": 2,
+        "submit|job": 1,
+        "read": 15,
+        "exec": 3,
+        "runner": 8,
+        "admin": 4,
+        "gateway": 1,
+    }
+    assert by_scope["admin"] == {
+        "POST /v1/projects", "GET /v1/tokens", "POST /v1/tokens", "DELETE /v1/tokens/{token_id}",
+    }  # fmt: skip
+
+
+def concrete(path: str, **names: str) -> str:
+    return re.sub(r"{(\w+)}", lambda match: names.get(match[1], "nothing"), path)
+
+
+ROUTES = [(method, path, scopes) for (method, path), scopes in policies(unplugged()).items()]
+
+
+@pytest.mark.parametrize(("method", "path", "scopes"), ROUTES, ids=[f"{m} {p}" for m, p, _ in ROUTES])
+def test_scope_by_route(peer: Peer, method: str, path: str, scopes: tuple[str, ...]) -> None:
+    target = concrete(path) + ("?offset=0" if path.endswith("/logs") else "?wait=0" if "wait" in path else "")
+    for role, granted in ROLES.items():
+        status, answer = peer.call(
+            method, target, raw=b"{}" if method in ("POST", "PUT") else None, token=peer.token(role)
+        )
+        may = not scopes or any(
+            scope in granted or (Scope.ADMIN in granted and scope not in ("job", "runner", "gateway"))
+            for scope in scopes
+        )
+        if may:
+            assert status not in (401, 403), (role, answer)
+        else:
+            assert status == 403, (role, status, answer)
+            assert method == "HEAD" or answer["code"] == "forbidden"
+    for token in ("", "tm_user_nonsense", peer.token()[:-1] + "x", "Basic abc"):
+        status, answer = peer.call(method, target, raw=b"{}" if method in ("POST", "PUT") else None, token=token)
+        assert (status in (200, 503)) if not scopes else (status == 401), (token, status)
+        if scopes and method != "HEAD":
+            assert answer["code"] == "unauthorized"
+
+
+def test_what_is_anothers_is_not_there(peer: Peer, tmp_path: Path) -> None:
+    job_id, launch = peer.running(name="private", organization="two")
+    workload_id = peer.call("GET", f"/v1/jobs/{job_id}", token=peer.token("reader", "two"))[1]["workload_id"]
+    output = peer.home / "local" / "volumes" / "prj_two_default" / job_id / "output"
+    output.mkdir(parents=True)
+    (output / "model").write_text("weights")
+    made = {"name": "gpt", "job": job_id, "path": "model"}
+    assert peer.call("POST", "/v1/artifacts", made, token=peer.token("submitter", "two"))[0] == 201
+    assert peer.call("PUT", "/v1/secrets/KEY", {"value": "x"}, token=peer.token("submitter", "two"))[0] == 200
+    status, session = peer.call(
+        "POST", f"/v1/jobs/{job_id}/exec", {"command": ["ls"]}, token=peer.token("executor", "two")
+    )
+    assert status == 201
+    known = peer.call("GET", "/v1/tokens", token=peer.token("admin", "two"))[1]["items"][0]["id"]
+    names = {
+        "token_id": known, "exec_id": session["exec_id"], "launch_id": launch.launch_id, "name": "KEY", "sha256": "0" * 64,
+    }  # fmt: skip
+    references = [job_id, job_id[:-3], "private", workload_id, workload_id[:-2]]
+    outsiders = [peer.token("admin", "one"), peer.token("other", "two"), peer.token("other", "one")]
+    tried = 0
+    for method, path in policies(peer.app):
+        if "{" not in path or (method, path) in OPEN or (path.startswith("/v1/secrets") and method == "PUT"):
+            continue
+        for reference in references if "{reference}" in path else [""]:
+            target = concrete(path, reference="gpt" if "artifacts" in path else reference, **names)
+            target += "?offset=0" if path.endswith("/{launch_id}/logs") else ""
+            for token in outsiders:
+                body = {"command": ["ls"]} if path.endswith("exec") else {"value": "x"} if "secrets" in path else {}
+                status, answer = peer.call(method, target, body if method in ("POST", "PUT") else None, token=token)
+                assert status in (403, 404, 422), (method, target, status, answer)
+                assert "weights" not in str(answer)
+                tried += 1
+    assert tried > 100
+    for path in ("/v1/jobs", "/v1/artifacts", "/v1/secrets", "/v1/events", "/v1/ledger", "/v1/usage"):
+        answer = peer.call("GET", path, token=peer.token("reader", "one"))[1]
+        assert "private" not in str(answer)
+        assert job_id not in str(answer)
+        assert "KEY" not in str(answer)
+    for token in outsiders[:1]:
+        assert peer.call("POST", "/v1/artifacts", made, token=token)[0] == 404
+    assert peer.call("GET", f"/v1/jobs/{job_id}", token=peer.token("reader", "two"))[1]["state"] == "running"
+
+
+def test_a_jobs_own_token_opens_that_job_only(peer: Peer) -> None:
+    job_id, launch = peer.running(name="own")
+    other, _ = peer.running(name="neighbour")
+    assert peer.call("GET", f"/v1/jobs/{job_id}", token=launch.job_token)[0] == 200
+    assert peer.call("GET", "/v1/workloads/own", token=launch.job_token)[0] == 200
+    assert peer.call("GET", f"/v1/jobs/{other}", token=launch.job_token)[0] == 403
+    assert peer.call("GET", "/v1/workloads/neighbour", token=launch.job_token)[0] == 403
+    assert peer.call("POST", "/v1/artifacts", {"name": "x", "job": other}, token=launch.job_token)[0] == 403
+    assert peer.call("POST", "/v1/workloads", {"spec": {"run": "x"}}, token=launch.job_token)[0] == 403
+    assert peer.call("GET", "/v1/jobs", token=launch.job_token)[0] == 403
+
+
+def test_a_runners_token_opens_its_launch_only(peer: Peer) -> None:
+    _, mine = peer.running(name="mine")
+    _, other = peer.running(name="others")
+    path = f"/v1/runners/{other.launch_id}/beat"
+    assert peer.call("POST", path, {"fence": 1}, token=mine.runner_token)[0] == 404
+    assert peer.call("POST", path, {"fence": 1}, token=other.runner_token)[0] == 200
+    assert peer.call("POST", path, {"fence": 1}, token=other.job_token)[0] == 403
+    assert peer.call("POST", path, {"fence": 7}, token=other.runner_token)[1]["code"] == "fenced"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"])
+def test_other_hosts_and_origins_are_refused_whatever_the_method(peer: Peer, method: str) -> None:
+    for path in ("/v1/healthz", "/v1/jobs", "/nowhere"):
+        for host in (
+            "evil.example",
+            "localhost.evil.example",
+            "127.0.0.1:7070@evil",
+            "localhost/#@x",
+            "",
+            "[::1",
+            "127.0.0.1:x",
+        ):
+            assert peer.call(method, path, headers={"Host": host})[0] in (400, 421), host
+        for origin in ("https://evil.example", "null", "http://127.0.0.1", f"file://127.0.0.1:{peer.port}"):
+            assert peer.call(method, path, headers={"Origin": origin})[0] == 403, origin
+
+
+def test_own_names_and_pages_are_let_in(peer: Peer) -> None:
+    for host in (f"127.0.0.1:{peer.port}", "localhost", "LOCALHOST:80", "[::1]:7070", "[::1]"):
+        assert peer.call("GET", "/v1/status", headers={"Host": host})[0] == 200
+    own = {"Host": f"localhost:{peer.port}", "Origin": f"http://localhost:{peer.port}"}
+    assert peer.call("GET", "/v1/status", headers=own)[0] == 200
+
+
+def test_a_token_gets_no_more_than_its_maker(peer: Peer) -> None:
+    for scopes in (["runner"], ["gateway"], ["job"], ["admin", "runner"]):
+        assert peer.call("POST", "/v1/tokens", {"name": "x", "scopes": scopes})[0] == 403
+    status, made = peer.call("POST", "/v1/tokens", {"name": "x", "scopes": ["read"], "project": "other"})
+    assert status == 201
+    assert peer.call("GET", "/v1/projects", token=made["token"])[1]["items"][0]["name"] == "other"
+    assert made["expires_at_ns"] > 0
+    assert "token" not in str(peer.call("GET", "/v1/tokens")[1]["items"][0].keys())
+    assert peer.call("DELETE", f"/v1/tokens/{made['id']}")[0] == 200
+    assert peer.call("GET", "/v1/projects", token=made["token"])[0] == 401
+    assert peer.call("POST", "/v1/tokens", {"name": "x", "scopes": ["read"], "role": "admin"})[0] == 422
