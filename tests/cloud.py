@@ -51,10 +51,20 @@ class Cloud:
     def up(self, *, under: tuple[str, ...] = ()) -> None:
         """Start the daemon, under another program when given, and wait until it answers or ended."""
         reading, writing = os.pipe()
-        command = [*under, sys.executable, "-m", "tidemill.bootstrap", str(self.home), json.dumps(self.settings), str(writing)]
+        command = [
+            *under,
+            sys.executable,
+            "-m",
+            "tidemill.bootstrap",
+            str(self.home),
+            json.dumps(self.settings),
+            str(writing),
+        ]
         self.home.mkdir(exist_ok=True, mode=0o700)
         with (self.home / "control.log").open("ab") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, pass_fds=(writing,), start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=output, pass_fds=(writing,), start_new_session=True
+            )
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
             pipe.read()
@@ -87,10 +97,15 @@ class Cloud:
         """The first administrator's token."""
         return (self.home / "admin.token").read_text().strip()
 
-    def call(self, method: str, path: str, body: Any = None, *, key: str = "", token: str | None = None) -> tuple[int, Any]:
+    def call(
+        self, method: str, path: str, body: Any = None, *, key: str = "", token: str | None = None
+    ) -> tuple[int, Any]:
         """Status and decoded body of one request. Raises: OSError, HTTPException when there is no answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        headers = {"Authorization": f"Bearer {self.token if token is None else token}", "Content-Type": "application/json"}
+        headers = {
+            "Authorization": f"Bearer {self.token if token is None else token}",
+            "Content-Type": "application/json",
+        }
         if key:
             headers["Idempotency-Key"] = key
         try:
@@ -139,7 +154,7 @@ class Cloud:
         while body["next_cursor"]:
             _, body = self.call("GET", f"/v1/ledger?limit=1000&cursor={body['next_cursor']}")
             items += body["items"]
-        lines = [item["usage"] if "usage" in item else item for item in items]
+        lines = [item.get("usage", item) for item in items]
         return [(u["node_id"], u["meter"], u["from_ns"], u["to_ns"], u["milli"], u["launch_id"]) for u in lines]
 
     def integrity(self) -> str:

@@ -1,6 +1,6 @@
 """Takes the picture of the README: runs a command in a terminal of its own and draws what is on it at the end.
 
-``python docs/images/record.py [--out FILE.svg] [COMMAND …]``; without a command, the quickstart. What the command
+``python docs/images/record.py [--out FILE.svg] [COMMAND …]``; without a command, `make quickstart`. What the command
 draws over itself (progress, spinners) is followed as a terminal would, so the picture is the terminal's last state.
 """
 
@@ -24,6 +24,7 @@ from rich.text import Text
 
 COLUMNS, ROWS = 100, 60
 _TOKEN = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|\x1b\][^\x07]*\x07|\x1b[=>78]|[\x00-\x1f\x7f]|[^\x00-\x1f\x7f]")
+_FONT = re.compile(r"\s*@font-face \{[^}]*\}")
 
 
 class Screen:
@@ -130,7 +131,8 @@ def draw(text: str, title: str) -> str:
             record=True, width=max(60, width), file=nowhere, force_terminal=True, color_system="truecolor"
         )
         console.print(Text.from_ansi(text), no_wrap=True, overflow="ignore", crop=False)
-        return console.export_svg(title=title, unique_id="tidemill")
+        picture = console.export_svg(title=title, unique_id="tidemill")
+    return _FONT.sub("", picture)  # nothing is fetched from elsewhere when somebody looks at it
 
 
 def main() -> int:
@@ -139,7 +141,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("quickstart.svg"))
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
-    command = [word for word in given.command if word != "--"] or ["tidemill", "quickstart"]
+    command = [word for word in given.command if word != "--"] or ["make", "quickstart"]
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     status, text = record(command)
     if status == 0:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import signal
-import threading
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +51,12 @@ def worker(folder: Path, **values: Any) -> dict[str, Any]:
     script = WORKER.format(journal="/proc/self/cwd/../journal", lines=LINES, pause=0.01).replace(
         repr("/proc/self/cwd/../journal"), 'os.environ["TIDEMILL_OUTPUT_DIR"] + "/journal"'
     )
-    return {"kind": "task", "name": "witness", "run": f"python3 - <<'END'\n{script}\nEND", "resources": {"cpus": 0.5}} | values
+    return {
+        "kind": "task",
+        "name": "witness",
+        "run": f"python3 - <<'END'\n{script}\nEND",
+        "resources": {"cpus": 0.5},
+    } | values
 
 
 def journal_of(cloud: Cloud, job: dict[str, Any]) -> list[str]:
@@ -64,7 +69,7 @@ def expected_log(rank: int = 0) -> bytes:
     return "".join(f"line {number} of rank {rank}\n" for number in range(LINES)).encode()
 
 
-def audit(cloud: Cloud, job: dict[str, Any], *, workers: int = 1) -> None:
+def audit(cloud: Cloud, job: dict[str, Any], *, workers: int = 1, was_away: bool = False) -> None:
     """One start and one end of each worker, a log without gap or repeat, and books that tile time."""
     assert job["state"] == "succeeded", job
     assert job["attempts"] == 1, "it was started again though nothing happened to it"
@@ -73,12 +78,15 @@ def audit(cloud: Cloud, job: dict[str, Any], *, workers: int = 1) -> None:
         assert journal.count(f"start {job['id']} 1 {rank}") == 1, journal
         assert journal.count(f"end {job['id']} 1 {rank}") == 1, journal
         assert cloud.logs(job["id"], rank) == expected_log(rank)
-    audit_books(cloud, job["id"], workers=workers)
+    audit_books(cloud, job["id"], workers=workers, was_away=was_away)
     assert cloud.integrity() == "ok"
 
 
-def audit_books(cloud: Cloud, job_id: str, *, workers: int) -> None:
-    """No stretch of a meter is booked twice or left out, and the job paid for exactly what it held."""
+def audit_books(cloud: Cloud, job_id: str, *, workers: int, was_away: bool) -> None:
+    """No stretch of a meter is booked twice or left out, and the job paid for exactly what it held.
+
+    Only a machine that left, when the cloud was shut down in order, may have a stretch without any booking.
+    """
     lines = cloud.books()
     by_meter: dict[tuple[str, str], list[tuple[int, int, int, str]]] = {}
     for node, meter, start, end, milli, launch in lines:
@@ -87,10 +95,10 @@ def audit_books(cloud: Cloud, job_id: str, *, workers: int) -> None:
     assert len(job["workers"]) == workers
     for (_, meter), stretches in by_meter.items():
         instants = sorted({instant for start, end, _, _ in stretches for instant in (start, end)})
-        totals = {
-            sum(milli for start, end, milli, _ in stretches if start <= at < end) for at in instants[:-1]
-        }
-        assert len(totals) == 1, f"{meter}: between {instants[0]} and {instants[-1]} the books show {totals} milli"
+        totals = {sum(milli for start, end, milli, _ in stretches if start <= at < end) for at in instants[:-1]}
+        assert len(totals - ({0} if was_away else set())) == 1, (
+            f"{meter}: between {instants[0]} and {instants[-1]} the books show {totals} milli"
+        )
     booked = sum(end - start for _, meter, start, end, _, launch in lines if meter == "cpu" and launch)
     held = sum(one["released_at_ns"] - one["held_at_ns"] for one in job["workers"])
     assert booked == held
@@ -109,7 +117,7 @@ def test_without_faults_the_auditor_is_content(cloud: Cloud, tmp_path: Path) -> 
     audit(cloud, job, workers=2)
 
 
-@pytest.mark.parametrize("delay_ms", [0, 2, 5, 10, 15, 20, 30, 45, 60, 90, 150, 300, 450])
+@pytest.mark.parametrize("delay_ms", [0, 5, 15, 30, 60, 150, 450])
 def test_killed_some_time_after_the_submission_was_acknowledged(tmp_path: Path, delay_ms: int) -> None:
     cloud = Cloud(tmp_path / "home")
     cloud.up()
@@ -136,31 +144,72 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
         cloud.down()
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed (apt install strace)")
-@pytest.mark.parametrize("nth", range(1, 9))
-def test_killed_at_each_sync_to_disk(tmp_path: Path, nth: int) -> None:
-    """The nth fdatasync of the thread that commits: before and after each commit of submit, place, start, end."""
+SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+static int synced, target, before, armed = -1;
+static void arm(void) {
+    char line[4096]; int file = open("/proc/self/cmdline", O_RDONLY); ssize_t size = read(file, line, sizeof line - 1);
+    close(file); for (ssize_t i = 0; i < size; i++) if (!line[i]) line[i] = ' ';
+    line[size > 0 ? size : 0] = 0;
+    armed = strstr(line, "tidemill.bootstrap") != NULL && getenv("KILL_AT_SYNC") != NULL;
+    if (armed) { target = abs(atoi(getenv("KILL_AT_SYNC"))); before = atoi(getenv("KILL_AT_SYNC")) < 0; }
+}
+int fdatasync(int file) {
+    int (*real)(int) = dlsym(RTLD_NEXT, "fdatasync");
+    if (armed < 0) arm();
+    int now = armed && __sync_add_and_fetch(&synced, 1) == target;
+    if (now && before) kill(getpid(), SIGKILL);
+    int status = real(file);
+    if (now) kill(getpid(), SIGKILL);
+    return status;
+}
+"""
+"""Kills the control plane, and nothing that it started, just before (negative) or after its nth sync to disk."""
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler to build the fault shim with (apt install gcc)")
+    folder = tmp_path_factory.mktemp("shim")
+    (folder / "shim.c").write_text(SHIM)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", str(folder / "shim.so"), str(folder / "shim.c"), "-ldl"], check=True
+    )
+    return folder / "shim.so"
+
+
+@pytest.mark.parametrize("nth", [sign * number for number in range(2, 7) for sign in (-1, 1)])
+def test_killed_at_each_sync_to_disk(tmp_path: Path, shim: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+    """Before and after each sync of the database, from becoming the leader to the end of the job."""
     cloud = Cloud(tmp_path / "home")
     cloud.up()
     cloud.down()
     spec, key = worker(tmp_path), f"key-{nth}"
-    cloud.up(under=("strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", f"inject=fdatasync:signal=SIGKILL:when={nth + 2}"))
+    with monkeypatch.context() as patched:
+        patched.setenv("LD_PRELOAD", str(shim))
+        patched.setenv("KILL_AT_SYNC", str(nth))
+        cloud.up()
     try:
-        submitting = threading.Thread(target=submit_surely, args=(cloud, spec, key))
-        submitting.start()
-        submitting.join(timeout=30)
+        submit_surely(cloud, spec, key)
         assert cloud.process is not None
-        deadline = time.monotonic() + 3
-        while cloud.process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if cloud.process.poll() is None:
+        try:
+            cloud.process.wait(timeout=4)
+        except subprocess.TimeoutExpired:
             cloud.kill()
         cloud.up()
         job_id = cloud.submit(spec, key=key)
         status, body = cloud.call("GET", "/v1/jobs?name=witness")
         assert status == 200
         assert [one["id"] for one in body["items"]] == [job_id], "the key was honoured by one job only"
-        audit(cloud, cloud.wait(job_id))
+        audit(cloud, cloud.wait(job_id), was_away=True)
     finally:
         cloud.down()
 
@@ -178,7 +227,9 @@ def test_a_killed_worker_ends_the_gang_which_is_retried(cloud: Cloud, tmp_path: 
 
 
 def test_a_killed_runner_is_seen_and_retried_as_a_lost_node(cloud: Cloud) -> None:
-    job_id = cloud.submit({"kind": "task", "name": "lost", "run": "sleep 3; echo done", "nodes": 2, "resources": {"cpus": 0.5}})
+    job_id = cloud.submit(
+        {"kind": "task", "name": "lost", "run": "sleep 3; echo done", "nodes": 2, "resources": {"cpus": 0.5}}
+    )
     cloud.wait(job_id, "running")
     began = time.monotonic()
     os.kill(a_runner_of(cloud, job_id, 0), signal.SIGKILL)
@@ -202,11 +253,22 @@ def test_everything_killed_at_once_as_by_a_reboot(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path / "home")
     cloud.up()
     try:
-        again = cloud.submit({"kind": "task", "name": "again", "run": "sleep 1; echo attempt $TIDEMILL_ATTEMPT", "resources": {"cpus": 0.4}})
-        never = cloud.submit({"kind": "task", "name": "never", "run": "sleep 60", "retry": {"max": 0}, "resources": {"cpus": 0.4}})
+        again = cloud.submit(
+            {
+                "kind": "task",
+                "name": "again",
+                "run": "sleep 1; echo attempt $TIDEMILL_ATTEMPT",
+                "resources": {"cpus": 0.4},
+            }
+        )
+        never = cloud.submit(
+            {"kind": "task", "name": "never", "run": "sleep 60", "retry": {"max": 0}, "resources": {"cpus": 0.4}}
+        )
         for job in (again, never):
             cloud.wait(job, "running")
-        waiting = cloud.submit({"kind": "task", "name": "waiting", "run": "echo ran", "resources": {"cpus": os.cpu_count() or 1}})
+        waiting = cloud.submit(
+            {"kind": "task", "name": "waiting", "run": "echo ran", "resources": {"cpus": os.cpu_count() or 1}}
+        )
         victims = [a_runner_of(cloud, again, 0), a_runner_of(cloud, never, 0)]
         cloud.kill()
         for victim in victims:
@@ -225,7 +287,14 @@ def test_a_stop_is_not_forgotten_by_a_crash(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path / "home")
     cloud.up()
     try:
-        job_id = cloud.submit({"kind": "task", "name": "stubborn", "run": "trap '' TERM; sleep 60 & wait; sleep 60", "checkpoint": {"grace": "1s"}})
+        job_id = cloud.submit(
+            {
+                "kind": "task",
+                "name": "stubborn",
+                "run": "trap '' TERM; sleep 60 & wait; sleep 60",
+                "checkpoint": {"grace": "1s"},
+            }
+        )
         cloud.wait(job_id, "running")
         status, _ = cloud.call("POST", f"/v1/jobs/{job_id}/stop")
         assert status == 202

@@ -127,6 +127,7 @@ async def receipt(call: Caller, reference: str, project: ProjectName = "") -> Re
             "name": found.name,
             "state": found.state,
             "queue_wait_ns": found.queue_wait_ns,
+            "prepare_ns": found.prepare_ns,
             "run_ns": found.run_ns,
             "held_ns": found.held_ns,
             "device_seconds": dict(found.device_seconds),

@@ -196,6 +196,7 @@ class ReceiptOut(TypedDict):
     name: str
     state: str
     queue_wait_ns: int
+    prepare_ns: int
     run_ns: int
     held_ns: int
     device_seconds: dict[str, float]

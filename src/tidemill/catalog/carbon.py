@@ -11,7 +11,7 @@ from typing import Final
 from tidemill.catalog.tables import rows
 from tidemill.errors import InvalidSetting
 
-_SOURCE: Final = "Our World in Data and Ember (CC BY 4.0), by way of codecarbon"
+_SOURCE: Final = "Our World in Data, Ember"
 _WORLD: Final = frozenset({"", "world", "wld"})
 
 
@@ -59,7 +59,7 @@ def _countries() -> dict[str, CarbonIntensity]:
             country=row["country"],
             mg_per_kwh=int(Decimal(row["gco2e_per_kwh"]) * 1000),
             year=int(row["year"]),
-            source=f"{_SOURCE}: {row['country']} {row['year']}",
+            source=f"{row['country']} {row['year']}, {_SOURCE}",
         )
         found[row["iso3"].casefold()] = found[row["country"].casefold()] = intensity
     return found
@@ -75,5 +75,5 @@ def _world() -> CarbonIntensity:
         country="world",
         mg_per_kwh=int(emitted / generated * 1000),
         year=year,
-        source=f"{_SOURCE}: mean of {len(table)} countries weighted by generation",
+        source=f"world mean, {_SOURCE}",
     )

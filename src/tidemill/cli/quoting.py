@@ -69,6 +69,7 @@ def receipt_rows(receipt: Receipt) -> list[tuple[str, str]]:
     priced = f"rate card {receipt.rate_card}" if receipt.rate_card else ""
     return [
         ("queue wait", format_duration(receipt.queue_wait_ns)),
+        ("preparing", format_duration(receipt.prepare_ns)),
         ("run time", format_duration(receipt.run_ns)),
         ("held", used),
         ("cost", f"{format_usd(receipt.amount_micro)}  {paint(priced, 'muted')}".rstrip()),

@@ -37,12 +37,17 @@ class Why:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What a job took and cost so far. Times in ns, money in micro-USD, energy in mJ, carbon in mg."""
+    """What a job took and cost so far. Times in ns, money in micro-USD, energy in mJ, carbon in mg.
+
+    It waited ``queue_wait_ns`` for its place, ``prepare_ns`` for its environment, and ran ``run_ns``; its workers
+    held what they had for ``held_ns`` together.
+    """
 
     job: str
     name: str
     state: str
     queue_wait_ns: int
+    prepare_ns: int
     run_ns: int
     held_ns: int
     device_seconds: tuple[tuple[str, float], ...]
@@ -249,9 +254,10 @@ def receipt_of(
     rate_card: str,
     site: Site,
     held_ns: int,
+    placed_ns: int,
     now: int,
 ) -> Receipt:
-    """The receipt of a job from the sums of its ledger lines."""
+    """The receipt of a job from the sums of its ledger lines; ``placed_ns`` is when it first had a place, or 0."""
     end = job.ended_ns or now
     first = job.first_started_ns
     used = {resource for resource, _ in totals.held_milli_ns}
@@ -259,7 +265,8 @@ def receipt_of(
         job=job.id,
         name=workload.spec.name,
         state=job.state.value,
-        queue_wait_ns=(first or end) - job.submitted_ns,
+        queue_wait_ns=(placed_ns or end) - job.submitted_ns,
+        prepare_ns=(first or end) - placed_ns if placed_ns else 0,
         run_ns=end - first if first else 0,
         held_ns=held_ns,
         device_seconds=tuple((name, amount / (MILLI * SECOND_NS)) for name, amount in totals.held_milli_ns),

@@ -71,10 +71,10 @@ def world_from(
     world.reasons = {waiting.job_id: waiting.reason for waiting in snapshot.reasons}
     for node in snapshot.nodes:
         if node.state is not NodeState.LOST:
-            world.open_meters(node, now=now)
+            world.open_meters(node, now=node.joined_ns or now)
     for node_id, name, until in snapshot.metered_until:
-        if (node_id, name) in world.meters:
-            world.meters[node_id, name].since_ns = until
+        if (meter := world.meters.get((node_id, name))) is not None:
+            meter.since_ns = max(meter.since_ns, until)
     world.rebuild_fleet()
     for allocation in snapshot.allocations:
         world.hold(allocation)
@@ -92,9 +92,10 @@ def world_from(
 
 
 def _restore_timers(world: World, attempt: Attempt, policy: Policy, *, now: int) -> None:
-    limit = world.workloads[world.jobs[attempt.job_id].workload_id].spec.max_duration_ns
-    if attempt.started_ns and limit:
-        world.set_timer(attempt.started_ns + limit, "expire", attempt.job_id)
+    spec = world.workloads[world.jobs[attempt.job_id].workload_id].spec
+    if attempt.started_ns and spec.max_duration_ns:
+        world.set_timer(attempt.started_ns + spec.max_duration_ns, "expire", attempt.job_id)
     for worker in world.workers_of(attempt):
         if worker.state is AllocationState.DRAINING:
-            world.set_timer(now + policy.stop_margin_ns, "stop_again", worker.id)
+            ends = (worker.drain_ns or now) + spec.checkpoint_grace_ns + policy.stop_margin_ns
+            world.set_timer(ends, "stop_again", worker.id)

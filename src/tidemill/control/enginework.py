@@ -54,6 +54,7 @@ class EngineWork:
         self._nodes_every_s = nodes_every_s
         self._lanes: list[queue.SimpleQueue[Command | None]] = [queue.SimpleQueue() for _ in range(_LANES)]
         self._in_flight: Counter[LaunchId] = Counter()
+        self._begun: set[LaunchId] = set()
         self._lock = threading.Lock()
         self._stranger: set[LaunchId] = set()
         self._closing = threading.Event()
@@ -80,15 +81,32 @@ class EngineWork:
         with self._lock:
             for command in commands:
                 self._in_flight[command.launch_id] += 1
+                self._begun.add(command.launch_id)
         for command in commands:
             self._lanes[crc32(command.launch_id.encode()) % _LANES].put(command)
 
+    def work_off(self, lane: int) -> bool:
+        """Whether a command waited in that lane, which is then carried out. Not after ``start``."""
+        try:
+            command = self._lanes[lane % _LANES].get_nowait()
+        except queue.Empty:
+            return False
+        if command is not None:
+            self._do(command)
+        return command is not None
+
     def look(self) -> None:
-        """Compare what should be with what the engine sees, once."""
+        """Compare what should be with what the engine sees, once.
+
+        What should be is read first: what comes to be after that is not missed, and what ends after that is over for
+        the turn that is told. A launch about which a command was on its way meanwhile is left to the next look.
+        """
         live = self._live()
         with self._lock:
-            busy = {launch for launch, count in self._in_flight.items() if count > 0}
+            self._begun = {launch for launch, count in self._in_flight.items() if count > 0}
         observed = {observation.launch_id: observation for observation in self._engine.observe()}
+        with self._lock:
+            busy = self._begun.copy()
         facts = [
             fact
             for launch, held in live.items()
@@ -103,7 +121,7 @@ class EngineWork:
     def _compare(self, held: Allocation, seen: Observation | None) -> Fact | None:
         now = self._clock()
         if seen is None:
-            return NeverLaunched(at_ns=now, launch_id=held.id, fence=held.fence)
+            return NeverLaunched(at_ns=now, launch_id=held.id, fence=held.fence, state=held.state)
         if seen.state is ObservedState.EXITED:
             return Exited(
                 at_ns=seen.ended_ns or now,
@@ -153,15 +171,18 @@ class EngineWork:
 
     def _work(self, lane: queue.SimpleQueue[Command | None]) -> None:
         while (command := lane.get()) is not None:
-            try:
-                self._carry_out(command)
-            except Exception:
-                log.exception("%s failed", command)
-            finally:
-                with self._lock:
-                    self._in_flight[command.launch_id] -= 1
-                    if self._in_flight[command.launch_id] <= 0:
-                        del self._in_flight[command.launch_id]
+            self._do(command)
+
+    def _do(self, command: Command) -> None:
+        try:
+            self._carry_out(command)
+        except Exception:
+            log.exception("%s failed", command)
+        finally:
+            with self._lock:
+                self._in_flight[command.launch_id] -= 1
+                if self._in_flight[command.launch_id] <= 0:
+                    del self._in_flight[command.launch_id]
 
     def _carry_out(self, command: Command) -> None:
         try:

@@ -367,6 +367,7 @@ class ControlPlane:
             rate_card=self._rates.id,
             site=self.site,
             held_ns=sum((worker.released_ns or now) - worker.held_ns for worker in held),
+            placed_ns=min((worker.held_ns for worker in held), default=0),
             now=now,
         )
 

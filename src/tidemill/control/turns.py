@@ -4,6 +4,8 @@ Everything that happens is put in its inbox. While one batch is being made durab
 of durability is paid per batch. An item's future completes when what it led to is stored; when the store
 cannot take it, the world is rolled back and the future says so: the item never happened, and whoever sent it
 may send it again. An item that breaks a turn is found by taking the items one at a time, and only it fails.
+When the store knows more than the world does (``Stale``), or may do so because its answer did not come, no turn is
+taken before the world is loaded again.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any, TypeVar
 
 from tidemill.control.driver import Driver
 from tidemill.core.world import World
-from tidemill.errors import Fenced, Stale, TidemillError, Unavailable
+from tidemill.errors import Fenced, Stale, StorageFull, TidemillError, Unavailable
 from tidemill.model.events import Fact
 from tidemill.model.plan import Command, Plan
 from tidemill.ports import Batch, IdempotencyRecord, Store
@@ -74,6 +76,7 @@ class TurnLoop:
         self._wake_ns = 0
         self._watchers: tuple[Callable[[int], None], ...] = ()
         self._closing = False
+        self._is_stale = False
         self._thread = threading.Thread(target=self._run, name="turns", daemon=True)
 
     def start(self) -> None:
@@ -116,23 +119,36 @@ class TurnLoop:
             self._inbox.append(item)
             self._wake.notify()
 
+    @property
+    def wake_ns(self) -> int:
+        """When a turn is due though nothing is in the inbox; zero when none is."""
+        return self._wake_ns
+
+    def take_turn(self) -> None:
+        """Take one turn with what is in the inbox now, and answer what is asked there. Not after ``start``."""
+        with self._wake:
+            taken = [self._inbox.popleft() for _ in range(min(len(self._inbox), _BATCH))]
+        wanted = [each for each in taken if each.future.set_running_or_notify_cancel()]
+        items = [item for item in wanted if isinstance(item, _Item)]
+        if items or not wanted:
+            self._take(items)
+        for question in wanted:
+            if isinstance(question, _Question):
+                self._answer(question)
+
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not self._inbox and not self._closing:
-                    left = (self._wake_ns - self._clock()) / 1e9 if self._wake_ns else None
-                    if left is not None and left <= 0:
-                        break
-                    self._wake.wait(left)
-                if self._closing and not self._inbox:
-                    return
-                taken = [self._inbox.popleft() for _ in range(min(len(self._inbox), _BATCH))]
-            items = [item for item in taken if isinstance(item, _Item)]
-            if items or not taken:
-                self._take(items)
-            for question in taken:
-                if isinstance(question, _Question):
-                    self._answer(question)
+        while self._wait():
+            self.take_turn()
+
+    def _wait(self) -> bool:
+        """Whether to go on, once there is something to do."""
+        with self._wake:
+            while not self._inbox and not self._closing:
+                left = (self._wake_ns - self._clock()) / 1e9 if self._wake_ns else None
+                if left is not None and left <= 0:
+                    break
+                self._wake.wait(left)
+            return bool(self._inbox) or not self._closing
 
     def _answer(self, question: _Question) -> None:
         try:
@@ -140,7 +156,14 @@ class TurnLoop:
         except Exception as error:  # noqa: BLE001 - whoever asked is told, the loop goes on
             question.future.set_exception(error)
 
-    def _take(self, items: Sequence[_Item]) -> None:
+    def _take(self, items: Sequence[_Item], *, again: bool = False) -> None:
+        try:
+            self._load_if_stale()
+        except Exception as error:
+            log.exception("the world could not be loaded again")
+            self._wake_ns = self._clock() + 1_000_000_000
+            _fail(items, error)
+            return
         try:
             plan = self.driver.step([fact for item in items for fact in item.facts], now=self._clock())
         except Exception as error:
@@ -154,10 +177,10 @@ class TurnLoop:
             return
         try:
             self._store_plan(plan, [record for item in items for record in item.idempotency])
-        except TidemillError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing is stored and the loop goes on
             self.driver.refused()
             self._wake_ns = self._clock() + 500_000_000
-            self._refused(items, error)
+            self._refused(items, error, again=again)
             return
         self.driver.accepted()
         self._wake_ns = plan.wake_ns
@@ -165,10 +188,19 @@ class TurnLoop:
         for item in items:
             item.future.set_result(None)
         for watcher in self._watchers:
-            watcher(self.last_seq)
+            try:
+                watcher(self.last_seq)
+            except Exception:
+                log.exception("a watcher of commits failed")
+
+    def _load_if_stale(self) -> None:
+        if self._is_stale:
+            self.driver.world = self._reload()
+            self._is_stale = False
 
     def _store_plan(self, plan: Plan, idempotency: Sequence[IdempotencyRecord]) -> None:
-        if plan.changes or plan.log or plan.ledger or plan.waiting or idempotency:
+        """Commit what there is. Commands alone are a commit too: only who leads may give them."""
+        if plan.changes or plan.log or plan.ledger or plan.waiting or plan.commands or idempotency:
             self.last_seq = self._store.commit(
                 Batch(
                     epoch=self._epoch,
@@ -180,20 +212,21 @@ class TurnLoop:
                 )
             )
 
-    def _refused(self, items: Sequence[_Item], error: TidemillError) -> None:
-        log.error("a turn could not be stored and was undone: %s", error)
-        if isinstance(error, Fenced):
-            _fail(items, error)
-            self._on_fenced()
-        elif isinstance(error, Stale):
-            self.driver.world = self._reload()
-            if len(items) > 1:
-                for item in items:
-                    self._take([item])
-            else:
-                _fail(items, error)
+    def _refused(self, items: Sequence[_Item], error: Exception, *, again: bool) -> None:
+        if isinstance(error, Stale) and not again:
+            log.warning("the world was not as stored and is loaded again: %s", error)
+            self._is_stale = True
+            for item in items:
+                self._take([item], again=True)
+            return
+        if isinstance(error, TidemillError):
+            log.error("a turn could not be stored and was undone: %s", error)
         else:
-            _fail(items, error)
+            log.error("a turn could not be stored and was undone", exc_info=error)
+        self._is_stale = not isinstance(error, StorageFull)
+        _fail(items, error)
+        if isinstance(error, Fenced):
+            self._on_fenced()
 
 
 def _fail(items: Sequence[_Item], error: Exception) -> None:

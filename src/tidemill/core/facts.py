@@ -185,7 +185,7 @@ def _vanished(fact: Vanished, world: World, out: Outcome) -> None:
 @_take.register
 def _never_launched(fact: NeverLaunched, world: World, out: Outcome) -> None:
     held = _current(world, fact.launch_id, fact.fence)
-    if held is None:
+    if held is None or fact.state not in (None, held.state):  # it moved on since: the next look will tell
         return
     if held.state is AllocationState.RESERVED:
         out.commands.append(Launch(launch_id=held.id))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import count
@@ -127,9 +128,7 @@ class SimulatedEngine:
 
     def restarted(self) -> SimulatedEngine:
         """Another engine object over the same machines, as a restarted control plane makes it."""
-        again = object.__new__(SimulatedEngine)
-        again._clock, again._machines, again.mishap = self._clock, self._machines, self.mishap
-        return again
+        return copy(self)
 
     def facts(self, now: int) -> tuple[Fact, ...]:
         """What runners and nodes have to tell since they were last asked, by time; times are at most ``now``."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tidemill.model.fleet import Node
 from tidemill.model.ids import JobId, LaunchId, NodeId, WorkloadId
-from tidemill.model.job import Cause, Workload
+from tidemill.model.job import AllocationState, Cause, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +98,15 @@ class Vanished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NeverLaunched:
-    """The engine's own list does not have a launch, and no command about it is on its way."""
+    """The engine's own list does not have a launch, and no command about it is on its way.
+
+    ``state`` is the allocation's as it was when it was looked for; None: as it is when this is taken.
+    """
 
     at_ns: int
     launch_id: LaunchId
     fence: int
+    state: AllocationState | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

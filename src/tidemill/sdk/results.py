@@ -216,6 +216,7 @@ class Receipt(Record):
     name: str = ""
     state: str = ""
     queue_wait_ns: int = 0
+    prepare_ns: int = 0
     run_ns: int = 0
     held_ns: int = 0
     device_seconds: Mapping[str, float] = field(default_factory=dict)
