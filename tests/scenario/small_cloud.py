@@ -28,8 +28,8 @@ from tidemill.core.lifecycle import is_terminal
 from tidemill.engines.simulated import Ending, Mishap, SimulatedEngine
 from tidemill.errors import Fenced, Stale, StorageFull, TidemillError, Unavailable
 from tidemill.model.events import Fact, NodeJoined, NodeWentAway, StopRequested, Submitted
-from tidemill.model.ids import JobId, LaunchId, NodeId, OrganizationId, PrincipalId, WorkloadId
-from tidemill.model.job import Allocation, AllocationState, Attempt, Cause, Job, JobState, Workload
+from tidemill.model.ids import JobId, LaunchId, OrganizationId, PrincipalId, WorkloadId
+from tidemill.model.job import Allocation, AllocationState, Cause, JobState, Workload
 from tidemill.model.ledger import CPU_METER
 from tidemill.model.plan import LaunchSpec, Observation, ObservedState
 from tidemill.model.resources import GpuRequest, Resources
@@ -44,18 +44,13 @@ NODES = (node(0, 2), node(1, 0))
 Op = tuple[str, int, int]
 """What is done, and two numbers that choose to what."""
 
-OPS = st.lists(
-    st.tuples(
-        st.sampled_from(
-            ["submit"] * 4 + ["turn"] * 8 + ["work"] * 8 + ["report"] * 6 + ["look"] * 6 + ["tick"] * 6 + ["stop"] * 2
-            + ["crash"] * 2 + ["lose_worker", "lose_node", "return_node", "nodes", "store", "store", "engine", "engine"]
-        ),
-        st.integers(0, 30),
-        st.integers(0, 30),
-    ),
-    min_size=1,
-    max_size=80,
+NAMES = (
+    ["submit"] * 4 + ["hurry"] * 4 + ["turn"] * 8 + ["work"] * 8 + ["report"] * 6 + ["look"] * 6 + ["tick"] * 6 + ["stop"] * 2
+    + ["crash"] * 2 + ["lose_worker", "lose_node", "return_node", "nodes", "store", "store", "engine", "engine"]
 )  # fmt: skip
+OPS = st.lists(
+    st.tuples(st.sampled_from(NAMES), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=80
+)
 
 
 class ShakyStore(MemoryStore):
@@ -236,10 +231,12 @@ class SmallCloud:
             case "work":
                 for lane in (a % 4, b % 4):
                     self.plane._work.work_off(lane)
+            case "hurry":
+                self.hurry()
             case "report":
                 self.report()
             case "look":
-                self.look([op for op, _ in zip(left, range(b % 5), strict=False)])
+                self.look([op for op, _ in zip(left, range(b % 8), strict=False)])
             case "tick":
                 self.now += (1 + a) * SECOND_NS // 4
             case "stop":
@@ -265,6 +262,16 @@ class SmallCloud:
                     self.engine.return_node(NODES[a % 2].id)
             case _:
                 raise AssertionError(name)
+
+    def hurry(self) -> None:
+        """All that waits for nobody happens: reports, a turn, its commands, and what they lead to at once."""
+        self.report()
+        self.turn()
+        for lane in range(4):
+            while self.plane._work.work_off(lane):
+                pass
+        self.report()
+        self.turn()
 
     def submit(self, a: int, b: int) -> None:
         """A small workload of some shape and fate."""
@@ -387,11 +394,7 @@ class SmallCloud:
         for step in range(1_500):
             for place in NODES:
                 self.do(("return_node", NODES.index(place), 0))
-            self.report()
-            self.turn()
-            for lane in range(4):
-                while self.plane._work.work_off(lane):
-                    pass
+            self.hurry()
             if step % 3 == 0:
                 self.look()
                 self.turn()
@@ -493,5 +496,3 @@ def played(ops: list[Op]) -> SmallCloud:
     cloud.audit()
     return cloud
 
-
-__all__ = ["OPS", "Attempt", "Job", "NodeId", "Op", "SmallCloud", "played"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -282,16 +283,17 @@ class ControlPlane:
             if known is not None:
                 return known
         specs = [self._checked(spec, project) for spec in specs]
+        entropy = os.urandom(5 * len(specs))
         workloads = tuple(
             Workload(
-                id=WorkloadId(sortable_id("wl", now=now, entropy=secrets.randbits(40))),
+                id=WorkloadId(sortable_id("wl", now=now, entropy=int.from_bytes(entropy[5 * at : 5 * at + 5], "big"))),
                 organization_id=project.organization_id,
                 project_id=project.id,
                 principal_id=identity.principal_id,
                 spec=spec,
                 submitted_ns=now,
             )
-            for spec in specs
+            for at, spec in enumerate(specs)
         )
         record = IdempotencyRecord(
             principal_id=identity.principal_id,

@@ -41,6 +41,8 @@ class WaitingLines:
         self._lines: dict[Line, list[tuple[Rank, JobId]]] = {}
         self._members: set[JobId] = set()
         self._is_waiting = is_waiting
+        self._left: list[tuple[Line, tuple[Rank, JobId]]] = []
+        """Entries taken out in this turn because their jobs were not waiting any more."""
 
     def add(self, line: Line, job: Job) -> None:
         """Let a job wait; harmless when it does already."""
@@ -54,6 +56,18 @@ class WaitingLines:
         if entries and entries[0][1] == job:
             heapq.heappop(entries)
         self._members.discard(job)
+
+    def commit(self) -> None:
+        """Jobs that stopped waiting in this turn stay out."""
+        self._left.clear()
+
+    def rollback(self) -> None:
+        """Let the jobs wait again that stopped waiting in this turn, which never happened."""
+        for line, entry in self._left:
+            if entry[1] not in self._members:
+                self._members.add(entry[1])
+                heapq.heappush(self._lines.setdefault(line, []), entry)
+        self._left.clear()
 
     def heads(self, is_closed: Callable[[Line], bool]) -> Iterator[tuple[Line, JobId]]:
         """The first waiting job of all lines that are open, again and again until every line is empty or closed.
@@ -95,5 +109,7 @@ class WaitingLines:
     def _head(self, line: Line) -> tuple[Rank, JobId] | None:
         entries = self._lines[line]
         while entries and not self._is_waiting(entries[0][1]):
-            self._members.discard(heapq.heappop(entries)[1])
+            entry = heapq.heappop(entries)
+            self._members.discard(entry[1])
+            self._left.append((line, entry))
         return entries[0] if entries else None

@@ -10,11 +10,10 @@ import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from tidemill.core.admission import shape_of
 from tidemill.core.fleetarrays import FleetArrays
-from tidemill.core.lifecycle import is_terminal
 from tidemill.core.meter import Meter, meters_of, shares_of
 from tidemill.core.queueing import Line, WaitingLines
 from tidemill.core.quota import Held
@@ -25,6 +24,7 @@ from tidemill.model.ledger import RateCard
 from tidemill.model.plan import Change, Reason
 from tidemill.model.tenant import Project
 
+_ABSENT: Final = object()
 Entity = TypeVar("Entity", Job, Attempt, Allocation, Node)
 
 
@@ -58,7 +58,8 @@ class World:
         self.line_reasons: dict[Line, Reason] = {}
         """Why the head of each line did not start when it was last tried."""
         self.reasons: dict[JobId, Reason] = {}
-        self._undo: list[Callable[[], object]] = []
+        self._undo: list[Callable[[], object] | tuple[dict[Any, Any], Any, Any]] = []
+        """What to call, or the value that a table had under a key, to take changes back, newest last."""
         self._touched: dict[tuple[str, str], int | None] = {}
         self._latest: dict[tuple[str, str], Any] = {}
         self._fleet_mark = 0
@@ -108,8 +109,7 @@ class World:
     def drop(self, table: dict[Any, Any], key: Any) -> None:
         """Take something out of the world, undoable; harmless when it is not there."""
         if key in table:
-            old = table.pop(key)
-            self._undo.append(lambda: table.__setitem__(key, old))
+            self._undo.append((table, key, table.pop(key)))
 
     def on_undo(self, action: Callable[[], object]) -> None:
         """Remember how to take back a change made elsewhere."""
@@ -137,6 +137,7 @@ class World:
         self._latest.clear()
         self._fleet_mark = self.fleet.checkpoint()
         self._fleet_rebuilt = False
+        self.queue.commit()
 
     def changes(self) -> tuple[Change, ...]:
         """Everything that changed since ``begin``, with the versions assumed, in the order of first change."""
@@ -147,12 +148,22 @@ class World:
         self._undo.clear()
         self._touched.clear()
         self.fleet.commit()
+        self.queue.commit()
 
     def rollback(self) -> None:
         """Take back what changed since ``begin``."""
         while self._undo:
-            self._undo.pop()()
+            undone = self._undo.pop()
+            if callable(undone):
+                undone()
+                continue
+            table, key, before = undone
+            if before is _ABSENT:
+                table.pop(key, None)
+            else:
+                table[key] = before
         self._touched.clear()
+        self.queue.rollback()
         if self._fleet_rebuilt:
             self.rebuild_fleet()
         else:
@@ -250,11 +261,7 @@ class World:
         return 1 if assumed is None else assumed + 1
 
     def _put(self, table: dict[Any, Any], key: Any, value: Any) -> None:
-        if key in table:
-            old = table[key]
-            self._undo.append(lambda: table.__setitem__(key, old))
-        else:
-            self._undo.append(lambda: table.pop(key, None))
+        self._undo.append((table, key, table.get(key, _ABSENT)))
         table[key] = value
         identity = getattr(value, "id", None)
         if isinstance(identity, str):
@@ -270,8 +277,3 @@ class World:
     def _unhold(held: Held, gpu_milli: int, cpu_milli: int) -> None:
         held.gpu_milli -= gpu_milli
         held.cpu_milli -= cpu_milli
-
-
-def is_live(job: Job) -> bool:
-    """Whether a job is not over."""
-    return not is_terminal(job.state)
