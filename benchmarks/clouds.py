@@ -65,6 +65,10 @@ def cloud(**settings: Any) -> Iterator[Home]:
         endpoint = json.loads((folder / "endpoint.json").read_text())
         token = (folder / "admin.token").read_text().strip()
         yield Home(folder, endpoint["api_url"], token, int(endpoint["pid"]))
+    except Exception:
+        with contextlib.suppress(OSError):
+            print("\n".join((folder / "control.log").read_text().splitlines()[-40:]), file=sys.stderr)
+        raise
     finally:
         kill_all_of(folder)
         shutil.rmtree(folder, ignore_errors=True)

@@ -149,7 +149,8 @@ def _build(settings: Any) -> Any:
         carbon_mg_per_kwh=carbon.mg_per_kwh if given is None else round(given * 1000),
         carbon_source=carbon.source if given is None else "config.yaml",
     )
-    node = telemetry.discover_node(site.id)
+    reserve = round(settings.reserve_cpus * 1000)
+    node = telemetry.discover_node(site.id, reserve_cpu_milli=reserve)
     meters = telemetry.EnergyMeters(node.id)
     sampled = meters.sample()
     directory = Directory(pepper, principals=store.principals(), known=store.tokens())
@@ -157,7 +158,7 @@ def _build(settings: Any) -> Any:
     engine = LocalEngine(
         settings.home / "local",
         endpoint_file=settings.home / "endpoint.json",
-        node=lambda: telemetry.discover_node(site.id),
+        node=lambda: telemetry.discover_node(site.id, reserve_cpu_milli=reserve),
     )
     return ControlPlane(
         settings=settings,

@@ -199,6 +199,42 @@ def test_default_rates_follow_from_the_shipped_rows() -> None:
     assert "2025" in rate.source
 
 
+def test_every_default_is_the_median_of_shipped_rows() -> None:
+    """The same rule over all models that rows name themselves, with nothing of the code that is tested."""
+    with resources.files("tidemill.catalog").joinpath("data/prices.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    rates = {rate.resource: rate for rate in catalog.default_rates()}
+    named = {row["model"] for row in rows} & {spec.model for spec in catalog.devices()}
+    assert len(named) > 20
+    for model in named:
+        mine = [row for row in rows if row["model"] == model]
+        recent = [row for row in mine if int(row["year"]) >= 2025]
+        chosen = recent if len({row["provider"] for row in recent}) >= 3 else mine
+        medians = [
+            statistics.median(Decimal(row["usd_per_gpu_hour"]) for row in chosen if row["provider"] == provider)
+            for provider in {row["provider"] for row in chosen}
+        ]
+        assert abs(rates[model].micro_per_hour - statistics.median(medians) * USD_MICRO) <= 1, model
+
+
+def test_every_shipped_row_is_whole_and_says_where_it_is_from() -> None:
+    folder = resources.files("tidemill.catalog").joinpath("data")
+    sources = {"devices.csv": "sources", "prices.csv": "source", "country_carbon_intensity.csv": "year"}
+    tables = {}
+    for name, column in sources.items():
+        with folder.joinpath(name).open(encoding="utf-8") as file:
+            tables[name] = list(csv.DictReader(file))
+        for row in tables[name]:
+            assert None not in row, f"{name}: more fields than columns in {row}"
+            assert None not in row.values(), f"{name}: fewer fields than columns in {row}"
+            assert row[column].strip(), f"{name}: {row}"
+    assert all(
+        Decimal(row["usd_per_gpu_hour"]) > 0 and 2023 <= int(row["year"]) <= 2027 for row in tables["prices.csv"]
+    )
+    assert all(0 < float(row["gco2e_per_kwh"]) < 1_500 for row in tables["country_carbon_intensity.csv"])
+    assert len(tables["devices.csv"]) == len(catalog.devices())
+
+
 def test_default_rates_are_plausible_and_say_where_they_are_from() -> None:
     rates = catalog.default_rates()
     assert len({rate.resource for rate in rates}) == len(rates)

@@ -7,8 +7,11 @@ arguments, units and errors of the real one, and its error classes are the real 
 
 from __future__ import annotations
 
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -208,6 +211,32 @@ def test_a_node_is_described_as_it_is(machine: Path) -> None:
         (25_000, 250_000)
     ]
     assert found(machine, name := h100(0)) == found(machine, name), "the same machine looks the same"
+
+
+def test_cores_that_are_reserved_are_not_offered(machine: Path) -> None:
+    whole = found(machine).cpu_milli
+    kept = telemetry.discover_node(SITE, root=machine, nvml=Nvml(FakeNvml()), reserve_cpu_milli=whole // 4)
+    assert kept.cpu_milli == whole - whole // 4
+    none_left = telemetry.discover_node(SITE, root=machine, nvml=Nvml(FakeNvml()), reserve_cpu_milli=10 * whole)
+    assert none_left.cpu_milli == 100, "there is always something"
+
+
+def test_images_need_more_than_a_command_that_is_called_docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(tempfile.mkdtemp(prefix="tm", dir="/tmp"))  # the name of a socket has to be short
+    write(root, {"bin/docker": "#!/bin/sh", "proc/self/cgroup": "0::/"})
+    (root / "bin/docker").chmod(0o755)
+    monkeypatch.setenv("PATH", str(root / "bin"))
+    try:
+        assert not found(root).images, "there is no daemon"
+        (root / "var/run").mkdir(parents=True)
+        with socket.socket(socket.AF_UNIX) as daemon:
+            daemon.bind(str(root / "var/run/docker.sock"))
+            assert not found(root).images, "its socket is left over, and nobody listens"
+            daemon.listen()
+            assert found(root).images
+        assert not found(root).images
+    finally:
+        shutil.rmtree(root)
 
 
 def test_a_power_limit_set_in_the_driver_lowers_the_estimate(machine: Path) -> None:

@@ -67,7 +67,7 @@ class Reader:
         }
 
     def run(self, command: str) -> tuple[int, str, str]:
-        """Exit status, standard output, and both outputs as they came, of a command that finds what others left."""
+        """Exit status, standard output and standard error of a command that finds what others left."""
         process = subprocess.Popen(
             ["bash", "-c", _SESSION.format(state=self._state, command=command)],
             env=self.environment,
@@ -75,10 +75,10 @@ class Reader:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        came: list[tuple[bool, bytes]] = []
+        output, errors = bytearray(), bytearray()
         readers = [
-            threading.Thread(target=_collect, args=(pipe, is_output, came))
-            for pipe, is_output in ((process.stdout, True), (process.stderr, False))
+            threading.Thread(target=_collect, args=(pipe, into))
+            for pipe, into in ((process.stdout, output), (process.stderr, errors))
         ]
         for reader in readers:
             reader.start()
@@ -88,8 +88,7 @@ class Reader:
             process.kill()
         for reader in readers:
             reader.join(TIMEOUT_S)
-        output = b"".join(octets for is_output, octets in came if is_output)
-        return status, _plain(output), _plain(b"".join(octets for _, octets in came))
+        return status, _plain(output), _plain(errors)
 
     def follow(self, block: Block) -> None:
         """Do what the block says. Raises: AssertionError that shows where it is not as the page says."""
@@ -101,26 +100,27 @@ class Reader:
             for step in steps_of(block):
                 self._take(block, step)
         elif block.language == "python":
-            status, _, told = self.run(f"python - <<'END_OF_BLOCK'\n{block.body}\nEND_OF_BLOCK")
-            assert status == 0, f"{block}: the example fails\n{told}"
+            status, output, errors = self.run(f"python - <<'END_OF_BLOCK'\n{block.body}\nEND_OF_BLOCK")
+            assert status == 0, f"{block}: the example fails\n{output}{errors}"
 
     def _take(self, block: Block, step: Step) -> None:
         where = f"{block.page.relative_to(ROOT)}:{step.line}"
-        status, output, told = self.run(step.command)
+        status, output, errors = self.run(step.command)
+        told = output + errors
         assert status == 0, f"{where}: $ {step.command}\nended with {status} and said:\n{told}"
         if step.output.strip():
             want = doctest.Example(step.command, step.output + "\n").want
-            # a terminal shows both outputs; that something is under way it shows only for a moment
-            matches = any(_CHECKER.check_output(want, text, _FLAGS) for text in (output, told))
+            # a terminal shows both outputs; through two pipes the order in which they were written is lost
+            matches = any(_CHECKER.check_output(want, text, _FLAGS) for text in (output, told, errors + output))
             assert matches, f"{where}: $ {step.command}\nthe page says:\n{step.output}\nit prints:\n{told}"
 
 
-def _collect(pipe: IO[bytes], is_output: bool, came: list[tuple[bool, bytes]]) -> None:
+def _collect(pipe: IO[bytes], into: bytearray) -> None:
     while octets := os.read(pipe.fileno(), 65_536):
-        came.append((is_output, octets))
+        into += octets
 
 
-def _plain(octets: bytes) -> str:
+def _plain(octets: bytearray) -> str:
     return _ANSI.sub("", octets.decode(errors="replace"))
 
 
@@ -147,8 +147,8 @@ def test_a_reader_who_does_what_the_page_says_sees_what_it_says(page: Path, read
     blocks = [block for block in blocks_of(page) if not block.not_run]
     first = next(block for block in blocks if block.language in _RUNS and not block.file_name)
     if "$ tidemill up\n" not in first.body:
-        status, _, told = reader.run("tidemill up")
-        assert status == 0, told
+        status, output, errors = reader.run("tidemill up")
+        assert status == 0, output + errors
     for block in blocks:
         reader.follow(block)
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,9 @@ Op = tuple[str, int, int]
 
 NAMES = (
     ["submit"] * 4 + ["hurry"] * 4 + ["turn"] * 8 + ["work"] * 8 + ["report"] * 6 + ["look"] * 6 + ["tick"] * 6 + ["stop"] * 2
-    + ["crash"] * 2 + ["lose_worker", "lose_node", "return_node", "nodes", "store", "store", "engine", "engine"]
+    + ["crash"] * 2 + ["lose_worker", "lose_node", "return_node", "nodes", "store", "store", "store", "engine", "engine"]
 )  # fmt: skip
-OPS = st.lists(
-    st.tuples(st.sampled_from(NAMES), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=80
-)
+OPS = st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=80)
 
 
 class ShakyStore(MemoryStore):
@@ -175,9 +173,7 @@ class SmallCloud:
     def __post_init__(self) -> None:
         for project in PROJECTS:
             self.store.put_project(project)
-        self.engine = SlowEngine(
-            NODES, clock=lambda: self.now, duration=duration, ending=ending, mishap=self._mishap
-        )
+        self.engine = SlowEngine(NODES, clock=lambda: self.now, duration=duration, ending=ending, mishap=self._mishap)
         self._start()
 
     def _start(self) -> None:
@@ -247,7 +243,9 @@ class SmallCloud:
                 self._join()
             case "store":
                 self.store.mishaps.extend(
-                    [["unavailable"], ["lost"], ["stale"], ["full"], ["bug"], ["stale", "unreadable"], ["unreadable"]][a % 7]
+                    [["unavailable"], ["lost"], ["stale"], ["full"], ["bug"], ["stale", "unreadable"], ["unreadable"]][
+                        a % 7
+                    ]
                 )
             case "engine":
                 self.engine_mishaps.extend([(Mishap.LOST_BEFORE, Mishap.LOST_AFTER)[a % 2]] * (1 + b % 3))
@@ -273,7 +271,7 @@ class SmallCloud:
         self.report()
         self.turn()
 
-    def submit(self, a: int, b: int) -> None:
+    def submit(self, a: int, b: int, **changes: Any) -> Future[None]:
         """A small workload of some shape and fate."""
         self.count += 1
         fate = ["ok", "ok", "ok", "error", "flaky", "oom", "refused", "endless"][a % 8]
@@ -293,8 +291,10 @@ class SmallCloud:
             id=WorkloadId(f"wl_{self.count:04d}"), organization_id=OrganizationId("o"), project_id=PROJECTS[0].id,
             principal_id=PrincipalId("u"), spec=spec, submitted_ns=self.now,
         )  # fmt: skip
+        workload = replace(workload, spec=replace(spec, **changes))
         future = self.plane._turns.put([Submitted(at_ns=self.now, workload=workload)])
         self.asked.append((f"submit {workload.id}", future))
+        return future
 
     def stop(self, a: int) -> None:
         """Ask that some job end."""
@@ -327,7 +327,9 @@ class SmallCloud:
         else:
             row = self.store.job(JobId(thing))
             assert row is not None
-            assert is_terminal(row.job.state) or row.job.state is JobState.STOPPING, f"the stop of {thing} is not stored"
+            assert is_terminal(row.job.state) or row.job.state is JobState.STOPPING, (
+                f"the stop of {thing} is not stored"
+            )
             if row.job.state in (JobState.STOPPING, JobState.CANCELLED):
                 self.stopped.add(JobId(thing))
 
@@ -391,7 +393,7 @@ class SmallCloud:
         """Nothing goes wrong any more, and time passes until nothing is left to do."""
         self.store.mishaps.clear()
         self.engine_mishaps.clear()
-        for step in range(1_500):
+        for step in range(400):
             for place in NODES:
                 self.do(("return_node", NODES.index(place), 0))
             self.hurry()
@@ -431,7 +433,9 @@ class SmallCloud:
                 wanted.add((JobState.CANCELLED, Cause.CANCELLED))
             if job.id in self.stopped:
                 wanted = {(JobState.CANCELLED, Cause.CANCELLED)}
-            assert (job.state, job.cause) in wanted, f"{job.id} is to be {wanted} and is {job.state}: {job.cause} {job.detail}"
+            assert (job.state, job.cause) in wanted, (
+                f"{job.id} is to be {wanted} and is {job.state}: {job.cause} {job.detail}"
+            )
             if job.cause is Cause.ERROR:
                 assert job.exit_code == 3
         held = [held for row in rows for held in self.store.allocations(row.job.id)]
@@ -459,7 +463,9 @@ class SmallCloud:
                 level, tiles = 0, []
                 for at in sorted(booked):
                     before, level = level, level + booked[at]
-                    assert level in (0, capacity), f"{meter} of {place.name}: {level} of {capacity} booked at {at - START}"
+                    assert level in (0, capacity), (
+                        f"{meter} of {place.name}: {level} of {capacity} booked at {at - START}"
+                    )
                     if before == 0 and level:
                         tiles.append([at, at])
                     if before and not level:
@@ -470,7 +476,9 @@ class SmallCloud:
         for one in held:
             for name, milli in [(CPU_METER, one.cpu_milli), *((share.device_id, share.milli) for share in one.devices)]:
                 due = milli * (one.released_ns - one.held_ns)
-                assert paid.get((one.id, str(name)), 0) == due, f"{one.id} pays {paid.get((one.id, str(name)), 0)} of {due}"
+                assert paid.get((one.id, str(name)), 0) == due, (
+                    f"{one.id} pays {paid.get((one.id, str(name)), 0)} of {due}"
+                )
 
     def _presence(self, name: str) -> list[tuple[int, int]]:
         """When a machine was there, by the event log: from, until (zero: still)."""
@@ -495,4 +503,3 @@ def played(ops: list[Op]) -> SmallCloud:
     cloud.settle()
     cloud.audit()
     return cloud
-

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -34,6 +34,9 @@ from tidemill.sdk.specfile import SpecFile, load
 from tidemill.units import format_size
 
 PROMPT = "def fibonacci("
+SEED = 7
+"""The same model completes the same prompt alike."""
+GPU_PACKAGES = ["jax[cuda12]==0.10.2", "numpy==2.4.6"]
 ARTIFACT = "quickstart-gpt"
 MODEL_PATH = "model"
 """Where the example puts the trained model in its output folder."""
@@ -78,6 +81,7 @@ class Quickstart:
     jobs: list[str] = field(default_factory=list)
     client: Client | None = None
     gateway_url: str = ""
+    gpus: int = 0
 
     def __enter__(self) -> Quickstart:
         return self
@@ -140,6 +144,7 @@ class Quickstart:
                     bootstrap.start_daemon(self.home, {})
             self.client = Client(retry_for_s=20)
         status, nodes = self.client.status(), self.client.nodes()
+        self.gpus = max((len(node.devices) for node in nodes), default=0)
         self.gateway_url = status.gateway_url
         from tidemill.cli.cloud import machine_rows
 
@@ -149,7 +154,7 @@ class Quickstart:
 
     def _quote(self, client: Client) -> Quote:
         self._title(2, "What training would take, before anything runs")
-        quote = client.quote(load(self.examples / "train.yaml"))
+        quote = client.quote(self._training_spec())
         self._facts(quote_rows(quote))
         if not quote.feasible:
             raise Infeasible(
@@ -158,7 +163,7 @@ class Quickstart:
         return quote
 
     def _train(self, client: Client) -> Job:
-        spec = load(self.examples / "train.yaml")
+        spec = self._training_spec()
         workers = int(spec.spec.get("nodes") or 1)
         self._title(3, f"Training, {count(workers, 'worker')} that start together")
         job = self._submit(client, spec)
@@ -213,7 +218,7 @@ class Quickstart:
         pieces = []
         began = time.monotonic()
         first = 0.0
-        for part in asked.completions.create(model=model, prompt=prompt, max_tokens=120, temperature=0.0, stream=True):
+        for part in asked.completions.create(model=model, prompt=prompt, max_tokens=120, seed=SEED, stream=True):
             text = part.choices[0].text if part.choices else ""
             first = first or time.monotonic() - began
             pieces.append(text)
@@ -240,6 +245,18 @@ class Quickstart:
         return receipts
 
     # --- parts of steps ---
+
+    def _training_spec(self) -> SpecFile:
+        """The training as it is in the file; on GPUs where a machine has some, one for each worker."""
+        file = load(self.examples / "train.yaml")
+        if not self.gpus:
+            return file
+        on_gpus = {
+            "nodes": min(int(file.spec.get("nodes") or 1), self.gpus),
+            "resources": {**file.spec["resources"], "gpus": 1},
+            "env": {**file.spec["env"], "packages": GPU_PACKAGES},
+        }
+        return replace(file, spec={**file.spec, **on_gpus})
 
     def _submit(self, client: Client, spec: SpecFile) -> Job:
         """The job, noted as ours before a Ctrl-C can come between."""

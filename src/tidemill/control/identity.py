@@ -25,7 +25,8 @@ _PRIVATE: Final = frozenset({Scope.JOB, Scope.RUNNER, Scope.GATEWAY})
 class Identity:
     """Who asks, and what they may do. ``project_ids`` empty: all projects of the organization.
 
-    ``launch_id`` is set for the tokens of runners and of running jobs.
+    ``expires_ns`` is when the token ends, zero: never. ``launch_id`` is set for the tokens of runners and of
+    running jobs.
     """
 
     principal_id: PrincipalId
@@ -34,6 +35,7 @@ class Identity:
     scopes: frozenset[Scope]
     project_ids: tuple[ProjectId, ...] = ()
     launch_id: LaunchId = LaunchId("")
+    expires_ns: int = 0
 
     def allows(self, scope: Scope) -> bool:
         """Whether ``scope`` is granted. ``ADMIN`` implies all that people may have."""
@@ -64,14 +66,22 @@ def read_pepper(path: Path, *, create: bool) -> bytes:
                 field=str(path),
                 mend="Restore secret.key from a backup; without it no token of this installation can be checked.",
             )
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
+        draft = path.with_suffix(".new")  # so that there is never half a key, whatever happens now
+        draft.unlink(missing_ok=True)
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(PEPPER_BYTES))
             file.flush()
             os.fsync(file.fileno())
+        draft.rename(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
     if path.stat().st_mode & 0o077:
         raise InvalidSetting("The key is readable by others.", field=str(path), mend=f"Run chmod 600 {path}.")
-    pepper = bytes.fromhex(path.read_text().strip())
+    try:
+        pepper = bytes.fromhex(path.read_text().strip())
+    except ValueError as error:
+        raise InvalidSetting("The key is damaged.", field=str(path), mend="Restore it from a backup.") from error
     if len(pepper) < PEPPER_BYTES:
         raise InvalidSetting("The key is too short.", field=str(path), mend="Restore it from a backup.")
     return pepper
@@ -94,14 +104,15 @@ class Directory:
         kind = tokens.parse(secret)
         if kind == "user":
             token = self._tokens.get(tokens.digest(secret, self.pepper))
-            if token is not None and token.is_valid(now=now):
-                principal = self._principals[token.principal_id]
+            principal = self._principals.get(token.principal_id) if token is not None else None
+            if token is not None and principal is not None and token.is_valid(now=now):
                 return Identity(
                     principal_id=principal.id,
                     organization_id=token.organization_id,
                     name=principal.name,
                     scopes=frozenset(token.scopes),
                     project_ids=(token.project_id,) if token.project_id else (),
+                    expires_ns=token.expires_ns,
                 )
         elif kind in ("run", "job"):
             identity = self._launches.get(secret)
@@ -159,7 +170,7 @@ class Directory:
         expires_ns: int,
         now: int,
     ) -> tuple[Token, str]:
-        """A new token and its secret, shown this once. A granter gives at most what it has.
+        """A new token and its secret, shown this once. A granter gives at most what it has, for at most as long.
 
         Raises: Forbidden when it asks for more.
         """
@@ -173,6 +184,8 @@ class Directory:
                     )
             if granter.project_ids and project not in granter.project_ids:
                 raise Forbidden("A token of one project cannot grant access beyond it.", field="project", value=project)
+            if granter.expires_ns:
+                expires_ns = min(expires_ns or granter.expires_ns, granter.expires_ns)
         secret = tokens.mint("user", secrets.token_bytes(32))
         token = Token(
             id=TokenId(sortable_id("tok", now=now, entropy=secrets.randbits(40))),

@@ -12,7 +12,7 @@ import yaml
 
 from tidemill.errors import InvalidSetting
 from tidemill.model.policy import Policy
-from tidemill.units import parse_duration
+from tidemill.units import parse_duration, parse_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +78,13 @@ def load_settings(home: Path, overrides: Mapping[str, Any]) -> Settings:
     if path.exists():
         try:
             written = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InvalidSetting(f"{path} cannot be read: {error}", field=str(path)) from error
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            mend = "Write lines of the form name: value."
+            raise InvalidSetting(f"{path} cannot be read: {error}", field=str(path), mend=mend) from error
     if not isinstance(written, dict):
         raise InvalidSetting(f"{path} holds no settings.", field=str(path), mend="Write lines of the form name: value.")
     given = written | {name: value for name, value in overrides.items() if value is not None}
+    # A name without a value, as a commented-out line leaves it, is the default.
     settings = Settings(home=home)
     known = {item.name for item in fields(Settings)} - {"home"}
     for name, value in given.items():
@@ -90,6 +92,8 @@ def load_settings(home: Path, overrides: Mapping[str, Any]) -> Settings:
             near = difflib.get_close_matches(str(name), known, 1)
             mend = f"Did you mean {near[0]}?" if near else f"Settings are {', '.join(sorted(known))}."
             raise InvalidSetting("There is no such setting.", field=str(name), value=value, mend=mend)
+        if value is None:
+            continue
         settings = replace(settings, **{name: _checked(name, value, getattr(settings, name))})
     return settings
 
@@ -97,18 +101,20 @@ def load_settings(home: Path, overrides: Mapping[str, Any]) -> Settings:
 def _checked(name: str, value: Any, default: object) -> Any:
     """The value, of the default's type."""
     try:
+        if isinstance(value, bool):
+            raise ValueError("it is not a matter of yes or no")
         match name:
             case "port" | "gateway_port":
                 if not 0 <= int(value) <= 65_535:
                     raise ValueError("a port lies between 1 and 65535")
                 return int(value)
             case "pue":
-                if float(value) < 1:
-                    raise ValueError("PUE is total power over IT power and cannot be below 1.0")
+                if not 1 <= float(value) < 100:
+                    raise ValueError("PUE is total power over IT power: 1.0 or some more")
                 return float(value)
             case "carbon_g_per_kwh" | "reserve_cpus":
-                if float(value) < 0:
-                    raise ValueError("it cannot be below zero")
+                if not 0 <= float(value) < 1_000_000:
+                    raise ValueError("it is a number, zero or more")
                 return float(value)
             case "rates":
                 return {str(resource): float(price) for resource, price in dict(value).items()}
@@ -117,12 +123,17 @@ def _checked(name: str, value: Any, default: object) -> Any:
             case "meter_every":
                 if parse_duration(value) <= 0:
                     raise ValueError("it has to be longer than nothing")
+                return value if isinstance(value, str) else f"{value}s"
+            case "workdir_limit":
+                parse_size(value)
                 return str(value)
             case "engine" if value not in ("local", "simulated"):
                 raise ValueError("engines are local and simulated")
             case "site_kind" if value not in ("onprem", "cloud", "edge"):
                 raise ValueError("kinds of site are onprem, cloud and edge")
             case _:
+                if not isinstance(value, str | int | float):
+                    raise ValueError("it is one word or number")
                 return int(value) if isinstance(default, int) else str(value)
     except (ValueError, TypeError) as error:
         raise InvalidSetting(

@@ -30,11 +30,11 @@ class Vault:
         return Secret(project_id=project_id, name=name, sealed=sealed, updated_ns=now)
 
     def open(self, secret: Secret) -> str:
-        """The secret's value. Raises: InvalidSetting when it was sealed with another key or moved."""
+        """The secret's value. Raises: InvalidSetting when it was sealed with another key, moved or damaged."""
         nonce, sealed = secret.sealed[:_NONCE_BYTES], secret.sealed[_NONCE_BYTES:]
         try:
             return self._cipher.decrypt(nonce, sealed, _binding(secret.project_id, secret.name)).decode()
-        except InvalidTag as error:
+        except (InvalidTag, ValueError) as error:
             raise InvalidSetting(
                 "The secret was sealed with another key.", field=secret.name, mend="Set it again: tidemill secret set."
             ) from error

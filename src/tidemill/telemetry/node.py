@@ -31,10 +31,12 @@ def discover_node(
     nvml: Nvml | None = None,
     disk: Path | None = None,
     address: str = "127.0.0.1",
+    reserve_cpu_milli: int = 0,
 ) -> Node:
     """This machine. Sizes are what a process here may really use, of CPUs, memory and the disk under ``disk``.
 
-    Its id follows from the machine's own and stays the same across restarts of anything.
+    ``reserve_cpu_milli`` of the processors are kept from jobs. Its id follows from the machine's own and stays the
+    same across restarts of anything.
     """
     cpu_model = _cpu_model(root)
     idle_mw, busy_mw = catalog.cpu_power(cpu_model)
@@ -46,7 +48,7 @@ def discover_node(
         version=1,
         boot_id=_read(root / "proc/sys/kernel/random/boot_id"),
         address=address,
-        cpu_milli=usable_cpu_milli(root=root),
+        cpu_milli=max(usable_cpu_milli(root=root) - reserve_cpu_milli, _LEAST_MILLI),
         memory_bytes=usable_memory_bytes(root=root),
         disk_bytes=_disk_bytes(disk or Path.home()),
         cpu_model=cpu_model,
@@ -166,13 +168,24 @@ def _cpu_model(root: Path) -> str:
 
 
 def _can_run_images(root: Path, environment: Mapping[str, str]) -> bool:
-    """Whether this user can run containers: docker's socket is theirs to use, or podman works for them."""
+    """Whether this user can run containers: docker's daemon lets them in, or podman works for them."""
     path = environment.get("PATH")
-    if shutil.which("docker", path=path) and os.access(root / "var/run/docker.sock", os.R_OK | os.W_OK):
+    if shutil.which("docker", path=path) and _listens(root / "var/run/docker.sock"):
         return True
     if not shutil.which("podman", path=path):
         return False
     return os.geteuid() == 0 or (shutil.which("newuidmap", path=path) is not None and bool(_read(root / "etc/subuid")))
+
+
+def _listens(path: Path) -> bool:
+    """Whether somebody behind that socket takes calls from this user."""
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.settimeout(0.2)
+        try:
+            caller.connect(str(path))
+        except OSError:
+            return False
+        return True
 
 
 def _read(path: Path) -> str:
