@@ -74,6 +74,12 @@ def cloud(**settings: Any) -> Iterator[Home]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end this program as Ctrl-C does, so that nothing it started is left behind."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+
+
 def kill_all_of(folder: Path) -> None:
     """End every process that was started for this home: the daemon, the launcher, runners and workers."""
     for _ in range(3):

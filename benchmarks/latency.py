@@ -30,6 +30,13 @@ from benchmarks.clouds import PROGRAMS, Home, cloud, free_port, machine, median,
 
 RAY = "ray[default]==2.60.0"
 RAY_FOLDER = Path(__file__).resolve().parents[1] / ".bench" / "ray"
+_RAY_PORTS = (
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+)
+"""Which Ray would take from fixed numbers, where another Ray on this machine may be."""
 _ANSI = re.compile(rb"\x1b\[[0-9;]*m")
 _LIMIT_S = 120.0
 _RAY_CLIENT = """
@@ -115,7 +122,8 @@ def ray_head(cores: int) -> Iterator[tuple[Measure, Measure]]:
     head = subprocess.Popen(
         [ray, "start", "--head", "--block", "--port", str(free_port()), "--num-cpus", str(cores),
          "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--ray-client-server-port",
-         str(free_port()), "--temp-dir", temporary, "--disable-usage-stats"],
+         str(free_port()), "--temp-dir", temporary, "--disable-usage-stats",
+         *(word for name in _RAY_PORTS for word in (f"--{name}", str(free_port())))],
         env={name: value for name, value in environment.items() if name != "RAY_ADDRESS"},
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
@@ -196,6 +204,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--no-ray", action="store_true", help="only Tidemill and the bare subprocess")
     given = parser.parse_args()
+    end_on_signals()
     kinds = ["echo", *(["python"] if Path("/usr/bin/python3").exists() else [])]
     cores = len(os.sched_getaffinity(0))
     with contextlib.ExitStack() as stack:

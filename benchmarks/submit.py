@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.clouds import Home, cloud, kill_all_of, machine, table
+from benchmarks.clouds import Home, cloud, end_on_signals, kill_all_of, machine, table
 
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 _BATCH = 100
@@ -219,6 +219,7 @@ def main() -> int:
     parser.add_argument("--only", choices=("sqlite", "postgres"))
     parser.add_argument("--drive", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    end_on_signals()
     if given.drive:
         asyncio.run(_drive(given.drive))
         return 0

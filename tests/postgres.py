@@ -81,7 +81,9 @@ class Postgres:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _run(self, *command: object) -> None:
-        ids: dict[str, Any] = {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []} if self._user else {}
+        ids: dict[str, Any] = (
+            {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []} if self._user else {}
+        )
         output = self.folder / f"{Path(str(command[0])).name}.out"
         with output.open("w") as file:
             code = subprocess.run(

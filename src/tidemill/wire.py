@@ -617,7 +617,7 @@ class WorkloadSpecIn(_Section):
     )
     retry: Annotated[RetryIn, _wrapped("max", int)] = Field(
         default_factory=_shared(RetryIn),
-        description="A number of retries, or a section.",
+        description="A number of retries, or a section. A service without one is tried again whatever ended it.",
         json_schema_extra={"default": {}},
     )
     checkpoint: CheckpointIn = Field(
@@ -665,7 +665,11 @@ class WorkloadSpecIn(_Section):
                 service=service,
                 array_size=self.array.size if self.array is not None else 1,
                 max_duration_ns=self.max_duration,
-                retry=_retry(self.retry.on[0], self.retry.on[1], self.retry.max),
+                retry=(
+                    _retry(self.retry.on[0], self.retry.on[1], self.retry.max)
+                    if "retry" in self.model_fields_set
+                    else default_retry(kind)
+                ),
                 checkpoint_grace_ns=self.checkpoint.grace,
                 priority=self.priority,
                 labels=self.labels,
@@ -896,7 +900,7 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
         written["array"] = {"size": spec.array_size}
     if spec.max_duration_ns:
         written["max_duration"] = _duration_json(spec.max_duration_ns)
-    if spec.retry != _DEFAULT_RETRY:
+    if spec.retry != default_retry(spec.kind):
         causes = [cause.value for cause in spec.retry.on]
         written["retry"] = {"on": [*causes, *(f"exit:{code}" for code in spec.retry.exit_codes)], "max": spec.retry.max}
     if spec.checkpoint_grace_ns != _DEFAULT_GRACE_NS:
@@ -908,7 +912,13 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
 
 _DEFAULT_RESOURCES: Final = Resources()
 _DEFAULT_RETRY: Final = RetryPolicy()
+_SERVICE_RETRY: Final = RetryPolicy(on=tuple(RetryOn), max=1_000)
 _DEFAULT_GRACE_NS: Final = 10 * SECOND_NS
+
+
+def default_retry(kind: Kind) -> RetryPolicy:
+    """When a job is tried again though its spec says nothing of it: a service always, others when they were lost."""
+    return _SERVICE_RETRY if kind is Kind.SERVICE else _DEFAULT_RETRY
 
 
 @lru_cache(maxsize=1_024)

@@ -40,7 +40,7 @@ def test_a_request_is_read(text: object, meaning: GpuRequest | None) -> None:
     "text", ["H100:80XB", "H100::8", "8:8", "H100:A100", "-1", "40GB..24GB", "0.0001", "1.5", True, []]
 )
 def test_a_wrong_request_says_what_is_accepted(text: object) -> None:
-    with pytest.raises(ValueError, match="write|lies between|too small|smaller size"):
+    with pytest.raises(ValueError, match=r"write|lies between|too small|smaller size"):
         parse_gpus(text)  # type: ignore[arg-type]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -199,7 +200,7 @@ INSTANTS = st.lists(st.integers(0, 10**18), min_size=2, max_size=8, unique=True)
 
 
 def total_of_pieces(rate: int, milli: int, instants: list[int], amount: Callable[[int, int, int, int], int]) -> bool:
-    pieces = sum(amount(rate, milli, a, b) for a, b in zip(instants, instants[1:], strict=False))
+    pieces = sum(amount(rate, milli, a, b) for a, b in itertools.pairwise(instants))
     return pieces == amount(rate, milli, instants[0], instants[-1])
 
 
