@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.clouds import PROGRAMS, Home, cloud, free_port, machine, median, percentile, table
+from benchmarks.clouds import PROGRAMS, Home, cloud, end_on_signals, free_port, machine, median, percentile, table
 
 RAY = "ray[default]==2.60.0"
 RAY_FOLDER = Path(__file__).resolve().parents[1] / ".bench" / "ray"
