@@ -8,17 +8,18 @@ plane reads them. The one way out is ``<!-- not run: reason -->`` on the line be
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import pytest
 import yaml
@@ -62,33 +63,42 @@ class Reader:
             "PATH": f"{programs}:{os.environ['PATH']}",
             "TIDEMILL_HOME": str(self.home),
             "VIRTUAL_ENV": str(Path(programs).parent),
+            "PYTHONUNBUFFERED": "1",
             "NO_COLOR": "1",
             "COLUMNS": "120",
         }
 
     def run(self, command: str) -> tuple[int, str, str]:
-        """Exit status, standard output and standard error of a command that finds what others left."""
-        process = subprocess.Popen(
-            ["bash", "-c", _SESSION.format(state=self._state, command=command)],
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        output, errors = bytearray(), bytearray()
-        readers = [
-            threading.Thread(target=_collect, args=(pipe, into))
-            for pipe, into in ((process.stdout, output), (process.stderr, errors))
-        ]
-        for reader in readers:
-            reader.start()
-        try:
-            status = process.wait(TIMEOUT_S)
-        finally:
-            process.kill()
-        for reader in readers:
-            reader.join(TIMEOUT_S)
-        return status, _plain(output), _plain(errors)
+        """Exit status, standard output, and both outputs as a terminal would show them, of a command.
+
+        It finds what earlier ones left. Its outputs are two sockets that send to one, which keeps the order in which
+        lines were written as well as where; two pipes would lose it.
+        """
+        came: list[tuple[bool, bytes]] = []
+        with contextlib.ExitStack() as stack:
+            ends = [stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) for _ in range(3)]
+            for end in ends:
+                end.bind("")
+            told, output, errors = ends
+            output.connect(told.getsockname())
+            errors.connect(told.getsockname())
+            listener = threading.Thread(target=_listen, args=(told, output.getsockname(), came))
+            listener.start()
+            process = subprocess.Popen(
+                ["bash", "-c", _SESSION.format(state=self._state, command=command)],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+            )
+            try:
+                status = process.wait(TIMEOUT_S)
+            finally:
+                process.kill()
+                told.sendto(b"", told.getsockname())
+                listener.join()
+        shown = b"".join(octets for _, octets in came)
+        return status, _plain(b"".join(octets for is_output, octets in came if is_output)), _plain(shown)
 
     def follow(self, block: Block) -> None:
         """Do what the block says. Raises: AssertionError that shows where it is not as the page says."""
@@ -100,27 +110,30 @@ class Reader:
             for step in steps_of(block):
                 self._take(block, step)
         elif block.language == "python":
-            status, output, errors = self.run(f"python - <<'END_OF_BLOCK'\n{block.body}\nEND_OF_BLOCK")
-            assert status == 0, f"{block}: the example fails\n{output}{errors}"
+            status, _, told = self.run(f"python - <<'END_OF_BLOCK'\n{block.body}\nEND_OF_BLOCK")
+            assert status == 0, f"{block}: the example fails\n{told}"
 
     def _take(self, block: Block, step: Step) -> None:
         where = f"{block.page.relative_to(ROOT)}:{step.line}"
-        status, output, errors = self.run(step.command)
-        told = output + errors
+        status, output, told = self.run(step.command)
         assert status == 0, f"{where}: $ {step.command}\nended with {status} and said:\n{told}"
         if step.output.strip():
             want = doctest.Example(step.command, step.output + "\n").want
-            # a terminal shows both outputs; through two pipes the order in which they were written is lost
-            matches = any(_CHECKER.check_output(want, text, _FLAGS) for text in (output, told, errors + output))
+            # a terminal shows both outputs; that something is under way it shows only for a moment
+            matches = any(_CHECKER.check_output(want, text, _FLAGS) for text in (output, told))
             assert matches, f"{where}: $ {step.command}\nthe page says:\n{step.output}\nit prints:\n{told}"
 
 
-def _collect(pipe: IO[bytes], into: bytearray) -> None:
-    while octets := os.read(pipe.fileno(), 65_536):
-        into += octets
+def _listen(told: socket.socket, output: object, came: list[tuple[bool, bytes]]) -> None:
+    """Take what comes until ``told`` hears from itself."""
+    while True:
+        octets, sender = told.recvfrom(1 << 20)
+        if sender == told.getsockname():
+            return
+        came.append((sender == output, octets))
 
 
-def _plain(octets: bytearray) -> str:
+def _plain(octets: bytes) -> str:
     return _ANSI.sub("", octets.decode(errors="replace"))
 
 
@@ -147,8 +160,8 @@ def test_a_reader_who_does_what_the_page_says_sees_what_it_says(page: Path, read
     blocks = [block for block in blocks_of(page) if not block.not_run]
     first = next(block for block in blocks if block.language in _RUNS and not block.file_name)
     if "$ tidemill up\n" not in first.body:
-        status, output, errors = reader.run("tidemill up")
-        assert status == 0, output + errors
+        status, _, told = reader.run("tidemill up")
+        assert status == 0, told
     for block in blocks:
         reader.follow(block)
 
@@ -221,6 +234,7 @@ def test_planted_mistakes_are_found(reader: Reader, tmp_path: Path) -> None:
         return Block(ROOT / "README.md", 1, language, body, "")
 
     reader.follow(block("console", "$ echo one two\none ...\n"))
+    reader.follow(block("console", "$ echo one; echo two >&2; echo three\none\ntwo\nthree\n"))
     with pytest.raises(AssertionError, match="the page says"):
         reader.follow(block("console", "$ echo one\ntwo\n"))
     with pytest.raises(AssertionError, match="ended with 3"):

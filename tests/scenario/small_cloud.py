@@ -349,7 +349,7 @@ class SmallCloud:
                 self.flying[who] = (len(sent), self.plane._turns.put(sent))
             else:
                 with suppress(Unavailable):
-                    self.flying[who] = (len(sent), self.plane.report(LaunchId(who), sent[0].fence, sent))  # type: ignore[union-attr]
+                    self.flying[who] = (len(sent), self.plane.report(LaunchId(who), sent[0].fence, sent))
 
     def look(self, meanwhile: list[Op] | None = None) -> None:
         """Compare with the engine's list; ``meanwhile`` happens while it is made."""

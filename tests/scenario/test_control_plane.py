@@ -420,7 +420,7 @@ def test_a_watcher_that_fails_does_not_stop_the_loop(cloud: SmallCloud) -> None:
 
 def test_an_item_that_breaks_a_turn_is_found_and_only_it_fails(cloud: SmallCloud) -> None:
     put = cloud.plane._turns.put
-    first, broken, last = cloud.submit(*PLAIN), put(["no fact"]), cloud.submit(*PLAIN)  # type: ignore[list-item]
+    first, broken, last = cloud.submit(*PLAIN), put(["no fact"]), cloud.submit(*PLAIN)
     cloud.turn()
     assert isinstance(broken.exception(), TypeError)
     assert first.exception() is last.exception() is None
@@ -456,7 +456,7 @@ def test_what_was_released_and_runs_all_the_same_is_ended(cloud: SmallCloud) -> 
     cloud.plane._turns.put([Vanished(at_ns=cloud.now, launch_id=LAUNCH, fence=1)])
     cloud.turn()
     assert held(cloud) is AllocationState.RELEASED
-    cloud.engine.forget = lambda _: None  # type: ignore[method-assign]
+    cloud.engine.forget = lambda _: None
     for _ in range(15):
         cloud.now += SECOND_NS
         cloud.look()

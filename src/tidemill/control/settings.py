@@ -127,8 +127,8 @@ def _checked(name: str, value: Any, default: object) -> Any:
             case "workdir_limit":
                 parse_size(value)
                 return str(value)
-            case "engine" if value not in ("local", "simulated"):
-                raise ValueError("engines are local and simulated")
+            case "engine" if value != "local":
+                raise ValueError("the engine of this version is local")
             case "site_kind" if value not in ("onprem", "cloud", "edge"):
                 raise ValueError("kinds of site are onprem, cloud and edge")
             case _:
