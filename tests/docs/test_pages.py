@@ -88,8 +88,8 @@ class Reader:
                 ["bash", "-c", _SESSION.format(state=self._state, command=command)],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=errors,
+                stdout=output.fileno(),
+                stderr=errors.fileno(),
             )
             try:
                 status = process.wait(TIMEOUT_S)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,17 @@ def test_killed_at_each_sync_to_disk(tmp_path: Path, shim: Path, monkeypatch: py
         audit(cloud, cloud.wait(job_id), was_away=True)
     finally:
         cloud.down()
+
+
+def test_many_submissions_with_one_key_are_one_job(cloud: Cloud) -> None:
+    spec = {"kind": "task", "name": "once", "run": "echo once", "resources": {"cpus": 0.5}}
+    with ThreadPoolExecutor(48) as pool:
+        answers = list(pool.map(lambda _: cloud.call("POST", "/v1/workloads", {"spec": spec}, key="one-key"), range(96)))
+    assert {status for status, _ in answers} == {201}
+    assert len({body["jobs"][0]["id"] for _, body in answers}) == 1
+    other, body = cloud.call("POST", "/v1/workloads", {"spec": spec | {"run": "echo twice"}}, key="one-key")
+    assert (other, body["code"]) == (422, "idempotency_mismatch")
+    assert len(cloud.call("GET", "/v1/jobs?name=once")[1]["items"]) == 1
 
 
 def test_a_killed_worker_ends_the_gang_which_is_retried(cloud: Cloud, tmp_path: Path) -> None:

@@ -277,11 +277,42 @@ class ControlPlane:
 
         Raises, from the call: Infeasible, InvalidSpec, IdempotencyMismatch. Through the future: Unavailable, …
         """
-        now = self._clock()
-        if idempotency_key:
+        if not idempotency_key:
+            return self._submit(identity, project, specs, Future())
+        answer: Future[tuple[Workload, ...]] = Future()
+        key = (str(identity.principal_id), idempotency_key)
+        with self._lock:  # whoever comes while this one is on its way gets the same answer
+            if key in self._in_flight:
+                return self._same(self._in_flight[key], idempotency_key, request_digest)
+            self._in_flight[key] = (request_digest, answer)
+        answer.add_done_callback(lambda _: self._landed(key))
+        try:
             known = self._recorded(identity, idempotency_key, request_digest)
             if known is not None:
-                return known
+                answer.set_result(known)
+                return answer
+            record = IdempotencyRecord(
+                principal_id=identity.principal_id,
+                key=idempotency_key,
+                request_digest=request_digest,
+                response="",
+                created_ns=self._clock(),
+            )
+            return self._submit(identity, project, specs, answer, record)
+        except Exception as error:
+            answer.set_exception(error)
+            raise
+
+    def _submit(
+        self,
+        identity: Identity,
+        project: Project,
+        specs: Sequence[WorkloadSpec],
+        answer: Future[tuple[Workload, ...]],
+        record: IdempotencyRecord | None = None,
+    ) -> Future[tuple[Workload, ...]]:
+        """``answer``, which is given when the workloads, and ``record`` with their ids, are durable."""
+        now = self._clock()
         specs = [self._checked(spec, project) for spec in specs]
         entropy = os.urandom(5 * len(specs))
         workloads = tuple(
@@ -295,33 +326,24 @@ class ControlPlane:
             )
             for at, spec in enumerate(specs)
         )
-        record = IdempotencyRecord(
-            principal_id=identity.principal_id,
-            key=idempotency_key,
-            request_digest=request_digest,
-            response=msgspec.json.encode([workload.id for workload in workloads]).decode() if idempotency_key else "",
-            created_ns=now,
-        )
-        answer: Future[tuple[Workload, ...]] = Future()
-        key = (str(identity.principal_id), idempotency_key)
-        if idempotency_key:
-            with self._lock:
-                if key in self._in_flight:
-                    return self._same(self._in_flight[key], idempotency_key, request_digest)
-                self._in_flight[key] = (request_digest, answer)
 
         def done(stored: Future[None]) -> None:
-            if idempotency_key:
-                with self._lock:
-                    self._in_flight.pop(key, None)
             if (error := stored.exception()) is not None:
                 answer.set_exception(error)
             else:
                 answer.set_result(workloads)
 
+        records = []
+        if record is not None:
+            ids = msgspec.json.encode([workload.id for workload in workloads]).decode()
+            records.append(replace(record, response=ids))
         facts = [Submitted(at_ns=now, workload=workload) for workload in workloads]
-        self._turns.put(facts, [record] if idempotency_key else ()).add_done_callback(done)
+        self._turns.put(facts, records).add_done_callback(done)
         return answer
+
+    def _landed(self, key: tuple[str, str]) -> None:
+        with self._lock:
+            self._in_flight.pop(key, None)
 
     def stop(self, identity: Identity, job_ids: Sequence[JobId]) -> Future[None]:
         """Nothing, when it is recorded that these jobs are to end."""
@@ -576,20 +598,15 @@ class ControlPlane:
             pinned.append((name, f"{artifact.name}:{artifact.version}"))
         return replace(spec, inputs=tuple(pinned))
 
-    def _recorded(self, identity: Identity, key: str, digest: str) -> Future[tuple[Workload, ...]] | None:
-        with self._lock:
-            flying = self._in_flight.get((str(identity.principal_id), key))
-        if flying is not None:
-            return self._same(flying, key, digest)
+    def _recorded(self, identity: Identity, key: str, digest: str) -> tuple[Workload, ...] | None:
+        """What was stored for that key before; None when nothing was. Raises: IdempotencyMismatch."""
         record = self.store.idempotent(identity.principal_id, key)
         if record is None:
             return None
         if record.request_digest != digest:
             raise _mismatch(key)
-        answer: Future[tuple[Workload, ...]] = Future()
         stored = [self.store.workload(WorkloadId(one)) for one in RECORDED_RESPONSE.decode(record.response)]
-        answer.set_result(tuple(workload for workload in stored if workload is not None))
-        return answer
+        return tuple(workload for workload in stored if workload is not None)
 
     @staticmethod
     def _same(flying: tuple[str, Future[tuple[Workload, ...]]], key: str, digest: str) -> Future[tuple[Workload, ...]]:
