@@ -218,7 +218,9 @@ def test_killed_at_each_sync_to_disk(tmp_path: Path, shim: Path, monkeypatch: py
 def test_many_submissions_with_one_key_are_one_job(cloud: Cloud) -> None:
     spec = {"kind": "task", "name": "once", "run": "echo once", "resources": {"cpus": 0.5}}
     with ThreadPoolExecutor(48) as pool:
-        answers = list(pool.map(lambda _: cloud.call("POST", "/v1/workloads", {"spec": spec}, key="one-key"), range(96)))
+        answers = list(
+            pool.map(lambda _: cloud.call("POST", "/v1/workloads", {"spec": spec}, key="one-key"), range(96))
+        )
     assert {status for status, _ in answers} == {201}
     assert len({body["jobs"][0]["id"] for _, body in answers}) == 1
     other, body = cloud.call("POST", "/v1/workloads", {"spec": spec | {"run": "echo twice"}}, key="one-key")
