@@ -95,8 +95,12 @@ def _devices() -> Iterator[Finding]:
 
 
 def _isolation() -> Iterator[Finding]:
+    from tidemill.runner.images import find_runtime
     from tidemill.runner.sandbox import probe_isolation
 
+    containers = find_runtime().support
+    detail = containers.detail or "images of jobs can be run"
+    yield Finding("containers", "ok" if containers.works else "note", detail, containers.mend)
     for support in probe_isolation().supports:
         detail = (
             "limits of memory, CPU and processes hold" if support.name == "cgroup" and support.works else support.detail

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import os
 import re
@@ -37,7 +38,7 @@ from tidemill.model.fleet import Node
 from tidemill.model.ids import LaunchId
 from tidemill.model.plan import LaunchSpec, Observation, ObservedState
 from tidemill.ports import EngineCapabilities
-from tidemill.runner import cgroup, processes, sandbox
+from tidemill.runner import cgroup, images, processes, sandbox
 from tidemill.runner.folders import LaunchFolder, read_json, sync_folder, write_json
 from tidemill.units import SECOND_NS
 
@@ -99,14 +100,19 @@ class LocalEngine:
         self._launching: set[str] = set()
         self._launcher.start()
 
+    @functools.cached_property
+    def containers(self) -> images.Runtime:
+        """What runs container images here, looked for when it is first asked for."""
+        return images.find_runtime(self.root / "container-works")
+
     @property
     def capabilities(self) -> EngineCapabilities:
         """What this engine can do here."""
-        return EngineCapabilities(name="local", images=False, exec=True, places=True)
+        return EngineCapabilities(name="local", images=self.containers.works, exec=True, places=True)
 
     def nodes(self) -> tuple[Node, ...]:
         """This machine."""
-        return (dataclasses.replace(self._node(), images=False),)
+        return (dataclasses.replace(self._node(), images=self.containers.works),)
 
     def launch(self, spec: LaunchSpec) -> None:
         """Have that worker started; nothing more when its launch id was started before, even if it ended."""
@@ -192,10 +198,17 @@ class LocalEngine:
         for name in (spec.launch_id, spec.project_id, spec.job_id):
             if not _NAME.fullmatch(name):
                 raise EngineRefused(f"{name!r} cannot be the name of a folder")
-        if spec.image:
+        if not spec.image:
+            return
+        if reason := images.refuse_image(spec.image):
             raise EngineRefused(
-                "container images cannot be run on this node yet", field="image", value=spec.image,
-                mend="Use env: with python and packages instead.",
+                f"{spec.image!r} cannot be run: {reason}", field="image", value=spec.image,
+                mend="Write for example docker.io/library/python:3.12.",
+            )  # fmt: skip
+        if not self.containers.works:
+            raise EngineRefused(
+                f"container images cannot be run on this node: {self.containers.support.detail}", field="image",
+                value=spec.image, mend=f"{self.containers.support.mend}. Or use env: with python and packages.",
             )  # fmt: skip
 
     def _write_spec(self, folder: LaunchFolder, spec: LaunchSpec) -> None:
@@ -215,6 +228,7 @@ class LocalEngine:
             "python": str(self._python),
             "bwrap": self.isolation.bwrap if walled else "",
             "sandbox_reason": bubblewrap.detail if walled else "turned off in the settings",
+            "container": self.containers.to_json() if spec.image else None,
             "groups": cgroup.plan(self.mark(spec.launch_id), self._hierarchies),
             "mark": self.mark(spec.launch_id),
             "pids": self._settings.max_pids,
@@ -293,11 +307,20 @@ class LocalEngine:
         left = {self.mark(folder.path.name): folder.path.name for folder in lost}
         for folder in lost:
             self._groups(folder).kill(within_s=1.0)
+            self._remove_container(folder)
         processes.kill_until_gone(
             lambda: [pid for pids in processes.marked_pids(left).values() for pid in pids], within_s=1.0
         )
-        alive = {left[mark] for mark, pids in processes.marked_pids(left).items() if pids}
+        stuck = {folder.path.name for folder in lost if not self._remove_container(folder)}
+        alive = stuck | {left[mark] for mark, pids in processes.marked_pids(left).items() if pids}
         return [self._conclude(folder, alive=folder.path.name in alive) for folder in lost]
+
+    def _remove_container(self, folder: LaunchFolder) -> bool:
+        """Whether no container of that launch is there any more; podman's monitor outlives the runner."""
+        runtime = ((read_json(folder.spec) or {}).get("runner") or {}).get("container")
+        if not runtime or not folder.runner.exists():
+            return True
+        return images.remove(images.from_json(runtime), images.container_name(self.mark(folder.path.name)))
 
     def _conclude(self, folder: LaunchFolder, *, alive: bool) -> Observation:
         groups = self._groups(folder)

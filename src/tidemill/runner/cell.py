@@ -25,7 +25,13 @@ class Process:
         self._info = info
         self._groups = groups
         self._leader = 0 if info is not None else popen.pid
+        self._walled = info is not None
         self._lock = threading.Lock()
+
+    @property
+    def walled(self) -> bool:
+        """Whether it is in namespaces of its own, which ``leader`` leads to."""
+        return self._walled
 
     @property
     def leader(self) -> int:
@@ -52,6 +58,15 @@ class Process:
         if self.leader and self.popen.poll() is None:
             with contextlib.suppress(OSError):
                 os.killpg(self.leader, signal.SIGTERM)
+
+    def join(self) -> None:
+        """Put the calling process into the control groups of this one."""
+        if self._groups:
+            self._groups.join()
+
+    def variables(self) -> dict[str, str]:
+        """Variables that it has beside those that it was given."""
+        return {}
 
     def kill(self) -> None:
         """End it and what is below it at once; what left the process group is found by other means."""
@@ -105,6 +120,19 @@ class Cell:
             os.close(settings)
         return Process(popen, read_end, self.groups)
 
+    def spawn_client(
+        self, command: Sequence[str], *, environment: Mapping[str, str], content: bytes, output: int
+    ) -> subprocess.Popen[bytes]:
+        """A program outside the walls that has the worker made elsewhere, with that content as its input."""
+        stdin = os.memfd_create("input")
+        try:
+            with os.fdopen(os.dup(stdin), "wb") as file:
+                file.write(content)
+            os.lseek(stdin, 0, os.SEEK_SET)
+            return self._popen(command, environment, output, (), cwd=Path("/"), walled=True, stdin=stdin)
+        finally:
+            os.close(stdin)
+
     def pids(self) -> list[int]:
         """Every live process of the launch but the runner itself."""
         own = os.getpid()
@@ -151,6 +179,7 @@ class Cell:
         *,
         cwd: Path,
         walled: bool,
+        stdin: int = subprocess.DEVNULL,
     ) -> subprocess.Popen[bytes]:
         parent = os.getpid()
 
@@ -162,7 +191,7 @@ class Cell:
             self.groups.join()
 
         popen = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=dict(environment), cwd=cwd,
+            command, stdin=stdin, stdout=output, stderr=output, env=dict(environment), cwd=cwd,
             pass_fds=fds, preexec_fn=enter, start_new_session=True, umask=0o022,
         )  # fmt: skip
         self.owns(popen.pid)

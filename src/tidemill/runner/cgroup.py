@@ -180,6 +180,20 @@ def from_json(value: Mapping[str, Any]) -> Groups:
     return Groups(int(value.get("version", 0)), safe, ())
 
 
+def groups_of(pid: int) -> Groups:
+    """The control groups that a process is in, whoever made them."""
+    mounted, own = _mounted(Path("/proc/self/mountinfo")), _membership(Path(f"/proc/{pid}/cgroup"))
+    if own.keys() & set(_V1):
+        return Groups(
+            1,
+            {name: mounted[name] / own[name].lstrip("/") for name in _V1 if {name} <= own.keys() & mounted.keys()},
+            (),
+        )
+    return Groups(
+        2, {"cpu": mounted["cgroup2"] / own[""].lstrip("/")} if "cgroup2" in mounted and own.get("") else {}, ()
+    )
+
+
 def _settings(version: int, limits: Limits) -> dict[str, tuple[tuple[str, str], ...]]:
     quota = max(1_000, limits.cpu_milli * _CPU_PERIOD_US // 1_000)
     settings: dict[str, tuple[tuple[str, str], ...]] = {}

@@ -8,6 +8,7 @@ status in digits, ``r`` an error in words.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -164,10 +165,13 @@ class Exec:
         return popen, pairs[0][1], [(b"o", pairs[1][0]), (b"e", pairs[2][0])]
 
     def _popen(self, stdin: int, stdout: int, stderr: int) -> subprocess.Popen[bytes]:
+        leader = self._worker.leader if self._worker.walled else 0
+        if self._worker.walled and not leader:
+            raise ProcessLookupError(errno.ESRCH, "the worker is not there to be entered")
         request = {
-            "pid": self._worker.leader if self._cell.bwrap else 0,
+            "pid": leader,
             "command": self._request["command"],
-            "environment": {**self._environment, processes.MARKER: self._cell.mark},
+            "environment": {**self._worker.variables(), **self._environment, processes.MARKER: self._cell.mark},
             "cwd": str(self._cwd),
             "tty": bool(self._request.get("tty")),
         }
@@ -176,7 +180,7 @@ class Exec:
 
         def enter() -> None:
             processes.die_with_parent(parent)
-            self._cell.groups.join()
+            self._worker.join()
 
         try:
             os.write(settings, json.dumps(request).encode())

@@ -25,14 +25,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from tidemill.runner import cgroup, processes, sandbox
+from tidemill.runner import cgroup, images, processes, sandbox
 from tidemill.runner.cell import Cell, Process
 from tidemill.runner.client import Channel, Closing, Refused, Unreachable
 from tidemill.runner.environment import worker_environment
 from tidemill.runner.execs import Commands
 from tidemill.runner.folders import LaunchFolder, read_json, write_json
 from tidemill.runner.logs import DEFAULT_CAP_BYTES, Shipper, Spool, drain
-from tidemill.runner.prepare import EnvironmentBuilder, SetupFailed, extract, fetch, from_os_error, shared_folder
+from tidemill.runner.prepare import (
+    EnvironmentBuilder,
+    SetupFailed,
+    extract,
+    fetch,
+    from_os_error,
+    shared_folder,
+    tool_message,
+)
 from tidemill.runner.readiness import watch_readiness
 from tidemill.runner.reports import BEAT_S, Outbox
 
@@ -42,6 +50,7 @@ _TERM_TRAP: Final = """trap 'trap "" TERM; wait; exit 143' TERM; """
 _BACKSTOP_S: Final = 30.0
 _QUIET_S: Final = 10.0
 _IDLE: Final = "exec sleep infinity"
+_IMAGE_IDLE: Final = "while :; do sleep 3600; done"
 STOPPED: Final = 143
 
 
@@ -93,8 +102,10 @@ class Runner:
         limits = cgroup.Limits(
             memory_bytes=int(spec["memory_bytes"]), cpu_milli=int(spec["cpu_milli"]), pids=int(self.settings["pids"])
         )
-        groups = cgroup.create(self.settings["groups"], limits)
-        self.cell = Cell(str(self.settings["mark"]), str(self.settings["bwrap"]), groups)
+        runtime = self.settings.get("container")
+        self._runtime = images.from_json(runtime) if runtime else None
+        groups = cgroup.create({} if runtime else self.settings["groups"], limits)
+        self.cell = Cell(str(self.settings["mark"]), "" if runtime else str(self.settings["bwrap"]), groups)
         endpoint = str(self.settings["endpoint_file"])
         self.channel = Channel(
             api_url=str(spec["api_url"]),
@@ -151,6 +162,8 @@ class Runner:
         self._check_ports()
         self._make_folders()
         secrets, virtual_env = self._prepare()
+        if self._runtime:
+            return self._attempt_image(self._runtime, secrets)
         environment, view = self._surroundings(secrets, virtual_env)
         if str(self.spec.get("setup") or "").strip():
             self.outbox.start()
@@ -160,7 +173,56 @@ class Runner:
             if code:
                 raise SetupFailed(f"the setup script exited with status {code}; its output is in the log", code=code)
         process = self._script(str(self.spec.get("run") or "") or _IDLE, environment, view)
-        self.outbox.add("started", isolation=list(self._isolation()))
+        self._began(process, environment, self._isolation())
+        return self._judge(self._wait_for(process), process)
+
+    def _attempt_image(self, runtime: images.Runtime, secrets: Mapping[str, str]) -> Outcome:
+        """The same in a container, which is one for setup and run."""
+        environment, box = self._box(secrets)
+        self.outbox.start()
+        start = self.spool.size
+        script = images.script_for(
+            box, environment, str(self.spec.get("setup") or ""), str(self.spec.get("run") or "") or _IMAGE_IDLE
+        )
+        popen = self.cell.spawn_client(
+            images.arguments(runtime, box), environment=images.client_variables(self.cell.mark), content=script,
+            output=self._pipe,
+        )  # fmt: skip
+        process = images.ContainerProcess(popen, runtime, images.container_name(self.cell.mark))
+        isolation = images.describe(runtime, box)
+
+        def watch() -> None:
+            while popen.poll() is None and not self._ending.is_set():
+                if box.ready:
+                    self._inbox.put(("ready", None))
+                    return
+                time.sleep(0.02)
+
+        threading.Thread(target=watch, name="watch", daemon=True).start()
+        began: list[bool] = []
+
+        def note() -> None:
+            if not began:
+                began.append(True)
+                self._began(process, environment, isolation)
+
+        code = self._wait_for(process, on_ready=note)
+        if box.ready:
+            note()
+            return self._judge(code, process)
+        if self._stopping.is_set():
+            return Outcome(STOPPED, detail="stopped during its setup")
+        if box.begun:
+            raise SetupFailed(f"the setup script exited with status {code}; its output is in the log", code=code)
+        time.sleep(0.05)  # the last of its output is on its way through the pipe
+        message = self.spool.read(max(start, self.spool.size - 4096), 4096).decode(errors="replace")
+        raise SetupFailed(
+            f"{runtime.kind} could not run the image {box.image}: {tool_message(message)}", code=code or 1
+        )
+
+    def _began(self, process: Process, environment: Mapping[str, str], isolation: tuple[str, ...]) -> None:
+        """The worker runs: say so, and begin with what goes on beside it."""
+        self.outbox.add("started", isolation=list(isolation))
         self.outbox.start()
         if limit_ns := int(self.spec.get("max_duration_ns") or 0):
             grace_ns = int(self.spec.get("grace_ns") or 0)
@@ -168,12 +230,11 @@ class Runner:
         commands = Commands(self.channel, self.cell, process, environment, self.folder.work, self._ending)
         commands.start()
         self._watch_service()
-        return self._judge(self._wait_for(process), process)
 
     def _finish(self, outcome: Outcome | None, reader: threading.Thread) -> None:
         """Leave nothing running, then tell, in this order: all output, then the exit."""
         self.outbox.start()
-        self.cell.kill_all()
+        self._kill_all()
         cpu_used_ns = self.cell.cpu_used_ns()
         os.close(self._pipe)
         reader.join(5.0)
@@ -196,7 +257,7 @@ class Runner:
 
     # ------------------------------------------------------------------ waiting
 
-    def _wait_for(self, process: Process) -> int:
+    def _wait_for(self, process: Process, *, on_ready: Callable[[], None] = lambda: None) -> int:
         """The exit status of a process, which is stopped when somebody asks for it."""
         self._process = process
         threading.Thread(target=lambda: self._inbox.put(("ended", process.wait())), name="wait", daemon=True).start()
@@ -207,6 +268,8 @@ class Runner:
             if kind == "ended":
                 self._process = None
                 return int(value)
+            if kind == "ready":
+                on_ready()
 
     def _next(self) -> tuple[str, Any]:
         """The next happening; stops, fences, timeouts and leftovers are dealt with on the way."""
@@ -232,8 +295,14 @@ class Runner:
             self._stop(int(self.spec.get("grace_ns") or 0))
         if self._kill_at_s is not None and now_s >= self._kill_at_s:
             self._kill_at_s = None
-            self.cell.kill_all()
+            self._kill_all()
         return kind, value
+
+    def _kill_all(self) -> None:
+        """Leave nothing of the worker running; a container goes first, while podman's monitor is there to say so."""
+        if self._runtime:
+            images.remove(self._runtime, images.container_name(self.cell.mark))
+        self.cell.kill_all()
 
     def _stop(self, grace_ns: int | None) -> None:
         """Ask the worker to end, and set the moment at which it is killed; a later one never extends it."""
@@ -448,6 +517,29 @@ class Runner:
             python_bin=base.resolve().parent,
         )
         return environment, view
+
+    def _box(self, secrets: Mapping[str, str]) -> tuple[dict[str, str], images.Box]:
+        """What a container finds: variables and files."""
+        control = self.folder.path / "container"
+        control.mkdir(exist_ok=True)
+        box = images.Box(
+            image=str(self.spec["image"]),
+            mark=self.cell.mark,
+            cwd=self.folder.work,
+            control=control,
+            writable=(self.folder.work, *(path for name, path in self.folders.items() if name != "input")),
+            readable=(self.folder.inputs, *(link.resolve() for link in self.folder.inputs.iterdir())),
+            temporary=self.temporary,
+            devices=tuple(str(device) for device, _ in self.spec.get("devices") or ()),
+            memory_bytes=int(self.spec["memory_bytes"]),
+            cpu_milli=int(self.spec["cpu_milli"]),
+            pids=int(self.settings["pids"]),
+        )
+        environment = worker_environment(
+            self.spec, folders=self.folders, temporary=sandbox.TMP, secrets=secrets, virtual_env=None, python_bin=None
+        )
+        given = [str(name) for name, _ in self.spec.get("environment_variables") or ()]
+        return images.variables(environment, (*given, *secrets)), box
 
     def _script(self, script: str, environment: Mapping[str, str], view: sandbox.View) -> Process:
         if Path("/bin/bash").exists():

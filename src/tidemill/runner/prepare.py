@@ -211,7 +211,7 @@ class EnvironmentBuilder:
         if code:
             full = "No space left on device" in output or "os error 28" in output
             raise SetupFailed(
-                f"the environment could not be built: {_message(output)}",
+                f"the environment could not be built: {tool_message(output)}",
                 cause="storage_full" if full else "setup_failed",
                 code=code,
             )
@@ -229,7 +229,7 @@ class EnvironmentBuilder:
             code, output = self._uv_alone([self._uv, "python", "find", "--no-project", wanted], variables)
             if not code:
                 return Path(output.strip().splitlines()[-1])
-        raise SetupFailed(f"python {wanted} is not on this machine and cannot be installed: {_message(output)}")
+        raise SetupFailed(f"python {wanted} is not on this machine and cannot be installed: {tool_message(output)}")
 
     def _uv_alone(self, command: list[str], variables: Mapping[str, str]) -> tuple[int, str]:
         """Run uv outside the sandbox, for what has nothing of the tenant's in it but a version."""
@@ -270,7 +270,7 @@ def _local_indexes(variables: Mapping[str, str]) -> tuple[Path, ...]:
     return tuple(path for path in (*paths, *certificates) if path.exists() and not str(path).startswith("/etc/ssl"))
 
 
-def _message(output: str) -> str:
+def tool_message(output: str) -> str:
     """The end of a tool's output, which says what went wrong."""
     text = " ".join(line.strip() for line in output.strip().splitlines() if line.strip())
     return text if len(text) <= _TAIL else "… " + text[-_TAIL:]
