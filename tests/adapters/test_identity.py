@@ -361,7 +361,7 @@ def test_the_file_is_read_and_what_is_given_wins(tmp_path: Path) -> None:
         ("meter_every: 0s", "meter_every", "0s", "longer than nothing"),
         ("meter_every: soon", "meter_every", "soon", "duration"),
         ("workdir_limit: 2 bananas", "workdir_limit", "2 bananas", "size"),
-        ("engine: slurm", "engine", "slurm", "local and simulated"),
+        ("engine: slurm", "engine", "slurm", "the engine of this version is local"),
         ("site_kind: moon", "site_kind", "moon", "onprem, cloud and edge"),
         ("database: {a: b}", "database", {"a": "b"}, "one word"),
     ],
