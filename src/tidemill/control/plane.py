@@ -158,6 +158,7 @@ class ControlPlane:
                 self._closing.set()
         self._turns.close()
         self._engine.close()
+        self.logs.shut()
 
     def watch(self, callback: Callable[[int], None]) -> Callable[[], None]:
         """Have ``callback`` called with the newest event's number after each commit; returns how to stop it."""
