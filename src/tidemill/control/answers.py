@@ -10,7 +10,7 @@ from tidemill.core.world import World
 from tidemill.model.fleet import Node, Site
 from tidemill.model.job import Allocation, Job, JobState, Workload
 from tidemill.model.ledger import CPU_METER, Evidence, LedgerTotals, Rate
-from tidemill.model.plan import Plan, Quote, Reason, ResolvableBy
+from tidemill.model.plan import Forecast, Holding, Plan, Quote, Reason, ResolvableBy
 from tidemill.model.spec import WorkloadSpec
 from tidemill.model.tenant import Project
 from tidemill.units import HOUR_NS, MILLI, SECOND_NS
@@ -23,7 +23,8 @@ ASSUMED_DURATION_NS = HOUR_NS
 class Why:
     """Why a job is where it is: its state and cause, and while it waits each thing that stands in its way.
 
-    ``position`` counts from 1 among the waiting jobs; zero when it does not wait.
+    ``position`` counts from 1 among the waiting jobs; zero when it does not wait. ``holdings`` are who holds what
+    it needs, ``forecast`` when it would start; None when it does not wait or never will.
     """
 
     job_id: str
@@ -33,6 +34,8 @@ class Why:
     sentence: str
     position: int
     reasons: tuple[Reason, ...]
+    holdings: tuple[Holding, ...] = ()
+    forecast: Forecast | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,8 @@ Theory. A *job* wants to end well; it is queued, has attempts, and ends in one o
 try: it ends only when every worker is confirmed gone, so between the decision to end it (``ENDING``) and its end
 its devices are still taken and nothing else may start in its place. An *allocation* is the lease of one worker's
 share of a node. It goes forward only: late or repeated reports of a worker that is being drained change nothing.
-A *node* that is lost comes back by joining.
+A *node* that is lost comes back by joining: ready, under the cordon or
+drain that still stands, or as a suspect when it was lost too often.
 
 States say where a thing is; why it is there is its ``cause``, stored beside the state. ``apply`` is the only way
 from one state to the next. An event that has no row here is a mistake of the caller and changes nothing.
@@ -60,12 +61,26 @@ ALLOCATION: Final[Table[AllocationState]] = {
 
 NODE: Final[Table[NodeState]] = {
     (NodeState.READY, "joined"): NodeState.READY,
+    (NodeState.READY, "cordoned"): NodeState.CORDONED,
     (NodeState.READY, "drained"): NodeState.DRAINING,
     (NodeState.READY, "lost"): NodeState.LOST,
+    (NodeState.CORDONED, "joined"): NodeState.CORDONED,
+    (NodeState.CORDONED, "drained"): NodeState.DRAINING,
+    (NodeState.CORDONED, "resumed"): NodeState.READY,
+    (NodeState.CORDONED, "lost"): NodeState.LOST,
     (NodeState.DRAINING, "joined"): NodeState.DRAINING,
+    (NodeState.DRAINING, "cordoned"): NodeState.CORDONED,
     (NodeState.DRAINING, "resumed"): NodeState.READY,
     (NodeState.DRAINING, "lost"): NodeState.LOST,
+    (NodeState.SUSPECT, "joined"): NodeState.SUSPECT,
+    (NodeState.SUSPECT, "cordoned"): NodeState.CORDONED,
+    (NodeState.SUSPECT, "drained"): NodeState.DRAINING,
+    (NodeState.SUSPECT, "resumed"): NodeState.READY,
+    (NodeState.SUSPECT, "lost"): NodeState.LOST,
     (NodeState.LOST, "joined"): NodeState.READY,
+    (NodeState.LOST, "suspected"): NodeState.SUSPECT,
+    (NodeState.LOST, "cordoned"): NodeState.CORDONED,
+    (NodeState.LOST, "drained"): NodeState.DRAINING,
 }
 
 TERMINAL: Final = frozenset(

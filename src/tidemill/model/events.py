@@ -7,10 +7,14 @@ What they led to is in the event log.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from tidemill.model.fleet import Node
-from tidemill.model.ids import JobId, LaunchId, NodeId, WorkloadId
+from tidemill.model.ids import DeviceId, JobId, LaunchId, NodeId, ReservationId, WorkloadId
 from tidemill.model.job import AllocationState, Cause, Workload
+from tidemill.model.queue import Queue
+from tidemill.model.reservation import Reservation
+from tidemill.model.tenant import Project
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +150,86 @@ class NodeWentAway:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpointed:
+    """A worker's job wrote a checkpoint: what it did until ``at_ns`` is not lost if it is displaced now."""
+
+    at_ns: int
+    launch_id: LaunchId
+    fence: int
+    detail: str = ""
+
+
+class Marking(StrEnum):
+    """What somebody wants of a node."""
+
+    CORDON = "cordon"
+    DRAIN = "drain"
+    RESUME = "resume"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeMarked:
+    """Somebody cordoned, drained or resumed a node. Resuming also clears what its devices were failing of."""
+
+    at_ns: int
+    node_id: NodeId
+    marking: Marking
+    by: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceFailed:
+    """A device fails (an XID, ECC errors, heat); nothing new is placed on it until it recovers."""
+
+    at_ns: int
+    node_id: NodeId
+    device_id: DeviceId
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRecovered:
+    """A failing device passed its recheck."""
+
+    at_ns: int
+    node_id: NodeId
+    device_id: DeviceId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueSet:
+    """A place in the quota tree is as given from now on; ``version`` is ignored."""
+
+    at_ns: int
+    queue: Queue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectOpened:
+    """A project exists."""
+
+    at_ns: int
+    project: Project
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReservationMade:
+    """Nodes are reserved as given; ``version`` is ignored."""
+
+    at_ns: int
+    reservation: Reservation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReservationCancelled:
+    """A reservation does not stand any more."""
+
+    at_ns: int
+    reservation_id: ReservationId
+
+
 Fact = (
     Submitted
     | StopRequested
@@ -160,6 +244,14 @@ Fact = (
     | MetersRead
     | NodeJoined
     | NodeWentAway
+    | Checkpointed
+    | NodeMarked
+    | DeviceFailed
+    | DeviceRecovered
+    | QueueSet
+    | ProjectOpened
+    | ReservationMade
+    | ReservationCancelled
 )
 
 

@@ -41,12 +41,34 @@ class Site:
             raise ValueError("carbon intensity cannot be below zero")
 
 
+class Mig(StrEnum):
+    """How a device is cut into slices."""
+
+    OFF = "off"
+    FIXED = "fixed"
+    """It has the slices that it has."""
+    DYNAMIC = "dynamic"
+    """Slices may be made and unmade, as far as the device's geometry allows."""
+
+
+class Level(StrEnum):
+    """Levels of topology, widest first."""
+
+    SITE = "site"
+    BLOCK = "block"
+    RACK = "rack"
+    HOST = "host"
+    NVLINK = "nvlink"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
     """One accelerator. ``model`` is the catalog's name (``H100-SXM``), ``reported`` the driver's own.
 
     ``memory_bytes`` is the nominal size. ``idle_mw`` and ``busy_mw`` are milliwatts, used where power
-    cannot be measured.
+    cannot be measured. ``island`` numbers the NVLink domain in its node; devices of one island reach each other
+    fast. ``mig`` says whether it is cut into MIG slices; ``slices`` are those it has when they are fixed, as
+    ``(profile, first memory slice, the driver's name)``.
     """
 
     id: DeviceId
@@ -56,13 +78,21 @@ class Device:
     memory_bytes: int
     idle_mw: int
     busy_mw: int
+    island: int = 0
+    mig: Mig = Mig.OFF
+    slices: tuple[tuple[str, int, str], ...] = ()
 
 
 class NodeState(StrEnum):
     """What may be placed on a node; the transitions are in ``core.lifecycle``."""
 
     READY = "ready"
+    CORDONED = "cordoned"
+    """What runs goes on, nothing new is placed."""
     DRAINING = "draining"
+    """What runs is stopped with its checkpoint grace and queues again; nothing new is placed."""
+    SUSPECT = "suspect"
+    """It came back after it was lost too often; nothing is placed until ``held_until_ns``."""
     LOST = "lost"
 
 
@@ -73,6 +103,12 @@ class Node:
     ``cpu_milli`` is what jobs may hold. ``boot_id`` changes when the machine reboots. ``cpu_idle_mw`` and
     ``cpu_busy_mw`` are milliwatts per core, for when power cannot be measured. ``images`` says whether the
     node can run container images. ``address`` is how other nodes reach it.
+
+    ``block`` and ``rack`` say where it stands; empty: not known, and then it is a block or rack of its own.
+    ``taints`` keep work away that does not tolerate them. ``failing`` lists devices that nothing is placed on, with
+    what they fail of. ``state_cause`` says why the node is in its state; ``marking`` is the ``cordon`` or ``drain``
+    that stands, also while the node is lost. ``lost_at_ns`` remembers when it was lost lately, ``held_until_ns``
+    until when it is held back for that.
     """
 
     id: NodeId
@@ -92,6 +128,14 @@ class Node:
     devices: tuple[Device, ...] = ()
     labels: tuple[tuple[str, str], ...] = ()
     joined_ns: int = 0
+    block: str = ""
+    rack: str = ""
+    taints: tuple[str, ...] = ()
+    failing: tuple[tuple[DeviceId, str], ...] = ()
+    state_cause: str = ""
+    marking: str = ""
+    lost_at_ns: tuple[int, ...] = ()
+    held_until_ns: int = 0
 
     def __post_init__(self) -> None:
         if self.cpu_milli <= 0 or self.memory_bytes <= 0:

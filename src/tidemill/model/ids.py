@@ -22,6 +22,8 @@ AttemptId = NewType("AttemptId", str)
 LaunchId = NewType("LaunchId", str)
 """One worker of one attempt: the idempotency key of starting it."""
 ArtifactId = NewType("ArtifactId", str)
+QueueId = NewType("QueueId", str)
+ReservationId = NewType("ReservationId", str)
 
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
 
@@ -48,3 +50,8 @@ def attempt_id(job: JobId, number: int) -> AttemptId:
 def launch_id(attempt: AttemptId, rank: int) -> LaunchId:
     """The id of the launch of worker ``rank`` of an attempt."""
     return LaunchId(f"run_{attempt.partition('_')[2]}-{rank}")
+
+
+def queue_id(project: ProjectId) -> QueueId:
+    """The id of a project's own queue."""
+    return QueueId(f"que_{project.partition('_')[2] or project}")

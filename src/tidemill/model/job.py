@@ -85,6 +85,12 @@ class Cause(StrEnum):
     NOT_READY = "not_ready"
     """A service did not pass its readiness probe in time."""
     CANCELLED = "cancelled"
+    RESIZED = "resized"
+    """An elastic gang gave this worker up and went on with the others."""
+    TOO_LATE = "too_late"
+    """``start_before`` passed before there was room."""
+    DEPENDENCY = "dependency"
+    """A workload that had to end first did not end as it had to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +132,10 @@ class Job:
     exit_code: int | None = None
     not_before_ns: int = 0
     stop_requested: bool = False
+    served_ns: int = 0
+    """GPU time (milli-GPU x ns / 1000) that earlier attempts had."""
+    evictions: int = 0
+    """How often it was displaced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,14 +159,22 @@ class Attempt:
     started_ns: int = 0
     ready_ns: int = 0
     ended_ns: int = 0
+    checkpoint_ns: int = 0
+    """When it last reported a checkpoint; zero: never."""
+    choice: int = 0
+    """Which of the spec's ``choices`` it was given."""
+    next_rank: int = 0
+    """The rank that the next worker to join would get; ranks are never given twice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceShare:
-    """Part or all of one device: ``milli`` thousandths of it."""
+    """Part or all of one device: ``milli`` thousandths of it; a MIG slice has its ``profile`` and first slice."""
 
     device_id: DeviceId
     milli: int
+    profile: str = ""
+    slice: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

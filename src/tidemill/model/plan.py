@@ -10,6 +10,8 @@ from tidemill.model.fleet import Node
 from tidemill.model.ids import JobId, LaunchId, ProjectId
 from tidemill.model.job import Allocation, Attempt, Job, Workload
 from tidemill.model.ledger import LedgerLine
+from tidemill.model.queue import Queue, QueueUsage
+from tidemill.model.reservation import Reservation
 from tidemill.model.spec import Environment, Port, Service
 
 
@@ -44,7 +46,7 @@ class Change:
     """A new value of one thing, and the version of it that the turn assumed (None: it did not exist)."""
 
     assumed: int | None
-    after: Workload | Job | Attempt | Allocation | Node
+    after: Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,10 +161,48 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """When a waiting job would start, in ns, found by running the same turns forward on a copy of the world.
+
+    ``likely_ns`` is with what jobs say, and assumed, about how long they take; ``earliest_ns`` when those that do not
+    say end soon, ``latest_ns`` when all take as long as they may. Zero: not within the horizon. ``basis`` says in words
+    what it rests on.
+    """
+
+    earliest_ns: int
+    likely_ns: int
+    latest_ns: int
+    basis: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """Who holds what a waiting job needs. ``ends_ns`` is when at the latest, zero when nothing bounds it."""
+
+    job_id: JobId
+    name: str
+    project: str
+    amount: str
+    ends_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A nearby spec and what it would give. ``change`` says in the spec's own words what is different."""
+
+    change: str
+    starts_ns: int
+    finish_ns: int
+    amount_micro: int
+    energy_mj: int
+    carbon_mg: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quote:
     """The answer before submitting. Amounts are for ``duration_ns`` of running, and are estimates.
 
-    ``starts_ns`` zero with ``feasible`` true means that it would have to wait, for how long is not known.
+    ``forecast`` is None when it starts now or never would. ``finish_ns`` zero: not known.
     """
 
     feasible: bool
@@ -176,3 +216,8 @@ class Quote:
     """For each worker: node and what it would hold there."""
     reasons: tuple[Reason, ...] = ()
     suggestions: tuple[str, ...] = ()
+    forecast: Forecast | None = None
+    finish_ns: int = 0
+    options: tuple[Option, ...] = ()
+    displaces: tuple[JobId, ...] = ()
+    """Jobs that would be displaced for it."""

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from tidemill.model.fleet import Level
+from tidemill.model.ids import WorkloadId
 from tidemill.model.resources import Resources
-from tidemill.units import DAY_NS, SECOND_NS
+from tidemill.units import DAY_NS, MILLI, SECOND_NS
 
 _EXIT_CODE: Final = re.compile(r"exit:(\d{1,3})")
 _LABEL: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
@@ -113,6 +115,85 @@ class Service:
             raise ValueError("the readiness path begins with /")
 
 
+class Tier(StrEnum):
+    """What sort of capacity a workload wants; a later one may displace those before it."""
+
+    SPOT = "spot"
+    """May be displaced at any time, with its checkpoint grace."""
+    ON_DEMAND = "on_demand"
+    RESERVED = "reserved"
+    """Runs in a reservation of its project and is not displaced while that lasts."""
+
+
+class DependsOn(StrEnum):
+    """How a workload has to have ended for another to start."""
+
+    OK = "ok"
+    ANY = "any"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dependency:
+    """Another workload of the project that has to have ended first, by its id."""
+
+    workload_id: WorkloadId
+    on: DependsOn = DependsOn.OK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """Other resources that would do. ``speed_milli`` compares with ``resources``, which is 1000."""
+
+    resources: Resources
+    speed_milli: int = MILLI
+
+    def __post_init__(self) -> None:
+        if self.speed_milli <= 0:
+            raise ValueError("a speed is above zero; 1 is that of resources")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where workers may be put, and how they should lie to each other.
+
+    ``labels`` are those a node needs to have; a value ``a|b`` accepts either. ``tolerations`` are taints
+    (``key`` or ``key=value``) that are put up with. ``within`` keeps all workers in one domain of that level,
+    ``prefer`` tries to; ``spread`` puts no two workers into the same domain of that level. ``apart`` keeps workers off
+    nodes where work of the project with one of these labels runs.
+    """
+
+    labels: tuple[tuple[str, str], ...] = ()
+    tolerations: tuple[str, ...] = ()
+    within: Level | None = None
+    prefer: Level | None = None
+    spread: Level | None = None
+    apart: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.spread is Level.NVLINK:
+            raise ValueError("workers are spread over host, rack, block or site")
+        if self.within and self.spread and _WIDTH[self.spread] >= _WIDTH[self.within]:
+            raise ValueError(f"workers cannot stay within one {self.within} and be spread over {self.spread}s")
+
+
+_WIDTH: Final = {Level.NVLINK: 0, Level.HOST: 1, Level.RACK: 2, Level.BLOCK: 3, Level.SITE: 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """A gang of jobs: ``size`` jobs of the project that name the same group start together or not at all."""
+
+    name: str
+    size: int
+
+    def __post_init__(self) -> None:
+        if not _LABEL.fullmatch(self.name):
+            raise ValueError(f"group name {self.name!r} needs to be letters, digits, - _ or .")
+        if not 2 <= self.size <= MAX_WORKERS:
+            raise ValueError(f"a group has between 2 and {MAX_WORKERS} jobs")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadSpec:
     """Everything that a user says about a workload.
@@ -121,6 +202,11 @@ class WorkloadSpec:
     ``array_size`` is the number of jobs of an array, ``replicas`` that of a service. ``workdir`` is the
     SHA-256 of the uploaded folder or empty. ``inputs`` maps a name to an artifact reference
     ``name[:version]``, ``secrets`` lists names of the project's secrets. ``max_duration_ns`` zero: no limit.
+
+    ``nodes_min`` below ``nodes`` makes the gang elastic; zero: as many as ``nodes``. ``any_of`` are other resources
+    that would do, in order of preference, or by speed with ``by_speed``. ``expected_duration_ns`` is what the user
+    expects, ``start_after_ns`` and ``start_before_ns`` are instants; zero: not said. ``array_parallel`` bounds how
+    many jobs of an array run at the same time; zero: no bound. ``reservation`` is the name of one to run in.
     """
 
     kind: Kind
@@ -143,6 +229,18 @@ class WorkloadSpec:
     checkpoint_grace_ns: int = 10 * SECOND_NS
     priority: int = 0
     labels: tuple[tuple[str, str], ...] = ()
+    nodes_min: int = 0
+    any_of: tuple[Alternative, ...] = ()
+    by_speed: bool = False
+    tier: Tier = Tier.ON_DEMAND
+    reservation: str = ""
+    placement: Placement = Placement()
+    group: Group | None = None
+    after: tuple[Dependency, ...] = ()
+    expected_duration_ns: int = 0
+    start_after_ns: int = 0
+    start_before_ns: int = 0
+    array_parallel: int = 0
 
     def __post_init__(self) -> None:
         if not _LABEL.fullmatch(self.name):
@@ -151,6 +249,16 @@ class WorkloadSpec:
             )
         if not 1 <= self.nodes <= MAX_WORKERS:
             raise ValueError(f"nodes lies between 1 and {MAX_WORKERS}")
+        if not 0 <= self.nodes_min <= self.nodes:
+            raise ValueError("an elastic gang's smallest size lies between 1 and its largest")
+        if self.is_elastic and (self.group or self.kind is Kind.SERVICE):
+            raise ValueError("a gang in a group, and a service, cannot be elastic")
+        if self.start_before_ns and self.start_before_ns <= self.start_after_ns:
+            raise ValueError("start_before comes after start_after")
+        if (self.tier is Tier.RESERVED) != bool(self.reservation):
+            raise ValueError("tier reserved and the name of a reservation go together")
+        if self.array_parallel < 0 or self.expected_duration_ns < 0:
+            raise ValueError("array.parallel and expected_duration are zero (not said) or more")
         if not 1 <= self.array_size <= MAX_ARRAY:
             raise ValueError(f"an array has between 1 and {MAX_ARRAY} jobs")
         if not PRIORITY_RANGE[0] <= self.priority <= PRIORITY_RANGE[1]:
@@ -163,6 +271,26 @@ class WorkloadSpec:
             raise ValueError(f"a {self.kind} needs run: the command to execute")
         if self.service and self.service.port not in {port.name for port in self.ports}:
             raise ValueError(f"service.port {self.service.port!r} is not among ports")
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the gang may be smaller than ``nodes``."""
+        return 0 < self.nodes_min < self.nodes
+
+    @property
+    def smallest(self) -> int:
+        """With how many workers the gang is content."""
+        return self.nodes_min or self.nodes
+
+    @property
+    def choices(self) -> tuple[Resources, ...]:
+        """The resources that would do, best first."""
+        if not self.any_of:
+            return (self.resources,)
+        all_of = (Alternative(resources=self.resources), *self.any_of)
+        if self.by_speed:
+            all_of = tuple(sorted(all_of, key=lambda one: -one.speed_milli))
+        return tuple(one.resources for one in all_of)
 
     @property
     def job_count(self) -> int:
