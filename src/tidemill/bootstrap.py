@@ -20,12 +20,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tidemill.errors import Conflict, TidemillError, Unavailable
+from tidemill.errors import Conflict, InvalidSetting, TidemillError, Unavailable
 
 log = logging.getLogger(__name__)
 STARTING_TIMEOUT_S = 60.0
@@ -45,7 +45,7 @@ def run_foreground(home: Path, overrides: Mapping[str, Any], *, ready: Any = Non
         stack.enter_context(_locked(home))
         api_socket = stack.enter_context(_listening(settings.host, settings.port, "--port"))
         settings = replace(settings, port=api_socket.getsockname()[1])
-        plane = _build(settings)
+        plane, reports = _build(settings)
         stack.callback(plane.store.close)
         gateway = _Gateway(settings, plane.directory.gateway_token)
         if not gateway.is_adopted:
@@ -57,6 +57,7 @@ def run_foreground(home: Path, overrides: Mapping[str, Any], *, ready: Any = Non
 
         def started() -> None:
             plane.start()
+            reports.start()
             gateway.start()
             _spare_the_collector()
             log.info("ready at %s, gateway at %s", settings.api_url, settings.gateway_url)
@@ -64,6 +65,7 @@ def run_foreground(home: Path, overrides: Mapping[str, Any], *, ready: Any = Non
                 ready()
 
         stack.callback(plane.close)
+        stack.callback(reports.close)
         stack.callback(gateway.close)
 
         def stop(_number: int, _frame: object) -> None:
@@ -123,13 +125,12 @@ def _serve(server: Any, api_socket: socket.socket, started: Any) -> None:
         raise failure[0]
 
 
-def _build(settings: Any) -> Any:
-    """The control plane of these settings, with everything it needs, not yet acting."""
-    from tidemill import catalog, telemetry
+def _build(settings: Any) -> tuple[Any, _Reports]:
+    """The control plane of these settings, with everything it needs, not yet acting; and who reports to it."""
+    from tidemill import catalog
     from tidemill.control.identity import Directory, read_pepper
     from tidemill.control.plane import ControlPlane
     from tidemill.control.vault import Vault
-    from tidemill.engines.local import LocalEngine
     from tidemill.model.fleet import Site, SiteKind
     from tidemill.model.ids import SiteId
     from tidemill.store.sql import SqlStore
@@ -149,18 +150,10 @@ def _build(settings: Any) -> Any:
         carbon_mg_per_kwh=carbon.mg_per_kwh if given is None else round(given * 1000),
         carbon_source=carbon.source if given is None else "config.yaml",
     )
-    reserve = round(settings.reserve_cpus * 1000)
-    node = telemetry.discover_node(site.id, reserve_cpu_milli=reserve)
-    meters = telemetry.EnergyMeters(node.id)
-    sampled = meters.sample()
     directory = Directory(pepper, principals=store.principals(), known=store.tokens())
     _first_admin(settings.home, store, directory)
-    engine = LocalEngine(
-        settings.home / "local",
-        endpoint_file=settings.home / "endpoint.json",
-        node=lambda: telemetry.discover_node(site.id, reserve_cpu_milli=reserve),
-    )
-    return ControlPlane(
+    engine, sample, reports = _engine(settings, site.id)
+    plane = ControlPlane(
         settings=settings,
         store=store,
         engine=engine,
@@ -169,10 +162,104 @@ def _build(settings: Any) -> Any:
         directory=directory,
         vault=Vault(pepper),
         clock=time.time_ns,
-        sample=meters.sample,
-        energy_evidence="measured" if sampled is not None else "estimated",
+        sample=sample,
+        energy_evidence="measured" if sample() is not None else "estimated",
         on_fenced=lambda: os.kill(os.getpid(), signal.SIGTERM),
     )
+    reports.tell = plane._turns.put
+    return plane, reports
+
+
+def _engine(settings: Any, site_id: Any) -> tuple[Any, Callable[[], Any], _Reports]:
+    """What starts workers, what reads the energy meters of its machines, and what else they have to tell."""
+    if settings.engine == "simulated":
+        engine = _simulated(settings, site_id)
+        return engine, lambda: None, _Reports(engine.facts, every_s=0.005)
+    from tidemill import telemetry
+    from tidemill.engines.local import LocalEngine
+    from tidemill.units import parse_duration
+
+    def node() -> Any:
+        return telemetry.discover_node(
+            site_id,
+            reserve_cpu_milli=round(settings.reserve_cpus * 1000),
+            labels=tuple(sorted(settings.labels.items())),
+            taints=settings.taints,
+            rack=settings.rack,
+            block=settings.block,
+            mig_dynamic=settings.mig_dynamic,
+        )
+
+    engine = LocalEngine(
+        settings.home / "local",
+        endpoint_file=settings.home / "endpoint.json",
+        node=node,
+        make_slice=telemetry.SliceMaker().make,
+    )
+    node_id = node().id
+    health = telemetry.HealthWatcher(
+        node_id, recheck_ns=parse_duration(settings.device_recheck), hot_ns=parse_duration(settings.device_hot)
+    )
+    return engine, telemetry.EnergyMeters(node_id).sample, _Reports(health.health_facts, every_s=5.0)
+
+
+def _simulated(settings: Any, site_id: Any) -> Any:
+    from tidemill.engines.simulated import Ending, SimulatedEngine, fleet, script
+    from tidemill.units import parse_duration
+
+    try:
+        nodes = fleet(settings.simulated, site_id=site_id, boot_id=f"simulated-{time.time_ns()}")
+    except ValueError as error:
+        mend = "Write for example 5000xH100:8, or 30xcpu:20cpu."
+        raise InvalidSetting(str(error), field="simulated", value=settings.simulated, mend=mend) from error
+    otherwise = parse_duration(settings.simulated_duration)
+    return SimulatedEngine(
+        nodes,
+        clock=time.time_ns,
+        duration=lambda spec: script(spec, default_ns=otherwise)[0],
+        ending=lambda spec: Ending(exit_code=script(spec, default_ns=otherwise)[1]),
+        start_delay_ns=0,
+        tells_first=True,
+    )
+
+
+class _Reports:
+    """Tells the control plane what its machines have to tell by themselves, in order and until it is taken.
+
+    ``facts`` gives what there is since it was last asked, at an instant in ns; it is asked every ``every_s``.
+    """
+
+    def __init__(self, facts: Callable[[int], Iterable[Any]], *, every_s: float) -> None:
+        self._facts = facts
+        self._every_s = every_s
+        self.tell: Callable[[Any], Any] = list
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
+
+    def start(self) -> None:
+        """Begin to tell."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop telling."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        waiting: list[Any] = []
+        while not self._closing.wait(self._every_s):
+            try:
+                waiting = waiting or list(self._facts(time.time_ns()))
+                if waiting:
+                    self.tell(waiting).result(timeout=60)
+                waiting = []
+            except (TidemillError, TimeoutError) as error:
+                log.warning("what machines report was not taken and is told again: %s", error)
+                self._closing.wait(0.5)
+            except Exception:
+                log.exception("what machines report cannot be taken")
+                waiting = []
 
 
 def _first_admin(home: Path, store: Any, directory: Any) -> None:

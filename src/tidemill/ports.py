@@ -13,6 +13,8 @@ from tidemill.model.ids import ArtifactId, JobId, LaunchId, NodeId, PrincipalId,
 from tidemill.model.job import Allocation, Attempt, Job, JobState, Workload
 from tidemill.model.ledger import LedgerLine, LedgerTotals
 from tidemill.model.plan import Change, LaunchSpec, Observation, Reason, Waiting
+from tidemill.model.queue import Queue, QueueUsage
+from tidemill.model.reservation import Reservation
 from tidemill.model.spec import Kind
 from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
 
@@ -81,7 +83,9 @@ class Snapshot:
     """All that a control plane needs to go on: everything that is not over, and how far metering got.
 
     ``jobs`` are those not terminal, with their ``workloads``; ``attempts`` and ``allocations`` those not ended
-    or released. ``metered_until`` maps (node, meter) to ns. ``last_seq`` is the newest event's.
+    or released. ``metered_until`` maps (node, meter) to ns. ``last_seq`` is the newest event's. ``queues`` and
+    ``queue_usages`` are all of them, ``reservations`` those not cancelled, also when their windows are over.
+    ``unlucky`` counts, for workloads that are not over, the jobs that ended other than well; those without are left out.
     """
 
     nodes: tuple[Node, ...] = ()
@@ -92,6 +96,10 @@ class Snapshot:
     reasons: tuple[Waiting, ...] = ()
     metered_until: tuple[tuple[NodeId, str, int], ...] = ()
     last_seq: int = 0
+    queues: tuple[Queue, ...] = ()
+    queue_usages: tuple[QueueUsage, ...] = ()
+    reservations: tuple[Reservation, ...] = ()
+    unlucky: tuple[tuple[WorkloadId, int], ...] = ()
 
 
 T = TypeVar("T")

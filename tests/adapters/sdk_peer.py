@@ -204,6 +204,22 @@ class Peer:
             "id": "n1", "name": "box", "state": "ready", "cpu_milli": 8000, "free_cpu_milli": 6000,
             "memory_bytes": 2**34, "devices": [], "cpu_model": "x86",
         }  # fmt: skip
+        place = {
+            "name": "research", "parent": "", "project": "", "weight": 2, "guaranteed": {"gpu": 8, "memory": "512GB"},
+            "limit": {"gpu": 16}, "max_running": 0, "max_queued": 0,
+        }  # fmt: skip
+        share = {
+            "name": "research", "weight": 2, "guaranteed": {"gpu": 8000}, "held": {"gpu": 9000, "cpu": 0, "memory": 2**39},
+            "borrowed": {"gpu": 1000}, "entitled": {"gpu": 12000}, "share": 0.25, "running": 3, "queued": 1,
+        }  # fmt: skip
+        queued = {
+            "position": 1, "job": "job_06abd-0", "name": "wait", "project": "default", "user": "ada", "nodes": 8, "nodes_min": 2,
+            "resources": {"gpus": "H100:8", "cpus": 8}, "capacity": "spot", "waited_ns": 5 * 10**9, "reason": reason,
+        }  # fmt: skip
+        reservation = {
+            "id": "rsv_1", "name": "night", "project": "default", "nodes": ["box"], "state": "planned",
+            "window": {"from_ns": 2 * 10**18, "to_ns": 2 * 10**18 + 14_400 * 10**9}, "every_ns": 86_400 * 10**9,
+        }  # fmt: skip
         status = {
             "version": "0.1.0", "state": "ready", "cpu_milli": 8000, "free_cpu_milli": 6000,
             "jobs": {"running": 1}, "gateway_url": self.url, "energy": "estimated",
@@ -218,7 +234,13 @@ class Peer:
             "amount_micro": 50_000, "energy_mj": 36_000_000, "carbon_mg": 4000, "placement": [["box", "1 CPU"]],
             "reasons": [], "suggestions": [],
         }  # fmt: skip
-        why = {"job": JOB_ID, "state": "queued", "position": 2, "ahead": 1, "reasons": [reason]}
+        far = 2 * 10**18
+        forecast = {"earliest_at_ns": far, "likely_at_ns": far, "latest_at_ns": 0, "basis": "two jobs end by then"}
+        holding = {"job": JOB_ID, "name": "hello", "project": "default", "amount": "8 H100", "ends_at_ns": far}
+        why = {
+            "job": JOB_ID, "state": "queued", "position": 2, "ahead": 1, "reasons": [reason],
+            "holdings": [holding, {"amount": "1 H100"}], "forecast": forecast,
+        }  # fmt: skip
         workload = {"id": "wl_06abc", "name": "hello", "kind": "task", "jobs": [self.job], "state": "running"}
         return {
             ("GET", "/v1/healthz"): says({"status": "ok", "version": "0.1.0"}),
@@ -247,6 +269,16 @@ class Peer:
             ("POST", "/v1/artifacts"): says(artifact, 201),
             ("GET", "/v1/artifacts/([^/]+)/content"): self._outputs,
             ("GET", "/v1/artifacts/([^/]+)"): says(artifact),
+            ("GET", "/v1/queue"): listed(queued),
+            ("GET", "/v1/share"): listed(share, share | {"name": "vision", "depth": 1, "parent": "research"}),
+            ("GET", "/v1/queues"): listed(place),
+            ("PUT", "/v1/queues"): self._set_tree,
+            ("PUT", "/v1/queues/([^/]+)"): says(place),
+            ("GET", "/v1/reservations"): listed(reservation, reservation | {"name": "fix", "project": ""}),
+            ("POST", "/v1/reservations"): says(reservation, 201),
+            ("DELETE", "/v1/reservations/([^/]+)"): says(reservation | {"state": "over", "window": None}),
+            ("POST", "/v1/nodes/([^/]+)/mark"): says(node | {"state": "draining", "marking": "drain"}),
+            ("POST", "/v1/jobs/([^/]+)/checkpoint"): says(self.job, 202),
             ("GET", "/v1/secrets"): listed({"name": "HF_TOKEN"}),
             ("PUT", "/v1/secrets/([^/]+)"): says({}),
             ("DELETE", "/v1/secrets/([^/]+)"): says(None, 204),
@@ -269,6 +301,20 @@ class Peer:
             endpoint="127.0.0.1:9" if kind == "service" else "",
         )
         return 201, {"id": "wl_06abc", "name": self.job["name"], "kind": spec.get("kind", "task"), "jobs": [self.job]}
+
+    def _set_tree(self, *_: Any, body: bytes, **__: Any) -> tuple[int, Any]:
+        queues = json.loads(body)["queues"]
+        for queue in queues:
+            if queue.get("weight") == 0:
+                field = f"queues.{queue['name']}.weight"
+                mistake = {
+                    "field": field,
+                    "value": 0,
+                    "detail": "0 is not a weight.",
+                    "mend": "Write a number above zero.",
+                }
+                return 422, {"code": "invalid_request", "kind": "invalid", **mistake}
+        return 200, {"items": queues, "next_cursor": ""}
 
     def _stop(self, *_: Any, **__: Any) -> tuple[int, Any]:
         self.job = self.job | {"state": "cancelled"}

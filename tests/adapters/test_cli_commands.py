@@ -32,18 +32,22 @@ def tidemill(*arguments: str) -> int:
     return main.run(list(arguments))
 
 
+TREE = "queues:\n  - {name: research, weight: 2}\n  - name: vision\n    parent: research\n    weight: 1\n"
 AS_JSON = [
     "status", "nodes", "top --once", "ps", "ps --all", "show hello", "why hello", "receipt hello", "stop hello",
     "quote -- echo hi", "run --dry-run -- echo hi", "run -d -- echo hi", "exec hello -- id", "secret list",
     "secret rm HF_TOKEN", "token create ci", "token list", "token revoke tok_1", "project create vision",
     "project list", "artifact list", "artifact show gpt", "artifact create gpt --job hello --path model", "schema",
-    "cp hello:model {tmp}/out", "artifact get gpt {tmp}/gpt",
+    "cp hello:model {tmp}/out", "artifact get gpt {tmp}/gpt", "queue", "share", "share set research --weight 2 --limit gpu=",
+    "share apply {tmp}/tree.yaml", "reserve list", "reserve create night --nodes 2 --start 2h --for 4h --every 7d",
+    "reserve cancel night", "cordon box", "drain box --wait --reason disk", "resume box",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("line", AS_JSON)
 def test_json_is_one_document_without_colours(peer, capsys, tmp_path, line, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    (tmp_path / "tree.yaml").write_text(TREE)
     head, dashes, tail = line.format(tmp=tmp_path).partition(" -- ")
     arguments = [*head.split(), "--json", *(["--", *tail.split()] if dashes else [])]
     status = tidemill(*arguments)
@@ -66,6 +70,7 @@ PEOPLE = [line for line in AS_JSON if line.split()[0] not in ("exec", "schema")]
 @pytest.mark.parametrize("line", PEOPLE)
 def test_people_see_words_in_a_narrow_place_too(peer, capsys, tmp_path, line, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
+    (tmp_path / "tree.yaml").write_text(TREE)
     head, dashes, tail = line.format(tmp=tmp_path).partition(" -- ")
     assert tidemill(*head.split(), *(["--", *tail.split()] if dashes else [])) == 0
     out = capsys.readouterr().out
@@ -79,6 +84,8 @@ def all_commands() -> list[list[str]]:
         "token": ("create", "list", "revoke"),
         "project": ("create", "list"),
         "artifact": ("create", "list", "show", "get"),
+        "share": ("apply", "set"),
+        "reserve": ("create", "list", "cancel"),
     }
     names = [[name] for name in main.names()]
     return [[], *names, *([name, inner] for name, inners in groups.items() for inner in inners)]
@@ -90,6 +97,59 @@ def test_every_command_explains_itself(command, capsys):
     out = capsys.readouterr().out
     assert "Usage: tidemill" in out
     assert "list[str]" not in out
+
+
+def test_a_mistake_in_a_tree_is_shown_with_its_line(peer, capsys, tmp_path):
+    (tmp_path / "tree.yaml").write_text(TREE.replace("weight: 1", "weight: 0"))
+    assert tidemill("share", "apply", str(tmp_path / "tree.yaml")) == 2
+    told = capsys.readouterr().err
+    assert "tree.yaml:5: queues.vision.weight: 0 is not a weight." in told
+    assert "Write a number above zero." in told
+
+
+def test_setting_a_share_keeps_what_is_not_given(peer, capsys):
+    line = "share set research --weight 2.5 --guarantee gpu:H100=4 --guarantee memory= --limit gpu=0.5 --max-queued 9"
+    assert tidemill(*line.split()) == 0
+    assert json.loads(peer.sent("PUT", "/v1/queues/research")[0][1]) == {
+        "name": "research", "parent": "", "project": "", "weight": 2.5, "guaranteed": {"gpu": 8, "gpu:H100": 4},
+        "limit": {"gpu": 0.5}, "max_running": 0, "max_queued": 9,
+    }  # fmt: skip
+
+
+def test_reserving_sends_what_was_said(peer, capsys):
+    line = "reserve create fix --node a --node b --start 2027-03-01T09:00:00Z --for 4h --every 7d --until 52w --maintenance"
+    assert tidemill(*line.split()) == 0
+    assert json.loads(peer.sent("POST", "/v1/reservations")[0][1]) == {
+        "name": "fix", "start": "2027-03-01T09:00:00Z", "duration": "4h", "node": ["a", "b"], "every": "7d", "until": "52w",
+        "maintenance": True,
+    }  # fmt: skip
+
+
+def test_run_flags_of_the_scheduler_become_fields(peer, capsys):
+    line = "run -d --nodes 2..8 --spot --after prepare --after clean --start-after 1h --start-before 2h --within rack"
+    assert tidemill(*line.split(), "--expected-duration", "3h", "--priority", "high", "--", "x") == 0
+    assert peer.submitted[-1] == {
+        "run": "x", "name": "x", "nodes": "2..8", "spot": True, "after": ["prepare", "clean"], "start_after": "1h",
+        "start_before": "2h", "placement": {"within": "rack"}, "expected_duration": "3h", "priority": "high",
+    }  # fmt: skip
+    assert tidemill("run", "-d", "--nodes", "4", "--priority", "-5", "--reservation", "night", "--", "x") == 0
+    assert peer.submitted[-1] == {"run": "x", "name": "x", "nodes": 4, "priority": -5, "reservation": "night"}
+
+
+def test_why_tells_who_holds_it_and_when_it_would_start(peer, capsys):
+    assert tidemill("why", "hello") == 0
+    told = capsys.readouterr().out
+    for words in (
+        "needed",
+        "available",
+        "resolved by",
+        "held by",
+        "another's job",
+        "8 H100",
+        "likely in",
+        "two jobs end",
+    ):
+        assert words in told, words
 
 
 def test_a_run_shows_the_output_and_nothing_else_on_standard_output(peer, capsys):
@@ -188,6 +248,12 @@ def test_every_mistake_is_told_with_its_line_in_the_file(peer, capsys, tmp_path)
         ("run nope.yaml", 3, "no file nope.yaml"),
         ("run --nodes many -- x", 2, "--nodes"),
         ("run --bogus", 2, "--bogus"),
+        ("run --priority urgent -- x", 2, "low, normal, high"),
+        ("share set q --limit gpu", 2, "gpu=8"),
+        ("share set q --guarantee gpu=many", 2, "gpu=8"),
+        ("share apply nope.yaml", 3, "no file nope.yaml"),
+        ("reserve create r --start now --for 1h", 2, "--node"),
+        ("reserve create r --start now --for 1h --nodes 1 --label zone", 2, "--label zone=a"),
         ("show", 2, "job"),
         ("show nobody", 3, "there is no"),
         ("stop", 2, "--all"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from tidemill.control.vault import Vault
 from tidemill.core import tokens
 from tidemill.errors import Forbidden, InvalidSetting, NotFound, Unauthorized
 from tidemill.model.ids import LaunchId, OrganizationId, PrincipalId, ProjectId, TokenId
+from tidemill.model.policy import Policy
 from tidemill.model.tenant import Principal, PrincipalKind, Scope, Token
-from tidemill.units import MINUTE_NS
+from tidemill.units import MINUTE_NS, SECOND_NS
 
 PEPPER = bytes(range(32))
 NOW = 1_700_000_000 * 10**9
@@ -362,6 +363,18 @@ def test_the_file_is_read_and_what_is_given_wins(tmp_path: Path) -> None:
         ("meter_every: soon", "meter_every", "soon", "duration"),
         ("workdir_limit: 2 bananas", "workdir_limit", "2 bananas", "size"),
         ("engine: slurm", "engine", "slurm", "the engine of this version is local"),
+        ("backfill: 1", "backfill", 1, "true or false"),
+        ("half_life: yes", "half_life", True, "yes or no"),
+        ("half_life: -3", "half_life", -3, "negative"),
+        ("replan: 0", "replan", 0, "longer than nothing"),
+        ("starts_per_turn: 0", "starts_per_turn", 0, "one or more"),
+        ("flap_losses: 2.5", "flap_losses", 2.5, "whole number"),
+        ("flap_losses: []", "flap_losses", [], "list"),
+        ("labels: 5", "labels", 5, "int"),
+        ("labels: {zone: 'a b'}", "labels", {"zone": "a b"}, "as the value of zone"),
+        ("labels: {'': a}", "labels", {"": "a"}, "letters"),
+        ("taints: 'gpu=a=b'", "taints", "gpu=a=b", "as the value of gpu"),
+        ("rack: r 1", "rack", "r 1", "letters"),
         ("site_kind: moon", "site_kind", "moon", "onprem, cloud and edge"),
         ("database: {a: b}", "database", {"a": "b"}, "one word"),
     ],
@@ -376,6 +389,36 @@ def test_a_wrong_setting_is_named_with_its_value_and_its_mend(
     assert value is None or caught.value.value == value
     assert sentence in str(caught.value)
     assert caught.value.mend
+
+
+def test_every_number_that_steers_decisions_is_a_setting(tmp_path: Path) -> None:
+    assert Settings(home=tmp_path).policy == Policy(), "the defaults agree"
+    changed: dict[str, Any] = {}
+    for item in fields(Policy):
+        default: Any = item.default
+        name = item.name.removesuffix("_ns")
+        if name != item.name:
+            changed[name] = f"{default // SECOND_NS + 7}s"
+        else:
+            changed[name] = (
+                not default if isinstance(default, bool) else f"{default}x" if isinstance(default, str) else 9
+            )
+    found = load_settings(tmp_path, changed).policy
+    for item in fields(Policy):
+        assert getattr(found, item.name) != item.default, f"{item.name} is not set by {changed}"
+    assert found.half_life_ns == Policy().half_life_ns + 7 * SECOND_NS
+    assert load_settings(tmp_path, {"half_life": 0, "preemption": False}).policy == replace(
+        Policy(), half_life_ns=0, preemption=False
+    )
+
+
+def test_a_machine_says_where_it_stands_and_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "labels: {zone: a, pool: ''}\ntaints: [gpu=h100, noisy]\nrack: 7\nblock: b/1\nmig_dynamic: 0\nengine: simulated\n"
+    )
+    found = load_settings(tmp_path, {})
+    assert (found.labels, found.taints) == ({"zone": "a", "pool": ""}, ("gpu=h100", "noisy"))
+    assert (found.rack, found.block, found.mig_dynamic, found.engine) == ("7", "b/1", ("0",), "simulated")
 
 
 @pytest.mark.parametrize("content", [b"- a\n- b\n", b"just words", b"a: [", b"\xff\xfe\x00", None])

@@ -16,17 +16,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import psutil
 import pynvml
 import pytest
 
 from tidemill import catalog, telemetry
-from tidemill.model.events import Sampled
-from tidemill.model.fleet import Node
+from tidemill.errors import EngineRefused
+from tidemill.model.events import DeviceFailed, Sampled
+from tidemill.model.fleet import Mig, Node
 from tidemill.model.ids import NodeId, SiteId
-from tidemill.telemetry import EnergyMeters, Nvml
+from tidemill.telemetry import EnergyMeters, HealthWatcher, Nvml, SliceMaker
 from tidemill.units import SECOND_NS
 
 MIB, GIB = 1024**2, 1024**3
@@ -55,6 +57,15 @@ class Card:
     mig: bool = False
     slices: list[Card] = field(default_factory=list)
     lost: bool = False
+    links: tuple[str, ...] | None = None
+    """The UUIDs that it reaches over NVLink; None: its driver does not tell."""
+    start: int | None = None
+    """Of a slice: where it begins; None: only root may know."""
+    uncorrected: int | None = 0
+    rows: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Rows replaced after corrected and uncorrected errors, and whether some wait and whether one failed."""
+    slowed: int = 0
+    """The reasons for which its clocks are low."""
 
 
 class FakeNvml:
@@ -65,6 +76,8 @@ class FakeNvml:
         self.broken = broken
         self.dead = False
         self.inits = 0
+        self.event_sets: list[list[tuple[str, int]]] = []
+        self.xids: list[tuple[Card, int]] = []
         self._functions: dict[str, Callable[..., Any]] = {
             "nvmlInit": self._init,
             "nvmlDeviceGetCount": self._count,
@@ -79,6 +92,18 @@ class FakeNvml:
             "nvmlDeviceGetTotalEnergyConsumption": lambda card: self._some(self._alive(card).energy_mj),
             "nvmlDeviceGetPowerUsage": lambda card: self._some(self._alive(card).power_mw),
             "nvmlDeviceGetUtilizationRates": self._rates,
+            "nvmlDeviceGetGpuInstanceId": lambda card: self._some(card.start),
+            "nvmlDeviceGetGpuInstanceById": lambda card, number: number,
+            "nvmlGpuInstanceGetInfo": lambda number: SimpleNamespace(placement=SimpleNamespace(start=number)),
+            "nvmlDeviceGetP2PStatus": self._linked,
+            "nvmlDeviceGetTotalEccErrors": self._ecc,
+            "nvmlDeviceGetRemappedRows": lambda card: self._alive(card).rows,
+            "nvmlDeviceGetCurrentClocksEventReasons": lambda card: self._alive(card).slowed,
+            "nvmlDeviceGetSupportedEventTypes": lambda _: pynvml.nvmlEventTypeXidCriticalError | 1,
+            "nvmlEventSetCreate": self._event_set,
+            "nvmlEventSetFree": self.event_sets.remove,
+            "nvmlDeviceRegisterEvents": lambda card, types, events: events.append((card.uuid, types)),
+            "nvmlEventSetWait_v2": self._next_event,
             "nvmlDeviceGetTemperature": lambda card, sensor: self._some(
                 61 if sensor == pynvml.NVML_TEMPERATURE_GPU else None
             ),
@@ -86,7 +111,7 @@ class FakeNvml:
         assert all(hasattr(pynvml, name) for name in self._functions), "the real module has all of them"
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith(("NVMLError", "NVML_")):
+        if name.startswith(("NVMLError", "NVML_", "nvmlEventType")):
             return getattr(pynvml, name)
         return self._functions[name]
 
@@ -121,8 +146,31 @@ class FakeNvml:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
         return card.slices[index]
 
+    def _linked(self, one: Card, other: Card, index: int) -> int:
+        assert index == pynvml.NVML_P2P_CAPS_INDEX_NVLINK
+        reached = other.uuid in self._some(one.links)
+        return int(pynvml.NVML_P2P_STATUS_OK if reached else pynvml.NVML_P2P_STATUS_NOT_SUPPORTED)
+
+    def _ecc(self, card: Card, kind: int, counter: int) -> int:
+        assert (kind, counter) == (pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC)
+        return int(self._some(self._alive(card).uncorrected))
+
+    def _event_set(self) -> list[tuple[str, int]]:
+        self.event_sets.append([])
+        return self.event_sets[-1]
+
+    def _next_event(self, events: list[tuple[str, int]], wait_ms: int) -> Any:
+        assert wait_ms == 0, "nobody waits"
+        assert events is self.event_sets[-1]
+        watched = {uuid for uuid, types in events if types == pynvml.nvmlEventTypeXidCriticalError}
+        for card, xid in self.xids:
+            if card.uuid in watched:
+                self.xids.remove((card, xid))
+                return SimpleNamespace(device=card, eventData=xid)
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_TIMEOUT)
+
     def _rates(self, card: Card) -> Info:
-        if card.uuid.startswith("MIG"):
+        if card.mig:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return Info(gpu=87)
 
@@ -395,17 +443,307 @@ def test_gpus_hidden_from_the_control_plane_are_not_offered(
     assert ("hides all 3 GPUs" in telemetry.why_no_gpu(nvml, root=machine)) is (not indexes)
 
 
-def test_a_gpu_in_mig_mode_is_offered_as_its_slices(machine: Path) -> None:
+def test_a_gpu_in_mig_mode_is_offered_with_its_slices(machine: Path) -> None:
     node = found(machine, h100(0), cut_a100())
-    assert [(device.id, device.model, device.memory_bytes) for device in node.devices][1:] == [
-        ("MIG-1", "MIG-1g.5gb-A100-40GB-SXM", 5 * GIB),
-        ("MIG-2", "MIG-3g.20gb-A100-40GB-SXM", 20 * GIB),
+    assert [device.mig for device in node.devices] == [Mig.OFF, Mig.FIXED]
+    cut = node.devices[1]
+    assert (cut.id, cut.model, cut.memory_bytes) == ("GPU-whole", "A100-40GB-SXM", 40 * GIB)
+    assert cut.slices == (("1g.5gb", 0, "MIG-1"), ("3g.20gb", 1, "MIG-2")), "nobody may say where they are: in a row"
+    card = cut_a100()
+    card.slices[0].start, card.slices[1].start = 6, 0
+    assert found(machine, card).devices[0].slices == (("3g.20gb", 0, "MIG-2"), ("1g.5gb", 6, "MIG-1"))
+
+
+@pytest.mark.parametrize(
+    ("marked", "kinds"),
+    [
+        ((), ["off", "fixed"]), (("1",), ["off", "dynamic"]), (("all",), ["off", "dynamic"]),
+        (("GPU-whole",), ["off", "dynamic"]), (("0", ""), ["off", "fixed"]),
+    ],
+)  # fmt: skip
+def test_slices_are_made_only_where_a_setting_says_so(machine: Path, marked: tuple[str, ...], kinds: list[str]) -> None:
+    nvml = Nvml(FakeNvml(h100(0), cut_a100()))
+    node = telemetry.discover_node(SITE, root=machine, nvml=nvml, mig_dynamic=marked)
+    assert [device.mig.value for device in node.devices] == kinds
+    assert bool(node.devices[1].slices) == (kinds[1] == "fixed")
+
+
+@pytest.mark.parametrize(
+    ("visible", "slices"),
+    [("0", ["MIG-1", "MIG-2"]), ("MIG-2", ["MIG-2"]), ("MIG-2,MIG-1", ["MIG-1", "MIG-2"]), ("MIG-9,0", None)],
+)
+def test_slices_hidden_from_the_control_plane_are_not_offered(
+    machine: Path, visible: str, slices: list[str] | None
+) -> None:
+    devices = found(machine, cut_a100(), visible=visible).devices
+    assert [[uuid for _, _, uuid in device.slices] for device in devices] == ([] if slices is None else [slices])
+
+
+@pytest.mark.parametrize(
+    ("links", "islands"),
+    [
+        ([None, None, None, None], [0, 0, 0, 0]),
+        ([(), (), (), ()], [0, 1, 2, 3]),
+        ([("0", "1", "2", "3")] * 4, [0, 0, 0, 0]),
+        ([("1",), ("0",), ("3",), ("2",)], [0, 0, 1, 1]),
+        ([("2",), ("3",), ("0",), ("1",)], [0, 1, 0, 1]),
+        ([("1",), ("0", "2"), ("1", "3"), ("2",)], [0, 0, 0, 0]),
+        ([("1",), ("0",), None, ()], [0, 0, 0, 0]),
+    ],
+)
+def test_gpus_that_reach_each_other_fast_are_an_island(
+    machine: Path, links: list[tuple[str, ...] | None], islands: list[int]
+) -> None:
+    cards = [
+        h100(number, links=None if each is None else tuple(f"GPU-{other}aaa-bbb" for other in each))
+        for number, each in enumerate(links)
     ]
-    assert catalog.rate_card({}).micro_per_hour("MIG-1g.5gb-A100-40GB-SXM") > 0
-    whole = Card("NVIDIA A100-SXM4-40GB", "GPU-whole", 40_960, mig=True)
-    assert "has no slices" in telemetry.why_no_gpu(
-        Nvml(FakeNvml(whole)), root=write(machine, {"proc/driver/nvidia/version": "x"})
-    )
+    assert [device.island for device in found(machine, *cards).devices] == islands
+
+
+def test_a_cut_gpu_is_an_island_of_its_own(machine: Path) -> None:
+    pair = [h100(0, links=("GPU-1aaa-bbb",)), h100(1, links=("GPU-0aaa-bbb",))]
+    assert [device.island for device in found(machine, pair[0], cut_a100(), pair[1]).devices] == [0, 1, 0]
+
+
+class CutNvml(FakeNvml):
+    """A driver whose one GPU, an A100 in MIG mode, can be cut: slices are cards with instances."""
+
+    PROFILES: ClassVar = {
+        0: ("1g.5gb", 19, 1, 1, 4_864),
+        1: ("2g.10gb", 14, 2, 2, 9_984),
+        2: ("3g.20gb", 9, 3, 4, 20_096),
+    }
+
+    def __init__(self) -> None:
+        super().__init__(Card("NVIDIA A100-SXM4-40GB", "GPU-whole", 40_960, mig=True))
+        self.whole = self.cards[0]
+        self.busy: set[str] = set()
+        self.without_compute: list[Card] = []
+        self.no_compute = False
+        self._functions |= {
+            "nvmlDeviceGetGpuInstanceProfileInfo": self._profile,
+            "nvmlDeviceCreateGpuInstanceWithPlacement": self._create,
+            "nvmlGpuInstanceGetComputeInstanceProfileInfo": self._compute_profile,
+            "nvmlGpuInstanceCreateComputeInstance": self._compute,
+            "nvmlGpuInstanceGetComputeInstanceById": lambda card, number: ("compute", card),
+            "nvmlDeviceGetComputeInstanceId": lambda card: 0,
+            "nvmlDeviceGetGpuInstanceId": lambda card: card.uuid,
+            "nvmlDeviceGetGpuInstanceById": lambda whole, uuid: next(c for c in whole.slices if c.uuid == uuid),
+            "nvmlGpuInstanceGetInfo": lambda card: SimpleNamespace(
+                id=card.uuid, placement=SimpleNamespace(start=card.start, size=self.size(card))
+            ),
+            "nvmlComputeInstanceDestroy": self._destroy_compute,
+            "nvmlGpuInstanceDestroy": lambda card: self.without_compute.remove(card),
+        }
+        assert all(hasattr(pynvml, name) for name in self._functions), "the real module has all of them"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(pynvml, name) if name.startswith("c_nvml") else super().__getattr__(name)
+
+    def size(self, card: Card) -> int:
+        return next(size for name, _, _, size, _ in self.PROFILES.values() if card.name.endswith(name))
+
+    def _profile(self, whole: Card, number: int) -> Any:
+        if number not in self.PROFILES:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        name, identity, count, _, mib = self.PROFILES[number]
+        return SimpleNamespace(
+            name=f"MIG {name}", id=identity, sliceCount=count, memorySizeMB=mib, instanceCount=7 // count
+        )
+
+    def _create(self, whole: Card, profile: int, placement: Any) -> Card:
+        name, _, _, size, mib = next(each for each in self.PROFILES.values() if each[1] == profile)
+        place = placement._obj
+        assert place.size == size, "as the driver's own table of placements says"
+        taken = [range(c.start or 0, (c.start or 0) + self.size(c)) for c in (*whole.slices, *self.without_compute)]
+        if any(step in each for each in taken for step in range(place.start, place.start + size)):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INSUFFICIENT_RESOURCES)
+        card = Card(f"{whole.name} MIG {name}", f"MIG-{name}-{place.start}", mib, start=place.start)
+        self.without_compute.append(card)
+        return card
+
+    def _compute_profile(self, card: Card, number: int, engines: int) -> Any:
+        assert engines == pynvml.NVML_COMPUTE_INSTANCE_ENGINE_PROFILE_SHARED
+        if number not in self.PROFILES or self.no_compute:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return SimpleNamespace(id=number, sliceCount=self.PROFILES[number][2])
+
+    def _compute(self, card: Card, profile: int) -> None:
+        assert card.name.endswith(self.PROFILES[profile][0])
+        self.without_compute.remove(card)
+        self.whole.slices.append(card)
+
+    def _destroy_compute(self, instance: tuple[str, Card]) -> None:
+        if instance[1].uuid in self.busy:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_IN_USE)
+        self.whole.slices.remove(instance[1])
+        self.without_compute.append(instance[1])
+
+
+def test_a_slice_is_made_where_it_is_needed_and_made_again_only_when_it_is_gone() -> None:
+    driver = CutNvml()
+    maker = SliceMaker(nvml=Nvml(driver))
+    assert maker.make("GPU-whole", "1g.5gb", 6) == "MIG-1g.5gb-6"
+    assert maker.make("GPU-whole", "3g.20gb", 0) == "MIG-3g.20gb-0"
+    assert maker.make("GPU-whole", "1g.5gb", 6) == "MIG-1g.5gb-6", "it is there"
+    assert [card.uuid for card in driver.whole.slices] == ["MIG-1g.5gb-6", "MIG-3g.20gb-0"]
+    assert maker.make("GPU-whole", "2g.10gb", 2) == "MIG-2g.10gb-2"
+    assert [card.uuid for card in driver.whole.slices] == ["MIG-1g.5gb-6", "MIG-2g.10gb-2"], "what lay there is unmade"
+    assert driver.without_compute == []
+
+
+def test_a_slice_that_is_used_is_not_unmade() -> None:
+    driver = CutNvml()
+    maker = SliceMaker(nvml=Nvml(driver))
+    driver.busy.add(maker.make("GPU-whole", "3g.20gb", 4))
+    with pytest.raises(EngineRefused, match="cannot be made on GPU-whole"):
+        maker.make("GPU-whole", "1g.5gb", 5)
+    assert [card.uuid for card in driver.whole.slices] == ["MIG-3g.20gb-4"]
+
+
+def test_what_cannot_be_made_leaves_nothing_behind() -> None:
+    driver = CutNvml()
+    maker = SliceMaker(nvml=Nvml(driver))
+    with pytest.raises(EngineRefused, match="cannot have a slice 9g"):
+        maker.make("GPU-whole", "9g.80gb", 0)
+    with pytest.raises(EngineRefused, match="GPU-other does not answer"):
+        maker.make("GPU-other", "1g.5gb", 0)
+    driver.no_compute = True
+    with pytest.raises(EngineRefused):
+        maker.make("GPU-whole", "1g.5gb", 0)
+    assert (driver.whole.slices, driver.without_compute) == ([], [])
+
+
+# ---------------------------------------------------------------------- which fail
+
+
+class Watch:
+    """A watcher over some cards, and the clock's hands."""
+
+    def __init__(self, *cards: Card) -> None:
+        self.fake = FakeNvml(*cards)
+        self.now = SECOND_NS
+        self.watcher = HealthWatcher(
+            NodeId("n"), nvml=Nvml(self.fake), recheck_ns=600 * SECOND_NS, hot_ns=120 * SECOND_NS
+        )
+        assert self.after(0) == [], "sound so far"
+
+    def after(self, seconds: int) -> list[tuple[str, str]]:
+        """What is told after that time: the device, and what it fails of (empty: it is well again)."""
+        self.now += seconds * SECOND_NS
+        facts = self.watcher.health_facts(self.now)
+        assert all(fact.node_id == "n" and fact.at_ns == self.now for fact in facts)
+        return [(fact.device_id, fact.detail if isinstance(fact, DeviceFailed) else "") for fact in facts]
+
+
+def test_a_critical_error_is_told_once_and_the_gpu_is_rechecked() -> None:
+    bad, good = h100(0), h100(1)
+    watch = Watch(bad, good)
+    watch.fake.xids += [(bad, 79), (bad, 48)]
+    assert watch.after(5) == [(bad.uuid, "XID 79; XID 48")]
+    assert watch.after(5) == [], "nothing is told twice"
+    assert watch.after(594) == []
+    assert watch.after(1) == [(bad.uuid, "")]
+    assert watch.after(5) == []
+    watch.fake.xids.append((bad, 79))
+    assert watch.after(5) == [(bad.uuid, "XID 79")]
+    assert watch.after(600) == [], "who failed before has to be without fault for longer"
+    assert watch.after(600) == [(bad.uuid, "")]
+    assert len(watch.fake.event_sets) == 1
+
+
+def test_another_error_while_it_fails_is_told_too_and_counts_anew() -> None:
+    card = h100(0)
+    watch = Watch(card)
+    watch.fake.xids.append((card, 48))
+    assert watch.after(5) == [(card.uuid, "XID 48")]
+    watch.fake.xids.append((card, 95))
+    assert watch.after(500) == [(card.uuid, "XID 95")]
+    assert watch.after(599) == []
+    assert watch.after(1) == [(card.uuid, "")]
+
+
+@pytest.mark.parametrize("xid", [13, 31, 43, 45, 68, 109])
+def test_what_a_faulty_program_causes_does_not_fail_the_gpu(xid: int) -> None:
+    card = h100(0)
+    watch = Watch(card)
+    watch.fake.xids.append((card, xid))
+    assert watch.after(5) == []
+    assert watch.fake.xids == [], "it was looked at"
+
+
+def test_memory_errors_that_were_not_corrected_are_told_as_they_are_counted() -> None:
+    card, old = h100(0), Card("Tesla P40", "GPU-p", 24_000, uncorrected=None)
+    watch = Watch(card, old)
+    card.uncorrected = 3
+    assert watch.after(5) == [(card.uuid, "3 memory errors could not be corrected")]
+    assert watch.after(5) == []
+    card.uncorrected = 4
+    assert watch.after(5) == [(card.uuid, "1 memory errors could not be corrected")]
+    card.uncorrected = 0  # the driver was loaded again
+    assert watch.after(600) == [(card.uuid, "")]
+    card.uncorrected = 1
+    assert watch.after(5) == [(card.uuid, "1 memory errors could not be corrected")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"), [((0, 1, 1, 0), "at the next reset"), ((0, 1, 0, 1), "could not be replaced")]
+)
+def test_rows_that_are_not_replaced_fail_it_for_as_long_as_that_is_so(
+    rows: tuple[int, int, int, int], sentence: str
+) -> None:
+    card = h100(0)
+    watch = Watch(card)
+    card.rows = rows
+    ((device, told),) = watch.after(5)
+    assert device == card.uuid
+    assert sentence in told
+    assert watch.after(10_000) == [], "it is as it was"
+    card.rows = (0, 1, 0, 0)
+    assert watch.after(599) == []
+    assert watch.after(1) == [(card.uuid, "")]
+
+
+def test_heat_fails_it_only_when_it_lasts() -> None:
+    card = h100(0)
+    watch = Watch(card)
+    card.slowed = pynvml.nvmlClocksEventReasonSwPowerCap
+    assert watch.after(5) == []
+    assert watch.after(300) == [], "the power limit is no heat"
+    card.slowed |= pynvml.nvmlClocksEventReasonHwThermalSlowdown
+    assert watch.after(5) == []
+    card.slowed = 0
+    assert watch.after(119) == []
+    card.slowed = pynvml.nvmlClocksEventReasonSwThermalSlowdown
+    assert watch.after(5) == []
+    assert watch.after(119) == []
+    assert watch.after(1) == [(card.uuid, "slowed by heat for 2m 00s")]
+    assert watch.after(60) == []
+    card.slowed = 0
+    assert watch.after(599) == []
+    assert watch.after(1) == [(card.uuid, "")]
+
+
+def test_a_watcher_goes_on_when_gpus_come_and_go_and_the_driver_is_loaded_again() -> None:
+    one, two = h100(0), h100(1)
+    watch = Watch(one, two)
+    two.lost = True
+    assert watch.after(5) == []
+    two.lost = False
+    watch.fake.xids.append((two, 48))
+    assert watch.after(5) == [(two.uuid, "XID 48")]
+    watch.fake.dead = True
+    assert watch.after(5) == []
+    watch.fake.xids.append((one, 48))
+    assert watch.after(5) == [(one.uuid, "XID 48")]
+    assert watch.fake.inits == 2
+
+
+def test_without_gpus_nothing_fails() -> None:
+    assert Watch().after(5) == []
+    nothing = HealthWatcher(NodeId("n"), nvml=Nvml(FakeNvml(broken=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)))
+    assert nothing.health_facts(5) == []
 
 
 # ---------------------------------------------------------------------- energy
@@ -531,9 +869,8 @@ def test_without_a_counter_power_is_added_up_over_time(machine: Path) -> None:
 def test_what_cannot_be_measured_is_left_out_and_said(machine: Path) -> None:
     silent = Card("NVIDIA GeForce GTX 1080 Ti", "GPU-g", 11_264, energy_mj=None, power_mw=None)
     meters = meters_of(machine, silent, cut_a100(), h100(0, energy_mj=7))
-    assert read(meters) == {"GPU-0aaa-bbb": 7}
-    assert set(meters.unavailable) == {"GPU-g", "MIG-1", "MIG-2", "cpu"}
-    assert "MIG" in meters.unavailable["MIG-1"]
+    assert read(meters) == {"GPU-0aaa-bbb": 7, "GPU-whole": 0}, "a cut GPU is measured as a whole"
+    assert set(meters.unavailable) == {"GPU-g", "cpu"}
 
 
 def test_meters_are_those_of_the_node_that_is_discovered(machine: Path) -> None:
@@ -559,7 +896,7 @@ def test_how_busy_devices_are() -> None:
     )  # fmt: skip
     assert first.memory_total == 81_559 * MIB
     assert (titan.model, titan.power_mw) == ("NVIDIA TITAN V", None)
-    assert (part.model, part.utilization) == ("MIG-1g.5gb", None)
+    assert (part.model, part.utilization) == ("A100-40GB-SXM", None)
     whole = telemetry.node_stats(Nvml(FakeNvml(broken=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)))
     assert whole.devices == ()
     assert 0 <= whole.cpu_percent <= 100

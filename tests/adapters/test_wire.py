@@ -11,9 +11,25 @@ from hypothesis import strategies as st
 
 from tidemill import catalog
 from tidemill.errors import InvalidSpec, TidemillError
+from tidemill.model.fleet import Level
+from tidemill.model.ids import WorkloadId
 from tidemill.model.resources import GpuRequest, Resources, parse_gpus
-from tidemill.model.spec import Environment, Kind, Port, RetryOn, RetryPolicy, Service, WorkloadSpec
-from tidemill.units import DAY_NS, SECOND_NS
+from tidemill.model.spec import (
+    Alternative,
+    Dependency,
+    DependsOn,
+    Environment,
+    Group,
+    Kind,
+    Placement,
+    Port,
+    RetryOn,
+    RetryPolicy,
+    Service,
+    Tier,
+    WorkloadSpec,
+)
+from tidemill.units import DAY_NS, HOUR_NS, SECOND_NS
 from tidemill.wire import (
     MAX_BYTES,
     MAX_DURATION_NS,
@@ -118,6 +134,29 @@ def test_everything_at_once() -> None:
         ({"max_duration": 90}, {"max_duration": "90s"}),
         ({"retry": {"on": "error"}}, {"retry": {"on": ["error"]}}),
         ({"envs": None, "secrets": None, "ports": None}, {}),
+        ({"nodes": "4..4"}, {"nodes": 4}),
+        ({"array": 10}, {"array": {"size": 10, "parallel": 0}}),
+        ({"priority": "high"}, {"priority": 100}),
+        ({"priority": "low"}, {"priority": -100}),
+        ({"spot": True}, {"capacity": "spot"}),
+        ({"spot": False}, {"capacity": "on_demand"}),
+        ({"reservation": "night"}, {"capacity": "reserved", "reservation": "night"}),
+        ({"after": "train"}, {"after": {"ok": ["train"]}}),
+        ({"after": ["a", "b"]}, {"after": {"ok": ["a", "b"], "any": [], "failed": None}}),
+        ({"after": {"any": "a"}}, {"after": {"any": ["a"]}}),
+        ({"start_after": "2027-03-01T09:00:00Z"}, {"start_after": "2027-03-01T10:00+01:00"}),
+        ({"start_after": "2027-03-01 09:00:00.5 z"}, {"start_after": "2027-03-01T09:00:00.500000000+0000"}),
+        (
+            {"resources": {"cpus": 4, "memory": "8GB", "any_of": [{"gpus": "A100", "speed": 0.5}]}},
+            {
+                "resources": {
+                    "cpus": 4,
+                    "memory": "8GB",
+                    "any_of": [{"gpus": "A100", "cpus": 4, "memory": "8GB", "disk": 0, "speed": 0.5}],
+                }
+            },
+        ),
+        ({"placement": {}, "resources": {"any_of": None}}, {}),
     ],
 )
 def test_short_forms_mean_their_long_forms(short: dict[str, Any], long: dict[str, Any]) -> None:
@@ -143,8 +182,8 @@ def test_short_forms_mean_their_long_forms(short: dict[str, Any], long: dict[str
         ({"resources": {"cpus": 10**400}}, "resources.cpus", "4, or 0.5"),
         ({"resources": {"cpus": True}}, "resources.cpus", "4, or 0.5"),
         ({"resources": {"gpus": "H10"}}, "resources.gpus", "H100"),
-        ({"resources": {"gpus": 1.5}}, "resources.gpus", "0.5 or none"),
-        ({"resources": {"gpus": -1}}, "resources.gpus", "0.5 or none"),
+        ({"resources": {"gpus": 1.5}}, "resources.gpus", "1g.10gb or none"),
+        ({"resources": {"gpus": -1}}, "resources.gpus", "1g.10gb or none"),
         ({"resources": {"gpus": "H100:H200"}}, "resources.gpus", "H100:80GB:8"),
         ({"resources": {"gpus": []}}, "resources.gpus", "H100:80GB:8"),
         ({"resources": 3}, "resources", "gpus, cpus, memory, disk"),
@@ -197,12 +236,87 @@ def test_short_forms_mean_their_long_forms(short: dict[str, Any], long: dict[str
         ({"name": "x\n"}, "name", "1 to 63"),
         ({"workdir": "."}, "workdir", "/v1/blobs"),
         ({"image": "--privileged"}, "image", "python:3.12"),
+        ({"nodes": "8..2"}, "nodes", "such as 2..8"),
+        ({"nodes": "2.."}, "nodes", "such as 2..8"),
+        ({"nodes": "0..4"}, "nodes", "1 to 4096"),
+        ({"nodes": "2..8", "group": {"name": "g", "size": 2}}, "nodes", "Write 8."),
+        ({"nodes": "2..8", "service": {}}, "nodes", "Write 8."),
+        ({"priority": "urgent"}, "priority", "low, normal, high"),
+        ({"capacity": "cheap"}, "capacity", "spot, on_demand or reserved"),
+        ({"spot": "yes"}, "spot", "true or false"),
+        ({"spot": True, "capacity": "on_demand"}, "spot", "Leave one of them out"),
+        ({"spot": True, "reservation": "r"}, "reservation", "is reserved"),
+        ({"capacity": "spot", "reservation": "r"}, "reservation", "is reserved"),
+        ({"capacity": "reserved"}, "capacity", "reservation: NAME"),
+        ({"tier": "spot"}, "tier", "Did you mean capacity?"),
+        ({"depends_on": ["a"]}, "depends_on", "Did you mean after?"),
+        ({"within": "rack"}, "within", "Did you mean placement.within?"),
+        ({"resources": {"gpus": "share 0.5"}}, "resources.gpus", "share 10GB"),
+        ({"resources": {"gpus": "share 10GB:2"}}, "resources.gpus", "share 10GB"),
+        ({"resources": {"gpus": "1g.10gb:0.5"}}, "resources.gpus", "1g.10gb"),
+        ({"resources": {"any_of": {"gpus": 1}}}, "resources.any_of", "list of alternatives"),
+        ({"resources": {"any_of": [{}] * 33}}, "resources.any_of", "at most 32"),
+        ({"resources": {"any_of": [{"gpus": "H10"}]}}, "resources.any_of.0.gpus", "H100"),
+        ({"resources": {"any_of": [{"gpu": 1}]}}, "resources.any_of.0.gpu", "Did you mean gpus?"),
+        ({"resources": {"any_of": [{"gpus": 1, "speed": 0}]}}, "resources.any_of.0.speed", "0.6"),
+        ({"resources": {"any_of": [{"gpus": 1, "speed": True}]}}, "resources.any_of.0.speed", "0.6"),
+        ({"resources": {"any_of": [3]}}, "resources.any_of.0", "gpus, cpus"),
+        ({"resources": {"prefer": "speed"}}, "resources.prefer", "Add any_of"),
+        ({"resources": {"prefer": "price"}}, "resources.prefer", "order or speed"),
+        ({"placement": {"within": "room"}}, "placement.within", "site, block, rack, host or nvlink"),
+        ({"placement": {"spread": "nvlink"}}, "placement.spread", "site, block, rack or host"),
+        ({"placement": {"within": "rack", "spread": "block"}}, "placement.spread", "narrower"),
+        ({"placement": {"within": "rack", "spread": "rack"}}, "placement.spread", "narrower"),
+        ({"placement": {"labels": {"zone": "a||b"}}}, "placement.labels", "a|b"),
+        ({"placement": {"labels": {"zone": ""}}}, "placement.labels", "a|b"),
+        ({"placement": {"tolerations": ["a b"]}}, "placement.tolerations", "key=value"),
+        ({"placement": {"tolerations": ["a="]}}, "placement.tolerations", "key=value"),
+        ({"placement": "rack"}, "placement", "labels, tolerations"),
+        ({"group": {"name": "g"}}, "group.size", "group.size"),
+        ({"group": {"name": "g", "size": 1}}, "group.size", "2 to 4096"),
+        ({"after": {"done": ["a"]}}, "after", "ok, any or failed"),
+        ({"after": ["a b"]}, "after", "tidemill ps"),
+        ({"after": {"ok": ["a"], "any": ["a"]}}, "after", "once"),
+        ({"after": 3}, "after", "names or ids"),
+        ({"start_after": "tomorrow"}, "start_after", "2027-03-01T09:00:00Z"),
+        ({"start_after": 3600}, "start_after", "2h"),
+        ({"start_after": "2027-03-01T09:00:00"}, "start_after", "zone"),
+        ({"start_after": "2027-03-01"}, "start_after", "zone"),
+        ({"start_after": "2027-13-01T09:00:00Z"}, "start_after", "2027-03-01T09:00:00Z"),
+        ({"start_after": "9999-12-31T09:00:00Z"}, "start_after", "2027"),
+        ({"start_after": "in 99999w"}, "start_after", "2027"),
+        ({"start_after": "2h", "start_before": "1h"}, "start_before", "later"),
+        ({"expected_duration": "a while"}, "expected_duration", "90s"),
+        ({"array": {"size": 3, "parallel": -1}}, "array.parallel", "0 to 100000"),
     ],
 )
 def test_a_mistake_is_named_with_its_field_and_the_mend(fields: dict[str, Any], field: str, said: str) -> None:
     found = mistakes(**fields)
     assert field in found, found
     assert said in found[field]["mend"], found[field]
+
+
+def test_times_from_now_count_from_when_it_is_read() -> None:
+    now = 1_800_000_000 * SECOND_NS
+    spec = read_spec({"run": "x", "start_after": "in 2h", "start_before": "1d"}, "x", now=now)
+    assert (spec.start_after_ns, spec.start_before_ns) == (now + 2 * HOUR_NS, now + DAY_NS)
+    mixed = {"run": "x", "start_after": "in 2h", "start_before": "2027-01-15T08:00:01Z"}
+    with pytest.raises(InvalidSpec):
+        read_spec(mixed, "x", now=now)
+    assert read_spec(mixed, "x", now=now - 3 * HOUR_NS).start_before_ns == now + SECOND_NS
+
+
+def test_an_alternative_is_as_resources_in_what_it_leaves_out() -> None:
+    spec = read(
+        resources={
+            "gpus": "H100:8",
+            "cpus": 16,
+            "any_of": [{"gpus": "A100:8", "speed": 0.6}, {"gpus": "none", "cpus": 96, "speed": 2}],
+            "prefer": "speed",
+        }
+    )
+    assert [one.cpu_milli for one in spec.choices] == [96_000, 16_000, 16_000]
+    assert [str(one.gpus) for one in spec.choices] == ["None", "H100:8", "A100:8"]
 
 
 def test_all_mistakes_are_reported_at_once() -> None:
@@ -240,6 +354,16 @@ def gpu_requests(draw: st.DrawFn) -> GpuRequest:
     low = draw(SIZE)
     high = draw(st.one_of(st.just(0), st.just(low), st.integers(low, MAX_BYTES)))
     share = draw(st.one_of(st.just(1_000), st.integers(1, 999)))
+    how = draw(st.sampled_from(["whole", "profile", "memory"]))
+    if how != "whole":
+        return GpuRequest(
+            model=draw(st.sampled_from(["", *GPU_MODELS])),
+            memory_min_bytes=low,
+            memory_max_bytes=high,
+            count=draw(st.integers(1, 1_000)) if how == "profile" else 1,
+            profile=draw(st.sampled_from(["1g.5gb", "3g.40gb", "1g.10gb+me"])) if how == "profile" else "",
+            share_bytes=draw(st.integers(1, MAX_BYTES)) if how == "memory" else 0,
+        )
     return GpuRequest(
         model=draw(st.sampled_from(["", *GPU_MODELS])),
         memory_min_bytes=low,
@@ -247,6 +371,44 @@ def gpu_requests(draw: st.DrawFn) -> GpuRequest:
         milli=share,
         count=draw(st.integers(1, 1_000)) if share == 1_000 else 1,
     )
+
+
+INSTANT = st.integers(1, (1 << 62) - 1) | st.integers(1, 4_000_000_000).map(lambda seconds: seconds * SECOND_NS)
+
+
+@st.composite
+def resources(draw: st.DrawFn) -> Resources:
+    return Resources(
+        gpus=draw(st.none() | gpu_requests()),
+        cpu_milli=draw(st.integers(1, 1_000_000)),
+        memory_bytes=draw(SIZE),
+        disk_bytes=draw(SIZE),
+    )
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> Placement:
+    levels = [*Level]
+    within = draw(st.none() | st.sampled_from(levels))
+    narrower = [level for level in levels[(levels.index(within) + 1 if within else 0) :] if level is not Level.NVLINK]
+    words = st.dictionaries(NAME, NAME, max_size=2)
+    return Placement(
+        labels=tuple(draw(st.dictionaries(NAME, st.sampled_from(["a", "a|b", "x y"]), max_size=2)).items()),
+        tolerations=tuple(draw(st.lists(st.sampled_from(["maintenance", "team=a", "x/y=z=1"]), max_size=2))),
+        within=within,
+        prefer=draw(st.none() | st.sampled_from(levels)),
+        spread=draw(st.none() | st.sampled_from(narrower)) if narrower else None,
+        apart=tuple(draw(words).items()),
+    )
+
+
+@st.composite
+def dependencies(draw: st.DrawFn) -> tuple[Dependency, ...]:
+    names = draw(st.lists(NAME, max_size=4, unique=True))
+    ends = sorted(
+        draw(st.lists(st.sampled_from([*DependsOn]), min_size=len(names), max_size=len(names))), key=[*DependsOn].index
+    )
+    return tuple(Dependency(workload_id=WorkloadId(name), on=on) for name, on in zip(names, ends, strict=True))
 
 
 @st.composite
@@ -265,18 +427,31 @@ def specs(draw: st.DrawFn) -> WorkloadSpec:
         ports = [Port(name="http")]
     pairs = st.dictionaries(st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,9}", fullmatch=True), TEXT, max_size=3)
     has_image = draw(st.booleans())
+    nodes = draw(st.integers(1, 4_096))
+    group = draw(st.none() | st.builds(Group, name=NAME, size=st.integers(2, 4_096)))
+    starts = sorted(draw(st.lists(INSTANT, min_size=2, max_size=2, unique=True)))
+    tier = draw(st.sampled_from(Tier))
+    any_of = tuple(
+        draw(st.lists(st.builds(Alternative, resources=resources(), speed_milli=st.integers(1, 999_999)), max_size=3))
+    )
     return WorkloadSpec(
         kind=kind,
         name=draw(NAME),
         run=draw(st.one_of(st.just(""), SCRIPT) if kind is Kind.DEV else SCRIPT),
         setup=draw(TEXT),
-        nodes=draw(st.integers(1, 4_096)),
-        resources=Resources(
-            gpus=draw(st.none() | gpu_requests()),
-            cpu_milli=draw(st.integers(1, 1_000_000)),
-            memory_bytes=draw(SIZE),
-            disk_bytes=draw(SIZE),
-        ),
+        nodes=nodes,
+        nodes_min=0 if kind is Kind.SERVICE or group or nodes == 1 else draw(st.just(0) | st.integers(1, nodes - 1)),
+        resources=draw(resources()),
+        any_of=any_of,
+        by_speed=bool(any_of) and draw(st.booleans()),
+        tier=tier,
+        reservation=draw(NAME) if tier is Tier.RESERVED else "",
+        placement=draw(placements()),
+        group=group,
+        after=draw(dependencies()),
+        expected_duration_ns=draw(DURATION),
+        start_after_ns=draw(st.sampled_from([0, starts[0]])),
+        start_before_ns=draw(st.sampled_from([0, starts[1]])),
         environment=None
         if has_image
         else draw(
@@ -303,6 +478,7 @@ def specs(draw: st.DrawFn) -> WorkloadSpec:
         if kind is Kind.SERVICE
         else None,
         array_size=draw(st.integers(1, 100_000)) if kind is Kind.ARRAY else 1,
+        array_parallel=draw(st.integers(0, 100_000)) if kind is Kind.ARRAY else 0,
         max_duration_ns=draw(DURATION),
         retry=RetryPolicy(
             on=tuple(draw(st.lists(st.sampled_from(RetryOn), max_size=3))),
@@ -366,7 +542,17 @@ def test_the_schema_describes_every_field() -> None:
 
 def test_the_reference_has_a_row_for_every_field() -> None:
     page = spec_reference_markdown()
-    for name in (*FIELDS, "resources.gpus", "service.readiness.timeout", "retry.on", "array.size", "env.packages"):
+    for name in (
+        *FIELDS,
+        "resources.gpus",
+        "service.readiness.timeout",
+        "retry.on",
+        "array.size",
+        "env.packages",
+        "resources.any_of.speed",
+        "placement.within",
+        "group.size",
+    ):
         assert f"| `{name}` |" in page
     assert "None" not in page
     assert "{}" not in page

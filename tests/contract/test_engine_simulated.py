@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import heapq
 import json
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from tests.core.history import GB, PROJECTS, RATES, SITE
 from tidemill.core.turn import turn
 from tidemill.core.world import World
-from tidemill.engines.simulated import Ending, Mishap, SimulatedEngine
+from tidemill.engines.simulated import Ending, Mishap, SimulatedEngine, fleet, script
 from tidemill.errors import Conflict, EngineLost, EngineRefused
 from tidemill.model.events import (
     Became,
@@ -316,6 +318,96 @@ def test_a_service_tells_where_it_is_reached() -> None:
     assert kinds(facts) == ["Prepared", "Started", "Became"]
     assert isinstance(facts[2], Became)
     assert (facts[2].ready, facts[2].endpoint) == (True, "n0:8000")
+
+
+@pytest.mark.parametrize(
+    ("description", "expected"),
+    [
+        ("2xH100:8", [("H100-SXM", 8, 128, 1 << 40)] * 2),
+        ("1xA100-80GB:4:64cpu:512GB", [("A100-80GB-SXM", 4, 64, 512 << 30)]),
+        ("1xL4, 2xcpu:20cpus", [("L4", 1, 16, 128 << 30), ("", 0, 20, 80 << 30), ("", 0, 20, 80 << 30)]),
+        ("1xcpu", [("", 0, 16, 64 << 30)]),
+    ],
+)
+def test_a_fleet_is_made_from_a_line(description: str, expected: list[tuple[str, int, int, int]]) -> None:
+    nodes = fleet(description, site_id=SITE.id)
+    assert expected == [
+        (each.devices[0].model if each.devices else "", len(each.devices), each.cpu_milli // MILLI, each.memory_bytes)
+        for each in nodes
+    ]
+    ids = [each.id for each in nodes] + [device.id for each in nodes for device in each.devices]
+    assert len(set(ids)) == len(ids)
+
+
+def test_a_large_fleet_stands_in_racks_and_blocks() -> None:
+    nodes = fleet("600xH100:8", site_id=SITE.id)
+    assert {each.rack for each in nodes[:16]} == {"rack-0"}
+    assert nodes[16].rack == "rack-1"
+    assert [nodes[number].block for number in (0, 255, 256, 599)] == ["block-0", "block-0", "block-1", "block-2"]
+    assert {len({n.block for n in nodes if n.rack == rack}) for rack in {each.rack for each in nodes}} == {1}
+
+
+@pytest.mark.parametrize(
+    ("description", "said"),
+    [
+        ("", "some machines"), ("H100:8", "some machines"), ("5xH100:8,", "some machines"), ("2xH900:8", "catalog"),
+        ("1xH100:99", "at most 16"), ("1xH100:8:many", "size"), ("1xcpu:0cpu:5000cpu", "at most"), ("1xcpu:9999cpu", "4096"),
+    ],
+)  # fmt: skip
+def test_a_fleet_that_cannot_be_read_is_named(description: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        fleet(description, site_id=SITE.id)
+
+
+@pytest.mark.parametrize(
+    ("command", "seconds", "exit_code"),
+    [
+        ("sleep 2", 2, 0), ("sleep 0.5; exit 3", 0.5, 3), ("sleep 2m", 120, 0), ("echo hello && sleep 1h", 3_600, 0),
+        ("true", 0, 0), ("false", 0, 1), ("python train.py", 60, 0), ("python train.py; exit 7 ", 60, 7), ("", 60, 0),
+    ],
+)  # fmt: skip
+def test_a_command_says_how_long_it_takes_and_how_it_ends(command: str, seconds: float, exit_code: int) -> None:
+    assert script(launch_spec(run=command), default_ns=MINUTE_NS) == (int(seconds * SECOND_NS), exit_code)
+
+
+def test_many_threads_may_call_at_once() -> None:
+    bench = Bench(seconds=0, start_delay_ns=0)
+    told: list[Fact] = []
+
+    def launch(first: int) -> None:
+        for number in range(first, 400, 4):
+            bench.engine.launch(launch_spec(f"w{number}", cpu_milli=1))
+            told.extend(bench.engine.facts(bench.now))
+            bench.engine.observe()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(launch, range(4)))
+    told.extend(bench.engine.facts(bench.now))
+    assert Counter(type(fact).__name__ for fact in told) == {"Prepared": 400, "Started": 400, "Exited": 400}
+    assert len(bench.engine.observe()) == 400
+    assert bench.engine.violations == ()
+
+
+@pytest.mark.parametrize("tells_first", [False, True])
+def test_an_end_can_be_told_before_it_is_seen(tells_first: bool) -> None:
+    bench = Bench(seconds=5, tells_first=tells_first)
+    spec = launch_spec()
+    bench.engine.launch(spec)
+    bench.now += 100 * SECOND_NS
+    assert (state(bench.engine, spec.launch_id) is ObservedState.ALIVE) is tells_first
+    assert kinds(bench.after(0))[-1] == "Exited"
+    assert (state(bench.engine, spec.launch_id) is ObservedState.ALIVE) is tells_first, "it may still be on its way"
+    assert bench.after(0) == ()
+    assert state(bench.engine, spec.launch_id) is ObservedState.EXITED
+
+
+def test_slices_count_against_their_gpu() -> None:
+    bench = Bench()
+    for name, start in (("a", 0), ("b", 4)):
+        bench.engine.launch(launch_spec(name, cpu_milli=100, devices=((f"n0g0/3g.40gb@{start}", 500),)))
+    assert bench.engine.violations == ()
+    bench.engine.launch(launch_spec("c", cpu_milli=100, devices=(("n0g0/1g.10gb@0", 125),)))
+    assert len(bench.engine.violations) == 1
 
 
 def test_more_than_there_is_does_not_go_unseen() -> None:

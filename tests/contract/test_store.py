@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import sqlite3
@@ -19,17 +20,21 @@ from typing import Any
 
 import pytest
 from hypothesis import Phase, given, settings
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, insert
 
 from tests.postgres import NoPostgres, Postgres
 from tidemill.errors import InvalidSetting, Stale, Unavailable
-from tidemill.model.ids import JobId
+from tidemill.model.ids import JobId, ProjectId, queue_id
 from tidemill.model.job import JobState
-from tidemill.ports import Batch
+from tidemill.model.plan import Change
+from tidemill.model.queue import Queue
+from tidemill.model.reservation import Reservation
+from tidemill.model.tenant import Project
+from tidemill.ports import Batch, Snapshot
 from tidemill.store import schema
 from tidemill.store.codec import decode, encode
 from tidemill.store.memory import MemoryStore
-from tidemill.store.sql import SqlStore
+from tidemill.store.sql import SqlStore, upgrade
 from tidemill.testing import samples
 from tidemill.testing.history import Step, check_history
 from tidemill.testing.store import CHECKS, OpenStore, check_store
@@ -174,10 +179,35 @@ class MarksGoBack(MemoryStore):
         return seq
 
 
+class LoadsWhatWasCancelled(MemoryStore):
+    def load(self) -> Snapshot:
+        booked = sorted(self._all.things[Reservation].values(), key=lambda it: it.id)
+        return replace(super().load(), reservations=tuple(booked))
+
+
+class ForgetsUsage(MemoryStore):
+    """Keeps what was taken by project and not by user."""
+
+    def load(self) -> Snapshot:
+        found = super().load()
+        first = {usage.id.partition("/")[0]: usage for usage in reversed(found.queue_usages)}
+        return replace(found, queue_usages=tuple(first[name] for name in sorted(first)))
+
+
+class KeepsTheFirstQueue(MemoryStore):
+    def commit(self, batch: Batch) -> int:
+        before = dict(self._all.things[Queue])
+        seq = super().commit(batch)
+        self._all.things[Queue] |= before
+        return seq
+
+
 BROKEN = [IgnoresVersions, StoresHalf, ForgetsTheEpoch, BooksTwice, KeepsReasons, MarksGoBack]
+BROKEN_POLICIES = [LoadsWhatWasCancelled, ForgetsUsage, KeepsTheFirstQueue]
+"""What histories do not touch."""
 
 
-@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("broken", BROKEN + BROKEN_POLICIES)
 def test_the_checks_catch_a_store_that(broken: type[MemoryStore]) -> None:
     def fresh() -> OpenStore:
         store = broken()
@@ -281,6 +311,62 @@ def test_several_migrate_at_once(kind: str, request: pytest.FixtureRequest, fold
     assert all(store.integrity() == () for store in stores)
     for store in stores:
         store.close()
+
+
+PROJECTS_0001 = {
+    "prj_lab": '{"id":"prj_lab","organization_id":"org","name":"lab","created_ns":5,"limit_gpu_milli":8000,"limit_cpu_milli":0}',
+    "prj_both": '{"id":"prj_both","organization_id":"org","name":"both","created_ns":6,"limit_gpu_milli":500,"limit_cpu_milli":64000}',
+    "prj_free": '{"id":"prj_free","organization_id":"org","name":"frei-ü","created_ns":7,"limit_gpu_milli":0,"limit_cpu_milli":0}',
+    "prj_odd": '{"id":"prj_odd","organization_id":"org","name":"größer","created_ns":8,"limit_gpu_milli":0,"limit_cpu_milli":1}',
+}
+"""Projects as the first version wrote them."""
+
+
+@pytest.mark.parametrize("kind", [SQLITE, POSTGRES])
+def test_limits_of_projects_become_queues(kind: str, request: pytest.FixtureRequest, folder: Path) -> None:
+    if kind == "sqlite":
+        open_store = opener(f"sqlite:///{folder / 'control.db'}")
+    else:
+        server: Postgres = request.getfixturevalue("postgres")
+        open_store = opener(server.url(server.database()))
+    store = open_store()
+    with store._writing() as connection:
+        upgrade(connection, "0001")
+        for project_id, body in PROJECTS_0001.items():
+            connection.execute(insert(schema.projects).values(id=project_id, body=body))
+        # What a first version's job looks like: none of the fields that came later.
+        job = samples.a_job(samples.a_workload(1))
+        known = {
+            name: value for name, value in json.loads(encode(job)).items() if name not in ("served_ns", "evictions")
+        }
+        connection.execute(
+            insert(schema.jobs).values(
+                id=job.id, workload_id=job.workload_id, position=0, state="queued", version=1, body=json.dumps(known)
+            )
+        )
+    store.migrate()
+    queues = {queue.project_id: queue for queue in store.load().queues}
+    assert {project: queue.limit for project, queue in queues.items()} == {
+        "prj_lab": (("gpu", 8_000),),
+        "prj_both": (("cpu", 64_000), ("gpu", 500)),
+        "prj_odd": (("cpu", 1),),
+    }
+    assert all(queue.id == queue_id(project) and queue.version == 1 for project, queue in queues.items())
+    assert [queues[ProjectId(f"prj_{name}")].name for name in ("lab", "both", "odd")] == ["lab", "both", "odd"]
+    projects = {project.id: project for project in store.projects()}
+    assert projects == {
+        each: replace(decode(Project, body), limit_gpu_milli=0, limit_cpu_milli=0)
+        for each, body in PROJECTS_0001.items()
+    }
+    assert store.load().jobs == (job,)
+    epoch = store.lead(holder="test")
+    lab = queues[ProjectId("prj_lab")]
+    store.commit(Batch(epoch=epoch, changes=[Change(assumed=1, after=replace(lab, version=2, limit=()))]))
+    store.close()
+    again = open_store()
+    again.migrate()
+    assert {queue.limit for queue in again.load().queues if queue.id == lab.id} == {()}
+    again.close()
 
 
 @pytest.mark.parametrize(

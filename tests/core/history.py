@@ -20,6 +20,7 @@ from tidemill.model.events import (
     NodeJoined,
     NodeWentAway,
     Prepared,
+    QueueSet,
     Sampled,
     Started,
     StopRequested,
@@ -35,6 +36,7 @@ from tidemill.model.ids import (
     OrganizationId,
     PrincipalId,
     ProjectId,
+    QueueId,
     SiteId,
     WorkloadId,
 )
@@ -42,6 +44,7 @@ from tidemill.model.job import Allocation, AllocationState, Attempt, Job, JobSta
 from tidemill.model.ledger import LedgerLine, Rate, RateCard
 from tidemill.model.plan import Plan
 from tidemill.model.policy import Policy
+from tidemill.model.queue import Queue
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Kind, RetryOn, RetryPolicy, WorkloadSpec
 from tidemill.model.tenant import Project
@@ -53,8 +56,11 @@ SITE = Site(
 )
 PROJECTS = (
     Project(id=ProjectId("p0"), organization_id=OrganizationId("o"), name="free", created_ns=0),
-    Project(id=ProjectId("p1"), organization_id=OrganizationId("o"), name="tight", created_ns=0, limit_cpu_milli=3000),
+    Project(id=ProjectId("p1"), organization_id=OrganizationId("o"), name="tight", created_ns=0),
 )
+LIMITS = {"p1": 3000}
+"""What each project may hold of CPU, in milli."""
+TIGHT = Queue(id=QueueId("que_p1"), name="tight", project_id=ProjectId("p1"), limit=(("cpu", LIMITS["p1"]),))
 RATES = RateCard(
     id="r",
     rates=(
@@ -114,7 +120,8 @@ class History:
 
     def play(self, ops: list[Op]) -> None:
         """Play operations; after each turn the auditor looks at everything."""
-        self.take([NodeJoined(at_ns=self.now, node=node(0, 2)), NodeJoined(at_ns=self.now, node=node(1, 0))])
+        joined = [NodeJoined(at_ns=self.now, node=node(0, 2)), NodeJoined(at_ns=self.now, node=node(1, 0))]
+        self.take([*joined, QueueSet(at_ns=self.now, queue=TIGHT)])
         for name, a, b, seconds in ops:
             self.now += seconds * SECOND_NS // 4
             if name == "storefail":
@@ -273,7 +280,7 @@ class History:
     def projects_stay_within_limits(self) -> None:
         for project in PROJECTS:
             held = sum(a.cpu_milli for a in self.live() if a.project_id == project.id)
-            assert not project.limit_cpu_milli or held <= project.limit_cpu_milli, f"{project.name} holds {held}"
+            assert held <= LIMITS.get(project.id, held), f"{project.name} holds {held}"
 
     def nothing_is_forgotten(self) -> None:
         """A live job is in the world, and a job with an attempt has workers there."""
@@ -333,7 +340,7 @@ class History:
             dict(world.nodes), dict(world.jobs), dict(world.attempts), dict(world.allocations), dict(world.workloads),
             world.fleet.cpu_free.tolist(), world.fleet.gpu_free.tolist(), world.fleet.memory_free.tolist(),
             {key: (m.since_ns, m.counter_mj, m.latest_mj, dict(m.holders)) for key, m in world.meters.items()},
-            {key: (h.gpu_milli, h.cpu_milli) for key, h in world.held.items() if h.gpu_milli or h.cpu_milli},
+            {project.id: dict(world.quota.held(project.id)) for project in PROJECTS},
             len(world.queue), dict(world.delayed), dict(world.reasons), world.metered_ns,
         )  # fmt: skip
 

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from hypothesis.errors import HypothesisException
 
 from tests.core.history import OPS, History, Op
-from tidemill.core import ending, facts, rating, starting, turn
+from tidemill.core import ending, facts, rating, scheduling, starting
 from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.meter import Meter
+from tidemill.core.queueing import WaitingLines
+from tidemill.core.quota import QuotaTree
 from tidemill.core.world import World
 from tidemill.model.fleet import Site
 from tidemill.model.ledger import RateCard, UsageInterval
@@ -57,8 +59,15 @@ def forgets_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def starts_half_gangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = turn.place_gang
-    monkeypatch.setattr(turn, "place_gang", lambda fleet, shape, workers: place(fleet, shape, max(1, workers - 1)))
+    place = scheduling.place_gang
+
+    def half(fleet: FleetArrays, gang: Any, **how: Any) -> Any:
+        placed = place(fleet, gang, **how)
+        if placed is None or len(placed.places) < 2:
+            return placed
+        return replace(placed, places=placed.places[:-1])
+
+    monkeypatch.setattr(scheduling, "place_gang", half)
 
 
 def leaves_idle_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,11 +129,11 @@ def ignores_the_fence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ignores_project_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turn, "exceeds_limit", lambda *_: None)
+    monkeypatch.setattr(QuotaTree, "over_limit", lambda self, *_of, **_how: None)
 
 
 def forgets_to_undo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(World, "on_undo", lambda self, action: None)
+    monkeypatch.setattr(WaitingLines, "rollback", lambda self: self._journal.clear())
 
 
 def forgets_the_fleet_when_undoing(monkeypatch: pytest.MonkeyPatch) -> None:

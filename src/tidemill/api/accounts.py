@@ -12,7 +12,8 @@ from tidemill.api.guard import Call, Caller, Routes, blocking, missing
 from tidemill.api.jobs import ProjectName
 from tidemill.api.shapes import PageOf, ProjectIn, ProjectOut, SecretIn, SecretOut, TokenIn, TokenOut
 from tidemill.errors import InvalidRequest
-from tidemill.model.ids import ProjectId, TokenId
+from tidemill.model.ids import ProjectId, TokenId, queue_id
+from tidemill.model.queue import CPU, GPU
 from tidemill.model.tenant import Project, Scope, Token
 from tidemill.units import parse_duration
 
@@ -24,7 +25,7 @@ _LONGEST_NS = 3_660 * 86_400 * 1_000_000_000
 async def list_projects(call: Caller) -> Response:
     """List the projects that the caller may see."""
     found = await blocking(call.plane.projects, call.identity)
-    return json_answer({"items": [_project_json(project) for project in found], "next_cursor": ""})
+    return json_answer({"items": [_project_json(call, project) for project in found], "next_cursor": ""})
 
 
 @routes.post("/v1/projects", allow=Scope.ADMIN, status=201, body=ProjectIn, answer=ProjectOut)
@@ -40,7 +41,7 @@ async def create_project(call: Caller) -> Response:
         limit_gpu_milli=given.limit_gpu_milli,
         limit_cpu_milli=given.limit_cpu_milli,
     )
-    return json_answer(_project_json(made), 201)
+    return json_answer(_project_json(call, made), 201)
 
 
 @routes.get("/v1/tokens", allow=Scope.ADMIN, answer=PageOf[TokenOut])
@@ -140,13 +141,15 @@ def _own_tokens(call: Call) -> list[Token]:
     ]
 
 
-def _project_json(project: Project) -> ProjectOut:
+def _project_json(call: Call, project: Project) -> ProjectOut:
+    queue = call.plane.world.queues.get(queue_id(project.id))
+    limit = dict(queue.limit) if queue is not None else {}
     return {
         "id": project.id,
         "name": project.name,
         "created_at_ns": project.created_ns,
-        "limit_gpu_milli": project.limit_gpu_milli,
-        "limit_cpu_milli": project.limit_cpu_milli,
+        "limit_gpu_milli": limit.get(GPU, 0),
+        "limit_cpu_milli": limit.get(CPU, 0),
     }
 
 

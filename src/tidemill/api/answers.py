@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tidemill.api.shapes import (
     ArtifactOut,
     AttemptOut,
     EventOut,
+    ForecastOut,
+    HoldingOut,
     JobOut,
     LedgerLineOut,
     NodeOut,
+    QueuedOut,
+    QueueOut,
+    QuoteOut,
     ReasonOut,
+    ReservationOut,
+    ShareOut,
     UsageOut,
     WorkerOut,
     WorkloadOut,
 )
+from tidemill.control.plane import Queued
+from tidemill.core.fairness import QueueShare
 from tidemill.core.world import World
 from tidemill.model.artifact import Artifact
 from tidemill.model.fleet import Node
-from tidemill.model.ids import LaunchId, NodeId
+from tidemill.model.ids import JobId, LaunchId, NodeId
 from tidemill.model.job import Allocation, AllocationState, Attempt, Job, JobState, Workload
 from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals
-from tidemill.model.plan import Reason
+from tidemill.model.plan import Forecast, Holding, Quote, Reason
+from tidemill.model.queue import Queue
+from tidemill.model.reservation import Reservation
 from tidemill.model.spec import Kind
 from tidemill.ports import StoredEvent
 from tidemill.units import MILLI, SECOND_NS
 from tidemill.wire import resources_json, spec_to_json
+from tidemill.wire.requests import amounts_json
+from tidemill.wire.writing import milli_json
 
 TERMINAL = frozenset((JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED))
 
@@ -41,6 +54,63 @@ def reason_json(reason: Reason) -> ReasonOut:
         "available": reason.available,
         "resolvable_by": reason.resolvable_by.value,
         "sentence": reason.sentence,
+    }
+
+
+def forecast_json(forecast: Forecast | None) -> ForecastOut | None:
+    """A forecast's fields."""
+    if forecast is None:
+        return None
+    return {
+        "earliest_at_ns": forecast.earliest_ns,
+        "likely_at_ns": forecast.likely_ns,
+        "latest_at_ns": forecast.latest_ns,
+        "basis": forecast.basis,
+    }
+
+
+def holding_json(holding: Holding, *, is_visible: bool) -> HoldingOut:
+    """Who holds what; of what the caller may not see, only how much and until when."""
+    return {
+        "job": holding.job_id if is_visible else "",
+        "name": holding.name if is_visible else "",
+        "project": holding.project if is_visible else "",
+        "amount": holding.amount,
+        "ends_at_ns": holding.ends_ns,
+    }
+
+
+def quote_json(quote: Quote, *, rate_card: str, carbon_source: str, visible: Callable[[JobId], bool]) -> QuoteOut:
+    """A quote's fields."""
+    return {
+        "feasible": quote.feasible,
+        "starts_now": quote.starts_now,
+        "duration_ns": quote.duration_ns,
+        "duration_known": quote.duration_known,
+        "amount_micro": quote.amount_micro,
+        "energy_mj": quote.energy_mj,
+        "carbon_mg": quote.carbon_mg,
+        "placement": [list(place) for place in quote.placement],
+        "reasons": [reason_json(reason) for reason in quote.reasons],
+        "suggestions": list(quote.suggestions),
+        "forecast": forecast_json(quote.forecast),
+        "finish_at_ns": quote.finish_ns,
+        "options": [
+            {
+                "change": option.change,
+                "starts_at_ns": option.starts_ns,
+                "finish_at_ns": option.finish_ns,
+                "amount_micro": option.amount_micro,
+                "energy_mj": option.energy_mj,
+                "carbon_mg": option.carbon_mg,
+            }
+            for option in quote.options
+        ],
+        "displaces": [job if visible(job) else "" for job in quote.displaces],
+        "estimated": True,
+        "rate_card": rate_card,
+        "currency": "USD",
+        "carbon_source": carbon_source,
     }
 
 
@@ -65,7 +135,10 @@ def job_json(job: Job, workload: Workload, *, project: str, reason: Reason | Non
         "ended_at_ns": job.ended_ns,
         "attempts": job.attempts,
         "retries": job.retries,
+        "evictions": job.evictions,
+        "capacity": spec.tier.value,
         "nodes": spec.nodes,
+        "nodes_min": spec.smallest,
         "resources": dict(resources_json(spec.resources)),
         "labels": dict(spec.labels),
         "reason": reason_json(reason) if reason is not None and job.state is JobState.QUEUED else None,
@@ -113,6 +186,7 @@ def attempt_json(attempt: Attempt) -> AttemptOut:
         "started_at_ns": attempt.started_ns,
         "ready_at_ns": attempt.ready_ns,
         "ended_at_ns": attempt.ended_ns,
+        "checkpoint_at_ns": attempt.checkpoint_ns,
     }
 
 
@@ -129,6 +203,8 @@ def worker_json(held: Allocation, attempt: int, node: Node | None) -> WorkerOut:
                 "milli": share.milli,
                 "model": devices[share.device_id].model if share.device_id in devices else "",
                 "index": devices[share.device_id].index if share.device_id in devices else -1,
+                "profile": share.profile,
+                "slice": share.slice,
             }
             for share in held.devices
         ],
@@ -205,6 +281,14 @@ def node_json(node: Node, world: World) -> NodeOut:
         "name": node.name,
         "site": node.site_id,
         "state": node.state.value,
+        "state_cause": node.state_cause,
+        "marking": node.marking,
+        "failing": [{"device": device, "detail": detail} for device, detail in node.failing],
+        "taints": list(node.taints),
+        "block": node.block,
+        "rack": node.rack,
+        "workers": len(world.by_node.get(node.id, ())),
+        "held_until_at_ns": node.held_until_ns,
         "cpu_model": node.cpu_model,
         "cpu_milli": node.cpu_milli,
         "free_cpu_milli": int(fleet.cpu_free[row]) if has_free else 0,
@@ -218,6 +302,9 @@ def node_json(node: Node, world: World) -> NodeOut:
                 "model": device.model,
                 "reported": device.reported,
                 "memory_bytes": device.memory_bytes,
+                "island": device.island,
+                "mig": device.mig.value,
+                "slices": [profile for profile, _, _ in device.slices],
                 "free_milli": max(0, int(fleet.gpu_free[row, column])) if has_free else 0,
             }
             for column, device in enumerate(node.devices)
@@ -225,6 +312,81 @@ def node_json(node: Node, world: World) -> NodeOut:
         "images": node.images,
         "labels": dict(node.labels),
         "joined_at_ns": node.joined_ns,
+    }
+
+
+def queue_json(queue: Queue, *, parent: str, project: str) -> QueueOut:
+    """A place in the quota tree, as it can be sent back."""
+    return {
+        "name": queue.name,
+        "parent": parent,
+        "project": project,
+        "weight": milli_json(queue.weight_milli),
+        "guaranteed": amounts_json(queue.guaranteed),
+        "limit": amounts_json(queue.limit),
+        "max_running": queue.max_running,
+        "max_queued": queue.max_queued,
+    }
+
+
+def share_json(row: QueueShare, *, project: str) -> ShareOut:
+    """Who has what."""
+    return {
+        "name": row.name,
+        "parent": row.parent,
+        "project": project,
+        "depth": row.depth,
+        "weight": milli_json(row.weight_milli),
+        "guaranteed": dict(row.guaranteed),
+        "limit": dict(row.limit),
+        "held": dict(row.held),
+        "borrowed": dict(row.borrowed),
+        "entitled": dict(row.entitled),
+        "models": dict(row.models),
+        "share": row.share,
+        "running": row.running,
+        "queued": row.queued,
+    }
+
+
+def queued_json(queued: Queued, *, project: str, user: str, now: int) -> QueuedOut:
+    """A waiting job."""
+    job, spec = queued.job, queued.workload.spec
+    return {
+        "position": queued.position,
+        "job": job.id,
+        "name": spec.name,
+        "kind": spec.kind.value,
+        "project": project,
+        "user": user,
+        "nodes": spec.nodes,
+        "nodes_min": spec.smallest,
+        "resources": dict(resources_json(spec.resources)),
+        "capacity": spec.tier.value,
+        "priority": job.priority,
+        "submitted_at_ns": job.submitted_ns,
+        "waited_ns": max(0, now - job.submitted_ns),
+        "evictions": job.evictions,
+        "starts_by_at_ns": queued.starts_by_ns,
+        "reason": reason_json(queued.reason) if queued.reason is not None else None,
+    }
+
+
+def reservation_json(reservation: Reservation, *, project: str, nodes: list[str], now: int) -> ReservationOut:
+    """A reservation with the window that is open or comes next."""
+    window = reservation.window(after=now)
+    return {
+        "id": reservation.id,
+        "name": reservation.name,
+        "project": project,
+        "nodes": nodes,
+        "state": "over" if window is None else "open" if window[0] <= now else "planned",
+        "window": {"from_ns": window[0], "to_ns": window[1]} if window is not None else None,
+        "starts_at_ns": reservation.starts_ns,
+        "ends_at_ns": reservation.ends_ns,
+        "every_ns": reservation.every_ns,
+        "until_at_ns": reservation.until_ns,
+        "created_by": reservation.created_by,
     }
 
 

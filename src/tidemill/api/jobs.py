@@ -10,8 +10,16 @@ from typing import Annotated, Any, Final
 from fastapi import Header, Query
 from starlette.responses import Response
 
-from tidemill.api.answers import TERMINAL, endpoint_of, job_json, reason_json, whole_job_json
-from tidemill.api.bodies import json_answer
+from tidemill.api.answers import (
+    TERMINAL,
+    endpoint_of,
+    forecast_json,
+    holding_json,
+    job_json,
+    reason_json,
+    whole_job_json,
+)
+from tidemill.api.bodies import json_answer, json_object
 from tidemill.api.follow import Streamed, event_stream, in_threads
 from tidemill.api.guard import Call, Caller, Routes, blocking, durable, missing
 from tidemill.api.joblogs import Seen, Wanted, follow_logs, follow_octets, parse_position, start_at
@@ -24,6 +32,7 @@ from tidemill.model.job import Job, JobState
 from tidemill.model.spec import Kind
 from tidemill.model.tenant import Scope
 from tidemill.ports import JobFilter, JobRow
+from tidemill.wire.requests import CheckpointedIn, read_body
 
 routes = Routes("jobs")
 Limit = Annotated[int, Query(ge=1, le=1_000, description="How many at most.")]
@@ -101,6 +110,7 @@ async def why(call: Caller, reference: str, project: ProjectName = "") -> Respon
 
     def answer() -> dict[str, Any]:
         found = call.plane.why(find_job(call, reference, project).job.id)
+        visible, jobs = set(call.visible_projects()), call.plane.world.jobs
         lines = dict.fromkeys((found.sentence, *(reason.sentence for reason in found.reasons)))
         return {
             "job": found.job_id,
@@ -108,12 +118,32 @@ async def why(call: Caller, reference: str, project: ProjectName = "") -> Respon
             "cause": found.cause,
             "detail": found.detail,
             "reasons": [reason_json(reason) for reason in found.reasons],
+            "holdings": [
+                holding_json(one, is_visible=one.job_id in jobs and jobs[one.job_id].project_id in visible)
+                for one in found.holdings
+            ],
+            "forecast": forecast_json(found.forecast),
             "position": found.position,
             "ahead": max(0, found.position - 1),
             "lines": [line for line in lines if line],
         }
 
     return json_answer(await blocking(answer))
+
+
+@routes.post("/v1/jobs/{reference}/checkpoint", allow=Scope.JOB, status=202, body=CheckpointedIn, answer=JobOut)
+async def checkpointed(call: Caller, reference: str, project: ProjectName = "") -> Response:
+    """Say that the job's work up to now is safe in a checkpoint, so that little is lost if it is displaced."""
+    given, raw = await json_object(call.request)
+    asked = read_body(CheckpointedIn, given)
+    row = await blocking(find_job, call, reference, project)
+
+    async def record() -> Response:
+        await durable(call.plane.checkpointed(call.identity, row.job.id, asked.detail))
+        return json_answer(await blocking(lambda: _whole(call, find_job(call, row.job.id))), 202)
+
+    request = f"checkpoint\0{row.job.id}\0".encode() + raw
+    return await call.services.once.answer(call.identity.principal_id, call.idempotency_key, request, record)
 
 
 @routes.get("/v1/jobs/{reference}/receipt", allow=Scope.READ, answer=ReceiptOut)

@@ -22,6 +22,7 @@ _TAGS: Final = {
     "execs": "Commands inside running workers.",
     "artifacts": "Uploaded folders, and named versions of what jobs made.",
     "fleet": "Machines, events, usage.",
+    "scheduling": "The quota tree and who has what, the order of the queue, reservations.",
     "accounts": "Projects, tokens, secrets.",
     "runners": "What runners report and fetch.",
     "gateway": "What the gateway serves by.",

@@ -60,13 +60,34 @@ class ReasonOut(TypedDict):
     sentence: str
 
 
+class ForecastOut(TypedDict):
+    """When a waiting job would start; zero: not within what was looked at. ``basis`` says what it rests on."""
+
+    earliest_at_ns: int
+    likely_at_ns: int
+    latest_at_ns: int
+    basis: str
+
+
+class HoldingOut(TypedDict):
+    """Who holds what is needed, until when at the latest; of others' jobs neither id nor name is told."""
+
+    job: str
+    name: str
+    project: str
+    amount: str
+    ends_at_ns: int
+
+
 class DeviceHeld(TypedDict):
-    """A device, or a share of one, that a worker holds."""
+    """A device that a worker holds, a share of it, or a MIG slice: ``profile``, from memory slice ``slice`` on."""
 
     id: str
     milli: int
     model: str
     index: int
+    profile: str
+    slice: int
 
 
 class WorkerOut(TypedDict):
@@ -105,6 +126,7 @@ class AttemptOut(TypedDict):
     started_at_ns: int
     ready_at_ns: int
     ended_at_ns: int
+    checkpoint_at_ns: int
 
 
 class JobOut(TypedDict):
@@ -127,7 +149,10 @@ class JobOut(TypedDict):
     ended_at_ns: int
     attempts: int
     retries: int
+    evictions: int
+    capacity: str
     nodes: int
+    nodes_min: int
     resources: dict[str, Any]
     labels: dict[str, str]
     reason: ReasonOut | None
@@ -157,8 +182,22 @@ class WorkloadsOut(TypedDict):
     items: list[WorkloadOut]
 
 
+class OptionOut(TypedDict):
+    """A nearby spec, by what is different in it, and what it would give; zero instants: not known."""
+
+    change: str
+    starts_at_ns: int
+    finish_at_ns: int
+    amount_micro: int
+    energy_mj: int
+    carbon_mg: int
+
+
 class QuoteOut(TypedDict):
-    """The answer before submitting; amounts are estimates for ``duration_ns`` of running."""
+    """The answer before submitting; amounts are estimates for ``duration_ns`` of running.
+
+    ``forecast`` is null when it would start now or never; ``displaces`` are jobs that would have to give way.
+    """
 
     feasible: bool
     starts_now: bool
@@ -170,6 +209,10 @@ class QuoteOut(TypedDict):
     placement: list[list[str]]
     reasons: list[ReasonOut]
     suggestions: list[str]
+    forecast: ForecastOut | None
+    finish_at_ns: int
+    options: list[OptionOut]
+    displaces: list[str]
     estimated: bool
     rate_card: str
     currency: str
@@ -184,6 +227,8 @@ class WhyOut(TypedDict):
     cause: str
     detail: str
     reasons: list[ReasonOut]
+    holdings: list[HoldingOut]
+    forecast: ForecastOut | None
     position: int
     ahead: int
     lines: list[str]
@@ -230,13 +275,31 @@ class StatusOut(TypedDict):
     rate_card: str
 
 
+class FailingOut(TypedDict):
+    """A device that nothing is placed on, and what it fails of."""
+
+    device: str
+    detail: str
+
+
 class NodeOut(TypedDict):
-    """A machine: what it has, and what of it is free."""
+    """A machine: what it has, what of it is free, and what is wrong with it.
+
+    ``marking`` is the cordon or drain that stands; ``workers`` counts those that hold something there.
+    """
 
     id: str
     name: str
     site: str
     state: str
+    state_cause: str
+    marking: str
+    failing: list[FailingOut]
+    taints: list[str]
+    block: str
+    rack: str
+    workers: int
+    held_until_at_ns: int
     cpu_model: str
     cpu_milli: int
     free_cpu_milli: int
@@ -247,6 +310,93 @@ class NodeOut(TypedDict):
     images: bool
     labels: dict[str, str]
     joined_at_ns: int
+
+
+class QueueOut(TypedDict):
+    """A place in the quota tree, as it can be sent back: GPUs and cores as numbers, memory as a size."""
+
+    name: str
+    parent: str
+    project: str
+    weight: float
+    guaranteed: dict[str, Any]
+    limit: dict[str, Any]
+    max_running: int
+    max_queued: int
+
+
+class ShareOut(TypedDict):
+    """Who has what, by resource class, in milli-GPU, milli-CPU and bytes.
+
+    ``borrowed`` is held above what is guaranteed, ``entitled`` what it could have now, ``models`` what it holds by
+    device model. ``share`` is the largest part of the fleet that it holds, or lately held, of any resource.
+    """
+
+    name: str
+    parent: str
+    project: str
+    depth: int
+    weight: float
+    guaranteed: dict[str, int]
+    limit: dict[str, int]
+    held: dict[str, int]
+    borrowed: dict[str, int]
+    entitled: dict[str, int]
+    models: dict[str, int]
+    share: float
+    running: int
+    queued: int
+
+
+class QueuedOut(TypedDict):
+    """A waiting job. ``position`` counts from 1 among all jobs, also those that the caller may not see.
+
+    It is zero while something else than its turn is waited for. ``starts_by_at_ns`` is by when it starts at the latest,
+    for the one job that others may not delay.
+    """
+
+    position: int
+    job: str
+    name: str
+    kind: str
+    project: str
+    user: str
+    nodes: int
+    nodes_min: int
+    resources: dict[str, Any]
+    capacity: str
+    priority: int
+    submitted_at_ns: int
+    waited_ns: int
+    evictions: int
+    starts_by_at_ns: int
+    reason: ReasonOut | None
+
+
+class WindowOut(TypedDict):
+    """One time during which a reservation holds."""
+
+    from_ns: int
+    to_ns: int
+
+
+class ReservationOut(TypedDict):
+    """Machines kept for a project, or for nobody without one. ``state`` is ``open``, ``planned`` or ``over``.
+
+    ``window`` is the one that is open or comes next, null when none will.
+    """
+
+    id: str
+    name: str
+    project: str
+    nodes: list[str]
+    state: str
+    window: WindowOut | None
+    starts_at_ns: int
+    ends_at_ns: int
+    every_ns: int
+    until_at_ns: int
+    created_by: str
 
 
 class EventOut(TypedDict):

@@ -7,14 +7,14 @@ from typing import Any
 
 from starlette.responses import Response
 
-from tidemill.api.answers import reason_json, workload_json
+from tidemill.api.answers import quote_json, workload_json
 from tidemill.api.bodies import body_of, checked, json_answer, json_object
 from tidemill.api.guard import Call, Caller, Routes, blocking, durable
 from tidemill.api.once import request_digest
 from tidemill.api.refs import find_workload
 from tidemill.api.shapes import BatchIn, NothingIn, QuoteOut, SubmitIn, WorkloadOut, WorkloadsOut
 from tidemill.errors import InvalidSpec
-from tidemill.model.ids import job_id
+from tidemill.model.ids import JobId, job_id
 from tidemill.model.job import Job, Workload
 from tidemill.model.spec import WorkloadSpec
 from tidemill.model.tenant import Project, Scope
@@ -55,24 +55,14 @@ async def quote(call: Caller) -> Response:
     project, specs = _read(call, [given.spec], given.project, many=False)
     found = await blocking(call.plane.quote, project, specs[0])
     status = await blocking(call.plane.status)
-    return json_answer(
-        {
-            "feasible": found.feasible,
-            "starts_now": found.starts_now,
-            "duration_ns": found.duration_ns,
-            "duration_known": found.duration_known,
-            "amount_micro": found.amount_micro,
-            "energy_mj": found.energy_mj,
-            "carbon_mg": found.carbon_mg,
-            "placement": [list(place) for place in found.placement],
-            "reasons": [reason_json(reason) for reason in found.reasons],
-            "suggestions": list(found.suggestions),
-            "estimated": True,
-            "rate_card": status.rate_card,
-            "currency": "USD",
-            "carbon_source": status.site.carbon_source,
-        }
-    )
+    visible = set(call.visible_projects())
+    jobs = call.plane.world.jobs
+
+    def is_visible(job: JobId) -> bool:
+        return job in jobs and jobs[job].project_id in visible
+
+    answer = quote_json(found, rate_card=status.rate_card, carbon_source=status.site.carbon_source, visible=is_visible)
+    return json_answer(answer)
 
 
 @routes.get("/v1/workloads/{reference}", allow=(Scope.READ, Scope.JOB), answer=WorkloadOut)
@@ -132,7 +122,7 @@ def _default_name(kind: object) -> str:
 async def _submit(call: Call, project: Project, specs: Sequence[WorkloadSpec], request: bytes) -> tuple[Workload, ...]:
     key = call.idempotency_key
     plane, identity = call.plane, call.identity
-    if key or any(spec.inputs or spec.secrets or spec.workdir for spec in specs):
+    if key or plane.must_look(project, specs):
         digest = request_digest(request) if key else ""
         future = await blocking(plane.submit, identity, project, specs, idempotency_key=key, request_digest=digest)
     else:

@@ -144,7 +144,7 @@ def project_create(
     cpus: Annotated[float, typer.Option("--cpus", metavar="N", min=0, help="At most so many held at a time.")] = 0,
     json: Json = False,
 ) -> None:
-    """Make a project, with limits or without."""
+    """Make a project, with limits or without; tidemill share set gives it a weight, a guarantee and more."""
     with Client() as client:
         made = client.create_project(name, limit_gpu_milli=round(gpus * MILLI), limit_cpu_milli=round(cpus * MILLI))
     if json:

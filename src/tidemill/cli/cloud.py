@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from tidemill.cli.output import emit, facts, note, paint, say, state, table
+from tidemill.cli.output import clock, emit, facts, note, paint, say, state, table
 from tidemill.cli.parsing import Json
 from tidemill.cli.ticker import Ticker
 from tidemill.errors import InvalidRequest
@@ -132,14 +133,30 @@ def nodes_command(json: Json = False) -> None:
     if json:
         emit([node.to_json() for node in nodes])
         return
-    table(("name", "state", "gpus", "cpu", "memory", "processor"), [node_row(node) for node in nodes], flexible=5)
+    headings = ("name", "state", "gpus", "cpu", "memory", "processor", "where", "labels", "taints", "trouble")
+    table(headings, [(*node_row(node), *_node_notes(node)) for node in nodes], flexible=9)
     if nodes and not any(node.devices for node in nodes):
         note(NO_GPU)
 
 
+def _node_notes(node: NodeInfo) -> tuple[str, str, str, str]:
+    """Where it stands, its labels and taints, and what is wrong with it."""
+    where = "/".join(filter(None, (node.site if node.block or node.rack else "", node.block, node.rack)))
+    failing = [f"{item.get('device')} fails: {item.get('detail')}" for item in node.failing]
+    held = (
+        f"held back until {clock(node.held_until_at_ns)}" if node.state == "suspect" and node.held_until_at_ns else ""
+    )
+    return (
+        where,
+        ", ".join(f"{name}={value}" for name, value in node.labels.items()),
+        ", ".join(node.taints),
+        "; ".join(filter(None, (node.state_cause, held, *failing))),
+    )
+
+
 def node_row(node: NodeInfo) -> tuple[str, ...]:
     """A machine as a row of a table."""
-    models = Counter(str(device.get("model", "GPU")) for device in node.devices)
+    models = Counter(_device(device) for device in node.devices)
     return (
         node.name,
         state(node.state),
@@ -148,6 +165,11 @@ def node_row(node: NodeInfo) -> tuple[str, ...]:
         format_size(node.memory_bytes),
         node.cpu_model,
     )
+
+
+def _device(device: Mapping[str, Any]) -> str:
+    model, slices = str(device.get("model", "GPU")), device.get("slices") or ()
+    return f"{model} ({', '.join(map(str, slices))})" if slices else model
 
 
 def _part(free: float, whole: float) -> str:

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from tidemill.cli.output import age, clock, count, emit, facts, note, paint, resources, say, state, table
+from tidemill.cli.output import age, clock, count, emit, facts, note, paint, resources, say, state, table, until
 from tidemill.cli.parsing import InProject, JobRef, Json, complete_job
 from tidemill.cli.running import LogPrinter, follow
 from tidemill.errors import InvalidRequest, TidemillError
 from tidemill.sdk.client import Client
-from tidemill.sdk.results import Job, LogChunk
+from tidemill.sdk.results import Forecast, Job, LogChunk
 from tidemill.units import format_duration
 
 ACTIVE = "queued,starting,running,stopping"
@@ -90,6 +90,8 @@ def show_command(job: JobRef, project: InProject = None, json: Json = False) -> 
             ("ended", clock(ended) + (f"  after {format_duration(ran)}" if ran else "")),
             ("attempts", str(found.attempts) if found.attempts > 1 else ""),
             ("priority", str(found.priority) if found.priority else ""),
+            ("capacity", found.capacity if found.capacity != "on_demand" else ""),
+            ("displaced", count(found.evictions, "time") if found.evictions else ""),
             ("endpoint", found.endpoint),
             ("labels", ", ".join(f"{name}={value}" for name, value in found.labels.items())),
         ]
@@ -136,8 +138,27 @@ def why_command(job: JobRef, project: InProject = None, json: Json = False) -> N
             ("code", reason.code),
         ]
         facts(amounts, indent=4)
-    if answer.position:
-        say(f"  {paint('place in the queue', 'muted')}  {answer.position}, {answer.ahead} ahead")
+    if answer.holdings:
+        say(f"  {paint('held by', 'muted')}")
+        rows = [
+            (one.name or "another's job", one.job, one.project, one.amount, clock(one.ends_at_ns) or "not known")
+            for one in answer.holdings
+        ]
+        table(("  job", "id", "project", "holds", "until"), [(f"  {row[0]}", *row[1:]) for row in rows])
+    place = [("place in the queue", f"{answer.position}, {answer.ahead} ahead" if answer.position else "")]
+    facts([*place, *forecast_rows(answer.forecast)])
+
+
+def forecast_rows(forecast: Forecast | None) -> list[tuple[str, str]]:
+    """When a waiting job would start, in words, and what that rests on."""
+    if forecast is None:
+        return []
+    if not forecast.likely_at_ns:
+        soonest = f"; not before {until(forecast.earliest_at_ns)}" if forecast.earliest_at_ns else ""
+        return [("starts", f"not within what can be foreseen{soonest}"), ("because", forecast.basis)]
+    last = until(forecast.latest_at_ns) if forecast.latest_at_ns else "not foreseeable"
+    between = f"{until(forecast.earliest_at_ns)} at the earliest, {last} at the latest"
+    return [("starts", f"likely {until(forecast.likely_at_ns)}: {between}"), ("because", forecast.basis)]
 
 
 def logs_command(

@@ -38,6 +38,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "why": ("jobs", "Why a job is where it is"),
         "logs": ("jobs", "A job's output"),
         "receipt": ("jobs", "What a job used and cost"),
+        "queue": ("scheduling", "Waiting jobs, in their order"),
         "top": ("top", "Live view of machines and jobs"),
         "nodes": ("cloud", "The machines"),
     },
@@ -45,6 +46,18 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "exec": ("inside", "Run a command in a worker"),
         "attach": ("inside", "Open a shell in a worker"),
         "cp": ("inside", "Copy files out of a job, or into it"),
+    },
+    "Share the machines": {
+        "share": ("scheduling", "Who has what, and who should have how much"),
+        "reserve": ("scheduling", "Machines kept for a time that is known before"),
+        "cordon": ("scheduling", "Place nothing new on a machine"),
+        "drain": ("scheduling", "Empty a machine"),
+        "resume": ("scheduling", "Open a machine to work again"),
+    },
+    "Try it out first": {
+        "twin": ("twinning", "Run the scheduler on virtual time: what if?"),
+        "record": ("twinning", "Save the turns that the scheduler takes"),
+        "replay": ("twinning", "Take saved turns again, and see what changed"),
     },
     "Manage": {
         "artifact": ("access", "Models and other results kept by name"),

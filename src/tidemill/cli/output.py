@@ -29,8 +29,12 @@ STATE_COLOURS = {
     "failed": "red",
     "cancelled": "muted",
     "ready": "green",
+    "cordoned": "yellow",
     "draining": "yellow",
+    "suspect": "yellow",
     "lost": "red",
+    "open": "green",
+    "planned": "cyan",
 }
 ESTIMATED = "estimated"
 
@@ -146,6 +150,15 @@ def age(since_ns: int) -> str:
 def clock(at_ns: int) -> str:
     """An instant in local time; empty when there is none."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at_ns / 1e9)) if at_ns else ""
+
+
+def until(at_ns: int) -> str:
+    """An instant to come, in how long and when: ``in 2h 10m (14:30:00)``; ``now`` when it is not to come."""
+    left = at_ns - time.time_ns()
+    if left <= 0:
+        return "now"
+    is_today = time.localtime(at_ns / 1e9)[:3] == time.localtime()[:3]
+    return f"in {format_duration(left)} ({clock(at_ns)[11 if is_today else 0 :]})"
 
 
 def resources(value: Any) -> str:

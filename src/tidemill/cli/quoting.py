@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from tidemill.cli.output import ESTIMATED, count, emit, facts, paint, resources, say, state
+from tidemill.cli.jobs import forecast_rows
+from tidemill.cli.output import ESTIMATED, count, emit, facts, paint, resources, say, state, table, until
 from tidemill.errors import ErrorKind
-from tidemill.sdk.results import Quote, Receipt
+from tidemill.sdk.results import Option, Quote, Receipt
 from tidemill.units import format_carbon, format_duration, format_energy, format_usd
 
 
@@ -18,12 +19,27 @@ def show_quote(quote: Quote, spec: Mapping[str, Any], *, is_json: bool) -> int:
     if is_json:
         emit(quote.to_json())
         return status
-    nodes = int(spec.get("nodes") or 1)
+    nodes = spec.get("nodes") or 1
     each = resources(spec.get("resources"))
-    size = count(nodes, "worker") + (f" × {each}" if each else "")
+    size = (count(nodes, "worker") if isinstance(nodes, int) else f"{nodes} workers") + (f" × {each}" if each else "")
     say(f"{paint(str(spec.get('name') or 'quote'), 'bold')}  {paint(size, 'muted')}")
     facts(quote_rows(quote))
+    if quote.options:
+        say(f"  {paint('or', 'muted')}")
+        headings = ("  with", "starts", "finishes", "cost", "energy", "carbon")
+        table(headings, [_option_row(option) for option in quote.options])
     return status
+
+
+def _option_row(option: Option) -> tuple[str, ...]:
+    return (
+        f"  {option.change}",
+        until(option.starts_at_ns) if option.starts_at_ns else "",
+        until(option.finish_at_ns) if option.finish_at_ns else "",
+        format_usd(option.amount_micro),
+        format_energy(option.energy_mj),
+        format_carbon(option.carbon_mg),
+    )
 
 
 def quote_rows(quote: Quote) -> list[tuple[str, str]]:
@@ -42,6 +58,9 @@ def quote_rows(quote: Quote) -> list[tuple[str, str]]:
     return [
         ("feasible", paint("yes", "green")),
         ("starts", now if quote.starts_now else f"later: {wait}"),
+        *(("likely", text) for name, text in forecast_rows(quote.forecast) if name == "starts"),
+        ("finishes", until(quote.finish_at_ns) if quote.finish_at_ns else ""),
+        ("displaces", count(len(quote.displaces), "job") if quote.displaces else ""),
         ("runs", f"{format_duration(quote.duration_ns)}  {paint(given, 'muted')}"),
         ("cost", f"{format_usd(quote.amount_micro)}  {mark}"),
         ("energy", f"{format_energy(quote.energy_mj)}  {mark}"),

@@ -9,6 +9,7 @@ is detached, or only followed with ``logs``, is never stopped by it.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from tidemill.sdk.specfile import SpecFile
 
 INTERRUPTED = 130
+_PLAIN_FLAGS = ("name", "max_duration", "expected_duration", "start_after", "start_before", "reservation")
 _ACTIVE = ("queued", "starting", "running", "stopping")
 
 
@@ -43,16 +45,23 @@ class RunOptions:
     gpus: str | None = None
     cpus: float | None = None
     memory: str | None = None
-    nodes: int | None = None
+    nodes: str | None = None
     name: str | None = None
     env: tuple[str, ...] = ()
     secret: tuple[str, ...] = ()
     python: str | None = None
     package: tuple[str, ...] = ()
     workdir: str | None = None
-    priority: int | None = None
+    priority: str | None = None
     project: str | None = None
     max_duration: str | None = None
+    expected_duration: str | None = None
+    start_after: str | None = None
+    start_before: str | None = None
+    after: tuple[str, ...] = ()
+    is_spot: bool = False
+    reservation: str | None = None
+    within: str | None = None
     retry: int | None = None
     is_detached: bool = False
     does_follow: bool = True
@@ -124,9 +133,23 @@ def _load(file: str) -> SpecFile:
 
 
 def _apply_flags(spec: dict[str, Any], options: RunOptions) -> None:
-    for name in ("name", "nodes", "priority", "max_duration"):
+    for name in _PLAIN_FLAGS:
         if (value := getattr(options, name)) is not None:
             spec[name] = value
+    if options.nodes is not None:
+        spec["nodes"] = _number_or(
+            options.nodes, r"\d+\.\.\d+", "--nodes", "Write for example 4, or 2..8 for as many as fit."
+        )
+    if options.priority is not None:
+        mend = "Write low, normal, high, or a number."
+        spec["priority"] = _number_or(options.priority, r"low|normal|high", "--priority", mend)
+    if options.is_spot:
+        spec.pop("capacity", None)
+        spec["spot"] = True
+    if options.after:
+        spec["after"] = list(options.after)
+    if options.within is not None:
+        spec["placement"] = {**_section(spec, "placement"), "within": options.within}
     given = {"gpus": options.gpus, "cpus": options.cpus, "memory": options.memory}
     if wanted := {name: value for name, value in given.items() if value is not None}:
         spec["resources"] = {**_section(spec, "resources"), **wanted}
@@ -144,6 +167,15 @@ def _apply_flags(spec: dict[str, Any], options: RunOptions) -> None:
         spec["env"] = environment
     if options.retry is not None:
         spec["retry"] = {"on": ["node_lost", "preempted", "error"], **_section(spec, "retry"), "max": options.retry}
+
+
+def _number_or(text: str, pattern: str, flag: str, mend: str) -> int | str:
+    """A whole number, or a word of another pattern. Raises: InvalidRequest."""
+    if re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
+        return int(text)
+    if not re.fullmatch(pattern, text, re.ASCII):
+        raise InvalidRequest("cannot be that", field=flag, value=text, mend=mend)
+    return text
 
 
 def _section(spec: dict[str, Any], name: str) -> dict[str, Any]:

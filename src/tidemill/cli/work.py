@@ -13,7 +13,9 @@ _File = Annotated[str | None, typer.Argument(metavar="FILE", help="A workload fi
 _Gpus = Annotated[str | None, typer.Option("--gpus", metavar="GPUS", help="Of each worker: H100:8, 24GB+, 0.5, none.")]
 _Cpus = Annotated[float | None, typer.Option("--cpus", metavar="N", help="Cores for each worker.")]
 _Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="For each worker, such as 16GB.")]
-_Nodes = Annotated[int | None, typer.Option("--nodes", metavar="N", help="Workers that start together.")]
+_Nodes = Annotated[
+    str | None, typer.Option("--nodes", metavar="N", help="Workers that start together; 2..8 is elastic.")
+]
 _Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="What to call it.")]
 _Env = Annotated[list[str] | None, typer.Option("--env", "-e", metavar="KEY=VALUE", help="Set a variable; repeatable.")]
 _Secret = Annotated[list[str] | None, typer.Option("--secret", metavar="NAME", help="Give it a secret; repeatable.")]
@@ -22,8 +24,27 @@ _With = Annotated[
     list[str] | None, typer.Option("--with", metavar="PACKAGE", help="Install it for the job; repeatable.")
 ]
 _Workdir = Annotated[str | None, typer.Option("--workdir", metavar="FOLDER", help="Folder to take along.")]
-_Priority = Annotated[int | None, typer.Option("--priority", metavar="N", help="From -1000 to 1000.")]
+_Priority = Annotated[
+    str | None, typer.Option("--priority", metavar="N", help="low, normal, high, or from -1000 to 1000.")
+]
 _Duration = Annotated[str | None, typer.Option("--max-duration", metavar="TIME", help="Stop it after, such as 30m.")]
+_Expected = Annotated[
+    str | None, typer.Option("--expected-duration", metavar="TIME", help="How long it should take; ends nothing.")
+]
+_StartAfter = Annotated[
+    str | None, typer.Option("--start-after", metavar="TIME", help="Not before: 2h, or 2027-03-01T09:00:00Z.")
+]
+_StartBefore = Annotated[
+    str | None, typer.Option("--start-before", metavar="TIME", help="Given up when it has not started by then.")
+]
+_After = Annotated[
+    list[str] | None, typer.Option("--after", metavar="WORKLOAD", help="Once that one ended well; repeatable.")
+]
+_Spot = Annotated[bool, typer.Option("--spot", help="It may have to give way at any time.")]
+_Reservation = Annotated[str | None, typer.Option("--reservation", metavar="NAME", help="Run in this reservation.")]
+_Within = Annotated[
+    str | None, typer.Option("--within", metavar="LEVEL", help="All workers in one site, block, rack, host or nvlink.")
+]
 _Retry = Annotated[int | None, typer.Option("--retry", metavar="N", help="Try again so often when it fails.")]
 
 
@@ -43,6 +64,13 @@ def run_command(
     priority: _Priority = None,
     project: InProject = None,
     max_duration: _Duration = None,
+    expected_duration: _Expected = None,
+    start_after: _StartAfter = None,
+    start_before: _StartBefore = None,
+    after: _After = None,
+    spot: _Spot = False,
+    reservation: _Reservation = None,
+    within: _Within = None,
     retry: _Retry = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return once it is submitted.")] = False,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Show its output until it ends.")] = True,
@@ -74,6 +102,13 @@ def run_command(
             priority=priority,
             project=project,
             max_duration=max_duration,
+            expected_duration=expected_duration,
+            start_after=start_after,
+            start_before=start_before,
+            after=tuple(after or ()),
+            is_spot=spot,
+            reservation=reservation,
+            within=within,
             retry=retry,
             is_detached=detach,
             does_follow=follow,
@@ -92,6 +127,8 @@ def quote_command(
     memory: _Memory = None,
     nodes: _Nodes = None,
     max_duration: _Duration = None,
+    spot: _Spot = False,
+    within: _Within = None,
     project: InProject = None,
     json: Json = False,
 ) -> int:
@@ -105,6 +142,8 @@ def quote_command(
             memory=memory,
             nodes=nodes,
             max_duration=max_duration,
+            is_spot=spot,
+            within=within,
             project=project,
             is_dry=True,
             is_json=json,

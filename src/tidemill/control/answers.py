@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
-from tidemill.core.admission import why_never, why_not_now
+from tidemill.core.admission import why_not_now, why_refused
+from tidemill.core.feasible import model_matches
+from tidemill.core.place import fits
 from tidemill.core.rating import amount_micro, carbon_mg
+from tidemill.core.reserve import nodes_open_to, why_not_open
 from tidemill.core.world import World
 from tidemill.model.fleet import Node, Site
 from tidemill.model.job import Allocation, Job, JobState, Workload
 from tidemill.model.ledger import CPU_METER, Evidence, LedgerTotals, Rate
 from tidemill.model.plan import Forecast, Holding, Plan, Quote, Reason, ResolvableBy
+from tidemill.model.policy import Policy
 from tidemill.model.spec import WorkloadSpec
-from tidemill.model.tenant import Project
 from tidemill.units import HOUR_NS, MILLI, SECOND_NS
 
 ASSUMED_DURATION_NS = HOUR_NS
@@ -82,26 +86,118 @@ class Status:
     gateway_url: str
 
 
-def explain(world: World, job: Job, workload: Workload, stored: Reason | None) -> Why:
+def explain(world: World, job: Job, workload: Workload, stored: Reason | None, *, now: int, policy: Policy) -> Why:
     """Why this job is in its state, computed from the world as it is now."""
     live = world.jobs.get(job.id, job)
-    if live.state is not JobState.QUEUED:
+    if live.state is not JobState.QUEUED or live.id not in world.jobs:
         return _why(live, _state_sentence(live), 0, ())
-    project = world.projects.get(live.project_id)
-    reasons: list[Reason] = []
-    if project is not None and (never := why_never(world.fleet, workload.spec, project)) is not None:
-        reasons.append(never)
-    if live.id in world.delayed:
-        reasons.append(_backing_off(live))
-    if not reasons:
-        line = world.line_of(live)
-        current = world.line_reasons.get(line) if line in world.blocked else None
-        reasons.append(current or stored or why_not_now(world.fleet, line.shape, line.workers))
-    position = world.queue.ahead_of(live) + 1
-    return _why(live, reasons[0].sentence, position, tuple(reasons))
+    reasons = _reasons(world, live, workload, stored, now=now, policy=policy)
+    position = world.queue.ahead_of(live) + 1 if world.is_waiting(live.id) else 0
+    return _why(live, reasons[0].sentence, position, tuple(reasons), holdings_for(world, live))
 
 
-def _why(job: Job, sentence: str, position: int, reasons: tuple[Reason, ...]) -> Why:
+def _reasons(
+    world: World, job: Job, workload: Workload, stored: Reason | None, *, now: int, policy: Policy
+) -> list[Reason]:
+    """Each constraint that is not met, the most decisive first."""
+    if (never := why_refused(world, workload)) is not None:
+        return [never]
+    if job.id in world.parked:
+        return [world.parked[job.id]]
+    if job.id in world.delayed:
+        return [_not_yet(job, workload)]
+    if job.id in world.promises:
+        return [world.reasons[job.id]] if job.id in world.reasons else []
+    line = world.line_of(job)
+    reasons = [
+        reason
+        for reason in (
+            world.quota.over_limit(job.project_id, world.amounts_of(line), 1),
+            why_not_open(world, line, now=now),
+        )
+        if reason is not None
+    ]
+    current = world.line_reasons.get(line) if line in world.blocked else None
+    if current is not None and current not in reasons:
+        reasons.append(current)
+    mask = nodes_open_to(world, line, now=now, policy=policy)
+    if not fits(world.fleet, line.gang, mask=mask):
+        room = why_not_now(world.fleet, line.gang, mask=mask)
+        if all(room.code != reason.code for reason in reasons):
+            reasons.append(room)
+    elif not reasons and stored is not None:
+        reasons.append(stored)
+    return reasons or [_next_turn()]
+
+
+def holdings_for(world: World, job: Job, limit: int = 10) -> tuple[Holding, ...]:
+    """Who holds most of what the job asks for, largest first."""
+    wanted = world.line_of(job).gang.choices
+    models = {
+        model
+        for shape in wanted
+        if shape.resources.gpus is not None
+        for model in world.fleet.models
+        if not shape.resources.gpus.model or model_matches(model, shape.resources.gpus.model)
+    }
+    found: list[tuple[int, Holding]] = []
+    for attempt in world.attempts.values():
+        workers = world.workers_of(attempt)
+        gpus: dict[str, int] = {}
+        for held in workers:
+            for share in held.devices:
+                model = world.fleet.model_of(held.node_id, share.device_id)
+                if model in models:
+                    gpus[model] = gpus.get(model, 0) + share.milli
+        cpu = sum(held.cpu_milli for held in workers)
+        if models and not gpus:
+            continue
+        holder = world.jobs[attempt.job_id]
+        workload = world.workloads[holder.workload_id]
+        project = world.projects.get(holder.project_id)
+        limit_ns = workload.spec.max_duration_ns
+        amount = ", ".join(f"{milli / MILLI:g} x {model}" for model, milli in gpus.items()) or f"{cpu / MILLI:g} CPU"
+        holding = Holding(
+            job_id=holder.id,
+            name=workload.spec.name,
+            project=project.name if project is not None else holder.project_id,
+            amount=amount,
+            ends_ns=attempt.started_ns + limit_ns if attempt.started_ns and limit_ns else 0,
+        )
+        found.append((sum(gpus.values()) if models else cpu, holding))
+    found.sort(key=lambda pair: (-pair[0], pair[1].job_id))
+    return tuple(holding for _, holding in found[:limit])
+
+
+def _next_turn() -> Reason:
+    return Reason(
+        code="NextTurn",
+        subject="queue",
+        needed="one more turn",
+        available="it is about to be taken",
+        resolvable_by=ResolvableBy.TIME,
+        sentence="Nothing stands in its way; it is about to be placed.",
+    )
+
+
+def _not_yet(job: Job, workload: Workload) -> Reason:
+    if job.attempts:
+        return _backing_off(job)
+    seconds = workload.spec.start_after_ns // SECOND_NS
+    when = datetime.fromtimestamp(seconds, UTC).isoformat(sep=" ")
+    return Reason(
+        code="NotYet",
+        subject="start_after",
+        needed=when,
+        available="not reached",
+        resolvable_by=ResolvableBy.TIME,
+        sentence=f"It is not to start before {when}.",
+    )
+
+
+def _why(
+    job: Job, sentence: str, position: int, reasons: tuple[Reason, ...], holdings: tuple[Holding, ...] = ()
+) -> Why:
     return Why(
         job_id=job.id,
         state=job.state.value,
@@ -110,6 +206,7 @@ def _why(job: Job, sentence: str, position: int, reasons: tuple[Reason, ...]) ->
         sentence=sentence,
         position=position,
         reasons=reasons,
+        holdings=holdings,
     )
 
 
@@ -141,24 +238,37 @@ def _backing_off(job: Job) -> Reason:
     )
 
 
-def quote_of(plan: Plan, world: World, workload: Workload, project: Project) -> Quote:
+def duration_of(spec: WorkloadSpec) -> int:
+    """How long a quote takes a workload to run."""
+    return spec.expected_duration_ns or spec.max_duration_ns or ASSUMED_DURATION_NS
+
+
+def quote_of(plan: Plan, world: World, workload: Workload) -> Quote:
     """The quote for a workload whose submission gave ``plan`` in a turn that is not kept."""
     spec = workload.spec
-    duration = spec.max_duration_ns or ASSUMED_DURATION_NS
-    never = why_never(world.fleet, spec, project)
+    duration = duration_of(spec)
+    never = why_refused(world, workload)
     if never is not None:
         return _priced(world, spec, (), duration, feasible=False, starts_now=False, reasons=(never,))
+    stem = f"job_{workload.id.partition('_')[2]}-"
     placed = [
         change.after
         for change in plan.changes
-        if isinstance(change.after, Allocation) and change.assumed is None and change.after.project_id == project.id
-        and change.after.job_id.startswith(f"job_{workload.id.partition('_')[2]}-")
-    ]  # fmt: skip
-    waiting = tuple(
-        item.reason for item in plan.waiting if item.job_id.startswith(f"job_{workload.id.partition('_')[2]}-")
+        if isinstance(change.after, Allocation) and change.assumed is None and change.after.job_id.startswith(stem)
+    ]
+    waiting = tuple(item.reason for item in plan.waiting if item.job_id.startswith(stem))
+    displaces = tuple(
+        entry.job_id for entry in plan.log if entry.type == "Preempted" and f"room for {stem}" in str(dict(entry.body))
     )
-    starts_now = len(placed) == spec.nodes * spec.job_count
-    return _priced(world, spec, tuple(placed), duration, feasible=True, starts_now=starts_now, reasons=waiting[:1])
+    jobs = {held.job_id for held in placed}
+    starts_now = len(jobs) == spec.job_count
+    quote = _priced(world, spec, tuple(placed), duration, feasible=True, starts_now=starts_now, reasons=waiting[:1])
+    return replace(quote, displaces=displaces)
+
+
+def price(world: World, spec: WorkloadSpec) -> Quote:
+    """What a workload would cost wherever it is put."""
+    return _priced(world, spec, (), duration_of(spec), feasible=True, starts_now=False, reasons=())
 
 
 def _priced(

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from tidemill.core import waiting
+from tidemill.core.outcome import Outcome
 from tidemill.core.turn import turn
 from tidemill.core.world import World
 from tidemill.model.events import Fact
 from tidemill.model.fleet import NodeState, Site
-from tidemill.model.job import AllocationState, Attempt, JobState
+from tidemill.model.ids import WorkloadId
+from tidemill.model.job import AllocationState, Attempt, AttemptState, Job, JobState
 from tidemill.model.ledger import RateCard
 from tidemill.model.plan import Plan
 from tidemill.model.policy import Policy
@@ -52,15 +55,28 @@ class Driver:
 
 
 def world_from(
-    snapshot: Snapshot, *, sites: Iterable[Site], projects: Iterable[Project], rates: RateCard, policy: Policy, now: int
+    snapshot: Snapshot,
+    *,
+    sites: Iterable[Site],
+    projects: Iterable[Project],
+    rates: RateCard,
+    policy: Policy,
+    now: int,
+    metered: bool = True,
 ) -> World:
     """The world as the store last knew it: what waits waits again, what ran is held and metered on.
 
-    Whether what ran still runs is for the engines' observations to say.
+    Whether what ran still runs is for the engines' observations to say. ``metered`` False leaves the meters out.
     """
-    world = World(sites=sites, projects=projects, rates=rates)
+    world = World(sites=sites, projects=projects, rates=rates, policy=policy)
     world.nodes = {node.id: node for node in snapshot.nodes}
+    for queue in snapshot.queues:
+        world.queues[queue.id] = queue
+        world.quota.set_queue(queue)
+    world.usages = {usage.id: usage for usage in snapshot.queue_usages}
+    world.reservations = {one.id: one for one in snapshot.reservations if not one.cancelled_ns}
     world.workloads = {workload.id: workload for workload in snapshot.workloads}
+    world.unlucky = dict(snapshot.unlucky)
     world.jobs = {job.id: job for job in snapshot.jobs}
     for job in snapshot.jobs:
         world.live_jobs[job.workload_id] = world.live_jobs.get(job.workload_id, 0) + 1
@@ -70,25 +86,65 @@ def world_from(
         world.workers[allocation.attempt_id] = (*world.workers.get(allocation.attempt_id, ()), allocation.id)
     world.reasons = {waiting.job_id: waiting.reason for waiting in snapshot.reasons}
     for node in snapshot.nodes:
-        if node.state is not NodeState.LOST:
+        if metered and node.state is not NodeState.LOST:
             world.open_meters(node, now=node.joined_ns or now)
+        if node.state is NodeState.SUSPECT:
+            world.set_timer(node.held_until_ns, "recheck", node.id)
     for node_id, name, until in snapshot.metered_until:
         if (meter := world.meters.get((node_id, name))) is not None:
             meter.since_ns = max(meter.since_ns, until)
     world.rebuild_fleet()
     for allocation in snapshot.allocations:
         world.hold(allocation)
+    world.quota.restore(snapshot.queue_usages)
+    world.quota.advance(now)
+    for reservation in world.reservations.values():
+        if (window := reservation.window(after=now)) is not None:
+            world.set_timer(max(window[0], now), "window", reservation.id)
+    _let_wait_again(world, snapshot, policy, now=now)
     for job in snapshot.jobs:
-        if job.state is JobState.QUEUED and job.not_before_ns > now:
-            world.delayed[job.id] = job.not_before_ns
-            world.set_timer(job.not_before_ns, "requeue", job.id)
-        elif job.state is JobState.QUEUED:
-            world.queue.add(world.line_of(job), job)
         if (attempt := world.attempts.get(job.id)) is not None:
             _restore_timers(world, attempt, policy, now=now)
+            spec = world.workloads[job.workload_id].spec
+            if attempt.state is not AttemptState.ENDING and attempt.workers < spec.nodes:
+                world.growable[job.id] = None
     world.metered_ns = now
     world.begin()
     return world
+
+
+def snapshot_of(world: World) -> Snapshot:
+    """All that is live in a world, as a store would give it."""
+    return Snapshot(
+        nodes=tuple(world.nodes.values()),
+        workloads=tuple(world.workloads.values()),
+        jobs=tuple(world.jobs.values()),
+        attempts=tuple(world.attempts.values()),
+        allocations=tuple(world.allocations.values()),
+        queues=tuple(world.queues.values()),
+        queue_usages=tuple(world.usages.values()),
+        reservations=tuple(world.reservations.values()),
+        unlucky=tuple(world.unlucky.items()),
+    )
+
+
+def _let_wait_again(world: World, snapshot: Snapshot, policy: Policy, *, now: int) -> None:
+    """Queued jobs wait for what they waited for. A dependency that is not live any more was satisfied, for else what
+    depends on it would have ended in the same turn."""
+    out = Outcome(now, policy)
+    by_workload: dict[WorkloadId, list[Job]] = {}
+    for job in snapshot.jobs:
+        by_workload.setdefault(job.workload_id, []).append(job)
+    for workload_id, jobs in by_workload.items():
+        live = sum(job.state is not JobState.QUEUED for job in jobs)
+        queued = [job for job in jobs if job.state is JobState.QUEUED]
+        for job in queued:
+            if job.not_before_ns > now:
+                world.delayed[job.id] = job.not_before_ns
+                world.set_timer(job.not_before_ns, "requeue", job.id)
+        waiting.enter(
+            world, world.workloads[workload_id], [j for j in queued if j.id not in world.delayed], out, live=live
+        )
 
 
 def _restore_timers(world: World, attempt: Attempt, policy: Policy, *, now: int) -> None:

@@ -8,6 +8,7 @@ from tidemill.core.world import World
 from tidemill.errors import InvalidSpec, NotFound
 from tidemill.model.artifact import Artifact
 from tidemill.model.ids import LaunchId, ProjectId
+from tidemill.model.job import Cause, DeviceShare
 from tidemill.model.plan import LaunchSpec
 from tidemill.model.spec import Port
 from tidemill.ports import Store
@@ -24,6 +25,7 @@ def build_launch(launch_id: LaunchId, *, world: World, store: Store, directory: 
     gang = [held]
     if attempt.workers > 1:
         gang = [worker for worker in store.allocations(job.id) if worker.attempt_id == attempt.id]
+        gang = [worker for worker in gang if worker.cause is not Cause.RESIZED]
     nodes = [world.nodes[worker.node_id] for worker in sorted(gang, key=lambda worker: worker.rank)]
     runner_token, job_token = directory.launch_tokens(
         launch_id,
@@ -48,10 +50,10 @@ def build_launch(launch_id: LaunchId, *, world: World, store: Store, directory: 
         secrets=spec.secrets,
         workdir=spec.workdir,
         inputs=tuple((name, find_input(store, job.project_id, ref).digest) for name, ref in spec.inputs),
-        devices=tuple((share.device_id, share.milli) for share in held.devices),
+        devices=tuple((_named(share), share.milli) for share in held.devices),
         cpu_milli=held.cpu_milli,
         memory_bytes=held.memory_bytes,
-        disk_bytes=spec.resources.disk_bytes,
+        disk_bytes=spec.choices[attempt.choice].disk_bytes,
         ports=tuple(Port(name=port.name, number=chosen[port.name]) for port in spec.ports),
         service=spec.service,
         rendezvous_port=attempt.rendezvous_port,
@@ -61,6 +63,11 @@ def build_launch(launch_id: LaunchId, *, world: World, store: Store, directory: 
         runner_token=runner_token,
         job_token=job_token,
     )
+
+
+def _named(share: DeviceShare) -> str:
+    """How a launch names a device: by its id, a MIG slice of one as ``GPU/PROFILE@FIRST``."""
+    return f"{share.device_id}/{share.profile}@{share.slice}" if share.profile else share.device_id
 
 
 def find_input(store: Store, project_id: ProjectId, reference: str) -> Artifact:

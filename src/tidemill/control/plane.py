@@ -9,27 +9,47 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from tidemill import __version__
-from tidemill.control.answers import Receipt, Status, Why, explain, mend_for, quote_of, receipt_of
+from tidemill.control.answers import Receipt, Status, Why, mend_for, receipt_of
 from tidemill.control.blobs import BlobStore
 from tidemill.control.driver import Driver, world_from
 from tidemill.control.enginework import EngineWork
+from tidemill.control.forecast import quote, why
 from tidemill.control.identity import Directory, Identity
 from tidemill.control.launching import build_launch, find_input
 from tidemill.control.logs import LogStore
 from tidemill.control.relay import Relay
 from tidemill.control.settings import Settings
+from tidemill.control.steering import (
+    Wanted,
+    check_dependency,
+    check_group,
+    check_reservation,
+    check_tree,
+    choose_nodes,
+    find_node,
+    is_of,
+    limits_told,
+    planned_reservation,
+    queues_from,
+    standing,
+    with_limits,
+)
 from tidemill.control.turns import TurnLoop
 from tidemill.control.vault import Vault
-from tidemill.core.admission import why_never
+from tidemill.core.admission import why_refused
+from tidemill.core.fairness import QueueShare
 from tidemill.core.world import World
 from tidemill.errors import (
+    Conflict,
     Fenced,
+    Forbidden,
     IdempotencyMismatch,
     Infeasible,
     InvalidRequest,
@@ -38,24 +58,47 @@ from tidemill.errors import (
     Unavailable,
 )
 from tidemill.model.artifact import Artifact
-from tidemill.model.events import Fact, MetersRead, NodeJoined, NodeWentAway, Sampled, StopRequested, Submitted
-from tidemill.model.fleet import Site
+from tidemill.model.events import (
+    Checkpointed,
+    Fact,
+    Marking,
+    MetersRead,
+    NodeJoined,
+    NodeMarked,
+    NodeWentAway,
+    ProjectOpened,
+    QueueSet,
+    ReservationCancelled,
+    ReservationMade,
+    Sampled,
+    StopRequested,
+    Submitted,
+)
+from tidemill.model.fleet import Node, Site
 from tidemill.model.ids import (
     ArtifactId,
     JobId,
     LaunchId,
+    PrincipalId,
     ProjectId,
+    ReservationId,
     TokenId,
     WorkloadId,
+    queue_id,
     sortable_id,
 )
 from tidemill.model.job import Allocation, AllocationState, Attempt, Cause, Job, Workload
 from tidemill.model.ledger import RateCard
-from tidemill.model.plan import LaunchSpec, Quote
-from tidemill.model.spec import SECRET_NAME, WorkloadSpec
+from tidemill.model.plan import LaunchSpec, Quote, Reason
+from tidemill.model.queue import Queue
+from tidemill.model.reservation import Reservation
+from tidemill.model.spec import SECRET_NAME, Dependency, WorkloadSpec
 from tidemill.model.tenant import Project, Scope, Token
-from tidemill.ports import Engine, IdempotencyRecord, Store
+from tidemill.ports import Engine, IdempotencyRecord, JobFilter, Store
+from tidemill.wire import instant_text
+from tidemill.wire.requests import QueueIn, ReservationIn
 
+Answer = TypeVar("Answer")
 RECORDED_RESPONSE = msgspec.json.Decoder(list[str])
 
 
@@ -65,6 +108,21 @@ class Directive:
 
     stop: bool
     grace_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queued:
+    """A waiting job. ``position`` counts from 1 in the order in which jobs would be tried.
+
+    It is zero while something else than its turn is waited for. ``starts_by_ns`` is by when it starts at the latest,
+    for the one job that others may not delay; zero for the rest.
+    """
+
+    position: int
+    job: Job
+    workload: Workload
+    reason: Reason | None
+    starts_by_ns: int = 0
 
 
 class ControlPlane:
@@ -121,6 +179,8 @@ class ControlPlane:
         )
         self._in_flight: dict[tuple[str, str], tuple[str, Future[tuple[Workload, ...]]]] = {}
         self._lock = threading.Lock()
+        self._steering = threading.Lock()
+        """Held while a change of the quota tree or of reservations is checked and made, one at a time."""
         self.beats: dict[LaunchId, tuple[int, int, int]] = {}
         """The last beat of each launch: when, CPU time used (ns), resident memory (bytes)."""
         self._closing = threading.Event()
@@ -198,21 +258,32 @@ class ControlPlane:
     def create_project(
         self, identity: Identity, name: str, *, limit_gpu_milli: int = 0, limit_cpu_milli: int = 0
     ) -> Project:
-        """A new project, or the one of that name with new limits."""
+        """A new project, or the one of that name; its queue has these limits from now on, zero being none.
+
+        Raises: Forbidden, InvalidRequest when another queue has that name.
+        """
         identity.require(Scope.ADMIN)
-        known = next((p for p in self.projects(identity) if p.name == name), None)
-        now = self._clock()
-        project = Project(
-            id=known.id if known else ProjectId(sortable_id("prj", now=now, entropy=secrets.randbits(40))),
-            organization_id=identity.organization_id,
-            name=name,
-            created_ns=known.created_ns if known else now,
-            limit_gpu_milli=limit_gpu_milli,
-            limit_cpu_milli=limit_cpu_milli,
-        )
-        self.store.put_project(project)
-        self._projects[project.id] = project
-        self.world.projects[project.id] = project
+        with self._steering:
+            known = next((p for p in self.projects(identity) if p.name == name), None)
+            now = self._clock()
+            project = known or Project(
+                id=ProjectId(sortable_id("prj", now=now, entropy=secrets.randbits(40))),
+                organization_id=identity.organization_id,
+                name=name,
+                created_ns=now,
+            )
+            facts: list[Fact] = [ProjectOpened(at_ns=now, project=project)] if known is None else []
+            queue = self.world.queues.get(queue_id(project.id))
+            if queue is not None or limit_gpu_milli or limit_cpu_milli:
+                before = queue or Queue(id=queue_id(project.id), name=name, project_id=project.id)
+                limited = with_limits(before, gpu_milli=limit_gpu_milli, cpu_milli=limit_cpu_milli)
+                self._check_tree(identity, [limited], [project])
+                facts.append(QueueSet(at_ns=now, queue=limited))
+            if known is None:
+                self.store.put_project(project)
+                self._projects[project.id] = project
+            if facts:
+                self._turns.put(facts).result(timeout=30)
         return project
 
     def create_token(
@@ -314,18 +385,25 @@ class ControlPlane:
     ) -> Future[tuple[Workload, ...]]:
         """``answer``, which is given when the workloads, and ``record`` with their ids, are durable."""
         now = self._clock()
-        specs = [self._checked(spec, project) for spec in specs]
+        specs = [self._checked(spec, project, now=now) for spec in specs]
+        self._check_room(project, sum(spec.job_count for spec in specs))
         entropy = os.urandom(5 * len(specs))
+        ids = [
+            WorkloadId(sortable_id("wl", now=now, entropy=int.from_bytes(entropy[at : at + 5], "big")))
+            for at in range(0, len(entropy), 5)
+        ]
+        if any(spec.after for spec in specs):
+            specs = self._follow(specs, ids, project)
         workloads = tuple(
             Workload(
-                id=WorkloadId(sortable_id("wl", now=now, entropy=int.from_bytes(entropy[5 * at : 5 * at + 5], "big"))),
+                id=own_id,
                 organization_id=project.organization_id,
                 project_id=project.id,
                 principal_id=identity.principal_id,
                 spec=spec,
                 submitted_ns=now,
             )
-            for at, spec in enumerate(specs)
+            for own_id, spec in zip(ids, specs, strict=True)
         )
 
         def done(stored: Future[None]) -> None:
@@ -336,8 +414,7 @@ class ControlPlane:
 
         records = []
         if record is not None:
-            ids = msgspec.json.encode([workload.id for workload in workloads]).decode()
-            records.append(replace(record, response=ids))
+            records.append(replace(record, response=msgspec.json.encode(ids).decode()))
         facts = [Submitted(at_ns=now, workload=workload) for workload in workloads]
         self._turns.put(facts, records).add_done_callback(done)
         return answer
@@ -351,10 +428,34 @@ class ControlPlane:
         now = self._clock()
         return self._turns.put([StopRequested(at_ns=now, job_id=job, by=identity.name) for job in job_ids])
 
+    def must_look(self, project: Project, specs: Sequence[WorkloadSpec]) -> bool:
+        """Whether submitting these waits for the store or for a turn, so that it is not for an event loop."""
+        return self._is_capped(project) or any(
+            spec.inputs or spec.secrets or spec.workdir or spec.after or spec.group for spec in specs
+        )
+
+    def checkpointed(self, identity: Identity, job_id: JobId, detail: str) -> Future[None]:
+        """Nothing, when it is recorded that the job's work up to now is safe.
+
+        Raises: NotFound when nothing of it runs, Fenced for a token of an earlier attempt.
+        """
+        attempt = self.world.attempts.get(job_id)
+        held = self.world.workers_of(attempt) if attempt is not None else ()
+        if not held:
+            raise NotFound("Nothing of that job runs.", field="job", value=job_id)
+        if identity.launch_id and identity.launch_id not in {worker.id for worker in held}:
+            raise Fenced("A newer attempt of the job runs.", field="job", value=job_id)
+        first = min(held, key=lambda worker: worker.rank)
+        fact = Checkpointed(at_ns=self._clock(), launch_id=first.id, fence=first.fence, detail=detail)
+        return self._turns.put([fact])
+
     def quote(self, project: Project, spec: WorkloadSpec) -> Quote:
         """What would happen if it were submitted now: the next turn, taken and undone."""
         now = self._clock()
-        self._resolve_inputs(spec, project)
+        spec = self._resolve_inputs(spec, project)
+        if spec.after:
+            [spec] = self._follow([spec], [WorkloadId("")], project)
+        self._check_times(spec, project, now=now)
         workload = Workload(
             id=WorkloadId(sortable_id("wl", now=now, entropy=secrets.randbits(40))),
             organization_id=project.organization_id,
@@ -363,17 +464,14 @@ class ControlPlane:
             spec=spec,
             submitted_ns=now,
         )
-        future = self._turns.ask(
-            [Submitted(at_ns=now, workload=workload)], lambda plan, world: quote_of(plan, world, workload, project)
-        )
-        return future.result(timeout=30)
+        return quote(self._turns, workload, self.settings.policy, now=now)
 
     def why(self, job_id: JobId) -> Why:
         """Why a job is where it is. Raises: NotFound."""
         row = self.store.job(job_id)
         if row is None:
             raise NotFound("There is no such job.", field="job", value=job_id)
-        return explain(self.world, row.job, row.workload, row.reason)
+        return why(self._turns, row, self.settings.policy, now=self._clock())
 
     def receipt(self, job_id: JobId) -> Receipt:
         """What a job took and cost, as far as it is metered. Raises: NotFound."""
@@ -418,6 +516,118 @@ class ControlPlane:
             rate_card=self._rates.id,
             gateway_url=self.settings.gateway_url,
         )
+
+    def waiting(self, identity: Identity, *, project: ProjectId = ProjectId(""), limit: int) -> tuple[Queued, ...]:
+        """Waiting jobs that the identity may see, in the order in which they would be tried; then those that wait for
+        something else than their turn, oldest first."""
+        own = {one.id for one in self.projects(identity) if project in ("", one.id)}
+        now, enough = self._clock(), limit if len(own) == len(self._projects) else None
+
+        def look(world: World) -> tuple[Queued, ...]:
+            order = enumerate(world.queue.in_order(enough, now=now), 1)
+            tried = ((position, world.jobs[job_id]) for position, (_, job_id) in order)
+            apart = (world.jobs[job_id] for job_id in {**world.promises, **world.delayed, **world.parked})
+            later = ((0, job) for job in sorted(apart, key=lambda job: (job.submitted_ns, job.id)))
+            seen = ((position, job) for position, job in chain(tried, later) if job.project_id in own)
+            plan = world.held_back
+            return tuple(
+                Queued(
+                    position=position,
+                    job=job,
+                    workload=world.workloads[job.workload_id],
+                    reason=world.reasons.get(job.id),
+                    starts_by_ns=plan.at_ns if plan is not None and plan.job_id == job.id else 0,
+                )
+                for position, job in islice(seen, limit)
+            )
+
+        return self._look(look)
+
+    # -- steering: the quota tree, times, machines ----------------------------------------------------------------
+
+    def queues(self, identity: Identity) -> tuple[Queue, ...]:
+        """The queues of the identity's organization, by name; those of its projects when it is bound to some."""
+        mine = [queue for queue in self.world.queues.copy().values() if self._is_mine(identity, queue)]
+        return tuple(sorted(mine, key=lambda queue: (queue.name, queue.id)))
+
+    def share(self, identity: Identity) -> tuple[QueueShare, ...]:
+        """Who has what, a row for each queue and project that the identity may see, parents before children."""
+        projects = {project.id for project in self.projects(identity)}
+        mine = {queue.id for queue in self.queues(identity)}
+        rows = self._look(lambda world: world.quota.report())
+        return tuple(row for row in rows if row.id in mine or row.project_id in projects)
+
+    def set_queues(self, identity: Identity, given: Sequence[QueueIn]) -> tuple[Queue, ...]:
+        """The organization's queues after these were added, or replaced those of their names: all or none.
+
+        Raises: InvalidRequest that names the field, its value and the mend.
+        """
+        _administer(identity)
+        with self._steering:
+            made = queues_from(
+                given,
+                known=self.queues(identity),
+                projects=self.projects(identity),
+                organization=identity.organization_id,
+            )
+            self._check_tree(identity, made, [])
+            now = self._clock()
+            self._turns.put([QueueSet(at_ns=now, queue=queue) for queue in made]).result(timeout=30)
+        return self.queues(identity)
+
+    def reserve(self, identity: Identity, project: Project | None, given: ReservationIn) -> Reservation:
+        """A new reservation, for nobody without a project. Raises: InvalidRequest that names the field."""
+        _administer(identity)
+        with self._steering:
+            now, world = self._clock(), self.world
+            if standing(self.reservations(identity), given.name, now=now) is not None:
+                mend = "Choose another name, or cancel that one: tidemill reserve cancel."
+                raise InvalidRequest("A reservation of that name stands.", field="name", value=given.name, mend=mend)
+            planned = planned_reservation(
+                given,
+                identity=ReservationId(sortable_id("rsv", now=now, entropy=secrets.randbits(40))),
+                project=project.id if project is not None else ProjectId(""),
+                by=identity.name,
+                now=now,
+            )
+            wanted = Wanted(count=given.nodes, names=given.node, gpus=given.gpus, labels=given.labels)
+            mine = {one.id for one in self.reservations(identity)}
+            made = replace(planned, node_ids=choose_nodes(world, planned, wanted, visible=mine, now=now))
+            self._turns.put([ReservationMade(at_ns=now, reservation=made)]).result(timeout=30)
+        return made
+
+    def reservations(self, identity: Identity) -> tuple[Reservation, ...]:
+        """Reservations with a window to come that the identity may see: those for nobody concern all."""
+        now, visible = self._clock(), {project.id for project in self.projects(identity)}
+        found = [
+            one
+            for one in self.world.reservations.copy().values()
+            if (not one.project_id or one.project_id in visible) and one.window(after=now) is not None
+        ]
+        return tuple(sorted(found, key=lambda one: (one.starts_ns, one.name, one.id)))
+
+    def cancel_reservation(self, identity: Identity, name: str) -> Reservation:
+        """The reservation of that name or id as it was, which does not stand any more. Raises: NotFound."""
+        _administer(identity)
+        now = self._clock()
+        found = standing(self.reservations(identity), name, now=now)
+        if found is None:
+            raise NotFound(
+                f"There is no reservation {name[:100]}.",
+                field="reservation",
+                value=name[:100],
+                mend="See tidemill reserve list.",
+            )
+        self._turns.put([ReservationCancelled(at_ns=now, reservation_id=found.id)]).result(timeout=30)
+        return replace(found, cancelled_ns=now)
+
+    def mark(self, identity: Identity, name: str, marking: Marking, detail: str) -> Node:
+        """The node after it was cordoned, drained or resumed. Raises: NotFound."""
+        _administer(identity)
+        node = find_node(self.world, name)
+        fact = NodeMarked(at_ns=self._clock(), node_id=node.id, marking=marking, by=identity.name, detail=detail)
+        self._turns.put([fact]).result(timeout=30)
+        return self.world.nodes.get(node.id, node)
 
     # -- runners --------------------------------------------------------------------------------------------------
 
@@ -539,6 +749,25 @@ class ControlPlane:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
+    def _look(self, look: Callable[[World], Answer]) -> Answer:
+        """What ``look`` makes of the world, between turns."""
+        return self._turns.ask([], lambda _, world: look(world)).result(timeout=30)
+
+    def _is_mine(self, identity: Identity, queue: Queue) -> bool:
+        projects = self.projects(identity)
+        if identity.project_ids and not queue.project_id:
+            return False
+        return is_of(queue, identity.organization_id, projects)
+
+    def _check_tree(self, identity: Identity, changed: Sequence[Queue], opened: Sequence[Project]) -> None:
+        """Raises: InvalidRequest when the tree cannot be used with the changed queues in it."""
+        world, new = self.world, {queue.id for queue in changed}
+        rest = [queue for queue in world.queues.copy().values() if queue.id not in new]
+        mine = [queue for queue in rest if self._is_mine(identity, queue)]
+        others = [queue for queue in rest if queue not in mine]
+        projects = [*self._projects.values(), *(one for one in opened if one.id not in self._projects)]
+        check_tree([*mine, *changed], others, projects, world.nodes.copy().values())
+
     def _load_world(self) -> World:
         return world_from(
             self.store.load(),
@@ -569,10 +798,11 @@ class ControlPlane:
                 principal=workload.principal_id,
             )
 
-    def _checked(self, spec: WorkloadSpec, project: Project) -> WorkloadSpec:
+    def _checked(self, spec: WorkloadSpec, project: Project, *, now: int) -> WorkloadSpec:
         """The spec with its inputs pinned to versions. Raises: Infeasible, InvalidSpec."""
         if spec.inputs:
             spec = self._resolve_inputs(spec, project)
+        self._check_times(spec, project, now=now)
         if spec.workdir and not self.blobs.exists(spec.workdir):
             raise InvalidSpec(
                 "The workdir was not uploaded.", field="workdir", value=spec.workdir, mend="Upload it first."
@@ -585,12 +815,85 @@ class ControlPlane:
                     value=name,
                     mend=f"Set it: tidemill secret set {name}.",
                 )
-        never = why_never(self.world.fleet, spec, project)
+        asked = Workload(
+            id=WorkloadId(""),
+            organization_id=project.organization_id,
+            project_id=project.id,
+            principal_id=PrincipalId(""),
+            spec=spec,
+            submitted_ns=now,
+        )
+        never = why_refused(self.world, asked)
         if never is not None:
             raise Infeasible(
                 never.sentence, field=never.subject, value=never.needed, mend=mend_for(never), reason=never.code
             )
         return spec
+
+    def _check_times(self, spec: WorkloadSpec, project: Project, *, now: int) -> None:
+        """Raises: InvalidSpec for what waits for a time, a window or a group that will not come."""
+        if spec.start_before_ns and spec.start_before_ns <= now:
+            raise InvalidSpec(
+                "That time is over.",
+                field="start_before",
+                value=instant_text(spec.start_before_ns),
+                mend="Write a time to come, such as 2h.",
+            )
+        if spec.reservation:
+            check_reservation(spec, project, self.world.reservations.copy().values(), now=now)
+        if spec.group is not None:
+            check_group(spec.group, project, self.world.workloads.copy().values())
+
+    def _check_room(self, project: Project, jobs: int) -> None:
+        """Raises: Conflict when a queue of the project has as many jobs waiting as it may."""
+        if not self._is_capped(project):
+            return
+        reason = self._look(lambda world: world.quota.too_many_queued(project.id, jobs))
+        if reason is not None:
+            raise Conflict(
+                reason.sentence, field="project", value=project.name, mend=limits_told(reason), reason=reason.code
+            )
+
+    def _is_capped(self, project: Project) -> bool:
+        queues = self.world.queues
+        at = queues.get(queue_id(project.id))
+        for _ in range(len(queues)):
+            if at is None or at.max_queued:
+                break
+            at = queues.get(at.parent_id)
+        return at is not None and bool(at.max_queued)
+
+    def _follow(self, specs: Sequence[WorkloadSpec], ids: Sequence[WorkloadId], project: Project) -> list[WorkloadSpec]:
+        """The specs with the ids of the workloads that they come after; earlier ones of a batch count.
+
+        Raises: InvalidSpec for one that there is not, or that has ended otherwise already.
+        """
+        found: list[WorkloadSpec] = []
+        batch: dict[str, WorkloadId] = {}
+        for own_id, spec in zip(ids, specs, strict=True):
+            after = tuple(
+                replace(one, workload_id=batch.get(one.workload_id) or self._before(one, project)) for one in spec.after
+            )
+            found.append(replace(spec, after=after) if after else spec)
+            batch[spec.name] = own_id
+        return found
+
+    def _before(self, dependency: Dependency, project: Project) -> WorkloadId:
+        """The id of the workload that is meant by its id, or by a name that is its project's newest of that name."""
+        named = str(dependency.workload_id)
+        workload = self.store.workload(dependency.workload_id) if named.startswith("wl_") else None
+        if workload is None:
+            rows = self.store.find_jobs(JobFilter(project_ids=(project.id,), name=named), limit=1).items
+            workload = rows[0].workload if rows else None
+        if workload is None or workload.project_id != project.id:
+            raise InvalidSpec(
+                f"Project {project.name} has no workload {named}.",
+                field="after",
+                value=named,
+                mend="Submit that one first, and name it as tidemill ps shows it.",
+            )
+        check_dependency(dependency, workload, self.store.jobs_of(workload.id))
+        return workload.id
 
     def _resolve_inputs(self, spec: WorkloadSpec, project: Project) -> WorkloadSpec:
         pinned = []
@@ -620,6 +923,18 @@ class ControlPlane:
             sampled = self._sample()
             if sampled is not None:
                 self._turns.put([sampled])
+
+
+def _administer(identity: Identity) -> None:
+    """Raises: Forbidden when the identity may not change what all projects share."""
+    identity.require(Scope.ADMIN)
+    if identity.project_ids:
+        raise Forbidden(
+            "A token of one project cannot change what all share.",
+            field="project",
+            value=identity.project_ids[0],
+            mend="Use an administrator's token that is not bound to a project.",
+        )
 
 
 def _mismatch(key: str) -> IdempotencyMismatch:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
@@ -23,6 +24,14 @@ class Settings:
     US dollars for one hour of one unit, over the catalog's. ``country`` is ISO 3166 alpha-3 and sets the
     carbon intensity unless ``carbon_g_per_kwh`` does. ``hosts`` are names, beside this machine's own
     loopback names, under which the API may be addressed. ``reserve_cpus`` cores are kept from jobs.
+
+    ``labels``, ``taints``, ``rack`` and ``block`` say what this machine is to those who place work. ``mig_dynamic``
+    lists GPUs, by number or UUID, whose MIG slices Tidemill may make and unmake; ``all`` means each in MIG mode. A
+    device that fails is looked at again after ``device_recheck``; one that was slowed by heat for ``device_hot``
+    fails. ``simulated`` describes the fleet of the simulated engine (``engines.simulated.fleet``), whose workers run
+    for ``simulated_duration`` when their command does not say how long it sleeps.
+
+    The others, from ``meter_every`` on, are the fields of ``model.policy.Policy``, with durations as text.
     """
 
     home: Path
@@ -40,7 +49,35 @@ class Settings:
     hosts: tuple[str, ...] = ()
     reserve_cpus: float = 0.0
     workdir_limit: str = "2GB"
+    labels: Mapping[str, str] = field(default_factory=dict)
+    taints: tuple[str, ...] = ()
+    rack: str = ""
+    block: str = ""
+    mig_dynamic: tuple[str, ...] = ()
+    device_recheck: str = "10m"
+    device_hot: str = "2m"
+    simulated: str = "8xH100:8"
+    simulated_duration: str = "1m"
     meter_every: str = "1m"
+    retry_backoff: str = "500ms"
+    retry_backoff_max: str = "1m"
+    stop_retry: str = "5s"
+    stop_margin: str = "5s"
+    starts_per_turn: int = 512
+    order: str = "fair"
+    score: str = "tide"
+    half_life: str = "1d"
+    ageing: str = "15m"
+    patience: str = "1d"
+    backfill: bool = True
+    assumed_duration: str = "1h"
+    replan: str = "30s"
+    preemption: bool = True
+    min_run: str = "5m"
+    displace_in_project: bool = True
+    flap_losses: int = 3
+    flap_window: str = "1h"
+    flap_hold: str = "10m"
 
     @property
     def database_url(self) -> str:
@@ -64,8 +101,22 @@ class Settings:
 
     @property
     def policy(self) -> Policy:
-        """The part that steers turns."""
-        return Policy(meter_every_ns=parse_duration(self.meter_every))
+        """The part that steers turns: every field of it is a setting, a duration without its ``_ns``."""
+        given: dict[str, Any] = {}
+        for item in fields(Policy):
+            value = getattr(self, item.name.removesuffix("_ns"))
+            given[item.name] = parse_duration(value) if item.name.endswith("_ns") else value
+        return Policy(**given)
+
+
+_DURATIONS: Final = {item.name.removesuffix("_ns") for item in fields(Policy) if item.name.endswith("_ns")} | {
+    "device_recheck",
+    "device_hot",
+    "simulated_duration",
+}
+_NEVER_ZERO: Final = {"meter_every", "retry_backoff", "stop_retry", "replan", "device_recheck", "device_hot"}
+_ENGINES: Final = ("local", "simulated")
+_LABEL: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_./]{0,61}[A-Za-z0-9])?")
 
 
 def load_settings(home: Path, overrides: Mapping[str, Any]) -> Settings:
@@ -101,8 +152,8 @@ def load_settings(home: Path, overrides: Mapping[str, Any]) -> Settings:
 def _checked(name: str, value: Any, default: object) -> Any:
     """The value, of the default's type."""
     try:
-        if isinstance(value, bool):
-            raise ValueError("it is not a matter of yes or no")
+        if isinstance(value, bool) or isinstance(default, bool):
+            return _yes_or_no(value, default)
         match name:
             case "port" | "gateway_port":
                 if not 0 <= int(value) <= 65_535:
@@ -120,15 +171,27 @@ def _checked(name: str, value: Any, default: object) -> Any:
                 return {str(resource): float(price) for resource, price in dict(value).items()}
             case "hosts":
                 return tuple(str(host) for host in ([value] if isinstance(value, str) else value))
-            case "meter_every":
-                if parse_duration(value) <= 0:
+            case "labels":
+                labels = {str(label): str(said) for label, said in dict(value).items()}
+                return {label: _word(said, of=_word(label)) for label, said in labels.items()}
+            case "taints" | "mig_dynamic":
+                found = [value] if isinstance(value, str | int) else list(value)
+                return tuple(_taint(str(each)) if name == "taints" else str(each) for each in found)
+            case "rack" | "block":
+                return _word(str(value)) if isinstance(value, str | int) and value != "" else str(value)
+            case "starts_per_turn" | "flap_losses":
+                if int(value) < 1 or int(value) != float(value):
+                    raise ValueError("it is a whole number, one or more")
+                return int(value)
+            case _ if name in _DURATIONS:
+                if parse_duration(value) <= 0 and name in _NEVER_ZERO:
                     raise ValueError("it has to be longer than nothing")
                 return value if isinstance(value, str) else f"{value}s"
             case "workdir_limit":
                 parse_size(value)
                 return str(value)
-            case "engine" if value != "local":
-                raise ValueError("the engine of this version is local")
+            case "engine" if value not in _ENGINES:
+                raise ValueError("the engine of this version is local; simulated is one without machines")
             case "site_kind" if value not in ("onprem", "cloud", "edge"):
                 raise ValueError("kinds of site are onprem, cloud and edge")
             case _:
@@ -139,3 +202,26 @@ def _checked(name: str, value: Any, default: object) -> Any:
         raise InvalidSetting(
             str(error), field=name, value=value, mend="Mend it in config.yaml or on the command line."
         ) from error
+
+
+def _yes_or_no(value: object, default: object) -> bool:
+    if not isinstance(default, bool):
+        raise ValueError("it is not a matter of yes or no")
+    if not isinstance(value, bool):
+        raise ValueError("it is a matter of yes or no: write true or false")
+    return value
+
+
+def _word(text: str, *, of: str = "") -> str:
+    """The text, when it can be a label's name or value, or a place's name. ``of`` is the label of a value."""
+    if not (of and not text) and not _LABEL.fullmatch(text):
+        raise ValueError(
+            f"{text!r} needs to be up to 63 letters, digits, - _ . or /{f', as the value of {of}' * bool(of)}"
+        )
+    return text
+
+
+def _taint(text: str) -> str:
+    """``key`` or ``key=value``."""
+    key, equals, value = text.partition("=")
+    return f"{_word(key)}{equals}{_word(value, of=key)}"

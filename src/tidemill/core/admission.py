@@ -5,26 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tidemill.core.feasible import Shape, eligible_devices, workers_that_fit
+from tidemill.core.feasible import Fitting, Shape, fitting, places_for_slices, tolerates, workers_that_fit
 from tidemill.core.fleetarrays import FleetArrays
-from tidemill.core.quota import exceeds_limit
+from tidemill.core.place import Gang, fits, gang_of
+from tidemill.core.world import World, line_of
+from tidemill.model.fleet import Level
+from tidemill.model.job import Workload
 from tidemill.model.plan import Reason, ResolvableBy
 from tidemill.model.resources import GpuRequest
 from tidemill.model.spec import WorkloadSpec
-from tidemill.model.tenant import Project
 from tidemill.units import MILLI, format_size
 
 
-def shape_of(spec: WorkloadSpec) -> Shape:
-    """What the scheduler needs to know of one worker of the workload."""
-    return Shape(spec.resources, image=bool(spec.image))
+def why_never(fleet: FleetArrays, spec: WorkloadSpec) -> Reason | None:
+    """Why no order of events short of new machines lets the workload run; None when it can."""
+    return why_never_gang(fleet, gang_of(spec))
 
 
-def why_never(fleet: FleetArrays, spec: WorkloadSpec, project: Project) -> Reason | None:
-    """Why no order of events short of new machines or new limits lets the workload run; None when it can."""
-    if (reason := exceeds_limit(project, spec.resources, spec.nodes)) is not None:
-        return reason
+def why_refused(world: World, workload: Workload) -> Reason | None:
+    """Why a workload is not let in: it could never run here, or never under its queue's limits; None when it may."""
+    never = why_never(world.fleet, workload.spec)
+    if never is not None:
+        return never
+    amounts = world.amounts_of(line_of(workload))
+    return world.quota.over_limit(workload.project_id, amounts, 1, ever=True)
+
+
+def why_never_gang(fleet: FleetArrays, gang: Gang) -> Reason | None:
+    """Why a gang does not fit on the fleet even when nothing else runs; of several choices, why not the first."""
     if not fleet.nodes:
         return Reason(
             code="NoNodes",
@@ -34,22 +44,25 @@ def why_never(fleet: FleetArrays, spec: WorkloadSpec, project: Project) -> Reaso
             resolvable_by=ResolvableBy.CAPACITY,
             sentence="There is no machine in this cloud yet.",
         )
-    shape = shape_of(spec)
-    fits = workers_that_fit(fleet, shape, empty=True)
-    if int(fits.sum()) >= spec.nodes:
-        return None
-    return _narrowest(fleet, shape, spec.nodes, int(fits.sum()))
+    empty = fleet.empty()
+    ready = fleet.is_ready
+    fleet.is_ready = np.ones_like(ready)
+    try:
+        if fits(fleet, gang, free=empty):
+            return None
+        return _narrowest(fleet, gang)
+    finally:
+        fleet.is_ready = ready
 
 
-def _narrowest(fleet: FleetArrays, shape: Shape, workers: int, fitting: int) -> Reason:
+def _narrowest(fleet: FleetArrays, gang: Gang) -> Reason:
     """The first single constraint that the empty fleet fails, most specific first."""
-    resources = shape.resources
-    if shape.image and not any(node.images for node in fleet.nodes):
-        sentence = "No machine here can run container images; install podman, or use env instead of image."
-        return _never("NoContainerRuntime", "image", "podman or docker on a node", "none", sentence)
-    if resources.gpus is not None and (reason := _gpu_shortage(fleet, resources.gpus, workers)) is not None:
+    shape = gang.choices[0]
+    resources, nodes = shape.resources, fleet.nodes
+    if (reason := _nowhere_allowed(fleet, shape)) is not None:
         return reason
-    nodes = fleet.nodes
+    if resources.gpus is not None and (reason := _gpu_shortage(fleet, shape, resources.gpus, gang)) is not None:
+        return reason
     for code, field, need, biggest, unit, what in (
         ("NoNodeWithCpu", "cpus", resources.cpu_milli, max(node.cpu_milli for node in nodes), _cores, "CPU"),
         (
@@ -65,19 +78,67 @@ def _narrowest(fleet: FleetArrays, shape: Shape, workers: int, fitting: int) -> 
         if need > biggest:
             sentence = f"The largest machine has {unit(biggest)} of {what}; {unit(need)} is asked for."
             return _never(code, f"resources.{field}", unit(need), unit(biggest), sentence)
-    sentence = f"The whole fleet, empty, has room for {fitting} such workers at once; the gang has {workers}."
-    return _never("GangTooLarge", "nodes", f"{workers} workers", f"{fitting} workers", sentence)
+    room = workers_that_fit(fleet, shape, empty=True)
+    if gang.spread is not None:
+        count = len(set(fleet.domains(gang.spread)[room > 0].tolist()))
+        if count < gang.smallest:
+            sentence = f"Its workers are to be spread over {gang.smallest} {gang.spread}s; {count} could take one."
+            return _never("TooFewDomains", "placement.spread", f"{gang.smallest} {gang.spread}s", str(count), sentence)
+    if gang.within is not None:
+        level = Level.HOST if gang.within is Level.NVLINK else gang.within
+        most = int(np.bincount(fleet.domains(level), weights=np.minimum(room, gang.workers)).max())
+        if gang.within is Level.NVLINK or most < gang.smallest:
+            what = "NVLink island" if gang.within is Level.NVLINK else str(gang.within)
+            sentence = f"The largest {what}, empty, has no room for {gang.smallest} such workers together."
+            return _never("NoDomainLargeEnough", "placement.within", f"{gang.smallest} workers", f"{most}", sentence)
+    total = int(room.sum())
+    sentence = f"The whole fleet, empty, has room for {total} such workers at once; the gang has {gang.smallest}."
+    return _never("GangTooLarge", "nodes", f"{gang.smallest} workers", f"{total} workers", sentence)
 
 
-def _gpu_shortage(fleet: FleetArrays, request: GpuRequest, workers: int) -> Reason | None:
-    eligible = eligible_devices(fleet, request)
-    per_node = eligible.sum(axis=1) if eligible.size else np.zeros(len(fleet.nodes), np.int64)
-    total, most, need = int(per_node.sum()), int(per_node.max()), request.total_milli * workers / MILLI
+def _nowhere_allowed(fleet: FleetArrays, shape: Shape) -> Reason | None:
+    """Why no node may serve the shape at all, whatever it has."""
+    if shape.image and not fleet.has_images.any():
+        sentence = "No machine here can run container images; install podman, or use env instead of image."
+        return _never("NoContainerRuntime", "image", "podman or docker on a node", "none", sentence)
+    for key, value in shape.labels:
+        known = sorted({found for node in fleet.nodes for name, found in node.labels if name == key})
+        if not set(known) & set(value.split("|")):
+            have = ", ".join(known) or "no node has that label"
+            sentence = f"No machine has the label {key}={value}; there is {have}."
+            return _never("NoNodeWithLabel", f"placement.labels.{key}", value, have, sentence)
+    if not any(all(tolerates(shape.tolerations, taint) for taint in node.taints) for node in fleet.nodes):
+        taints = ", ".join(sorted({taint for node in fleet.nodes for taint in node.taints}))
+        sentence = f"Every machine is tainted ({taints}), and the workload tolerates none of them all."
+        return _never("NotTolerated", "placement.tolerations", "a toleration", taints, sentence)
+    if not fitting(fleet, shape).nodes.any() and (shape.labels or shape.tolerations):
+        sentence = "No single machine has all the labels asked for and only taints that are tolerated."
+        return _never("NoNodeAllowed", "placement", "a machine that meets all of placement", "none", sentence)
+    return None
+
+
+def _gpu_shortage(fleet: FleetArrays, shape: Shape, request: GpuRequest, gang: Gang) -> Reason | None:
+    static = fitting(fleet, shape)
+    eligible = static.devices & static.nodes[:, None]
     field = "resources.gpus"
-    if total == 0:
-        have = ", ".join(fleet.models) or "no GPUs"
+    have = ", ".join(fleet.models) or "no GPUs"
+    if not eligible.any():
+        if request.profile:
+            sentence = f"No GPU here can be cut into {request.profile} slices; the fleet has {have}."
+            return _never("NoMigProfile", field, str(request), have, sentence)
+        if request.share_bytes and (fleet.model >= 0).any():
+            most = int(fleet.gpu_memory.max())
+            if request.share_bytes > most:
+                asked = format_size(request.share_bytes)
+                sentence = f"The largest GPU has {format_size(most)}; {asked} of one is asked for."
+                return _never("ShareTooLarge", field, str(request), format_size(most), sentence)
         sentence = f"No machine here has a GPU that answers to {request}; the fleet has {have}."
         return _never("NoNodeWithGpu", field, str(request), have, sentence)
+    if not request.is_whole:
+        return None
+    per_node = eligible.sum(axis=1)
+    total, most = int(per_node.sum()), int(per_node.max())
+    need = request.total_milli * gang.smallest / MILLI
     if request.count > most:
         sentence = f"The largest machine has {most} such GPUs; one worker asks for {request.count}."
         return _never("NoNodeWithEnoughGpus", field, f"{request.count} GPUs on one machine", f"{most}", sentence)
@@ -87,26 +148,53 @@ def _gpu_shortage(fleet: FleetArrays, request: GpuRequest, workers: int) -> Reas
     return None
 
 
-def why_not_now(fleet: FleetArrays, shape: Shape, workers: int) -> Reason:
-    """Why a gang that could run on the empty fleet does not fit at this moment."""
-    resources, ready = shape.resources, fleet.is_ready
-    if resources.gpus is not None:
-        free = np.where(eligible_devices(fleet, resources.gpus), np.maximum(fleet.gpu_free, 0), 0)
-        reason = _short(
-            "Gpus", "gpus", resources.gpus.total_milli * workers, int(free.sum()), _gpus, resources.gpus.model
-        )
+def why_not_now(fleet: FleetArrays, gang: Gang, *, mask: NDArray[np.bool_] | None = None) -> Reason:
+    """Why a gang that could run on the empty fleet does not fit now; of several choices, why not the first."""
+    shape = gang.choices[0]
+    resources, static = shape.resources, fitting(fleet, shape)
+    ready = fleet.is_ready & static.nodes
+    if mask is not None:
+        ready &= mask
+    if not ready.any() and static.nodes.any():
+        closed = "reserved or " if mask is not None else ""
+        sentence = f"Every machine that could take it is {closed}cordoned, draining or held back now."
+        return _busy("NoNodeReady", "nodes", "a machine that is ready", "none", sentence)
+    request = resources.gpus
+    if request is not None and not request.profile:
+        free = np.where(static.devices & ready[:, None], np.maximum(fleet.gpu_free, 0), 0)
+        need = _least_milli(static) if request.share_bytes else request.total_milli
+        reason = _short("Gpus", "gpus", need * gang.smallest, int(free.sum()), _gpus, request.model)
         if reason is not None:
             return reason
+    elif request is not None:
+        slices = int(np.where(ready[:, None], places_for_slices(fleet.free(), static), 0).sum())
+        if slices < request.count * gang.smallest:
+            need_text = f"{request.count * gang.smallest} x {request.profile}"
+            sentence = f"{need_text} needed, room for {slices} now."
+            return _busy("NotEnoughFreeSlices", "gpus", need_text, f"{slices} free", sentence)
     for name, subject, need, column, unit in (
         ("Cpus", "cpus", resources.cpu_milli, fleet.cpu_free, _cores),
         ("Memory", "memory", resources.memory_bytes, fleet.memory_free, format_size),
     ):
         left = int(np.where(ready, np.maximum(column, 0), 0).sum())
-        if (reason := _short(name, subject, need * workers, left, unit)) is not None:
+        if (reason := _short(name, subject, need * gang.smallest, left, unit)) is not None:
             return reason
-    fits = int(workers_that_fit(fleet, shape).sum())
-    sentence = f"What is free is spread over machines: {fits} of {workers} workers fit now."
-    return _busy("NoNodeWithRoom", "nodes", f"{workers} workers", f"room for {fits}", sentence)
+    room = int(workers_that_fit(fleet, shape, mask=mask).sum())
+    if gang.within is not None and room >= gang.smallest:
+        sentence = f"There is room, but not within one {gang.within}."
+        return _busy(
+            "NoDomainWithRoom", "placement.within", f"{gang.smallest} workers in one {gang.within}", "", sentence
+        )
+    if gang.spread is not None and room >= gang.smallest:
+        sentence = f"There is room, but not on {gang.smallest} different {gang.spread}s."
+        return _busy("NoDomainWithRoom", "placement.spread", f"{gang.smallest} {gang.spread}s", "", sentence)
+    sentence = f"What is free is spread over machines: {room} of {gang.smallest} workers fit now."
+    return _busy("NoNodeWithRoom", "nodes", f"{gang.smallest} workers", f"room for {room}", sentence)
+
+
+def _least_milli(static: Fitting) -> int:
+    """The least of a device that a share by memory could be."""
+    return int(static.milli[static.devices].min())
 
 
 def _short(name: str, subject: str, need: int, free: int, unit: Callable[[int], str], model: str = "") -> Reason | None:

@@ -6,10 +6,12 @@ place. Then the attempt's cause decides about the job, by the spec's retry polic
 
 from __future__ import annotations
 
+from tidemill.core import waiting
 from tidemill.core.lifecycle import ALLOCATION, ATTEMPT, JOB, apply, may
 from tidemill.core.meter import shares_of
 from tidemill.core.outcome import Outcome
 from tidemill.core.world import World
+from tidemill.model.ids import JobId
 from tidemill.model.job import Allocation, Attempt, AttemptState, Cause, Job, JobState
 from tidemill.model.plan import Forget, Stop
 from tidemill.model.policy import Policy
@@ -72,19 +74,45 @@ def end_attempt(
         detail=detail,
         exit_code=exit_code,
     )
-    grace = world.workloads[world.jobs[attempt.job_id].workload_id].spec.checkpoint_grace_ns
+    world.drop(world.growable, attempt.job_id)
     for worker in world.workers_of(attempt):
-        if may(ALLOCATION, worker.state, "drained"):
-            world.update(
-                world.allocations,
-                worker.id,
-                worker,
-                state=apply(ALLOCATION, worker.state, "drained"),
-                drain_ns=out.now,
-                endpoint="",
-            )
-            out.commands.append(Stop(launch_id=worker.id, grace_ns=grace))
-            world.set_timer(out.now + grace + out.policy.stop_margin_ns, "stop_again", worker.id)
+        drain(world, worker, out)
+
+
+def drain(world: World, worker: Allocation, out: Outcome) -> None:
+    """Ask one worker to stop within its checkpoint grace; it holds what it has until it is gone."""
+    if not may(ALLOCATION, worker.state, "drained"):
+        return
+    grace = world.workloads[world.jobs[worker.job_id].workload_id].spec.checkpoint_grace_ns
+    world.update(
+        world.allocations,
+        worker.id,
+        worker,
+        state=apply(ALLOCATION, worker.state, "drained"),
+        drain_ns=out.now,
+        endpoint="",
+    )
+    world.mark_row(worker.id, "gone", out.now + grace)
+    out.commands.append(Stop(launch_id=worker.id, grace_ns=grace))
+    world.set_timer(out.now + grace + out.policy.stop_margin_ns, "stop_again", worker.id)
+
+
+def displace(world: World, job_id: JobId, out: Outcome, *, by: str) -> None:
+    """End a job's attempt so that its room can be given to somebody with a better claim; the job queues again."""
+    attempt = world.attempts[job_id]
+    job = world.jobs[job_id]
+    lost = out.now - max(attempt.checkpoint_ns, attempt.started_ns) if attempt.started_ns else 0
+    out.note("Preempted", job, attempt=attempt.number, by=by, since_checkpoint_s=lost // 1_000_000_000)
+    end_attempt(world, attempt, Cause.PREEMPTED, out, detail=by)
+
+
+def shed(world: World, worker: Allocation, out: Outcome, *, by: str) -> None:
+    """Have an elastic gang go on without this worker."""
+    attempt = world.attempts[worker.job_id]
+    world.update(world.attempts, worker.job_id, attempt, workers=attempt.workers - 1)
+    drain(world, worker, out)
+    world.set(world.growable, worker.job_id, None)
+    out.note("Shrunk", world.jobs[worker.job_id], attempt=attempt.number, workers=attempt.workers - 1, by=by)
 
 
 def finish_if_gone(world: World, held: Allocation, out: Outcome) -> None:
@@ -104,12 +132,17 @@ def finish_if_gone(world: World, held: Allocation, out: Outcome) -> None:
     world.update(world.attempts, job.id, attempt, state=apply(ATTEMPT, attempt.state, "ended"), ended_ns=out.now)
     world.drop(world.attempts, job.id)
     world.drop(world.workers, attempt.id)
+    world.drop(world.growable, job.id)
     spec = world.workloads[job.workload_id].spec
+    if attempt.started_ns:
+        job = world.update(world.jobs, job.id, job, served_ns=job.served_ns + out.now - attempt.started_ns)
     out.note("AttemptEnded", job, attempt=attempt.number, cause=attempt.cause.value, detail=attempt.detail)
     if job.state is JobState.STOPPING:
         end_job(world, job, "cancelled", Cause.CANCELLED, out, detail=attempt.detail, exit_code=attempt.exit_code)
     elif attempt.cause is Cause.COMPLETED:
         end_job(world, job, "succeeded", Cause.COMPLETED, out, exit_code=0)
+    elif attempt.cause is Cause.PREEMPTED and should_retry(spec, attempt):
+        _queue_after_displacing(world, job, attempt, out)
     elif job.retries < spec.retry.max and should_retry(spec, attempt):
         _queue_again(world, job, attempt, out)
     else:
@@ -145,11 +178,34 @@ def _queue_again(world: World, job: Job, attempt: Attempt, out: Outcome) -> None
         detail=attempt.detail,
         exit_code=attempt.exit_code,
         not_before_ns=not_before,
+        waiting_since_ns=out.now,
         started_ns=0,
     )
+    world.line_up(job.project_id, 1)
     world.set(world.delayed, job.id, not_before)
     world.set_timer(not_before, "requeue", job.id)
     out.note("Requeued", job, retry=job.retries + 1, cause=attempt.cause.value, detail=attempt.detail)
+
+
+def _queue_after_displacing(world: World, job: Job, attempt: Attempt, out: Outcome) -> None:
+    """Being displaced is not the job's failure: it waits for room again at once, and no retry is counted."""
+    after = world.update(
+        world.jobs,
+        job.id,
+        job,
+        state=apply(JOB, job.state, "requeued"),
+        evictions=job.evictions + 1,
+        cause=attempt.cause,
+        detail=attempt.detail,
+        exit_code=attempt.exit_code,
+        waiting_since_ns=out.now,
+        started_ns=0,
+    )
+    world.line_up(job.project_id, 1)
+    world.note(after, now=out.now)
+    world.queue_up(after)
+    out.fresh.append(job.id)
+    out.note("Requeued", job, retry=job.retries, cause=attempt.cause.value, detail=attempt.detail)
 
 
 def end_job(
@@ -167,11 +223,22 @@ def end_job(
         ended_ns=out.now,
     )
     out.note(event.capitalize(), job, cause=cause.value, detail=detail, exit_code=exit_code)
+    world.note(after, now=out.now, finished=cause is Cause.COMPLETED)
+    if job.state is JobState.QUEUED:
+        world.line_up(job.project_id, -1)
     world.drop(world.jobs, job.id)
     world.drop(world.reasons, job.id)
     world.drop(world.delayed, job.id)
+    waiting.left(world, after, out)
     left = world.live_jobs.get(after.workload_id, 1) - 1
     world.set(world.live_jobs, after.workload_id, left)
+    if cause is not Cause.COMPLETED:
+        world.set(world.unlucky, after.workload_id, world.unlucky.get(after.workload_id, 0) + 1)
     if left == 0:
-        world.drop(world.live_jobs, after.workload_id)
-        world.drop(world.workloads, after.workload_id)
+        hopeless = waiting.ended(world, after.workload_id)
+        world.forget(after.workload_id)
+        for other in hopeless:
+            if other.id in world.jobs:
+                detail = f"{after.workload_id} did not end as it had to"
+                end_job(world, other, "cancelled", Cause.DEPENDENCY, out, detail=detail)
+        waiting.unpark_followers(world, after.workload_id, out)

@@ -7,24 +7,33 @@ token, is passed over; that is how a repeated report stays harmless.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import singledispatch
+from functools import partial, singledispatch
 
-from tidemill.core import ending
-from tidemill.core.admission import why_never
+from tidemill.core import ending, waiting
+from tidemill.core.admission import why_refused
 from tidemill.core.lifecycle import ALLOCATION, ATTEMPT, JOB, NODE, apply, may
 from tidemill.core.meter import shares_of
 from tidemill.core.outcome import Outcome
 from tidemill.core.world import World
 from tidemill.model.events import (
     Became,
+    Checkpointed,
+    DeviceFailed,
+    DeviceRecovered,
     Exited,
     Fact,
     LaunchRefused,
+    Marking,
     MetersRead,
     NeverLaunched,
     NodeJoined,
+    NodeMarked,
     NodeWentAway,
     Prepared,
+    ProjectOpened,
+    QueueSet,
+    ReservationCancelled,
+    ReservationMade,
     Sampled,
     Started,
     StopRequested,
@@ -56,6 +65,7 @@ def _submitted(fact: Submitted, world: World, out: Outcome) -> None:
     spec = workload.spec
     world.add(world.workloads, workload.id, workload)
     world.set(world.live_jobs, workload.id, spec.job_count)
+    jobs = []
     for index in range(spec.job_count):
         job = Job(
             id=job_id(workload.id, index),
@@ -68,14 +78,17 @@ def _submitted(fact: Submitted, world: World, out: Outcome) -> None:
             submitted_ns=workload.submitted_ns,
         )
         world.add(world.jobs, job.id, job)
-        world.queue.add(world.line_of(job), job)
-        out.fresh.append(job.id)
-        if index == 0:
-            out.note("Submitted", job, name=spec.name, kind=spec.kind.value, jobs=spec.job_count)
-    project = world.projects.get(workload.project_id)
-    if project is not None and (reason := why_never(world.fleet, spec, project)) is not None:
-        for index in range(spec.job_count):
-            out.wait(world, job_id(workload.id, index), reason)
+        jobs.append(job)
+        world.note(job, now=out.now)
+    world.line_up(workload.project_id, len(jobs))
+    out.note("Submitted", jobs[0], name=spec.name, kind=spec.kind.value, jobs=spec.job_count)
+    for job in waiting.enter(world, workload, jobs, out):
+        detail = "what it was to follow did not end as it had to"
+        ending.end_job(world, job, "cancelled", Cause.DEPENDENCY, out, detail=detail)
+    if (reason := why_refused(world, workload)) is not None:
+        for job in jobs:
+            if world.is_waiting(job.id):
+                out.wait(world, job.id, reason)
 
 
 @_take.register
@@ -115,11 +128,15 @@ def _started(fact: Started, world: World, out: Outcome) -> None:
     )
     job, attempt = world.jobs[held.job_id], world.attempts[held.job_id]
     out.note("WorkerStarted", job, rank=held.rank, attempt=attempt.number, node=held.node_id)
+    if attempt.state is AttemptState.RUNNING:  # it joined an elastic gang
+        world.mark_row(held.id, "since", attempt.started_ns)
     pending = (AllocationState.RESERVED, AllocationState.PREPARING)
     if attempt.state is AttemptState.STARTING and not any(w.state in pending for w in world.workers_of(attempt)):
         world.update(
             world.attempts, job.id, attempt, state=apply(ATTEMPT, attempt.state, "started"), started_ns=out.now
         )
+        for worker in world.workers_of(attempt):
+            world.mark_row(worker.id, "since", out.now)
         if may(JOB, job.state, "started"):
             world.update(
                 world.jobs,
@@ -158,7 +175,9 @@ def _exited(fact: Exited, world: World, out: Outcome) -> None:
     attempt = world.attempts[held.job_id]
     kind = world.workloads[world.jobs[held.job_id].workload_id].spec.kind
     cause, detail = fact.cause, fact.detail
-    if cause is Cause.NONE:
+    if held.state is AllocationState.DRAINING and attempt.state is not AttemptState.ENDING:
+        cause, detail = Cause.RESIZED, detail or "the gang goes on without it"
+    elif cause is Cause.NONE:
         if fact.exit_code:
             cause, detail = Cause.ERROR, detail or f"worker {held.rank} exited with status {fact.exit_code}"
         elif kind is Kind.SERVICE and attempt.state is not AttemptState.ENDING:
@@ -166,7 +185,7 @@ def _exited(fact: Exited, world: World, out: Outcome) -> None:
         else:
             cause = Cause.COMPLETED
     ending.release(world, held, out, exit_code=fact.exit_code, cause=cause, detail=detail, cpu_used_ns=fact.cpu_used_ns)
-    if cause is not Cause.COMPLETED:
+    if cause not in (Cause.COMPLETED, Cause.RESIZED):
         ending.end_attempt(world, world.attempts[held.job_id], cause, out, detail=detail, exit_code=fact.exit_code)
     ending.finish_if_gone(world, held, out)
 
@@ -204,10 +223,10 @@ def _sampled(fact: Sampled, world: World, _out: Outcome) -> None:
 
 @_take.register
 def _meters_read(fact: MetersRead, world: World, out: Outcome) -> None:
-    for held in world.allocations.values():
-        if held.job_id == fact.job_id:
-            for name, _ in shares_of(held):
-                out.cut(world, held.node_id, name)
+    attempt = world.attempts.get(fact.job_id)
+    for held in world.workers_of(attempt) if attempt is not None else ():
+        for name, _ in shares_of(held):
+            out.cut(world, held.node_id, name)
 
 
 @_take.register
@@ -215,12 +234,12 @@ def _node_joined(fact: NodeJoined, world: World, out: Outcome) -> None:
     node = fact.node
     known = world.nodes.get(node.id)
     if known is None:
-        fresh = _as_joined(node, NodeState.READY, version=1, joined_ns=out.now)
+        fresh = replace(node, state=NodeState.READY, version=1, joined_ns=out.now)
         world.add(world.nodes, node.id, fresh)
         out.note("NodeJoined", node=node.name, cpus=node.cpu_milli // 1000, gpus=len(node.devices))
     else:
-        state = apply(NODE, known.state, "joined")
-        same = _as_joined(node, state, version=known.version, joined_ns=known.joined_ns) == known
+        after = _rejoined(known, node, out)
+        same = replace(after, joined_ns=known.joined_ns) == known
         if same and (node.id, "cpu") in world.meters and node.id in world.fleet.row:
             return
         absent = known.boot_id != node.boot_id or known.state is NodeState.LOST
@@ -232,16 +251,47 @@ def _node_joined(fact: NodeJoined, world: World, out: Outcome) -> None:
                 out.cut(world, node.id, meter.name)
                 world.drop(world.meters, (node.id, meter.name))
         if not same:
-            joined = _as_joined(node, state, version=known.version, joined_ns=out.now if absent else known.joined_ns)
-            world.update(
-                world.nodes,
-                node.id,
-                joined,
-                state=state,
-            )
+            joined_ns = out.now if absent else known.joined_ns
+            _change_node(world, known, replace(after, joined_ns=joined_ns))
             out.note("NodeJoined", node=node.name, cpus=node.cpu_milli // 1000, gpus=len(node.devices))
+            if after.state is NodeState.SUSPECT:
+                world.set_timer(after.held_until_ns, "recheck", node.id)
+                out.note("NodeSuspected", node=node.name, losses=len(after.lost_at_ns))
     world.open_meters(node, now=out.now)
     world.rebuild_fleet()
+
+
+def _rejoined(known: Node, node: Node, out: Outcome) -> Node:
+    """The node as it joined again; what was decided about it stands."""
+    event, cause, lately, until = "joined", known.state_cause, known.lost_at_ns, known.held_until_ns
+    if known.state is NodeState.LOST:
+        policy = out.policy
+        lately = tuple(at for at in known.lost_at_ns if at + policy.flap_window_ns > out.now)
+        if known.marking:
+            event = {Marking.CORDON: "cordoned", Marking.DRAIN: "drained"}[Marking(known.marking)]
+        elif policy.flap_losses and len(lately) >= policy.flap_losses:
+            event = "suspected"
+            until = out.now + policy.flap_hold_ns
+            cause = f"lost {len(lately)} times lately"
+        else:
+            cause = ""
+    return replace(
+        node,
+        state=apply(NODE, known.state, event),
+        version=known.version,
+        joined_ns=known.joined_ns,
+        marking=known.marking,
+        failing=known.failing,
+        lost_at_ns=lately,
+        held_until_ns=until,
+        state_cause=cause,
+    )
+
+
+def _change_node(world: World, before: Node, after: Node) -> None:
+    """The node as it is now, in place of what it was."""
+    values = {name: getattr(after, name) for name in after.__dataclass_fields__ if name not in ("id", "version")}
+    world.update(world.nodes, before.id, before, **values)
 
 
 @_take.register
@@ -249,18 +299,149 @@ def _node_went_away(fact: NodeWentAway, world: World, out: Outcome) -> None:
     node = world.nodes.get(fact.node_id)
     if node is None or node.state is NodeState.LOST:
         return
-    for held in [held for held in world.allocations.values() if held.node_id == node.id]:
+    for launch in list(world.by_node.get(node.id, ())):
+        held = world.allocations[launch]
         _lose(world, held.id, held.fence, Cause.NODE_LOST, fact.detail or "the machine went away", out)
+    for promise in [p for p in world.promises.values() if any(place.node_id == node.id for place in p.placed.places)]:
+        waiting.break_promise(world, promise.job_id)
+        world.queue_up(world.jobs[promise.job_id])
     for key in [key for key in world.meters if key[0] == node.id]:
         out.cut(world, *key)
         world.drop(world.meters, key)
-    world.update(world.nodes, node.id, node, state=apply(NODE, node.state, "lost"))
+    lost_at = (*node.lost_at_ns, out.now)[-64:] if not _is_shutdown(fact) else node.lost_at_ns
+    state = apply(NODE, node.state, "lost")
+    world.update(world.nodes, node.id, node, state=state, lost_at_ns=lost_at)
     out.note("NodeLost", node=node.name, detail=fact.detail)
     world.rebuild_fleet()
 
 
-def _as_joined(node: Node, state: NodeState, *, version: int, joined_ns: int) -> Node:
-    return replace(node, state=state, version=version, joined_ns=joined_ns)
+def _is_shutdown(fact: NodeWentAway) -> bool:
+    """Whether the machine went because it was asked to, which is no failure."""
+    return fact.detail == "shut down"
+
+
+@_take.register
+def _node_marked(fact: NodeMarked, world: World, out: Outcome) -> None:
+    node = world.nodes.get(fact.node_id)
+    if node is None:
+        return
+    event = {Marking.CORDON: "cordoned", Marking.DRAIN: "drained", Marking.RESUME: "resumed"}[fact.marking]
+    by = f"{fact.marking} by {fact.by}" if fact.by else fact.marking.value
+    cause = f"{by}: {fact.detail}" if fact.detail else by
+    if fact.marking is Marking.RESUME:
+        if not node.marking and not node.failing and node.state is not NodeState.SUSPECT:
+            return
+        state = apply(NODE, node.state, event) if may(NODE, node.state, event) else node.state
+        world.update(
+            world.nodes,
+            node.id,
+            node,
+            state=state,
+            marking="",
+            failing=(),
+            lost_at_ns=(),
+            held_until_ns=0,
+            state_cause="",
+        )
+        out.note("NodeResumed", node=node.name, by=fact.by)
+    else:
+        if node.marking == fact.marking.value:
+            return
+        state = node.state
+        if state is not NodeState.LOST and may(NODE, state, event):
+            state = apply(NODE, state, event)
+        world.update(world.nodes, node.id, node, state=state, marking=fact.marking.value, state_cause=cause)
+        out.note("NodeCordoned" if fact.marking is Marking.CORDON else "NodeDrained", node=node.name, detail=cause)
+    world.refresh_readiness()
+    if fact.marking is Marking.DRAIN:
+        _clear_node(world, node, out, by=cause)
+
+
+def _clear_node(world: World, node: Node, out: Outcome, *, by: str) -> None:
+    """Displace everything that runs on a node."""
+    for job in dict.fromkeys(world.allocations[launch].job_id for launch in world.by_node.get(node.id, ())):
+        ending.displace(world, job, out, by=by)
+
+
+@_take.register
+def _device_failed(fact: DeviceFailed, world: World, out: Outcome) -> None:
+    node = world.nodes.get(fact.node_id)
+    known = dict(node.failing) if node is not None else {}
+    if node is None or fact.device_id in known or fact.device_id not in {device.id for device in node.devices}:
+        return
+    world.update(world.nodes, node.id, node, failing=(*node.failing, (fact.device_id, fact.detail)))
+    out.note("DeviceFailed", node=node.name, device=fact.device_id, detail=fact.detail)
+    world.rebuild_fleet()
+
+
+@_take.register
+def _device_recovered(fact: DeviceRecovered, world: World, out: Outcome) -> None:
+    node = world.nodes.get(fact.node_id)
+    if node is None or fact.device_id not in dict(node.failing):
+        return
+    world.update(world.nodes, node.id, node, failing=tuple(one for one in node.failing if one[0] != fact.device_id))
+    out.note("DeviceRecovered", node=node.name, device=fact.device_id)
+    world.rebuild_fleet()
+
+
+@_take.register
+def _checkpointed(fact: Checkpointed, world: World, out: Outcome) -> None:
+    held = _current(world, fact.launch_id, fact.fence)
+    if held is None:
+        return
+    job, attempt = world.jobs[held.job_id], world.attempts[held.job_id]
+    if fact.at_ns <= attempt.checkpoint_ns:
+        return
+    world.update(world.attempts, job.id, attempt, checkpoint_ns=min(fact.at_ns, out.now))
+    for worker in world.workers_of(attempt):
+        world.mark_row(worker.id, "saved", min(fact.at_ns, out.now))
+    out.note("Checkpointed", job, attempt=attempt.number, detail=fact.detail)
+
+
+@_take.register
+def _project_opened(fact: ProjectOpened, world: World, _out: Outcome) -> None:
+    if fact.project.id not in world.projects:
+        world.set(world.projects, fact.project.id, fact.project)
+        world.quota.open_project(fact.project)
+
+
+@_take.register
+def _queue_set(fact: QueueSet, world: World, out: Outcome) -> None:
+    known = world.queues.get(fact.queue.id)
+    if known is not None and replace(fact.queue, version=known.version) == known:
+        return
+    if known is None:
+        world.add(world.queues, fact.queue.id, replace(fact.queue, version=1))
+    else:
+        names = ("name", "parent_id", "project_id", "weight_milli", "guaranteed", "limit", "max_running", "max_queued")
+        world.update(world.queues, known.id, known, **{name: getattr(fact.queue, name) for name in names})
+    world.on_undo(partial(world.quota.replace_queue, fact.queue.id, known))
+    world.quota.set_queue(world.queues[fact.queue.id])
+    world.reopen()
+    out.note("QueueSet", queue=fact.queue.name)
+
+
+@_take.register
+def _reservation_made(fact: ReservationMade, world: World, out: Outcome) -> None:
+    made = replace(fact.reservation, version=1)
+    if made.id in world.reservations:
+        return
+    world.add(world.reservations, made.id, made)
+    out.note("ReservationMade", reservation=made.name, nodes=len(made.node_ids), starts_ns=made.starts_ns)
+    window = made.window(after=out.now)
+    if window is not None:
+        world.set_timer(max(window[0], out.now), "window", made.id)
+    world.reopen()
+
+
+@_take.register
+def _reservation_cancelled(fact: ReservationCancelled, world: World, out: Outcome) -> None:
+    known = world.reservations.get(fact.reservation_id)
+    if known is not None:
+        world.update(world.reservations, known.id, known, cancelled_ns=out.now)
+        world.drop(world.reservations, known.id)
+        out.note("ReservationCancelled", reservation=known.name)
+        world.reopen()
 
 
 def _lose(world: World, launch: LaunchId, fence: int, cause: Cause, detail: str, out: Outcome) -> None:
@@ -268,8 +449,12 @@ def _lose(world: World, launch: LaunchId, fence: int, cause: Cause, detail: str,
     held = _current(world, launch, fence)
     if held is None:
         return
-    ending.release(world, held, out, exit_code=None, cause=cause, detail=detail)
-    ending.end_attempt(world, world.attempts[held.job_id], cause, out, detail=detail)
+    attempt = world.attempts[held.job_id]
+    if held.state is AllocationState.DRAINING and attempt.state is not AttemptState.ENDING:
+        ending.release(world, held, out, exit_code=None, cause=Cause.RESIZED, detail=detail)
+    else:
+        ending.release(world, held, out, exit_code=None, cause=cause, detail=detail)
+        ending.end_attempt(world, attempt, cause, out, detail=detail)
     ending.finish_if_gone(world, held, out)
 
 

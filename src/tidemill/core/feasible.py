@@ -1,4 +1,8 @@
-"""③ Hard constraints: on which nodes, and how many times on each, a worker's request fits."""
+"""③ Hard constraints: on which nodes, and how many times on each, a worker's request fits.
+
+What follows from the layout alone (labels, taints, models, memory sizes) is worked out once per shape and layout
+(``Fitting``); the rest is a few vector operations over what is free.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,13 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tidemill.core.fleetarrays import FleetArrays
+from tidemill.core.fleetarrays import FleetArrays, Free, Ints
+from tidemill.model.fleet import Node
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.units import MILLI
 
 _SEPARATORS = re.compile(r"[^a-z0-9]+")
-_PLENTY = 1 << 40
+_NOWHERE = 1 << 40
 
 
 @lru_cache(maxsize=4096)
@@ -37,53 +42,176 @@ def model_matches(model: str, requested: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What makes two workers interchangeable to the scheduler."""
+    """What makes two workers interchangeable to placement."""
 
     resources: Resources
     image: bool = False
+    labels: tuple[tuple[str, str], ...] = ()
+    tolerations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitting:
+    """What the layout says about a shape: nodes and devices that could ever serve it, free or not.
+
+    ``nodes`` (N,) bool; ``devices`` (N, D) bool; ``milli`` (N, D) is how much of each device one worker takes;
+    ``starts`` (N, D, 8) bool is where a MIG profile may begin, ``size`` how many slices it takes (0: no profile).
+    """
+
+    nodes: NDArray[np.bool_]
+    devices: NDArray[np.bool_]
+    milli: Ints
+    starts: NDArray[np.bool_]
+    size: int
+    models: tuple[int, ...]
+
+
+def fitting(fleet: FleetArrays, shape: Shape) -> Fitting:
+    """The static part of a shape's constraints, from the fleet's cache."""
+    known: Fitting | None = fleet.cache.get(shape)
+    if known is None:
+        known = fleet.cache[shape] = _work_out(fleet, shape)
+    return known
 
 
 def eligible_devices(fleet: FleetArrays, request: GpuRequest) -> NDArray[np.bool_]:
-    """Which devices are of the model and memory asked for, free or not. Shape (N, D)."""
-    mask: NDArray[np.bool_] = (
-        fleet.gpu_free > -_PLENTY if fleet.gpu_free.size else np.zeros_like(fleet.gpu_free, np.bool_)
-    )
-    mask &= fleet.model >= 0
+    """Which devices are of the model, memory and kind asked for, free or not. Shape (N, D)."""
+    mask: NDArray[np.bool_] = fleet.model >= 0
     if request.model:
-        answering = [index for index, name in enumerate(fleet.models) if model_matches(name, request.model)]
+        answering = [
+            index
+            for index, name in enumerate(fleet.models)
+            if model_matches(name, request.model) or (request.profile and _is_slice_of(name, request))
+        ]
         mask &= np.isin(fleet.model, answering)
     if request.memory_min_bytes:
         mask &= fleet.gpu_memory >= request.memory_min_bytes
     if request.memory_max_bytes:
         mask &= fleet.gpu_memory <= request.memory_max_bytes
-    return mask
+    if request.share_bytes:
+        mask &= fleet.gpu_memory >= request.share_bytes
+    if not request.profile:
+        return mask & ~fleet.is_cut
+    ready_made = [index for index, name in enumerate(fleet.models) if _is_slice_of(name, request)]
+    can_be_cut = np.zeros_like(mask)
+    for (row, column), geometry in fleet.geometry.items():
+        can_be_cut[row, column] = geometry.profile(request.profile) is not None
+    return mask & (np.isin(fleet.model, ready_made) | can_be_cut)
 
 
-def workers_that_fit(fleet: FleetArrays, shape: Shape, *, empty: bool = False) -> NDArray[np.int64]:
+def _is_slice_of(model: str, request: GpuRequest) -> bool:
+    """Whether a device is itself a fixed slice of the profile: ``MIG-1g.10gb-H100-SXM``."""
+    if not model.upper().startswith("MIG-"):
+        return False
+    _, profile, whole = model.split("-", 2)
+    return profile == request.profile and (not request.model or model_matches(whole, request.model))
+
+
+def _work_out(fleet: FleetArrays, shape: Shape) -> Fitting:
+    resources, request = shape.resources, shape.resources.gpus
+    nodes = np.array([_is_allowed(node, shape) for node in fleet.nodes], np.bool_)
+    if resources.disk_bytes:
+        nodes &= fleet.disk_total >= resources.disk_bytes
+    if shape.image:
+        nodes &= fleet.has_images
+    none = np.zeros_like(fleet.model, np.bool_)
+    starts = np.zeros((*fleet.model.shape, 0), np.bool_)
+    if request is None:
+        return Fitting(nodes, none, np.zeros_like(fleet.model), starts, 0, ())
+    devices = eligible_devices(fleet, request)
+    size = 0
+    if request.share_bytes:
+        memory = np.maximum(fleet.gpu_memory, 1)
+        milli = np.where(devices, -(-MILLI * request.share_bytes // memory), _NOWHERE)
+    else:
+        milli = np.where(devices, request.milli, _NOWHERE)
+    if request.profile:
+        starts = np.zeros((*fleet.model.shape, fleet.mig.shape[2]), np.bool_)
+        for (row, column), geometry in fleet.geometry.items():
+            profile = geometry.profile(request.profile)
+            if devices[row, column] and profile is not None:
+                size = profile.size
+                starts[row, column, list(_starts_on(fleet, row, column, profile.name, profile.starts))] = True
+                milli[row, column] = profile.milli
+    used = tuple(sorted(set(fleet.model[devices].tolist())))
+    present = set(fleet.model[fleet.model >= 0].tolist())
+    return Fitting(nodes, devices, milli, starts, size, () if set(used) == present else used or (-1,))
+
+
+def _starts_on(fleet: FleetArrays, row: int, column: int, profile: str, starts: tuple[int, ...]) -> tuple[int, ...]:
+    """Where a profile may begin on a device: anywhere its geometry allows, or where its fixed slices are."""
+    fixed = fleet.nodes[row].devices[column].slices
+    return starts if not fixed else tuple(start for name, start, _ in fixed if name.lower() == profile)
+
+
+def _is_allowed(node: Node, shape: Shape) -> bool:
+    labels = dict(node.labels)
+    if any(labels.get(key) not in value.split("|") for key, value in shape.labels):
+        return False
+    return all(tolerates(shape.tolerations, taint) for taint in node.taints)
+
+
+def tolerates(tolerations: tuple[str, ...], taint: str) -> bool:
+    """Whether one of the tolerations, ``key`` or ``key=value``, puts up with a taint."""
+    return any(taint == each or taint.partition("=")[0] == each for each in tolerations)
+
+
+def workers_that_fit(
+    fleet: FleetArrays,
+    shape: Shape,
+    *,
+    empty: bool = False,
+    free: Free | None = None,
+    mask: NDArray[np.bool_] | None = None,
+) -> Ints:
     """How many workers of a shape fit on each node. Shape (N,).
 
-    With ``empty``, as if nothing ran and every node were ready: what the fleet could ever hold.
+    With ``empty``, as if nothing ran and every node were ready: what the fleet could ever hold. ``free`` is what to
+    look at instead of what is free now; ``mask`` leaves nodes out.
     """
-    resources = shape.resources
+    resources, static = shape.resources, fitting(fleet, shape)
     if empty:
-        cpu = np.array([node.cpu_milli for node in fleet.nodes], np.int64)
-        memory = np.array([node.memory_bytes for node in fleet.nodes], np.int64)
-        gpu = np.where(fleet.model >= 0, MILLI, -1)
-    else:
-        cpu, memory, gpu = fleet.cpu_free, fleet.memory_free, fleet.gpu_free
-    fits = np.maximum(cpu, 0) // resources.cpu_milli
+        free = fleet.empty()
+    elif free is None:
+        free = fleet.free()
+    fits = np.maximum(free.cpu, 0) // resources.cpu_milli
     if resources.memory_bytes:
-        fits = np.minimum(fits, np.maximum(memory, 0) // resources.memory_bytes)
+        fits = np.minimum(fits, np.maximum(free.memory, 0) // resources.memory_bytes)
     if resources.gpus is not None:
-        usable = np.where(eligible_devices(fleet, resources.gpus), gpu, 0)
-        if resources.gpus.milli == MILLI:
-            by_gpu = (usable == MILLI).sum(axis=1) // resources.gpus.count
-        else:
-            by_gpu = (usable // resources.gpus.milli).sum(axis=1)
-        fits = np.minimum(fits, by_gpu)
-    if resources.disk_bytes:
-        disk = np.array([node.disk_bytes for node in fleet.nodes], np.int64)
-        fits = np.where(disk >= resources.disk_bytes, fits, 0)
-    if shape.image:
-        fits = np.where(np.array([node.images for node in fleet.nodes], np.bool_), fits, 0)
+        fits = np.minimum(fits, workers_by_gpu(free, static, resources.gpus))
+    fits = np.where(static.nodes, fits, 0)
+    if mask is not None:
+        fits = np.where(mask, fits, 0)
     return fits if empty else np.where(fleet.is_ready, fits, 0)
+
+
+def workers_by_gpu(free: Free, static: Fitting, request: GpuRequest) -> Ints:
+    """How many workers each node's GPUs alone would serve. Shape (N,)."""
+    if request.profile:
+        slices: Ints = places_for_slices(free, static).sum(axis=1) // request.count
+        return slices
+    if request.is_whole:
+        whole: Ints = (static.devices & (free.gpu == MILLI)).sum(axis=1) // request.count
+        return whole
+    shares: Ints = (np.maximum(free.gpu, 0) // static.milli).sum(axis=1)
+    return shares
+
+
+def places_for_slices(free: Free, static: Fitting) -> Ints:
+    """How many slices of a profile each device still has room for. Shape (N, D)."""
+    ready_made = static.devices & (free.gpu == MILLI) & ~static.starts.any(axis=2)
+    places: Ints = ready_made.astype(np.int64)
+    if static.size:
+        places += free_starts(free.mig, static).sum(axis=2)
+    return places
+
+
+def free_starts(mig: Ints, static: Fitting) -> NDArray[np.bool_]:
+    """Where a slice of the profile could begin now. Shape (..., 8)."""
+    is_free: NDArray[np.bool_] = mig == 0
+    room: NDArray[np.bool_] = is_free.copy()
+    for step in range(1, static.size):
+        room[..., :-step] &= is_free[..., step:]
+        room[..., -step:] = False
+    room &= static.starts
+    return room

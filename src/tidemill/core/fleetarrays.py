@@ -1,72 +1,139 @@
 """③ The fleet as columns: rows are nodes, and every change can be undone.
 
 One structure of arrays answers "where does it fit" for all nodes at once. It is changed in place; an undo log
-takes every change back to a checkpoint, so a turn can try things and a failed commit leaves no trace.
+takes every change back to a checkpoint, so a turn can try things and a failed commit leaves no trace. Room may be taken
+before it is free (it is *promised*, while somebody still holds it): then what is free is below zero for a while.
 
-Shapes: N nodes, D the most devices that any node has. ``gpu_free`` is (N, D) milli-GPU, -1 where there is no
-device; ``cpu_free`` (N,) milli-CPU; ``memory_free`` (N,) bytes; ``is_ready`` (N,) bool.
+Shapes: N nodes, sorted by id; D the most devices that any node has. ``gpu_free`` is (N, D) milli-GPU, 0 where there
+is no device that may be used; ``model`` (N, D) numbers ``models``, -1 there; ``island`` (N, D) is the NVLink domain;
+``mig`` (N, D, 8) how often each MIG memory slice is taken (no third axis while no device is cut); ``cpu_free`` (N,)
+milli-CPU, ``memory_free`` (N,) bytes; ``is_ready`` (N,) bool; ``seed_order`` (N,) one fixed shuffle that breaks ties
+without favouring any node's name.
 """
 
 from __future__ import annotations
 
+from typing import Any, Final, NamedTuple
+from zlib import crc32
+
 import numpy as np
 from numpy.typing import NDArray
 
-from tidemill.model.fleet import Node, NodeState
+from tidemill.model.fleet import Level, Mig, Node, NodeState
 from tidemill.model.ids import DeviceId, NodeId
 from tidemill.model.job import DeviceShare
+from tidemill.model.mig import SLICES, Geometry, geometry_of
 from tidemill.units import MILLI
 
-NO_DEVICE = -1
+Ints = NDArray[np.int64]
+NO_DEVICE: Final = -1
+_BITS: Final = 1 << np.arange(SLICES)
+
+
+class Free(NamedTuple):
+    """What is free: the fleet's own columns, or a copy into which something was given back in thought."""
+
+    cpu: Ints
+    memory: Ints
+    gpu: Ints
+    mig: Ints
+
+    def copy(self) -> Free:
+        """Columns of one's own."""
+        return Free(self.cpu.copy(), self.memory.copy(), self.gpu.copy(), self.mig.copy())
 
 
 class FleetArrays:
-    """What is free, per node and device. ``released`` counts events that could make room."""
+    """What is free, per node and device. ``released`` counts events that could make room, ``layouts`` rebuilds."""
 
     def __init__(self) -> None:
-        self.nodes: list[Node] = []
-        self.row: dict[NodeId, int] = {}
-        self.cpu_free: NDArray[np.int64] = np.zeros(0, np.int64)
-        self.memory_free: NDArray[np.int64] = np.zeros(0, np.int64)
-        self.is_ready: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        self.gpu_free: NDArray[np.int64] = np.zeros((0, 0), np.int64)
-        self.gpu_memory: NDArray[np.int64] = np.zeros((0, 0), np.int64)
-        self.model: NDArray[np.int64] = np.zeros((0, 0), np.int64)
-        self.models: list[str] = []
         self.released = 0
-        self._undo: list[tuple[int, int, int, tuple[tuple[int, int], ...]]] = []
-        self._column: dict[tuple[int, DeviceId], int] = {}
+        self.layouts = 0
+        self.touched: list[int] = []
+        """Rows that changed since the last rebuild, in order: caches read on from where they were."""
+        self.cache: dict[Any, Any] = {}
+        """What was worked out of the present layout; emptied by a rebuild."""
+        self._undo: list[tuple[int, int, int, tuple[tuple[int, int, int], ...]]] = []
+        self._lay([])
 
     def rebuild(self, nodes: list[Node]) -> None:
         """Lay the columns anew for these nodes, everything free. Forgets the undo log."""
+        self._lay(nodes)
+        self.released += 1
+        self.layouts += 1
+
+    def _lay(self, nodes: list[Node]) -> None:
         self.nodes = sorted(nodes, key=lambda node: node.id)
-        self.row = {node.id: index for index, node in enumerate(self.nodes)}
+        self.row: dict[NodeId, int] = {node.id: index for index, node in enumerate(self.nodes)}
         width = max((len(node.devices) for node in self.nodes), default=0)
         shape = (len(self.nodes), width)
         self.models = sorted({device.model for node in self.nodes for device in node.devices})
         number = {name: index for index, name in enumerate(self.models)}
-        self.cpu_free = np.array([node.cpu_milli for node in self.nodes], np.int64)
-        self.memory_free = np.array([node.memory_bytes for node in self.nodes], np.int64)
-        self.is_ready = np.array([node.state is NodeState.READY for node in self.nodes], np.bool_)
-        self.gpu_free = np.full(shape, NO_DEVICE, np.int64)
-        self.gpu_memory = np.zeros(shape, np.int64)
-        self.model = np.full(shape, NO_DEVICE, np.int64)
-        self._column = {}
+        self.cpu_total: Ints = np.array([node.cpu_milli for node in self.nodes], np.int64)
+        self.memory_total: Ints = np.array([node.memory_bytes for node in self.nodes], np.int64)
+        self.disk_total: Ints = np.array([node.disk_bytes for node in self.nodes], np.int64)
+        self.cpu_free: Ints = self.cpu_total.copy()
+        self.memory_free: Ints = self.memory_total.copy()
+        self.is_ready: NDArray[np.bool_] = np.array([node.state is NodeState.READY for node in self.nodes], np.bool_)
+        self.has_images: NDArray[np.bool_] = np.array([node.images for node in self.nodes], np.bool_)
+        self.gpu_free: Ints = np.zeros(shape, np.int64)
+        self.gpu_memory: Ints = np.zeros(shape, np.int64)
+        self.model: Ints = np.full(shape, NO_DEVICE, np.int64)
+        self.island: Ints = np.zeros(shape, np.int64)
+        self.is_cut: NDArray[np.bool_] = np.zeros(shape, np.bool_)
+        """Devices in MIG mode: slices of them are given, never shares, never the whole."""
+        self.geometry: dict[tuple[int, int], Geometry] = {}
+        self._column: dict[tuple[int, DeviceId], int] = {}
         for row, node in enumerate(self.nodes):
+            failing = dict(node.failing)
             for column, device in enumerate(node.devices):
+                self._column[row, device.id] = column
+                if device.id in failing:
+                    continue
                 self.gpu_free[row, column] = MILLI
                 self.gpu_memory[row, column] = device.memory_bytes
                 self.model[row, column] = number[device.model]
-                self._column[row, device.id] = column
-        self.released += 1
+                self.island[row, column] = device.island
+                if device.mig is not Mig.OFF:
+                    self.is_cut[row, column] = True
+                    if (geometry := geometry_of(device.model, device.memory_bytes)) is not None:
+                        self.geometry[row, column] = geometry
+        self.mig: Ints = np.zeros((*shape, SLICES if self.is_cut.any() else 0), np.int64)
+        shuffled = sorted(range(len(self.nodes)), key=lambda at: (crc32(self.nodes[at].id.encode()), at))
+        self.seed_order: Ints = np.zeros(len(self.nodes), np.int64)
+        self.seed_order[shuffled] = np.arange(len(self.nodes))
+        self.touched.clear()
+        self.cache.clear()
         self._undo.clear()
+
+    def free(self) -> Free:
+        """What is free now; not a copy."""
+        return Free(self.cpu_free, self.memory_free, self.gpu_free, self.mig)
+
+    def empty(self) -> Free:
+        """What would be free if nothing ran."""
+        whole = np.where(self.model >= 0, MILLI, 0)
+        return Free(self.cpu_total, self.memory_total, whole, np.zeros_like(self.mig))
+
+    def domains(self, level: Level) -> Ints:
+        """The number of each node's domain of that level, shape (N,). Where it is not known a node is one by itself."""
+        known: Ints | None = self.cache.get(level)
+        if known is None:
+            keys = [_domain(node, level) for node in self.nodes]
+            number = {key: at for at, key in enumerate(sorted(set(keys)))}
+            known = self.cache[level] = np.array([number[key] for key in keys], np.int64)
+        return known
 
     def take(self, node: NodeId, *, cpu_milli: int, memory_bytes: int, devices: tuple[DeviceShare, ...]) -> None:
         """Take that much of a node. Whether it is free is the caller's to know."""
         row = self.row[node]
-        columns = tuple((self._column[row, share.device_id], share.milli) for share in devices)
+        columns = tuple(
+            (column, share.milli, self.slice_bits(row, column, share))
+            for share in devices
+            if (column := self._column.get((row, share.device_id), -1)) >= 0
+        )
         self._move(row, cpu_milli, memory_bytes, columns)
-        self._undo.append((row, -cpu_milli, -memory_bytes, tuple((column, -milli) for column, milli in columns)))
+        self._undo.append((row, -cpu_milli, -memory_bytes, tuple((at, -milli, bits) for at, milli, bits in columns)))
 
     def give(self, node: NodeId, *, cpu_milli: int, memory_bytes: int, devices: tuple[DeviceShare, ...]) -> None:
         """Give back what was taken. A device that is no longer there is passed over."""
@@ -74,12 +141,12 @@ class FleetArrays:
         if row is None:
             return
         columns = tuple(
-            (self._column[row, share.device_id], -share.milli)
+            (column, -share.milli, self.slice_bits(row, column, share))
             for share in devices
-            if (row, share.device_id) in self._column
+            if (column := self._column.get((row, share.device_id), -1)) >= 0
         )
         self._move(row, -cpu_milli, -memory_bytes, columns)
-        self._undo.append((row, cpu_milli, memory_bytes, tuple((column, -milli) for column, milli in columns)))
+        self._undo.append((row, cpu_milli, memory_bytes, tuple((at, -milli, bits) for at, milli, bits in columns)))
         self.released += 1
 
     def checkpoint(self) -> int:
@@ -99,8 +166,44 @@ class FleetArrays:
         """The device in that place."""
         return self.nodes[row].devices[column].id
 
-    def _move(self, row: int, cpu_milli: int, memory_bytes: int, columns: tuple[tuple[int, int], ...]) -> None:
+    def column(self, row: int, device: DeviceId) -> int:
+        """The device's column; -1 when the node does not have it."""
+        return self._column.get((row, device), -1)
+
+    def model_of(self, node: NodeId, device: DeviceId) -> str:
+        """A device's model; empty when it is not there."""
+        return next((one.model for one in self.nodes[self.row[node]].devices if one.id == device), "")
+
+    def slice_bits(self, row: int, column: int, share: DeviceShare) -> int:
+        """The memory slices that a share of a cut device takes, as bits; zero for any other share."""
+        if not share.profile or (geometry := self.geometry.get((row, column))) is None:
+            return 0
+        profile = geometry.profile(share.profile)
+        return profile.bits(share.slice) if profile is not None else 0
+
+    def is_within(self, node: NodeId) -> bool:
+        """Whether nothing of a node is taken twice: all that was promised there is free of who held it."""
+        row = self.row[node]
+        return bool(self.cpu_free[row] >= 0 and self.memory_free[row] >= 0 and (self.gpu_free[row] >= 0).all())
+
+    def _move(self, row: int, cpu_milli: int, memory_bytes: int, columns: tuple[tuple[int, int, int], ...]) -> None:
+        """Take (or, below zero, give)."""
         self.cpu_free[row] -= cpu_milli
         self.memory_free[row] -= memory_bytes
-        for column, milli in columns:
+        for column, milli, bits in columns:
             self.gpu_free[row, column] -= milli
+            if bits:
+                self.mig[row, column] += np.where(_BITS & bits, 1 if milli > 0 else -1, 0)
+        self.touched.append(row)
+
+
+def _domain(node: Node, level: Level) -> tuple[str, ...]:
+    match level:
+        case Level.SITE:
+            return (node.site_id,)
+        case Level.BLOCK:
+            return (node.site_id, node.block) if node.block else (node.site_id, "", node.id)
+        case Level.RACK:
+            return (node.site_id, node.block, node.rack) if node.rack else (node.site_id, "", "", node.id)
+        case _:
+            return (node.site_id, "", "", node.id)

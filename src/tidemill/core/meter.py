@@ -130,13 +130,13 @@ def shares_of(allocation: Allocation) -> tuple[tuple[str, Holder], ...]:
     """
     with_gpu = bool(allocation.devices)
     cpu = Holder(allocation.cpu_milli, allocation.attempt_id, allocation.job_id, allocation.project_id, with_gpu)
+    of_device: dict[str, int] = {}
+    for share in allocation.devices:  # several slices of one device are one share of it
+        of_device[share.device_id] = of_device.get(share.device_id, 0) + share.milli
     return (
         (CPU_METER, cpu),
         *(
-            (
-                share.device_id,
-                Holder(share.milli, allocation.attempt_id, allocation.job_id, allocation.project_id, False),
-            )
-            for share in allocation.devices
+            (device, Holder(milli, allocation.attempt_id, allocation.job_id, allocation.project_id, False))
+            for device, milli in of_device.items()
         ),
     )

@@ -1,18 +1,82 @@
-"""③ Places for a whole gang, or none: all or nothing is decided before anything is touched."""
+"""③ Places for a whole gang, or none: all or nothing is decided before anything is touched.
+
+A gang names the shapes that would do, how many workers it wants and with how few it is content, and how they should lie
+to each other. The steps: how many workers fit on each node (one vector operation); which *domain* of the topology takes
+them, the smallest that can; in which order its nodes are filled, best score first; which devices on each.
+
+A single worker of a shape that was asked for before takes a shorter way: its scores are kept for all nodes, only those
+of nodes that changed since are worked out again, and the best is one ``argmax``. Both ways give the same places.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tidemill.core.feasible import Shape, eligible_devices, workers_that_fit
-from tidemill.core.fleetarrays import FleetArrays
-from tidemill.core.score import best_fit
+from tidemill.core.feasible import Fitting, Shape, fitting, free_starts, places_for_slices, workers_that_fit
+from tidemill.core.fleetarrays import FleetArrays, Free, Ints
+from tidemill.core.score import Score, Want
+from tidemill.model.fleet import Level
 from tidemill.model.ids import NodeId
 from tidemill.model.job import DeviceShare
 from tidemill.model.resources import GpuRequest
+from tidemill.model.spec import WorkloadSpec
 from tidemill.units import MILLI
+
+_NEVER: Final = np.iinfo(np.int64).min
+_TIE_BITS: Final = 20
+_WIDER: Final = (Level.NVLINK, Level.HOST, Level.RACK, Level.BLOCK, Level.SITE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gang:
+    """What has to be placed together: ``workers`` of one of the shapes, or at least ``smallest`` of them.
+
+    Its hash is worked out once: it is part of what waiting jobs are grouped by.
+    """
+
+    choices: tuple[Shape, ...]
+    workers: int
+    smallest: int
+    within: Level | None = None
+    prefer: Level | None = None
+    spread: Level | None = None
+    _hash: int = field(init=False, repr=False, compare=False, default=0)
+
+    def __post_init__(self) -> None:
+        values = (self.choices, self.workers, self.smallest, self.within, self.prefer, self.spread)
+        object.__setattr__(self, "_hash", hash(values))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _gang, (self.choices, self.workers, self.smallest, self.within, self.prefer, self.spread)
+
+    def part(self, choice: int, workers: int) -> Gang:
+        """Up to so many workers of one of the choices, content with one."""
+        return Gang(
+            choices=(self.choices[choice],),
+            workers=workers,
+            smallest=1,
+            within=None,
+            prefer=self.prefer or self.within,
+            spread=None,
+        )
+
+
+def _gang(
+    choices: tuple[Shape, ...],
+    workers: int,
+    smallest: int,
+    within: Level | None,
+    prefer: Level | None,
+    spread: Level | None,
+) -> Gang:
+    return Gang(choices=choices, workers=workers, smallest=smallest, within=within, prefer=prefer, spread=spread)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,39 +87,422 @@ class Place:
     devices: tuple[DeviceShare, ...]
 
 
-def place_gang(fleet: FleetArrays, shape: Shape, workers: int) -> tuple[Place, ...]:
-    """A place for each worker, by rank, taken from the fleet; empty and nothing taken when they do not all fit.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """Places for a gang, by rank, and which of its choices they are for."""
 
-    Nodes are filled one after the other, best score first, so a gang is spread as little as can be.
+    choice: int
+    places: tuple[Place, ...]
+
+
+def gang_of(spec: WorkloadSpec) -> Gang:
+    """What a job of the workload needs placed together."""
+    where = spec.placement
+    return Gang(
+        choices=tuple(
+            Shape(resources, bool(spec.image), where.labels, where.tolerations) for resources in spec.choices
+        ),
+        workers=spec.nodes,
+        smallest=spec.smallest,
+        within=where.within,
+        prefer=where.prefer,
+        spread=where.spread,
+    )
+
+
+def fits(fleet: FleetArrays, gang: Gang, *, free: Free | None = None, mask: NDArray[np.bool_] | None = None) -> bool:
+    """Whether a gang could be placed, at its smallest."""
+    for shape in gang.choices:
+        room = _room(fleet, gang, shape, free, mask)
+        if int(room.sum()) >= gang.smallest and _domain_rows(fleet, gang, room) is not None:
+            return True
+    return False
+
+
+def place_gang(
+    fleet: FleetArrays,
+    gang: Gang,
+    *,
+    score: Score,
+    mask: NDArray[np.bool_] | None = None,
+    free: Free | None = None,
+    take: bool = True,
+) -> Placed | None:
+    """A place for each worker, by rank; None, and nothing taken, when not even the smallest gang fits.
+
+    The first choice that fits is used, with as many workers as fit. With ``free``, or without ``take``, nothing is
+    taken.
     """
-    fits = workers_that_fit(fleet, shape)
-    if int(fits.sum()) < workers:
-        return ()
-    whole = np.flatnonzero(fits >= workers)
-    candidates = whole if whole.size else np.flatnonzero(fits > 0)
-    order = candidates[np.argsort(-best_fit(fleet, shape)[candidates], kind="stable")]
+    for number, shape in enumerate(gang.choices):
+        if (
+            gang.workers == 1
+            and free is None
+            and gang.within in (None, Level.HOST, Level.RACK, Level.BLOCK, Level.SITE)
+        ):
+            places = _place_one(fleet, shape, score, mask)
+        else:
+            places = _place_many(fleet, gang, shape, score, mask, free)
+        if not places:
+            continue
+        if take and free is None:
+            resources = shape.resources
+            for place in places:
+                fleet.take(
+                    place.node_id,
+                    cpu_milli=resources.cpu_milli,
+                    memory_bytes=resources.memory_bytes,
+                    devices=place.devices,
+                )
+        return Placed(choice=number, places=tuple(places))
+    return None
+
+
+# -- one worker -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class _Table:
+    """Scores of one shape on all nodes, as of ``seen`` entries of the fleet's touch log."""
+
+    want: Want
+    static: Fitting
+    key: Ints
+    column: Ints
+    seen: int
+    version: int
+
+
+def _place_one(fleet: FleetArrays, shape: Shape, score: Score, mask: NDArray[np.bool_] | None) -> list[Place]:
+    if not fleet.nodes:
+        return []
+    table = _table(fleet, shape, score)
+    key = table.key if mask is None else np.where(mask, table.key, _NEVER)
+    row = int(key.argmax())
+    if key[row] == _NEVER:
+        return []
+    devices = _choose_devices(fleet, fleet.free(), row, shape.resources.gpus, table.static, int(table.column[row]))
+    return [Place(node_id=fleet.nodes[row].id, devices=devices)]
+
+
+def _table(fleet: FleetArrays, shape: Shape, score: Score) -> _Table:
+    known: _Table | None = fleet.cache.get((shape, score.name))
+    if known is None or known.version != score.version:
+        static = fitting(fleet, shape)
+        count = len(fleet.nodes)
+        known = _Table(
+            want_of(shape, static),
+            static,
+            np.full(count, _NEVER, np.int64),
+            np.full(count, -1, np.int64),
+            0,
+            score.version,
+        )
+        fleet.cache[shape, score.name] = known
+        rows = np.arange(count)
+    elif known.seen == len(fleet.touched):
+        return known
+    else:
+        recent = fleet.touched[known.seen :]
+        rows = np.unique(np.array(recent, np.int64)) if len(recent) < len(fleet.nodes) else np.arange(len(fleet.nodes))
+    _score_rows(fleet, shape, score, known, rows)
+    known.seen = len(fleet.touched)
+    return known
+
+
+def _score_rows(fleet: FleetArrays, shape: Shape, score: Score, table: _Table, rows: Ints) -> None:
+    """Work out the keys of some rows."""
+    fitting_rows = rows[_fits_on_rows(fleet, shape, table.static, rows)]
+    table.key[rows] = _NEVER
+    if fitting_rows.size:
+        scores, columns = score.scores(fleet, table.want, fitting_rows)
+        table.key[fitting_rows] = (scores << _TIE_BITS) - fleet.seed_order[fitting_rows]
+        table.column[fitting_rows] = columns
+
+
+def _fits_on_rows(fleet: FleetArrays, shape: Shape, static: Fitting, rows: Ints) -> NDArray[np.bool_]:
+    """Whether one worker fits on each of these rows. Shape (R,)."""
+    resources = shape.resources
+    fits_there: NDArray[np.bool_] = fleet.is_ready[rows] & static.nodes[rows]
+    fits_there &= (fleet.cpu_free[rows] >= resources.cpu_milli) & (fleet.memory_free[rows] >= resources.memory_bytes)
+    request = resources.gpus
+    if request is None:
+        return fits_there
+    free = fleet.gpu_free[rows]
+    if request.profile:
+        part = Fitting(static.nodes, static.devices[rows], static.milli, static.starts[rows], static.size, ())
+        some = Free(fleet.cpu_free, fleet.memory_free, free, fleet.mig[rows])
+        fits_there &= places_for_slices(some, part).sum(axis=1) >= request.count
+    elif request.is_whole:
+        fits_there &= (static.devices[rows] & (free == MILLI)).sum(axis=1) >= request.count
+    else:
+        fits_there &= (free >= static.milli[rows]).any(axis=1)
+    return fits_there
+
+
+def want_of(shape: Shape, static: Fitting) -> Want:
+    """A shape as scores see it. A share by memory counts as on the smallest device that will do."""
+    request = shape.resources.gpus
+    if request is None:
+        return Want(shape.resources.cpu_milli, shape.resources.memory_bytes, 0, 0)
+    if request.is_whole:
+        milli, count = MILLI, request.count
+    else:
+        usable = static.milli[static.devices]
+        milli, count = (int(usable.max()) if usable.size else request.milli), 1
+    return Want(shape.resources.cpu_milli, shape.resources.memory_bytes, count, milli, static.models)
+
+
+# -- many workers -----------------------------------------------------------------------------------------------------
+
+
+def _room(fleet: FleetArrays, gang: Gang, shape: Shape, free: Free | None, mask: NDArray[np.bool_] | None) -> Ints:
+    """How many workers of the gang each node could take, its own constraints on lying together left aside."""
+    room = workers_that_fit(fleet, shape, free=free, mask=mask)
+    if gang.spread is not None:
+        room = np.minimum(room, 1)
+    if gang.within is Level.NVLINK and shape.resources.gpus is not None and shape.resources.gpus.is_whole:
+        by_island = _workers_by_island(fleet, free or fleet.free(), fitting(fleet, shape), shape.resources.gpus.count)
+        room = np.minimum(room, by_island.max(axis=1, initial=0))
+    return np.minimum(room, gang.workers)
+
+
+def _workers_by_island(fleet: FleetArrays, free: Free, static: Fitting, count: int) -> Ints:
+    """How many workers of so many whole GPUs each NVLink island takes. Shape (N, islands)."""
+    islands = int(fleet.island.max(initial=0)) + 1
+    whole = static.devices & (free.gpu == MILLI)
+    return np.stack([(whole & (fleet.island == at)).sum(axis=1) // count for at in range(islands)], axis=1)
+
+
+def _domain_rows(fleet: FleetArrays, gang: Gang, room: Ints) -> Ints | None:
+    """The nodes to fill, in no order yet: those of the domain that the gang is to be in. None when none has room."""
+    rows: Ints = np.flatnonzero(room)
+    if gang.spread is not None:
+        rows = _one_per_domain(fleet, gang.spread, rows)
+        if len(rows) < gang.smallest:
+            return None
+    if gang.within is not None:
+        return _smallest_domain(fleet, _known(gang.within), gang, room, rows)
+    if int(room[rows].sum()) < gang.smallest:
+        return None
+    if gang.prefer is None:
+        return rows
+    for level in _WIDER[_WIDER.index(_known(gang.prefer)) :]:
+        inside = _smallest_domain(fleet, level, gang, room, rows, whole=True)
+        if inside is not None:
+            return inside
+    return _fewest_domains(fleet, _known(gang.prefer), gang, room, rows)
+
+
+def _known(level: Level) -> Level:
+    """The level at which nodes are told apart; an NVLink island is looked for inside its host."""
+    return Level.HOST if level is Level.NVLINK else level
+
+
+def _smallest_domain(
+    fleet: FleetArrays, level: Level, gang: Gang, room: Ints, rows: Ints, *, whole: bool = False
+) -> Ints | None:
+    """The nodes of the domain with the least room that takes the gang (all of it, if any domain does)."""
+    if not rows.size:
+        return None
+    domains = fleet.domains(level)[rows]
+    capacity = np.bincount(domains, weights=room[rows]).astype(np.int64)
+    taken = np.minimum(capacity, gang.workers)
+    most = int(taken.max())
+    if most < (gang.workers if whole else gang.smallest):
+        return None
+    fitting_domains = np.flatnonzero(taken == most)
+    least = fitting_domains[np.argmin(capacity[fitting_domains])]
+    inside: Ints = rows[domains == least]
+    return inside
+
+
+def _fewest_domains(fleet: FleetArrays, level: Level, gang: Gang, room: Ints, rows: Ints) -> Ints:
+    """The nodes of as few domains as hold the gang."""
+    domains = fleet.domains(level)[rows]
+    capacity = np.bincount(domains, weights=room[rows]).astype(np.int64)
+    order = np.argsort(-capacity, kind="stable")
+    enough = int(np.searchsorted(np.cumsum(capacity[order]), gang.workers)) + 1
+    inside: Ints = rows[np.isin(domains, order[:enough])]
+    return inside
+
+
+def _one_per_domain(fleet: FleetArrays, level: Level, rows: Ints) -> Ints:
+    """Of each domain of the level that workers are spread over, the node that comes first in the fixed shuffle."""
+    domains = fleet.domains(level)[rows]
+    order = np.lexsort((fleet.seed_order[rows], domains))
+    first = np.concatenate([[True], domains[order][1:] != domains[order][:-1]]) if len(order) else np.zeros(0, bool)
+    return np.sort(rows[order[first]])
+
+
+def _place_many(
+    fleet: FleetArrays,
+    gang: Gang,
+    shape: Shape,
+    score: Score,
+    mask: NDArray[np.bool_] | None,
+    free: Free | None,
+) -> list[Place]:
+    room = _room(fleet, gang, shape, free, mask)
+    rows = _domain_rows(fleet, gang, room)
+    if rows is None or not rows.size:
+        return []
+    own = free is not None
+    view = free.copy() if free is not None else fleet.free()
+    static = fitting(fleet, shape)
+    order = _filling_order(fleet, shape, score, rows, room, view if own else None)
+    counts = room[order]
+    upto = np.cumsum(counts)
+    last = int(np.searchsorted(upto, gang.workers))
+    chosen = order[: last + 1]
+    request = shape.resources.gpus
     places: list[Place] = []
-    for row in order:
-        for _ in range(min(int(fits[row]), workers - len(places))):
-            devices = _choose_devices(fleet, int(row), shape.resources.gpus)
-            node = fleet.nodes[row].id
-            fleet.take(
-                node, cpu_milli=shape.resources.cpu_milli, memory_bytes=shape.resources.memory_bytes, devices=devices
-            )
-            places.append(Place(node_id=node, devices=devices))
-        if len(places) == workers:
-            break
-    return tuple(places)
+    for row in sorted(chosen.tolist(), key=lambda at: _nearness(fleet, at)):
+        wanted = min(int(room[row]), gang.workers - len(places))
+        if row == chosen[-1]:
+            before = int(upto[last - 1]) if last else 0
+            wanted = min(int(room[row]), gang.workers - before)
+        node_id = fleet.nodes[row].id
+        if request is None:
+            places.extend(Place(node_id=node_id, devices=()) for _ in range(wanted))
+            continue
+        kept = static
+        if gang.within is Level.NVLINK and request.is_whole:
+            kept = _one_island(fleet, view, row, request.count * wanted, static)
+        places.extend(
+            Place(node_id=node_id, devices=devices) for devices in _devices_for(fleet, view, row, request, kept, wanted)
+        )
+    return places
 
 
-def _choose_devices(fleet: FleetArrays, row: int, request: GpuRequest | None) -> tuple[DeviceShare, ...]:
-    """Devices of one node for one worker: whole free ones, or for a share the fullest device that still fits it."""
+def _nearness(fleet: FleetArrays, row: int) -> tuple[str, str, int]:
+    node = fleet.nodes[row]
+    return node.block, node.rack, row
+
+
+def _filling_order(fleet: FleetArrays, shape: Shape, score: Score, rows: Ints, room: Ints, free: Free | None) -> Ints:
+    """Nodes that take most workers first, so that a gang touches few; then by score; then by the fixed shuffle."""
+    if free is None:
+        keys = _table(fleet, shape, score).key[rows]
+    else:
+        gpu = np.maximum(free.gpu[rows], 0).sum(axis=1) if free.gpu.size else np.zeros(len(rows), np.int64)
+        keys = -gpu * (1 << _TIE_BITS) - fleet.seed_order[rows]
+    return rows[np.lexsort((-keys, -room[rows]))]
+
+
+def _one_island(fleet: FleetArrays, view: Free, row: int, gpus: int, static: Fitting) -> Fitting:
+    """The fitting with only those devices of a node left that are in the fullest NVLink island with so many free."""
+    free = static.devices[row] & (view.gpu[row] == MILLI)
+    islands, sizes = np.unique(fleet.island[row][free], return_counts=True)
+    roomy = np.flatnonzero(sizes >= gpus)
+    devices = static.devices.copy()
+    devices[row] &= fleet.island[row] == islands[roomy[int(np.argmin(sizes[roomy]))]]
+    return replace(static, devices=devices)
+
+
+# -- devices ----------------------------------------------------------------------------------------------------------
+
+
+def _devices_for(
+    fleet: FleetArrays,
+    view: Free,
+    row: int,
+    request: GpuRequest,
+    static: Fitting,
+    workers: int,
+) -> list[tuple[DeviceShare, ...]]:
+    """Devices of one node for some workers, taken one after the other from a copy of what is free there."""
+    if workers == 1:
+        return [_choose_devices(fleet, view, row, request, static, -1)]
+    gpu, mig = view.gpu.copy(), view.mig.copy()
+    trial = Free(view.cpu, view.memory, gpu, mig)
+    found: list[tuple[DeviceShare, ...]] = []
+    for _ in range(workers):
+        devices = _choose_devices(fleet, trial, row, request, static, -1)
+        for share in devices:
+            column = fleet.column(row, share.device_id)
+            gpu[row, column] -= share.milli
+            if share.profile and static.size and static.starts[row, column].any():
+                mig[row, column, share.slice : share.slice + static.size] += 1
+        found.append(devices)
+    return found
+
+
+def _choose_devices(
+    fleet: FleetArrays, view: Free, row: int, request: GpuRequest | None, static: Fitting, column: int
+) -> tuple[DeviceShare, ...]:
+    """Devices of one node for one worker.
+
+    Whole ones come from one NVLink island if one has enough, the island with the fewest that does. A share goes to
+    ``column`` if the score chose one, else to the fullest device that fits it. A slice goes where it spoils least.
+    """
     if request is None:
         return ()
-    free = np.where(eligible_devices(fleet, request)[row], fleet.gpu_free[row], 0)
-    if request.milli == MILLI:
-        columns = np.flatnonzero(free == MILLI)[: request.count]
-    else:
-        fitting = np.flatnonzero(free >= request.milli)
-        columns = fitting[[int(np.argmin(free[fitting]))]]
-    return tuple(DeviceShare(device_id=fleet.device_id(row, int(column)), milli=request.milli) for column in columns)
+    if request.profile:
+        return _choose_slices(fleet, view, row, request, static)
+    free = view.gpu[row]
+    if request.is_whole:
+        whole = np.flatnonzero(static.devices[row] & (free == MILLI))
+        columns = _whole_devices(fleet.island[row], whole, request.count)
+        nodes = fleet.nodes[row].devices
+        return tuple(DeviceShare(device_id=nodes[at].id, milli=MILLI) for at in columns)
+    if column < 0 or free[column] < static.milli[row, column]:
+        fitting_columns = np.flatnonzero(free >= static.milli[row])
+        column = int(fitting_columns[int(np.argmin(free[fitting_columns]))])
+    return (DeviceShare(device_id=fleet.device_id(row, column), milli=int(static.milli[row, column])),)
+
+
+def _whole_devices(island: Ints, columns: Ints, count: int) -> list[int]:
+    """So many of these columns, from one island where that is possible."""
+    if count > 1 and len(columns) > count:
+        islands, sizes = np.unique(island[columns], return_counts=True)
+        roomy = np.flatnonzero(sizes >= count)
+        if roomy.size:
+            best = islands[roomy[int(np.argmin(sizes[roomy]))]]
+            columns = columns[island[columns] == best]
+        else:
+            order = np.argsort(-sizes, kind="stable")
+            rank = {int(islands[at]): number for number, at in enumerate(order)}
+            columns = np.array(sorted(columns.tolist(), key=lambda at: (rank[int(island[at])], at)))
+    picked: list[int] = columns[:count].tolist()
+    return picked
+
+
+def _choose_slices(
+    fleet: FleetArrays, view: Free, row: int, request: GpuRequest, static: Fitting
+) -> tuple[DeviceShare, ...]:
+    """Slices for one worker: each on the device, and at the start, after which most other slices still fit."""
+    found: list[DeviceShare] = []
+    mig, gpu = view.mig[row].copy(), view.gpu[row].copy()
+    for _ in range(request.count):
+        best: tuple[tuple[int, int, int], int, int] | None = None
+        for column in np.flatnonzero(static.devices[row]).tolist():
+            geometry = fleet.geometry.get((row, column))
+            if geometry is None:
+                if gpu[column] == MILLI:  # a fixed slice, a device by itself
+                    best = min(best, ((-1, column, 0), column, -1)) if best else ((-1, column, 0), column, -1)
+                continue
+            part = Fitting(static.nodes, static.devices, static.milli, static.starts[row, column], static.size, ())
+            for start in np.flatnonzero(free_starts(mig[column], part)).tolist():
+                after = mig[column].copy()
+                after[start : start + static.size] += 1
+                spoiled = -sum(
+                    profile.size
+                    for profile in geometry.profiles
+                    for begin in profile.starts
+                    if not after[begin : begin + profile.size].any()
+                )
+                is_fresh = int(not mig[column].any())
+                candidate = ((is_fresh, spoiled, column * 8 + start), column, start)
+                best = candidate if best is None else min(best, candidate)
+        if best is None:
+            raise RuntimeError("a slice was counted that is not there")
+        _, column, start = best
+        device = fleet.device_id(row, column)
+        if start < 0:
+            gpu[column] = 0
+            found.append(DeviceShare(device_id=device, milli=MILLI))
+        else:
+            mig[column, start : start + static.size] += 1
+            milli = int(static.milli[row, column])
+            found.append(DeviceShare(device_id=device, milli=milli, profile=request.profile, slice=start))
+    return tuple(found)

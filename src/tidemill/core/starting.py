@@ -7,7 +7,7 @@ from zlib import crc32
 from tidemill.core.lifecycle import JOB, apply
 from tidemill.core.meter import shares_of
 from tidemill.core.outcome import Outcome
-from tidemill.core.place import Place
+from tidemill.core.place import Place, Placed
 from tidemill.core.world import World
 from tidemill.model.ids import NodeId, attempt_id, launch_id
 from tidemill.model.job import Allocation, AllocationState, Attempt, AttemptState, Job
@@ -17,10 +17,10 @@ RENDEZVOUS_PORTS = range(20_000, 30_000)
 SERVICE_PORTS = range(30_000, 32_768)
 
 
-def start(world: World, job: Job, places: tuple[Place, ...], out: Outcome) -> None:
+def start(world: World, job: Job, placed: Placed, out: Outcome) -> None:
     """Lease the places, whose room is taken already, to a new attempt of the job."""
-    spec = world.workloads[job.workload_id].spec
     number = job.attempts + 1
+    places = placed.places
     attempt = Attempt(
         id=attempt_id(job.id, number),
         job_id=job.id,
@@ -30,10 +30,41 @@ def start(world: World, job: Job, places: tuple[Place, ...], out: Outcome) -> No
         placed_ns=out.now,
         workers=len(places),
         rendezvous_port=_free_port(world, places[0].node_id, f"{job.id}/{number}", RENDEZVOUS_PORTS),
+        choice=placed.choice,
+        next_rank=len(places),
     )
     world.add(world.attempts, job.id, attempt)
-    launches = []
-    for rank, place in enumerate(places):
+    world.set(world.workers, attempt.id, ())
+    _lease(world, job, attempt, places, 0, out)
+    world.update(world.jobs, job.id, job, state=apply(JOB, job.state, "placed"), attempts=number)
+    world.drop(world.reasons, job.id)
+    world.line_up(job.project_id, -1)
+    _remember_growable(world, job, len(places))
+    nodes = dict.fromkeys(world.nodes[place.node_id].name for place in places)
+    out.note("Placed", job, attempt=number, workers=len(places), nodes=",".join(nodes))
+
+
+def grow(world: World, job: Job, attempt: Attempt, places: tuple[Place, ...], out: Outcome) -> None:
+    """Lease more places to a running elastic gang. Ranks go on counting: none is given twice in an attempt."""
+    first, workers = attempt.next_rank, attempt.workers + len(places)
+    after = world.update(world.attempts, job.id, attempt, next_rank=first + len(places), workers=workers)
+    _lease(world, job, after, places, first, out)
+    _remember_growable(world, job, workers)
+    out.note("Grew", job, attempt=attempt.number, workers=workers)
+
+
+def _remember_growable(world: World, job: Job, workers: int) -> None:
+    if workers < world.workloads[job.workload_id].spec.nodes:
+        world.set(world.growable, job.id, None)
+    else:
+        world.drop(world.growable, job.id)
+
+
+def _lease(world: World, job: Job, attempt: Attempt, places: tuple[Place, ...], first_rank: int, out: Outcome) -> None:
+    spec = world.workloads[job.workload_id].spec
+    resources = spec.choices[attempt.choice]
+    launches = list(world.workers[attempt.id])
+    for rank, place in enumerate(places, first_rank):
         launch = launch_id(attempt.id, rank)
         ports = tuple(
             (port.name, port.number or _free_port(world, place.node_id, f"{launch}/{port.name}", SERVICE_PORTS))
@@ -48,9 +79,9 @@ def start(world: World, job: Job, places: tuple[Place, ...], out: Outcome) -> No
             node_id=place.node_id,
             state=AllocationState.RESERVED,
             version=1,
-            fence=number,
-            cpu_milli=spec.resources.cpu_milli,
-            memory_bytes=spec.resources.memory_bytes,
+            fence=attempt.number,
+            cpu_milli=resources.cpu_milli,
+            memory_bytes=resources.memory_bytes,
             held_ns=out.now,
             devices=place.devices,
             ports=(*ports, ("rendezvous", attempt.rendezvous_port)) if rank == 0 else ports,
@@ -62,10 +93,6 @@ def start(world: World, job: Job, places: tuple[Place, ...], out: Outcome) -> No
         out.commands.append(Launch(launch_id=launch))
         launches.append(launch)
     world.set(world.workers, attempt.id, tuple(launches))
-    world.update(world.jobs, job.id, job, state=apply(JOB, job.state, "placed"), attempts=number)
-    world.drop(world.reasons, job.id)
-    nodes = dict.fromkeys(world.nodes[place.node_id].name for place in places)
-    out.note("Placed", job, attempt=number, workers=len(places), nodes=",".join(nodes))
 
 
 def _free_port(world: World, node: NodeId, key: str, ports: range) -> int:
@@ -74,6 +101,6 @@ def _free_port(world: World, node: NodeId, key: str, ports: range) -> int:
     Whether something else on the machine has it is found out by the runner, and the attempt is then repeated
     with another.
     """
-    taken = world.ports_in_use(node)
+    taken = world.ports.get(node, {})
     first = crc32(key.encode()) % len(ports)
     return next(port for step in range(len(ports)) if (port := ports[(first + step) % len(ports)]) not in taken)

@@ -8,21 +8,19 @@ world, inbox and instant give the same plan.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
-from tidemill.core.admission import why_not_now
-from tidemill.core.ending import end_attempt
+from tidemill.core import waiting
+from tidemill.core.ending import displace, end_attempt, end_job
 from tidemill.core.facts import take
 from tidemill.core.outcome import Outcome
-from tidemill.core.place import place_gang
-from tidemill.core.queueing import Line
-from tidemill.core.quota import exceeds_limit
 from tidemill.core.rating import rate_usage
-from tidemill.core.starting import start
+from tidemill.core.reserve import is_for
+from tidemill.core.scheduling import schedule
 from tidemill.core.world import World
 from tidemill.model.events import Fact
-from tidemill.model.ids import JobId, LaunchId
-from tidemill.model.job import AllocationState, Cause
+from tidemill.model.fleet import NodeState
+from tidemill.model.ids import JobId, LaunchId, NodeId, ReservationId
+from tidemill.model.job import AllocationState, Cause, JobState
 from tidemill.model.plan import Plan, Stop
 from tidemill.model.policy import Policy
 
@@ -37,8 +35,7 @@ def turn(world: World, inbox: Sequence[Fact], *, now: int, policy: Policy) -> Pl
     for fact in inbox:  # ⓪ facts move things along; ① what is submitted is admitted
         take(world, fact, out)
     _timers(world, out)
-    _start_what_fits(world, out)  # ② order ③ places ④ leases
-    _explain(world, out)
+    schedule(world, out)  # ② order ③ places ④ backfill, displacing
     _cut_long_stretches(world, out)  # ⑥ usage
     ledger = tuple(  # ⑦ prices
         rate_usage(usage, world.rates, world.sites[world.nodes[usage.node_id].site_id]) for usage in out.usage
@@ -54,13 +51,12 @@ def turn(world: World, inbox: Sequence[Fact], *, now: int, policy: Policy) -> Pl
 
 
 def _timers(world: World, out: Outcome) -> None:
-    """Time alone did this: a retry's wait is over, a job ran its full time, a worker outlived its grace."""
+    """Time alone did this. What is no longer true when its time comes is passed over."""
     for what, identity in world.due(out.now):
         if what == "requeue" and world.delayed.get(JobId(identity), out.now + 1) <= out.now:
             job = world.jobs[JobId(identity)]
             world.drop(world.delayed, job.id)
-            world.queue.add(world.line_of(job), job)
-            out.fresh.append(job.id)
+            waiting.ready(world, job, out)
         elif what == "expire" and (attempt := world.attempts.get(JobId(identity))) is not None and attempt.started_ns:
             limit = world.workloads[world.jobs[attempt.job_id].workload_id].spec.max_duration_ns
             if out.now - attempt.started_ns >= limit > 0:
@@ -70,57 +66,54 @@ def _timers(world: World, out: Outcome) -> None:
             if held is not None and held.state is AllocationState.DRAINING:
                 out.commands.append(Stop(launch_id=held.id, grace_ns=0))
                 world.set_timer(out.now + out.policy.stop_retry_ns, "stop_again", held.id)
+        elif what == "too_late":
+            late = world.jobs.get(JobId(identity))
+            if late is not None and late.state is JobState.QUEUED and not late.attempts:
+                end_job(world, late, "cancelled", Cause.TOO_LATE, out, detail="there was no room before start_before")
+        elif what == "recheck":
+            _release_suspect(world, NodeId(identity), out)
+        elif what == "window":
+            _open_window(world, ReservationId(identity), out)
+        elif what in ("displace", "replan"):
+            world.reopen()
 
 
-def _start_what_fits(world: World, out: Outcome) -> None:
-    """Start waiting jobs in order; a line whose first job does not fit is closed until there is more room."""
-    closed: set[Line] = set()
-    started = 0
-
-    def is_closed(line: Line) -> bool:
-        return line in closed or world.blocked.get(line) == world.fleet.released
-
-    for line, job_id in world.queue.heads(is_closed):
-        if started >= out.policy.starts_per_turn:
-            world.set_timer(out.now, "more", "")
-            break
-        job = world.jobs[job_id]
-        project = world.projects.get(line.project_id)
-        reason = None
-        if project is not None:
-            reason = exceeds_limit(project, line.shape.resources, line.workers, world.held.get(line.project_id))
-        places = () if reason else place_gang(world.fleet, line.shape, line.workers)
-        if places:
-            world.queue.remove(line, job_id)
-            world.on_undo(partial(world.queue.add, line, job))
-            start(world, job, places, out)
-            started += 1
-            continue
-        if reason is None:
-            world.blocked[line] = world.fleet.released
-            reason = why_not_now(world.fleet, line.shape, line.workers)
-        closed.add(line)
-        world.line_reasons[line] = reason
-        out.wait(world, job_id, reason)
+def _release_suspect(world: World, node_id: NodeId, out: Outcome) -> None:
+    """A node that was held back for being lost too often, and stayed, may be used again."""
+    node = world.nodes.get(node_id)
+    if node is not None and node.state is NodeState.SUSPECT and node.held_until_ns <= out.now:
+        world.update(world.nodes, node.id, node, state=NodeState.READY, held_until_ns=0, lost_at_ns=(), state_cause="")
+        out.note("NodeResumed", node=node.name, by="")
+        world.refresh_readiness()
 
 
-def _explain(world: World, out: Outcome) -> None:
-    """Every job that began to wait in this turn and did not start says why."""
-    for job_id in out.fresh:
-        if world.is_waiting(job_id) and job_id not in world.reasons:
-            job = world.jobs[job_id]
-            line = world.line_of(job)
-            reason = world.line_reasons.get(line) or why_not_now(world.fleet, line.shape, line.workers)
-            out.wait(world, job_id, reason)
+def _open_window(world: World, reservation_id: ReservationId, out: Outcome) -> None:
+    """A reservation's window opens: what is on its nodes and not of it has to go. Then its next edge is awaited."""
+    reservation = world.reservations.get(reservation_id)
+    window = reservation.window(after=out.now) if reservation is not None else None
+    if reservation is None or window is None:
+        return
+    if window[0] <= out.now:
+        for node in reservation.node_ids:
+            for launch in list(world.by_node.get(node, ())):
+                job = world.jobs[world.allocations[launch].job_id]
+                if not is_for(reservation, world.line_of(job)):
+                    displace(world, job.id, out, by=f"reservation {reservation.name} begins")
+        out.note("ReservationOpened", reservation=reservation.name, until_ns=window[1])
+        world.set_timer(window[1], "window", reservation.id)
+    else:
+        world.set_timer(window[0], "window", reservation.id)
+    world.reopen()
 
 
 def _cut_long_stretches(world: World, out: Outcome) -> None:
-    """Bound how much unbilled usage a crash could leave to the next turn."""
+    """Bound how much unbilled usage a crash could leave to the next turn, and keep what fair share remembers."""
     if out.now - world.metered_ns < out.policy.meter_every_ns:
         return
     world.metered(out.now)
     for node_id, name in list(world.meters):
         out.cut(world, node_id, name)
+    world.keep_usages()
 
 
 def _next_wake(world: World, policy: Policy) -> int:

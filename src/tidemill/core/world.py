@@ -8,30 +8,78 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from tidemill.core.admission import shape_of
 from tidemill.core.fleetarrays import FleetArrays
+from tidemill.core.held import HeldArrays
 from tidemill.core.meter import Meter, meters_of, shares_of
+from tidemill.core.ordering import JobFacts, Learns, OrderPolicy
+from tidemill.core.place import Placed, gang_of
+from tidemill.core.plugins import FAIR, order_named, score_named
+from tidemill.core.preempt import TIERS
 from tidemill.core.queueing import Line, WaitingLines
-from tidemill.core.quota import Held
+from tidemill.core.quota import QuotaTree
+from tidemill.core.reserve import HeldBack
+from tidemill.core.score import Score
 from tidemill.model.fleet import Node, NodeState, Site
-from tidemill.model.ids import AttemptId, JobId, LaunchId, NodeId, ProjectId, WorkloadId
-from tidemill.model.job import Allocation, AllocationState, Attempt, Job, JobState, Workload
+from tidemill.model.ids import (
+    AttemptId,
+    JobId,
+    LaunchId,
+    NodeId,
+    PrincipalId,
+    ProjectId,
+    QueueId,
+    ReservationId,
+    WorkloadId,
+)
+from tidemill.model.job import Allocation, AllocationState, Attempt, AttemptState, Job, JobState, Workload
 from tidemill.model.ledger import RateCard
 from tidemill.model.plan import Change, Reason
+from tidemill.model.policy import Policy
+from tidemill.model.queue import CPU, GPU, MEMORY, Queue, QueueUsage
+from tidemill.model.reservation import Reservation
 from tidemill.model.tenant import Project
+from tidemill.units import MILLI
 
 _ABSENT: Final = object()
-Entity = TypeVar("Entity", Job, Attempt, Allocation, Node)
+Entity = TypeVar("Entity", Job, Attempt, Allocation, Node, Queue, QueueUsage, Reservation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """Places taken for a job that waits until the workers in ``waits_for`` are gone."""
+
+    job_id: JobId
+    line: Line
+    placed: Placed
+    waits_for: tuple[LaunchId, ...]
+
+
+def line_of(workload: Workload) -> Line:
+    """The line that the jobs of a workload wait in: they are interchangeable with all others there."""
+    spec = workload.spec
+    return Line(
+        project_id=workload.project_id,
+        principal_id=workload.principal_id,
+        gang=gang_of(spec),
+        tier=spec.tier,
+        duration_ns=spec.max_duration_ns,
+        reservation=spec.reservation,
+        apart=spec.placement.apart,
+        group=spec.group.name if spec.group else "",
+    )
 
 
 class World:
     """State of mind of one control plane: nodes, what waits, what runs, who holds what, what is metered."""
 
-    def __init__(self, *, sites: Iterable[Site], projects: Iterable[Project], rates: RateCard) -> None:
+    def __init__(
+        self, *, sites: Iterable[Site], projects: Iterable[Project], rates: RateCard, policy: Policy | None = None
+    ) -> None:
+        policy = policy or Policy()
         self.sites = {site.id: site for site in sites}
         self.projects: dict[ProjectId, Project] = {project.id: project for project in projects}
         self.rates = rates
@@ -43,23 +91,60 @@ class World:
         """The live attempt of each job that has one."""
         self.workers: dict[AttemptId, tuple[LaunchId, ...]] = {}
         self.allocations: dict[LaunchId, Allocation] = {}
-        self.held: dict[ProjectId, Held] = {}
+        self.by_node: dict[NodeId, dict[LaunchId, None]] = {}
+        self.queues: dict[QueueId, Queue] = {}
+        self.usages: dict[str, QueueUsage] = {}
+        self.reservations: dict[ReservationId, Reservation] = {}
+        """Those that were not cancelled."""
+        self.quota = QuotaTree(half_life_ns=policy.half_life_ns)
+        for project in self.projects.values():
+            self.quota.open_project(project)
+        self.order: OrderPolicy = order_named(policy.order)
+        self.score: Score = score_named(policy.score)
         self.meters: dict[tuple[NodeId, str], Meter] = {}
         self.fleet = FleetArrays()
-        self.queue = WaitingLines(self.is_waiting)
+        self.rows = HeldArrays()
+        self.queue = WaitingLines(
+            self.is_waiting,
+            self.quota,
+            amounts_of=self.amounts_of,
+            ageing_ns=policy.ageing_ns,
+            patience_ns=policy.patience_ns,
+        )
         self.delayed: dict[JobId, int] = {}
         """Jobs that wait for an instant before they queue again."""
+        self.parked: dict[JobId, Reason] = {}
+        """Jobs that wait for something else than room: another workload, the rest of their array or group."""
+        self.promises: dict[JobId, Promise] = {}
+        self.held_back: HeldBack | None = None
+        """The plan of the first blocked job."""
+        self.groups: dict[tuple[ProjectId, str], tuple[JobId, ...]] = {}
+        """Queued jobs of each group, in order of submission."""
+        self.dependents: dict[WorkloadId, tuple[WorkloadId, ...]] = {}
+        self.outcomes: dict[WorkloadId, bool] = {}
+        """Whether workloads that ended lately ended well."""
+        self.unlucky: dict[WorkloadId, int] = {}
+        """How many jobs of a live workload ended other than well."""
+        self.grown_at = -1
+        self.compared_ns = 0
+        self.growable: dict[JobId, None] = {}
+        """Running elastic gangs that are smaller than they could be."""
         self.timers: list[tuple[int, str, str]] = []
         """A heap of (instant, what, id); what is no longer true when its time comes is passed over."""
         self.metered_ns = 0
         """When all meters were last cut together."""
         self.blocked: dict[Line, int] = {}
         """Lines that did not fit, with the fleet's ``released`` count at that time."""
+        self.ports: dict[NodeId, dict[int, int]] = {}
+        """How often each port of a node is given to live workers."""
         self.line_reasons: dict[Line, Reason] = {}
         """Why the head of each line did not start when it was last tried."""
         self.reasons: dict[JobId, Reason] = {}
         self._undo: list[Callable[[], object] | tuple[dict[Any, Any], Any, Any]] = []
         """What to call, or the value that a table had under a key, to take changes back, newest last."""
+        self._lines: dict[WorkloadId, Line] = {}
+        self._noted: list[tuple[JobFacts, bool]] = []
+        """What an order plug-in that learns is told when this turn is stored."""
         self._touched: dict[tuple[str, str], int | None] = {}
         self._latest: dict[tuple[str, str], Any] = {}
         self._fleet_mark = 0
@@ -70,12 +155,25 @@ class World:
     def is_waiting(self, job_id: JobId) -> bool:
         """Whether a job is queued and may start now."""
         job = self.jobs.get(job_id)
-        return job is not None and job.state is JobState.QUEUED and job_id not in self.delayed
+        return (
+            job is not None
+            and job.state is JobState.QUEUED
+            and job_id not in self.delayed
+            and job_id not in self.parked
+            and job_id not in self.promises
+        )
 
     def line_of(self, job: Job) -> Line:
         """The line that a job waits in."""
-        spec = self.workloads[job.workload_id].spec
-        return Line(job.project_id, shape_of(spec), spec.nodes)
+        line = self._lines.get(job.workload_id)
+        if line is None:
+            line = self._lines[job.workload_id] = line_of(self.workloads[job.workload_id])
+        return line
+
+    def queue_up(self, job: Job) -> None:
+        """Let a job wait for room."""
+        rank = None if self.order is FAIR else self.order.rank(self.job_facts(job, now=0), now=0)
+        self.queue.add(self.line_of(job), job, rank, since_ns=job.waiting_since_ns or job.submitted_ns)
 
     def workers_of(self, attempt: Attempt) -> tuple[Allocation, ...]:
         """The workers of an attempt that are not confirmed gone."""
@@ -83,9 +181,69 @@ class World:
             self.allocations[launch] for launch in self.workers.get(attempt.id, ()) if launch in self.allocations
         )
 
-    def ports_in_use(self, node_id: NodeId) -> set[int]:
-        """Ports given to live workers of a node."""
-        return {port for held in self.allocations.values() if held.node_id == node_id for _, port in held.ports}
+    def amounts_of(self, line: Line, placed: Placed | None = None) -> dict[str, int]:
+        """What a gang of the line takes at its smallest, or in these places, per device model, ``cpu`` and ``memory``.
+
+        Before it has places, GPUs count under the name asked for; any GPU under the empty name.
+        """
+        gang = line.gang
+        workers = gang.smallest if placed is None else len(placed.places)
+        resources = gang.choices[0 if placed is None else placed.choice].resources
+        amounts = {CPU: resources.cpu_milli * workers, MEMORY: resources.memory_bytes * workers}
+        if placed is None:
+            if resources.gpus is not None:
+                request = resources.gpus
+                amounts[f"{GPU}:{request.model}" if request.model else GPU] = request.total_milli * workers
+            return amounts
+        for place in placed.places:
+            for share in place.devices:
+                model = self.fleet.model_of(place.node_id, share.device_id)
+                amounts[model] = amounts.get(model, 0) + share.milli
+        return amounts
+
+    def amounts_held(self, allocation: Allocation) -> dict[str, int]:
+        """What one worker holds, per device model, ``cpu`` and ``memory``."""
+        amounts = {CPU: allocation.cpu_milli, MEMORY: allocation.memory_bytes}
+        if allocation.devices and (node := self.nodes.get(allocation.node_id)) is not None:
+            models = {device.id: device.model for device in node.devices}
+            for share in allocation.devices:
+                model = models.get(share.device_id, "")
+                amounts[model] = amounts.get(model, 0) + share.milli
+        return amounts
+
+    def job_facts(self, job: Job, *, now: int) -> JobFacts:
+        """What an order plug-in may know of a job."""
+        workload = self.workloads[job.workload_id]
+        spec = workload.spec
+        attempt = self.attempts.get(job.id)
+        running = attempt is not None and attempt.started_ns > 0
+        gpus = spec.resources.gpus.total_milli * spec.nodes if spec.resources.gpus else 0
+        ran = now - attempt.started_ns if attempt is not None and running else 0
+        party = self.quota.queue_of(job.project_id)
+        return JobFacts(
+            id=job.id,
+            kin=f"{workload.principal_id}/{spec.name}/{gpus}",
+            tenant=job.project_id,
+            submitted_ns=job.submitted_ns,
+            gpu_milli=gpus,
+            attained_ns=max(job.served_ns + ran, 0),
+            running=running,
+            since_ns=attempt.started_ns
+            if attempt is not None and running
+            else job.waiting_since_ns or job.submitted_ns,
+            expected_ns=spec.expected_duration_ns or spec.max_duration_ns or None,
+            weight=party.weight_milli / MILLI if party is not None else 1.0,
+        )
+
+    def is_in_window(self, job: Job, *, now: int) -> bool:
+        """Whether a job runs in its own reservation while that lasts."""
+        spec = self.workloads[job.workload_id].spec
+        return any(
+            (reservation.name, reservation.project_id) == (spec.reservation, job.project_id)
+            and (window := reservation.window(after=now)) is not None
+            and window[0] <= now
+            for reservation in self.reservations.values()
+        )
 
     # -- changing -----------------------------------------------------------------------------------------------
 
@@ -115,6 +273,25 @@ class World:
         """Remember how to take back a change made elsewhere."""
         self._undo.append(action)
 
+    def forget(self, workload_id: WorkloadId) -> None:
+        """Drop a workload that is over."""
+        self.drop(self.live_jobs, workload_id)
+        self.drop(self.workloads, workload_id)
+        self.drop(self.unlucky, workload_id)
+        self._lines.pop(workload_id, None)
+
+    def note(self, job: Job, *, now: int, finished: bool = False) -> None:
+        """Have an order plug-in that learns told of a job, when this turn is stored."""
+        if isinstance(self.order, Learns):
+            self._noted.append((self.job_facts(job, now=now), finished))
+
+    def rerank(self) -> None:
+        """Rank waiting jobs anew, by what an order plug-in has learned since."""
+        for job_id in self.queue.members():
+            job = self.jobs[job_id]
+            self.queue.remove(self.line_of(job), job_id)
+            self.queue_up(job)
+
     def set_timer(self, at_ns: int, what: str, identity: str) -> None:
         """Have ``what`` looked at when its time comes. A timer too many is harmless, so none is taken back."""
         heapq.heappush(self.timers, (at_ns, what, identity))
@@ -133,6 +310,7 @@ class World:
     def begin(self) -> None:
         """Start recording."""
         self._undo.clear()
+        self._noted.clear()
         self._touched.clear()
         self._latest.clear()
         self._fleet_mark = self.fleet.checkpoint()
@@ -144,7 +322,10 @@ class World:
         return tuple(Change(assumed=assumed, after=self._latest[mark]) for mark, assumed in self._touched.items())
 
     def commit(self) -> None:
-        """Keep what changed since ``begin``."""
+        """Keep what changed since ``begin``, and let an order plug-in that learns know of it."""
+        if self._noted and isinstance(self.order, Learns):
+            for facts, finished in self._noted:
+                self.order.note(facts, finished=finished)
         self._undo.clear()
         self._touched.clear()
         self.fleet.commit()
@@ -173,35 +354,159 @@ class World:
     # -- holding and releasing ----------------------------------------------------------------------------------
 
     def hold(self, allocation: Allocation) -> None:
-        """Count an allocation whose room is taken from the fleet already, against its project and on its meters."""
-        held = self.held.setdefault(allocation.project_id, Held())
-        gpu = sum(share.milli for share in allocation.devices)
-        held.gpu_milli += gpu
-        held.cpu_milli += allocation.cpu_milli
-        self._undo.append(lambda: self._unhold(held, gpu, allocation.cpu_milli))
+        """Count an allocation whose room is taken from the fleet already, against its queue and on its meters."""
+        self._count(allocation, 1)
+        self._undo.append(partial(self._count, allocation, -1))
         for name, holder in shares_of(allocation):
             meter = self.meters.get((allocation.node_id, name))
             if meter is not None:
                 meter.holders[allocation.id] = holder
                 self._undo.append(partial(meter.holders.pop, allocation.id, None))
+        self.rows.add(allocation, self.fleet, **self._row_values(allocation))
+        self._undo.append(partial(self.rows.remove, allocation.id))
 
     def let_go(self, allocation: Allocation) -> None:
         """The reverse of ``hold``, and the room given back to the fleet."""
-        held = self.held.setdefault(allocation.project_id, Held())
-        gpu = sum(share.milli for share in allocation.devices)
-        self._unhold(held, gpu, allocation.cpu_milli)
-        self._undo.append(lambda: self._unhold(held, -gpu, -allocation.cpu_milli))
+        self._count(allocation, -1)
+        self._undo.append(partial(self._count, allocation, 1))
         for name, _ in shares_of(allocation):
             meter = self.meters.get((allocation.node_id, name))
             if meter is not None and allocation.id in meter.holders:
                 holder = meter.holders.pop(allocation.id)
                 self._undo.append(partial(meter.holders.__setitem__, allocation.id, holder))
+        if (put_back := self.rows.remove(allocation.id)) is not None:
+            self._undo.append(put_back)
         self.fleet.give(
             allocation.node_id,
             cpu_milli=allocation.cpu_milli,
             memory_bytes=allocation.memory_bytes,
             devices=allocation.devices,
         )
+
+    def promise(self, promise: Promise) -> None:
+        """Take places for a job before they are free, and count them against its queue."""
+        self.take(promise.line, promise.placed)
+        self._count_promise(promise, 1)
+        self._undo.append(partial(self._count_promise, promise, -1))
+        self._put(self.promises, promise.job_id, promise)
+
+    def unpromise(self, promise: Promise, *, give: bool) -> None:
+        """The reverse of ``promise``; without ``give`` the room stays taken, for who it was promised to starts."""
+        self.drop(self.promises, promise.job_id)
+        self._count_promise(promise, -1)
+        self._undo.append(partial(self._count_promise, promise, 1))
+        if give:
+            self.give(promise.line, promise.placed)
+
+    def _count_promise(self, promise: Promise, sign: int) -> None:
+        amounts = self.amounts_of(promise.line, promise.placed)
+        change = self.quota.hold if sign > 0 else self.quota.release
+        change(promise.line.project_id, promise.line.principal_id, amounts, 1)
+
+    def line_up(self, project_id: ProjectId, jobs: int) -> None:
+        """Count jobs that begin (or, below zero, cease) to be queued, against their queue."""
+        self.quota.line_up(project_id, jobs)
+        self._undo.append(partial(self.quota.line_up, project_id, -jobs))
+
+    def mark_row(self, launch: LaunchId, column: str, value: int) -> None:
+        """Note something about a worker that holds, undoable."""
+        if (unmark := self.rows.mark(launch, column, value)) is not None:
+            self._undo.append(unmark)
+
+    def take(self, line: Line, placed: Placed) -> None:
+        """Take the room of places from the fleet, whether it is free already or will be."""
+        resources = line.gang.choices[placed.choice].resources
+        for place in placed.places:
+            self.fleet.take(
+                place.node_id, cpu_milli=resources.cpu_milli, memory_bytes=resources.memory_bytes, devices=place.devices
+            )
+
+    def give(self, line: Line, placed: Placed) -> None:
+        """The reverse of ``take``."""
+        resources = line.gang.choices[placed.choice].resources
+        for place in placed.places:
+            self.fleet.give(
+                place.node_id, cpu_milli=resources.cpu_milli, memory_bytes=resources.memory_bytes, devices=place.devices
+            )
+
+    def give_quietly(self, line: Line, placed: Placed) -> None:
+        """Give back what was taken in this turn, or only kept: no room was made by it."""
+        released = self.fleet.released
+        self.give(line, placed)
+        self.fleet.released = released
+
+    def reopen(self) -> None:
+        """Have every line tried again: something other than room changed."""
+        self.blocked.clear()
+
+    def refresh_readiness(self) -> None:
+        """Nodes were marked: what may be placed where has changed."""
+        self.rebuild_fleet()
+
+    def set_compared(self, now: int) -> None:
+        """Note when an order plug-in last compared waiting jobs with running ones."""
+        before = self.compared_ns
+        self._undo.append(lambda: setattr(self, "compared_ns", before))
+        self.compared_ns = now
+
+    def set_grown(self, released: int) -> None:
+        """Note with how much released elastic gangs were last offered more."""
+        before = self.grown_at
+        self._undo.append(lambda: setattr(self, "grown_at", before))
+        self.grown_at = released
+
+    def keep_usages(self) -> None:
+        """Have what fair share remembers stored, as it stands now."""
+        for usage in self.quota.usages():
+            known = self.usages.get(usage.id)
+            if known is None:
+                self.add(self.usages, usage.id, replace(usage, version=1))
+            elif known.taken != usage.taken:
+                self.update(self.usages, usage.id, known, at_ns=usage.at_ns, taken=usage.taken)
+
+    def hold_back(self, plan: HeldBack | None) -> None:
+        """Remember the plan of the first blocked job. What was closed under another plan is open again."""
+        before = self.held_back
+        self._undo.append(lambda: setattr(self, "held_back", before))
+        self.held_back = plan
+        if (before.placed if before else None) != (plan.placed if plan else None):
+            self.blocked.clear()
+
+    def _count(self, allocation: Allocation, sign: int) -> None:
+        """Count what is held: against the queue and its user, on the node, at its ports."""
+        job = self.jobs.get(allocation.job_id)
+        principal = self.workloads[job.workload_id].principal_id if job is not None else PrincipalId("")
+        amounts = self.amounts_held(allocation)
+        jobs = 1 if allocation.rank == 0 else 0
+        if sign > 0:
+            self.quota.hold(allocation.project_id, principal, amounts, jobs)
+            self.by_node.setdefault(allocation.node_id, {})[allocation.id] = None
+        else:
+            self.quota.release(allocation.project_id, principal, amounts, jobs)
+            self.by_node[allocation.node_id].pop(allocation.id, None)
+        ports = self.ports.setdefault(allocation.node_id, {})
+        for _, port in allocation.ports:
+            ports[port] = ports.get(port, 0) + sign
+            if not ports[port]:
+                del ports[port]
+
+    def _row_values(self, allocation: Allocation) -> dict[str, int]:
+        """What ``rows`` remembers of a worker beside what the allocation says."""
+        job = self.jobs.get(allocation.job_id)
+        attempt = self.attempts.get(allocation.job_id)
+        if job is None or attempt is None:
+            return {}
+        spec = self.workloads[job.workload_id].spec
+        drains = allocation.state is AllocationState.DRAINING
+        return {
+            "since": attempt.started_ns if attempt.state is not AttemptState.STARTING else 0,
+            "limit": spec.max_duration_ns,
+            "gone": allocation.drain_ns + spec.checkpoint_grace_ns if drains else 0,
+            "saved": attempt.checkpoint_ns,
+            "tier": TIERS[spec.tier],
+            "priority": job.priority,
+            "surplus": int(allocation.rank >= spec.smallest and spec.is_elastic),
+        }
 
     def metered(self, now: int) -> None:
         """Note that all meters are cut together now."""
@@ -233,6 +538,15 @@ class World:
                         if share.device_id in {device.id for device in self.nodes[allocation.node_id].devices}
                     ),
                 )
+        self.rows.clear()
+        for allocation in self.allocations.values():
+            self.rows.add(allocation, self.fleet, **self._row_values(allocation))
+        for promise in self.promises.values():
+            self.take(promise.line, promise.placed)
+        plan = self.held_back
+        if plan is not None and any(place.node_id not in self.fleet.row for place in plan.placed.places):
+            self.hold_back(None)
+        self.quota.set_capacity(self._capacity())
         self.fleet.commit()
         self._fleet_mark = 0
         self._fleet_rebuilt = True
@@ -244,8 +558,9 @@ class World:
             key = (node.id, meter.name)
             if key not in self.meters:
                 self._put(self.meters, key, meter)
-        for allocation in self.allocations.values():
-            if allocation.node_id == node.id and allocation.state is not AllocationState.RELEASED:
+        for launch in self.by_node.get(node.id, ()):
+            allocation = self.allocations.get(launch)
+            if allocation is not None:
                 for name, holder in shares_of(allocation):
                     existing = self.meters.get((node.id, name))
                     if existing is not None and allocation.id not in existing.holders:
@@ -253,7 +568,7 @@ class World:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _next_version(self, entity: Job | Attempt | Allocation | Node) -> int:
+    def _next_version(self, entity: Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation) -> int:
         mark = (type(entity).__name__, str(entity.id))
         if mark not in self._touched:
             self._touched[mark] = entity.version
@@ -273,7 +588,12 @@ class World:
         for timer in timers:
             heapq.heappush(self.timers, timer)
 
-    @staticmethod
-    def _unhold(held: Held, gpu_milli: int, cpu_milli: int) -> None:
-        held.gpu_milli -= gpu_milli
-        held.cpu_milli -= cpu_milli
+    def _capacity(self) -> dict[str, int]:
+        """What the nodes that are there have in all, per device model, ``cpu`` and ``memory``."""
+        total = {CPU: 0, MEMORY: 0}
+        for node in self.fleet.nodes:
+            total[CPU] += node.cpu_milli
+            total[MEMORY] += node.memory_bytes
+            for device in node.devices:
+                total[device.model] = total.get(device.model, 0) + MILLI
+        return total

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tidemill.errors import Conflict, EngineLost, EngineRefused
-from tidemill.model.fleet import Node
+from tidemill.model.fleet import Mig, Node
 from tidemill.model.ids import LaunchId
 from tidemill.model.plan import LaunchSpec, Observation, ObservedState
 from tidemill.ports import EngineCapabilities
@@ -43,6 +43,8 @@ from tidemill.runner.folders import LaunchFolder, read_json, sync_folder, write_
 from tidemill.units import SECOND_NS
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_SLICE: Final = re.compile(r"(?P<gpu>[^/]+)/(?P<profile>[^@]+)@(?P<start>\d+)")
+"""How a launch names a MIG slice: the GPU, the profile, and the first of its memory slices."""
 _ABANDONED_S: Final = 60.0
 _ANSWER_S: Final = 30.0
 _MAX_PIDS: Final = 16_384
@@ -69,7 +71,8 @@ class LocalEngine:
     """Starts workers on this machine, as runners that outlive the control plane.
 
     ``root`` is this engine's folder and nobody else's; ``endpoint_file`` tells runners where the control plane
-    is; ``node`` describes this machine and its devices.
+    is; ``node`` describes this machine and its devices. ``make_slice`` gives the driver's name of a MIG slice of a GPU,
+    with that profile and beginning there, on a device whose slices may be made; without it there are none.
     """
 
     def __init__(
@@ -80,10 +83,12 @@ class LocalEngine:
         node: Callable[[], Node],
         settings: LocalSettings | None = None,
         python: Path | None = None,
+        make_slice: Callable[[str, str, int], str] | None = None,
     ) -> None:
         self.root = root.resolve()
         self._endpoint_file = endpoint_file
         self._node = node
+        self._make_slice = make_slice
         self._settings = settings or LocalSettings()
         self._python = python or Path(getattr(sys, "_base_executable", "") or sys.executable)
         self._launches = self.root / "launches"
@@ -212,9 +217,38 @@ class LocalEngine:
             )  # fmt: skip
 
     def _write_spec(self, folder: LaunchFolder, spec: LaunchSpec) -> None:
+        visible, gpus = self._visible(spec)
+        spec = dataclasses.replace(spec, devices=visible)
         folder.path.mkdir(mode=0o700, exist_ok=True)
-        write_json(folder.spec, {**dataclasses.asdict(spec), "runner": self._runner_settings(spec)}, durable=True)
+        settings = {**self._runner_settings(spec), "gpus": gpus}
+        write_json(folder.spec, {**dataclasses.asdict(spec), "runner": settings}, durable=True)
         sync_folder(self._launches)
+
+    def _visible(self, spec: LaunchSpec) -> tuple[tuple[tuple[str, int], ...], list[str]]:
+        """The devices by the names that CUDA knows, and the GPUs whose files they need. Raises: EngineRefused."""
+        visible: list[tuple[str, int]] = []
+        gpus: dict[str, None] = {}
+        node: Node | None = None
+        for name, milli in spec.devices:
+            if (part := _SLICE.fullmatch(name)) is None:
+                visible.append((name, milli))
+                gpus[name] = None
+                continue
+            node = node or self._node()
+            visible.append((self._slice(node, part["gpu"], part["profile"], int(part["start"])), milli))
+            gpus[part["gpu"]] = None
+        return tuple(visible), list(gpus)
+
+    def _slice(self, node: Node, gpu: str, profile: str, start: int) -> str:
+        device = next((device for device in node.devices if device.id == gpu), None)
+        if device is not None and device.mig is Mig.DYNAMIC and self._make_slice is not None:
+            return self._make_slice(gpu, profile, start)
+        for kind, begins, name in device.slices if device is not None else ():
+            if (kind, begins) == (profile, start):
+                return name
+        raise EngineRefused(
+            f"{gpu} has no slice {profile} that begins at {start}", field="resources.gpus", value=profile
+        )
 
     def _runner_settings(self, spec: LaunchSpec) -> dict[str, Any]:
         """What the runner needs to know of this machine."""

@@ -136,6 +136,8 @@ class Job:
     """GPU time (milli-GPU x ns / 1000) that earlier attempts had."""
     evictions: int = 0
     """How often it was displaced."""
+    waiting_since_ns: int = 0
+    """When it began to wait again after an attempt; zero: it has waited since it was submitted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

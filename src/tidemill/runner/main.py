@@ -501,7 +501,8 @@ class Runner:
         base = Path(str(self.settings["python"]))
         prefixes = sandbox.python_prefixes(base, *((virtual_env / "bin" / "python",) if virtual_env else ()))
         inputs = [link.resolve() for link in self.folder.inputs.iterdir()]
-        nodes = sandbox.device_nodes(str(device) for device, _ in self.spec.get("devices") or ())
+        gpus = self.settings.get("gpus") or [device for device, _ in self.spec.get("devices") or ()]
+        nodes = sandbox.device_nodes(str(gpu) for gpu in gpus)
         view = replace(
             self._base_view(),
             writable=(self.folder.work, *(path for name, path in self.folders.items() if name != "input")),

@@ -19,9 +19,13 @@ from tidemill.sdk.results import (
     Job,
     NodeInfo,
     ProjectInfo,
+    QueuedJob,
+    QueueInfo,
     Quote,
     Receipt,
     Record,
+    ReservationInfo,
+    Share,
     Status,
     TokenInfo,
     Why,
@@ -215,6 +219,10 @@ class Client:
         """Why a job is where it is."""
         return Why.from_json(self._http.get(f"/v1/jobs/{segment(ref)}/why", project=self.project))
 
+    def checkpointed(self, ref: str, detail: str = "") -> None:
+        """Say that the job's work up to now is safe; only with the token that the running job has itself."""
+        self._http.post(f"/v1/jobs/{segment(ref)}/checkpoint", {"detail": detail})
+
     def receipt(self, ref: str) -> Receipt:
         """What a job used so far and what that costs."""
         return Receipt.from_json(self._http.get(f"/v1/jobs/{segment(ref)}/receipt", project=self.project))
@@ -287,6 +295,83 @@ class Client:
     def nodes(self) -> tuple[NodeInfo, ...]:
         """The machines."""
         return tuple(self._list("/v1/nodes", NodeInfo, {}))
+
+    def cordon(self, node: str, reason: str = "") -> NodeInfo:
+        """The machine, on which nothing new is placed from now on."""
+        return self._mark(node, "cordon", reason)
+
+    def drain(self, node: str, reason: str = "") -> NodeInfo:
+        """The machine, which what runs there leaves, with its checkpoint grace, to queue again."""
+        return self._mark(node, "drain", reason)
+
+    def resume(self, node: str, reason: str = "") -> NodeInfo:
+        """The machine, open to work again; what its devices were failing of is forgotten."""
+        return self._mark(node, "resume", reason)
+
+    def _mark(self, node: str, marking: str, reason: str) -> NodeInfo:
+        path = f"/v1/nodes/{segment(node)}/mark"
+        return NodeInfo.from_json(self._http.post(path, {"marking": marking, "reason": reason}))
+
+    # --- sharing ---
+
+    def queue(self, *, limit: int = 100) -> tuple[QueuedJob, ...]:
+        """Waiting jobs in the order in which they would be tried."""
+        page = self._http.get("/v1/queue", project=self.project, limit=limit)
+        return tuple(QueuedJob.from_json(item) for item in page["items"])
+
+    def share(self) -> tuple[Share, ...]:
+        """Who has what, parents before their children."""
+        return tuple(Share.from_json(item) for item in self._http.get("/v1/share")["items"])
+
+    def queues(self) -> tuple[QueueInfo, ...]:
+        """The places in the quota tree, by name."""
+        return tuple(QueueInfo.from_json(item) for item in self._http.get("/v1/queues")["items"])
+
+    def set_queues(self, queues: Sequence[Mapping[str, Any]]) -> tuple[QueueInfo, ...]:
+        """All places in the quota tree after these were set, all of them or none; others stay as they are."""
+        answer = self._http.call("PUT", "/v1/queues", body={"queues": [dict(queue) for queue in queues]}).json()
+        return tuple(QueueInfo.from_json(item) for item in answer["items"])
+
+    def set_queue(self, name: str, **changes: Any) -> QueueInfo:
+        """The place of that name with ``changes`` (fields of ``QueueInfo``), made when there was none."""
+        before = next((queue.to_json() for queue in self.queues() if queue.name == name), {"name": name})
+        path = f"/v1/queues/{segment(name)}"
+        return QueueInfo.from_json(self._http.call("PUT", path, body={**before, **changes}).json())
+
+    def reservations(self) -> tuple[ReservationInfo, ...]:
+        """Reservations with a window to come, the earliest first."""
+        return tuple(ReservationInfo.from_json(item) for item in self._http.get("/v1/reservations")["items"])
+
+    def reserve(
+        self,
+        name: str,
+        *,
+        start: str,
+        duration: str | int,
+        nodes: int | Sequence[str],
+        gpus: str = "",
+        labels: Mapping[str, str] | None = None,
+        every: str | int = "",
+        until: str = "",
+        maintenance: bool = False,
+    ) -> ReservationInfo:
+        """A new reservation of so many machines, or of those named; for nobody with ``maintenance``.
+
+        ``start`` and ``until`` are ISO times with their zone, or lengths of time from now such as ``2h``.
+        """
+        body: dict[str, Any] = {"name": name, "start": start, "duration": duration}
+        body |= {"nodes": nodes} if isinstance(nodes, int) else {"node": list(nodes)}
+        optional = {"gpus": gpus, "labels": dict(labels or {}), "every": every, "until": until}
+        body |= {field: value for field, value in optional.items() if value}
+        if maintenance:
+            body["maintenance"] = True
+        elif self.project:
+            body["project"] = self.project
+        return ReservationInfo.from_json(self._http.post("/v1/reservations", body))
+
+    def cancel_reservation(self, name: str) -> ReservationInfo:
+        """The reservation of that name or id, which does not stand any more. Raises: NotFound."""
+        return ReservationInfo.from_json(self._http.call("DELETE", f"/v1/reservations/{segment(name)}").json())
 
     def usage(self, *, job: str = "") -> Mapping[str, Any]:
         """Exact sums over the ledger lines of a job or a project."""

@@ -101,7 +101,10 @@ class Job(Record):
     ended_at_ns: int = 0
     attempts: int = 0
     retries: int = 0
+    evictions: int = 0
+    capacity: str = ""
     nodes: int = 1
+    nodes_min: int = 0
     resources: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     reason: Reason | None = None
@@ -171,10 +174,43 @@ class Event(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Forecast(Record):
+    """When a waiting job would start; zero: not within what was looked at. ``basis`` says what it rests on."""
+
+    earliest_at_ns: int = 0
+    likely_at_ns: int = 0
+    latest_at_ns: int = 0
+    basis: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding(Record):
+    """Who holds what is needed, until when at the latest; of others' jobs neither id nor name is told."""
+
+    job: str = ""
+    name: str = ""
+    project: str = ""
+    amount: str = ""
+    ends_at_ns: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option(Record):
+    """A nearby spec, by what is different in it, and what it would give."""
+
+    change: str = ""
+    starts_at_ns: int = 0
+    finish_at_ns: int = 0
+    amount_micro: int = 0
+    energy_mj: int = 0
+    carbon_mg: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Quote(Record):
     """The answer before submitting; amounts are estimates for ``duration_ns`` of running."""
 
-    nested: ClassVar[Mapping[str, type[Record]]] = {"reasons": Reason}
+    nested: ClassVar[Mapping[str, type[Record]]] = {"reasons": Reason, "forecast": Forecast, "options": Option}
 
     feasible: bool = False
     starts_now: bool = False
@@ -186,6 +222,10 @@ class Quote(Record):
     placement: tuple[Any, ...] = ()
     reasons: tuple[Reason, ...] = ()
     suggestions: tuple[str, ...] = ()
+    forecast: Forecast | None = None
+    finish_at_ns: int = 0
+    options: tuple[Option, ...] = ()
+    displaces: tuple[str, ...] = ()
     estimated: bool = True
     rate_card: str = ""
     currency: str = "USD"
@@ -196,13 +236,15 @@ class Quote(Record):
 class Why(Record):
     """Why a job is where it is. ``position`` counts from 1 in its queue; zero when it does not wait."""
 
-    nested: ClassVar[Mapping[str, type[Record]]] = {"reasons": Reason}
+    nested: ClassVar[Mapping[str, type[Record]]] = {"reasons": Reason, "holdings": Holding, "forecast": Forecast}
 
     job: str = ""
     state: str = ""
     cause: str = ""
     detail: str = ""
     reasons: tuple[Reason, ...] = ()
+    holdings: tuple[Holding, ...] = ()
+    forecast: Forecast | None = None
     position: int = 0
     ahead: int = 0
     lines: tuple[str, ...] = ()
@@ -252,12 +294,24 @@ class Status(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class NodeInfo(Record):
-    """A machine: what it has, and what of it is free."""
+    """A machine: what it has, what of it is free, and what is wrong with it.
+
+    ``marking`` is the cordon or drain that stands; ``workers`` counts those that hold something there.
+    """
 
     id: str = ""
     name: str = ""
     site: str = ""
     state: str = ""
+    state_cause: str = ""
+    marking: str = ""
+    failing: tuple[Mapping[str, Any], ...] = ()
+    taints: tuple[str, ...] = ()
+    block: str = ""
+    rack: str = ""
+    workers: int = 0
+    held_until_at_ns: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
     cpu_model: str = ""
     cpu_milli: int = 0
     free_cpu_milli: int = 0
@@ -266,6 +320,89 @@ class NodeInfo(Record):
     devices: tuple[Mapping[str, Any], ...] = ()
     images: bool = False
     joined_at_ns: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueInfo(Record):
+    """A place in the quota tree: GPUs and cores as numbers, memory as a size, by resource class."""
+
+    name: str = ""
+    parent: str = ""
+    project: str = ""
+    weight: float = 1
+    guaranteed: Mapping[str, Any] = field(default_factory=dict)
+    limit: Mapping[str, Any] = field(default_factory=dict)
+    max_running: int = 0
+    max_queued: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share(Record):
+    """Who has what, by resource class, in milli-GPU, milli-CPU and bytes.
+
+    ``borrowed`` is held above what is guaranteed, ``entitled`` what it could have now, ``models`` what it holds by
+    device model. ``share`` is the largest part of the fleet that it holds, or lately held, of any resource.
+    """
+
+    name: str = ""
+    parent: str = ""
+    project: str = ""
+    depth: int = 0
+    weight: float = 1
+    guaranteed: Mapping[str, int] = field(default_factory=dict)
+    limit: Mapping[str, int] = field(default_factory=dict)
+    held: Mapping[str, int] = field(default_factory=dict)
+    borrowed: Mapping[str, int] = field(default_factory=dict)
+    entitled: Mapping[str, int] = field(default_factory=dict)
+    models: Mapping[str, int] = field(default_factory=dict)
+    share: float = 0.0
+    running: int = 0
+    queued: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueuedJob(Record):
+    """A waiting job. ``position`` counts from 1 among all jobs, also those that one may not see.
+
+    It is zero while something else than its turn is waited for. ``starts_by_at_ns`` is by when it starts at the latest,
+    for the one job that others may not delay.
+    """
+
+    nested: ClassVar[Mapping[str, type[Record]]] = {"reason": Reason}
+
+    position: int = 0
+    job: str = ""
+    name: str = ""
+    kind: str = ""
+    project: str = ""
+    user: str = ""
+    nodes: int = 1
+    nodes_min: int = 1
+    resources: Mapping[str, Any] = field(default_factory=dict)
+    capacity: str = ""
+    priority: int = 0
+    submitted_at_ns: int = 0
+    waited_ns: int = 0
+    evictions: int = 0
+    starts_by_at_ns: int = 0
+    reason: Reason | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReservationInfo(Record):
+    """Machines kept for a project, or for nobody without one, at a time. ``state``: open, planned or over."""
+
+    id: str = ""
+    name: str = ""
+    project: str = ""
+    nodes: tuple[str, ...] = ()
+    state: str = ""
+    window: Mapping[str, int] | None = None
+    starts_at_ns: int = 0
+    ends_at_ns: int = 0
+    every_ns: int = 0
+    until_at_ns: int = 0
+    created_by: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

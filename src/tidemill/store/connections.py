@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
@@ -20,6 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tidemill.errors import InvalidSetting, Stale, StorageFull, TidemillError, Unavailable
 
+T = TypeVar("T")
 _READERS: Final = 8
 _NO_SPACE_BYTES: Final = 64 * 1024
 _SMALL_LOG: Final = f"PRAGMA journal_size_limit={64 * 1024 * 1024}"
@@ -42,11 +43,13 @@ _MEND_DISK: Final = "Free space where the database lies; nothing of what was sto
 
 @dataclass(frozen=True, slots=True)
 class Database:
-    """A database's two engines, and the SQLite file's path (None: PostgreSQL)."""
+    """A database's engines, and the SQLite file's path (None: PostgreSQL)."""
 
     writer: Engine
     reader: Engine
     path: Path | None
+    glancer: Engine | None = None
+    """Where single statements are asked without a transaction around them; None: there is nothing to be won."""
 
     @property
     def is_sqlite(self) -> bool:
@@ -59,6 +62,25 @@ class Database:
         with self._failing_clearly(), self.reader.begin() as connection:
             yield connection
 
+    def glance(self, ask: Callable[[Connection], T]) -> T:
+        """What ``ask`` finds in one statement: with PostgreSQL a single way there and back, instead of four.
+
+        A connection that broke since it was last used is found out by using it, and then another is tried.
+        Raises: as ``Store`` says.
+        """
+        if self.glancer is None:
+            with self.reading() as connection:
+                return ask(connection)
+        with self._failing_clearly():
+            try:
+                with self.glancer.connect() as connection:
+                    return ask(connection)
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+            with self.glancer.connect() as connection:
+                return ask(connection)
+
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction: committed at the end, rolled back when anything is raised. Raises: as ``Store`` says."""
@@ -67,8 +89,9 @@ class Database:
 
     def close(self) -> None:
         """Let go of all connections; harmless twice."""
-        self.reader.dispose()
-        self.writer.dispose()
+        for engine in (self.reader, self.writer, self.glancer):
+            if engine is not None:
+                engine.dispose()
 
     @contextmanager
     def _failing_clearly(self) -> Iterator[None]:
@@ -148,11 +171,13 @@ def _postgres(url: URL, patience_s: float) -> Database:
     try:
         writer = make(url, pool_size=1, max_overflow=0, isolation_level="READ COMMITTED", **common)
         reader = make(url, pool_size=_READERS, max_overflow=0, isolation_level="REPEATABLE READ", **common)
+        common["pool_pre_ping"] = False
+        glancer = make(url, pool_size=_READERS, max_overflow=0, isolation_level="AUTOCOMMIT", **common)
     except (ImportError, NoSuchModuleError) as error:
         raise InvalidSetting(
             "PostgreSQL needs the package psycopg.", field="database", mend='pip install "tidemill[postgres]"'
         ) from error
-    return Database(writer, reader, None)
+    return Database(writer, reader, None, glancer)
 
 
 def _sqlite_meaning(error: DBAPIError, path: Path) -> TidemillError | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from tidemill.core.lifecycle import is_terminal
 from tidemill.errors import Fenced, Stale
@@ -25,10 +26,14 @@ from tidemill.model.ids import (
 from tidemill.model.job import Allocation, Attempt, Job, JobState, Workload
 from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals
 from tidemill.model.plan import Reason, Waiting
+from tidemill.model.queue import Queue, QueueUsage
+from tidemill.model.reservation import Reservation
 from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
 from tidemill.ports import Batch, IdempotencyRecord, JobFilter, JobRow, Page, Snapshot, StoredEvent
 from tidemill.store.cursors import from_cursor, to_cursor
-from tidemill.store.rows import Thing, marks, net_changes, version_of
+from tidemill.store.rows import THINGS, Thing, marks, net_changes, version_of
+
+_UNLUCKY: Final = (JobState.FAILED, JobState.CANCELLED)
 
 
 class _Comparable(Protocol):
@@ -42,9 +47,7 @@ V = TypeVar("V")
 class _Contents:
     epoch: int = 0
     holder: str = ""
-    things: dict[Any, dict[Any, Any]] = field(
-        default_factory=lambda: {kind: {} for kind in (Workload, Job, Attempt, Allocation, Node)}
-    )
+    things: dict[Any, dict[Any, Any]] = field(default_factory=lambda: {kind: {} for kind in THINGS})
     reasons: dict[JobId, Reason] = field(default_factory=dict)
     events: list[StoredEvent] = field(default_factory=list)
     ledger: dict[str, LedgerLine] = field(default_factory=dict)
@@ -126,6 +129,11 @@ class MemoryStore:
                 Job, lambda job: not is_terminal(job.state), key=lambda job: (job.workload_id, job.index)
             )
             owners = {job.workload_id for job in jobs}
+            unlucky = Counter(
+                job.workload_id
+                for job in self._sorted(Job, lambda job: job.state in _UNLUCKY, key=lambda job: job.workload_id)
+                if job.workload_id in owners
+            )
             return Snapshot(
                 nodes=self.nodes(),
                 workloads=self._sorted(Workload, lambda it: it.id in owners, key=lambda it: it.id),
@@ -143,6 +151,10 @@ class MemoryStore:
                 ),
                 metered_until=tuple((node, meter, until) for (node, meter), until in sorted(self._all.marks.items())),
                 last_seq=len(self._all.events),
+                queues=self._sorted(Queue, lambda _: True, key=lambda it: it.id),
+                queue_usages=self._sorted(QueueUsage, lambda _: True, key=lambda it: it.id),
+                reservations=self._sorted(Reservation, lambda it: not it.cancelled_ns, key=lambda it: it.id),
+                unlucky=tuple(sorted(unlucky.items())),
             )
 
     # Workloads, jobs and what they held

@@ -12,11 +12,14 @@ from tidemill.model.ids import NodeId
 from tidemill.model.job import Allocation, Attempt, Job, Workload
 from tidemill.model.ledger import LedgerLine
 from tidemill.model.plan import Change
+from tidemill.model.queue import Queue, QueueUsage
+from tidemill.model.reservation import Reservation
 from tidemill.ports import Batch
 from tidemill.store.codec import encode
 
 Row = dict[str, Any]
-Thing = Workload | Job | Attempt | Allocation | Node
+Thing = Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation
+THINGS: Final[tuple[type[Thing], ...]] = (Workload, Job, Attempt, Allocation, Node, Queue, QueueUsage, Reservation)
 LOW_BITS: Final = 32
 LOW_MASK: Final = (1 << LOW_BITS) - 1
 
@@ -154,12 +157,23 @@ def _node(it: Node) -> Row:
     return {"id": it.id, "name": it.name, "version": it.version, "body": encode(it)}
 
 
+def _plain(it: Queue | QueueUsage) -> Row:
+    return {"id": it.id, "version": it.version, "body": encode(it)}
+
+
+def _reservation(it: Reservation) -> Row:
+    return {"id": it.id, "cancelled_ns": it.cancelled_ns, "version": it.version, "body": encode(it)}
+
+
 _ROWS: Final[dict[type[Thing], Callable[[Any], Row]]] = {
     Workload: _workload,
     Job: _job,
     Attempt: _attempt,
     Allocation: _allocation,
     Node: _node,
+    Queue: _plain,
+    QueueUsage: _plain,
+    Reservation: _reservation,
 }
 
 

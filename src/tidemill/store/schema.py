@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sqlalchemy import BigInteger, Column, Index, Integer, MetaData, Table, Text, UniqueConstraint
 
-HEAD: Final = "0001"
+HEAD: Final = "0002"
 """The newest migration."""
 
 TEXT: Final = Text().with_variant(Text(collation="C"), "postgresql")
@@ -102,6 +102,16 @@ nodes = Table(
     metadata,
     _text("id", primary_key=True),
     _text("name"),
+    _long("version"),
+    _text("body"),
+)
+queues = Table("queues", metadata, _text("id", primary_key=True), _long("version"), _text("body"))
+queue_usage = Table("queue_usage", metadata, _text("id", primary_key=True), _long("version"), _text("body"))
+reservations = Table(
+    "reservations",
+    metadata,
+    _text("id", primary_key=True),
+    _long("cancelled_ns"),
     _long("version"),
     _text("body"),
 )

@@ -46,9 +46,12 @@ from tidemill.model.ids import ArtifactId, JobId, LaunchId, NodeId, PrincipalId,
 from tidemill.model.job import Allocation, AllocationState, Attempt, AttemptState, Job, JobState, Workload
 from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals
 from tidemill.model.plan import Reason, Waiting
+from tidemill.model.queue import Queue, QueueUsage
+from tidemill.model.reservation import Reservation
 from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
 from tidemill.ports import Batch, IdempotencyRecord, JobFilter, JobRow, Page, Snapshot, StoredEvent
 from tidemill.store import schema
+from tidemill.store.arrays import insert_all, update_all
 from tidemill.store.codec import decode, encode
 from tidemill.store.connections import connect
 from tidemill.store.cursors import from_cursor, to_cursor
@@ -59,6 +62,7 @@ _MIGRATION_LOCK: Final = 7_203_685_477
 _BITS: Final[Any] = literal_column(str(LOW_BITS))
 _MASK: Final[Any] = literal_column(str(LOW_MASK))
 _LAST: Final = "\U0010ffff"
+_UNLUCKY: Final = (JobState.FAILED.value, JobState.CANCELLED.value)
 _LIVE_JOBS: Final = [state.value for state in JobState if not is_terminal(state)]
 _LIVE_ATTEMPTS: Final = [state.value for state in AttemptState if not is_terminal(state)]
 _LIVE_ALLOCATIONS: Final = [state.value for state in AllocationState if not is_terminal(state)]
@@ -68,6 +72,9 @@ _TABLES: Final[dict[type[Thing], Table]] = {
     Attempt: schema.attempts,
     Allocation: schema.allocations,
     Node: schema.nodes,
+    Queue: schema.queues,
+    QueueUsage: schema.queue_usage,
+    Reservation: schema.reservations,
 }
 _NEWEST: Final = (schema.workloads.c.submitted_ns, schema.workloads.c.id, schema.jobs.c.position)
 _JOB_ROWS: Final = select(schema.jobs.c.body, schema.jobs.c.reason, schema.workloads.c.body, *_NEWEST).join(
@@ -96,11 +103,26 @@ _UPDATES: Final[dict[type[Thing], Executable]] = {
     Attempt: _guarded(schema.attempts, "state", "version", "body"),
     Allocation: _guarded(schema.allocations, "state", "version", "body"),
     Node: _guarded(schema.nodes, "name", "version", "body"),
+    Queue: _guarded(schema.queues, "version", "body"),
+    QueueUsage: _guarded(schema.queue_usage, "version", "body"),
+    Reservation: _guarded(schema.reservations, "cancelled_ns", "version", "body"),
 }
 _REASON: Final = (
     update(schema.jobs)
     .where(schema.jobs.c.id == bindparam("key"), schema.jobs.c.state == JobState.QUEUED.value)
     .values(reason=bindparam("reason"))
+)
+_INSERT_LINE: Final = sqlite.insert(schema.ledger).on_conflict_do_nothing(index_elements=["id"])
+_MARK: Final = sqlite.insert(schema.meter_marks)
+_PUT_MARK: Final = _MARK.on_conflict_do_update(
+    index_elements=["node_id", "meter"],
+    set_={"until_ns": _MARK.excluded.until_ns},
+    where=_MARK.excluded.until_ns > schema.meter_marks.c.until_ns,
+)
+_KEEP_REASON: Final = "reason = CASE WHEN u.state = 'queued' THEN t.reason END"
+_LATER_MARK: Final = (
+    " ON CONFLICT (node_id, meter) DO UPDATE SET until_ns = excluded.until_ns"
+    " WHERE excluded.until_ns > meter_marks.until_ns"
 )
 
 
@@ -118,13 +140,6 @@ class SqlStore:
         self._doubtful = 0
         """The number of a commit of which it is not known whether the database took it; zero: none."""
         insert_or = sqlite.insert if self._database.is_sqlite else postgresql.insert
-        self._insert_line = insert_or(schema.ledger).on_conflict_do_nothing(index_elements=["id"])
-        self._put_mark = insert_or(schema.meter_marks)
-        self._put_mark = self._put_mark.on_conflict_do_update(
-            index_elements=["node_id", "meter"],
-            set_={"until_ns": self._put_mark.excluded.until_ns},
-            where=self._put_mark.excluded.until_ns > schema.meter_marks.c.until_ns,
-        )
         self._put: dict[Table, Executable] = {}
         for table in (schema.organizations, schema.projects, schema.principals, schema.tokens, schema.secrets):
             put = insert_or(table)
@@ -146,7 +161,7 @@ class SqlStore:
             if not self._database.is_sqlite:
                 connection.execute(select(func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
             if not _is_current(connection):
-                _upgrade(connection)
+                upgrade(connection)
 
     def close(self) -> None:
         """Release connections; harmless twice."""
@@ -225,24 +240,10 @@ class SqlStore:
         return bool(now.commits >= number)
 
     def _write(self, connection: Connection, rows: Rows, *, first_seq: int) -> None:
-        for kind, table in _TABLES.items():
-            if inserts := rows.inserts.get(kind):
-                connection.execute(insert(table), inserts)
-            if updates := rows.updates.get(kind):
-                changed = _execute(connection, _UPDATES[kind], updates).rowcount
-                if changed != len(updates):
-                    raise Stale("The state changed since it was read.", field=table.name)
-        if rows.reasons:
-            connection.execute(_REASON, rows.reasons)
-        if rows.events:
-            for seq, row in enumerate(rows.events, first_seq):
-                row["seq"] = seq
-            connection.execute(insert(schema.events), rows.events)
-        if rows.ledger:
-            written = _execute(connection, self._insert_line, rows.ledger).rowcount
-            if written != len(rows.ledger):
-                _check_skipped(connection, rows.ledger)
-            connection.execute(self._put_mark, rows.marks)
+        write = _write_rows if self._database.is_sqlite else _write_arrays
+        for seq, row in enumerate(rows.events, first_seq):
+            row["seq"] = seq
+        write(connection, rows)
         if rows.idempotency:
             connection.execute(insert(schema.idempotency), rows.idempotency)
 
@@ -290,6 +291,26 @@ class SqlStore:
                     )
                 ),
                 last_seq=connection.execute(select(schema.leadership.c.last_seq)).scalar_one(),
+                queues=_values(connection, Queue, select(schema.queues.c.body).order_by(schema.queues.c.id)),
+                unlucky=tuple(
+                    (WorkloadId(workload_id), count)
+                    for workload_id, count in connection.execute(
+                        select(jobs.workload_id, func.count())
+                        .where(jobs.state.in_(_UNLUCKY), jobs.workload_id.in_(select(jobs.workload_id).where(live)))
+                        .group_by(jobs.workload_id)
+                        .order_by(jobs.workload_id)
+                    )
+                ),
+                queue_usages=_values(
+                    connection, QueueUsage, select(schema.queue_usage.c.body).order_by(schema.queue_usage.c.id)
+                ),
+                reservations=_values(
+                    connection,
+                    Reservation,
+                    select(schema.reservations.c.body)
+                    .where(schema.reservations.c.cancelled_ns == 0)
+                    .order_by(schema.reservations.c.id),
+                ),
             )
 
     # Workloads, jobs and what they held
@@ -303,8 +324,8 @@ class SqlStore:
         return self._all(Job, select(jobs.body).where(jobs.workload_id == workload_id).order_by(jobs.position))
 
     def job(self, job_id: JobId) -> JobRow | None:
-        with self._database.reading() as connection:
-            rows = connection.execute(_JOB_ROWS.where(schema.jobs.c.id == job_id)).all()
+        query = _JOB_ROWS.where(schema.jobs.c.id == job_id)
+        rows = self._database.glance(lambda connection: connection.execute(query).all())
         return next(iter(_job_rows(rows)), None)
 
     def find_jobs(self, where: JobFilter, *, cursor: str = "", limit: int = 50) -> Page[JobRow]:
@@ -372,8 +393,7 @@ class SqlStore:
             query = query.where(events.workload_id == workload_id)
         if project_ids:
             query = query.where(events.project_id.in_(project_ids))
-        with self._database.reading() as connection:
-            rows = connection.execute(query).all()
+        rows = self._database.glance(lambda connection: connection.execute(query).all())
         return tuple(StoredEvent(seq=seq, entry=decode(LogEntry, body)) for seq, body in rows)
 
     def ledger(
@@ -536,17 +556,56 @@ class SqlStore:
     # Reading and writing single values
 
     def _one(self, kind: type[T], query: Select[str]) -> T | None:
-        with self._database.reading() as connection:
-            body = connection.execute(query).scalar_one_or_none()
+        body = self._database.glance(lambda connection: connection.execute(query).scalar_one_or_none())
         return None if body is None else decode(kind, body)
 
     def _all(self, kind: type[T], query: Select[str]) -> tuple[T, ...]:
-        with self._database.reading() as connection:
-            return _values(connection, kind, query)
+        return self._database.glance(lambda connection: _values(connection, kind, query))
 
     def _replace(self, table: Table, row: Row) -> None:
         with self._writing() as connection:
             connection.execute(self._put[table], row)
+
+
+def _write_rows(connection: Connection, rows: Rows) -> None:
+    """Write a batch to SQLite, where a statement costs little. Raises: Stale."""
+    for kind, table in _TABLES.items():
+        if inserts := rows.inserts.get(kind):
+            connection.execute(insert(table), inserts)
+        if updates := rows.updates.get(kind):
+            changed = _execute(connection, _UPDATES[kind], updates).rowcount
+            if changed != len(updates):
+                raise Stale("The state changed since it was read.", field=table.name)
+    if rows.reasons:
+        connection.execute(_REASON, rows.reasons)
+    if rows.events:
+        connection.execute(insert(schema.events), rows.events)
+    if rows.ledger:
+        written = _execute(connection, _INSERT_LINE, rows.ledger).rowcount
+        if written != len(rows.ledger):
+            _check_skipped(connection, rows.ledger)
+        connection.execute(_PUT_MARK, rows.marks)
+
+
+def _write_arrays(connection: Connection, rows: Rows) -> None:
+    """Write a batch to PostgreSQL, in a statement for each table. Raises: Stale."""
+    for kind, table in _TABLES.items():
+        if inserts := rows.inserts.get(kind):
+            insert_all(connection, table, inserts)
+        if updates := rows.updates.get(kind):
+            sets = _KEEP_REASON if kind is Job else ""
+            changed = update_all(connection, table, updates, where="t.version = u.assumed", sets=sets)
+            if changed != len(updates):
+                raise Stale("The state changed since it was read.", field=table.name)
+    if rows.reasons:
+        update_all(connection, schema.jobs, rows.reasons, where="t.state = 'queued'")
+    if rows.events:
+        insert_all(connection, schema.events, rows.events)
+    if rows.ledger:
+        written = insert_all(connection, schema.ledger, rows.ledger, otherwise=" ON CONFLICT (id) DO NOTHING")
+        if written != len(rows.ledger):
+            _check_skipped(connection, rows.ledger)
+        insert_all(connection, schema.meter_marks, rows.marks, otherwise=_LATER_MARK)
 
 
 def _execute(connection: Connection, statement: Executable, rows: Sequence[Row] | None = None) -> CursorResult[Any]:
@@ -638,12 +697,12 @@ def _is_current(connection: Connection) -> bool:
     return bool(version == schema.HEAD)
 
 
-def _upgrade(connection: Connection) -> None:
-    """Carry out the migrations that are missing, inside the connection's transaction."""
+def upgrade(connection: Connection, revision: str = "head") -> None:
+    """Carry out the migrations that are missing up to that revision, inside the connection's transaction."""
     from alembic import command
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(resources.files("tidemill.store") / "migrations"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    command.upgrade(config, revision)

@@ -60,9 +60,6 @@ class EnergyMeters:
         return Sampled(at_ns=now, node_id=self._node_id, energy_mj=tuple(energy))
 
     def _gpu_mj(self, gpu: Gpu, now: int) -> int | None:
-        if gpu.profile:
-            self.unavailable[gpu.uuid] = "The energy of a MIG slice is not measured apart from its GPU's."
-            return None
         counted = self._nvml.ask("nvmlDeviceGetTotalEnergyConsumption", gpu.handle)
         if counted is not None:
             return self._counters.setdefault(gpu.uuid, _Counter()).read(int(counted))

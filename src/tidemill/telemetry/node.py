@@ -7,14 +7,14 @@ import os
 import platform
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import psutil
 
 from tidemill import catalog
-from tidemill.model.fleet import Device, Node, NodeState
+from tidemill.model.fleet import Device, Mig, Node, NodeState
 from tidemill.model.ids import DeviceId, NodeId, SiteId
 from tidemill.telemetry.nvml import Gpu, Nvml, the_nvml
 from tidemill.units import MILLI
@@ -32,11 +32,17 @@ def discover_node(
     disk: Path | None = None,
     address: str = "127.0.0.1",
     reserve_cpu_milli: int = 0,
+    labels: tuple[tuple[str, str], ...] = (),
+    taints: tuple[str, ...] = (),
+    rack: str = "",
+    block: str = "",
+    mig_dynamic: Sequence[str] = (),
 ) -> Node:
     """This machine. Sizes are what a process here may really use, of CPUs, memory and the disk under ``disk``.
 
-    ``reserve_cpu_milli`` of the processors are kept from jobs. Its id follows from the machine's own and stays the
-    same across restarts of anything.
+    ``reserve_cpu_milli`` of the processors are kept from jobs. ``mig_dynamic`` lists the GPUs in MIG mode, by number or
+    UUID, whose slices may be made and unmade, or has ``all``; of others only the slices that are there are used. Its id
+    follows from the machine's own and stays the same across restarts of anything.
     """
     cpu_model = _cpu_model(root)
     idle_mw, busy_mw = catalog.cpu_power(cpu_model)
@@ -55,7 +61,11 @@ def discover_node(
         cpu_idle_mw=idle_mw,
         cpu_busy_mw=busy_mw,
         images=_can_run_images(root, os.environ),
-        devices=tuple(_device(gpu) for gpu in (nvml or the_nvml()).gpus()),
+        devices=tuple(_device(gpu, mig_dynamic) for gpu in (nvml or the_nvml()).gpus()),
+        labels=labels,
+        taints=taints,
+        rack=rack,
+        block=block,
     )
 
 
@@ -81,29 +91,25 @@ def usable_memory_bytes(*, root: Path = _ROOT) -> int:
     return min([_memory_total(root), *_memory_limits(root)])
 
 
-def _device(gpu: Gpu) -> Device:
-    spec = catalog.match_device(gpu.name, gpu.memory_bytes) if not gpu.profile else _whole_of(gpu)
+def _device(gpu: Gpu, mig_dynamic: Sequence[str]) -> Device:
+    spec = catalog.match_device(gpu.name, gpu.memory_bytes)
     if spec is None:
         spec = catalog.derived_device(gpu.name, gpu.memory_bytes, power_mw=gpu.limit_mw)
-    if gpu.profile:
-        spec = catalog.mig_device(spec, gpu.profile)
     busy_mw = min(gpu.limit_mw, spec.busy_mw) if gpu.limit_mw and spec.busy_mw else gpu.limit_mw or spec.busy_mw
+    is_dynamic = any(word in ("all", str(gpu.index)) or gpu.uuid.startswith(word) for word in mig_dynamic if word)
+    mig = Mig.OFF if not gpu.is_cut else Mig.DYNAMIC if is_dynamic else Mig.FIXED
     return Device(
         id=DeviceId(gpu.uuid),
         index=gpu.index,
         model=spec.model,
-        reported=f"{gpu.name} MIG {gpu.profile}" if gpu.profile else gpu.name,
+        reported=gpu.name,
         memory_bytes=spec.memory_bytes,
         idle_mw=min(spec.idle_mw, busy_mw),
         busy_mw=busy_mw,
+        island=gpu.island,
+        mig=mig,
+        slices=tuple((part.profile, part.start, part.uuid) for part in gpu.slices) if mig is Mig.FIXED else (),
     )
-
-
-def _whole_of(gpu: Gpu) -> catalog.DeviceSpec | None:
-    """What a slice is cut from, by name alone: the library tells the slice's memory."""
-    named = [spec for spec in catalog.devices() if catalog.match_device(gpu.name, spec.memory_bytes) == spec]
-    fits = [spec for spec in named if gpu.profile in spec.mig_profiles]
-    return next(iter(fits or named), None)
 
 
 def _cpu_quotas(root: Path) -> Iterator[int]:

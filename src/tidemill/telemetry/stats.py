@@ -60,12 +60,11 @@ def device_stats(nvml: Nvml | None = None) -> tuple[DeviceStats, ...]:
 def _stats(library: Nvml, gpu: Gpu) -> DeviceStats:
     rates = library.ask("nvmlDeviceGetUtilizationRates", gpu.handle)
     memory = library.ask("nvmlDeviceGetMemoryInfo", gpu.handle)
-    spec = catalog.match_device(gpu.name, gpu.memory_bytes) if not gpu.profile else None
-    model = spec.model if spec else f"MIG-{gpu.profile}" if gpu.profile else gpu.name
+    spec = catalog.match_device(gpu.name, gpu.memory_bytes)
     return DeviceStats(
         id=gpu.uuid,
         index=gpu.index,
-        model=model,
+        model=spec.model if spec else gpu.name,
         utilization=None if rates is None else int(rates.gpu),
         memory_used=None if memory is None else int(memory.used),
         memory_total=gpu.memory_bytes,

@@ -17,11 +17,13 @@ from tidemill.model.ids import (
     OrganizationId,
     PrincipalId,
     ProjectId,
+    ReservationId,
     SiteId,
     WorkloadId,
     attempt_id,
     job_id,
     launch_id,
+    queue_id,
     sortable_id,
 )
 from tidemill.model.job import (
@@ -36,9 +38,11 @@ from tidemill.model.job import (
 )
 from tidemill.model.ledger import CPU_METER, Evidence, LedgerLine, UsageInterval
 from tidemill.model.plan import Change, Reason, ResolvableBy
+from tidemill.model.queue import GPU, Queue, QueueUsage
+from tidemill.model.reservation import Reservation
 from tidemill.model.spec import Environment, Kind, Port, RetryOn, RetryPolicy, Service, WorkloadSpec
 from tidemill.ports import IdempotencyRecord
-from tidemill.units import SECOND_NS
+from tidemill.units import DAY_NS, HOUR_NS, SECOND_NS
 
 NOW: Final = 1_800_000_000 * SECOND_NS
 RED: Final = ProjectId("prj_red")
@@ -131,6 +135,27 @@ def a_node(name: str) -> Node:
     )  # fmt: skip
 
 
+def a_queue(project: ProjectId = RED, *, weight_milli: int = 1_000) -> Queue:
+    """A project's place in the quota tree."""
+    return Queue(
+        id=queue_id(project), name=project, project_id=project, weight_milli=weight_milli,
+        guaranteed=((GPU, 4_000), ("gpu:H100 SXM", 0)), limit=((GPU, LARGE),), max_running=7,
+    )  # fmt: skip
+
+
+def a_usage(project: ProjectId = RED, *, user: str = "usr_test", taken: float = 1 / 3) -> QueueUsage:
+    """What a user of a project took lately."""
+    return QueueUsage(id=f"{project}/{user}", version=1, at_ns=NOW, taken=(("H100-SXM", taken), ("cpu", 1e300)))
+
+
+def a_reservation(number: int) -> Reservation:
+    """A weekly window of two nodes."""
+    return Reservation(
+        id=ReservationId(f"res_{number}"), name="weekly", project_id=RED, node_ids=(NodeId("node_a"), NodeId("b")),
+        starts_ns=NOW, ends_ns=NOW + HOUR_NS, every_ns=7 * DAY_NS, created_by="usr_test",
+    )  # fmt: skip
+
+
 def a_line(
     from_ns: int,
     to_ns: int,
@@ -183,7 +208,7 @@ def a_note(job: Job | None = None, name: str = "Submitted", **body: str | int | 
     )  # fmt: skip
 
 
-def new(*things: Workload | Job | Attempt | Allocation | Node) -> tuple[Change, ...]:
+def new(*things: Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation) -> tuple[Change, ...]:
     """Changes that insert these."""
     return tuple(Change(assumed=None, after=thing) for thing in things)
 

@@ -46,8 +46,11 @@ from tidemill.testing.samples import (
     a_line,
     a_node,
     a_note,
+    a_queue,
     a_reason,
     a_record,
+    a_reservation,
+    a_usage,
     a_workload,
     an_allocation,
     an_artifact,
@@ -96,13 +99,16 @@ def check_values_come_back_as_they_were(open_store: OpenStore) -> None:
         worker = replace(an_allocation(attempt), cpu_used_ns=2**62, exit_code=137)
         entry = a_note(job, "Noted", text="ü", number=2**62, yes=True, no=False, nothing=None)
         line = a_line(0, 2**62, job=job, milli=10**6, amount_micro=-LARGE, energy_mj=LARGE, carbon_mg=0)
-        it.commit(changes=new(workload, job, attempt, worker, a_node("b")), log=[entry], ledger=[line])
+        policies = (a_queue(), a_usage(), a_reservation(1))
+        it.commit(changes=new(workload, job, attempt, worker, a_node("b"), *policies), log=[entry], ledger=[line])
         same(it.store.workload(workload.id), workload, "the workload")
         same(it.store.jobs_of(workload.id), (job,), "its jobs")
         same(it.store.attempts(job.id), (attempt,), "its attempts")
         same(it.store.allocations(job.id), (worker,), "its allocations")
         same(it.store.allocation(worker.id), worker, "the allocation")
         same(it.store.nodes(), (a_node("b"),), "the nodes")
+        found = it.store.load()
+        same((*found.queues, *found.queue_usages, *found.reservations), policies, "queue, usage and reservation")
         same([event.entry for event in it.store.events()], [entry], "the event")
         kinds = [type(value) for _, value in it.store.events()[0].entry.body]
         same(kinds, [str, int, bool, bool, type(None)], "the types in the event's body")
@@ -148,7 +154,7 @@ def check_the_version_guard(open_store: OpenStore) -> None:
         workload = a_workload(1)
         job = a_job(workload)
         attempt = an_attempt(job)
-        things = (job, attempt, an_allocation(attempt), a_node("b"))
+        things = (job, attempt, an_allocation(attempt), a_node("b"), a_queue(), a_usage(), a_reservation(1))
         it.commit(changes=new(workload, *things))
         for thing in things:
             later: Any = replace(thing, version=2)
@@ -168,7 +174,8 @@ def check_what_exists_is_not_inserted_again(open_store: OpenStore) -> None:
         workload = a_workload(1)
         job = a_job(workload)
         attempt = an_attempt(job)
-        things = (workload, job, attempt, an_allocation(attempt), a_node("b"))
+        policies = (a_queue(), a_usage(), a_reservation(1))
+        things = (workload, job, attempt, an_allocation(attempt), a_node("b"), *policies)
         it.commit(changes=new(*things))
         before = it.contents()
         for thing in things:
@@ -301,6 +308,23 @@ def check_load_is_what_is_not_over(open_store: OpenStore) -> None:
         same([one.name for one in found.nodes], ["a", "b"], "the nodes")
         same(found.metered_until, ((NodeId("node_a"), CPU_METER, 5),), "the marks")
         same(found.last_seq, 2, "the newest event")
+
+
+def check_policies_are_loaded(open_store: OpenStore) -> None:
+    """All queues and usages are loaded as they last were, and the reservations that stand, each by its id."""
+    with _Session(open_store) as it:
+        queues, usages = [a_queue(BLUE), a_queue()], [a_usage(user="b"), a_usage(BLUE), a_usage(user="a")]
+        booked = [a_reservation(number) for number in (3, 1, 2)]
+        it.commit(changes=new(*queues, *usages, *booked))
+        wider = replace(a_queue(), version=2, limit=(), weight_milli=2_500)
+        more = replace(usages[0], version=2, at_ns=NOW + HOUR_NS, taken=(("H100-SXM", 0.1),))
+        over = replace(booked[1], version=2, cancelled_ns=NOW)
+        it.commit(changes=[Change(assumed=1, after=thing) for thing in (wider, more, over)])
+        found = it.store.load()
+        same(found.queues, (queues[0], wider), "the queues")
+        same(found.queue_usages, (usages[1], usages[2], more), "the usages")
+        same(found.reservations, (booked[2], booked[0]), "the reservations that stand")
+        raises(Stale, it.commit, changes=new(booked[1]))
 
 
 def check_reasons_stay_while_a_job_waits(open_store: OpenStore) -> None:
@@ -567,7 +591,7 @@ def check_everything_is_there_after_reopening(open_store: OpenStore) -> None:
     workload = a_workload(1)
     job = a_job(workload)
     it.commit(
-        changes=new(workload, job, a_node("a")),
+        changes=new(workload, job, a_node("a"), a_queue(), a_usage(), a_reservation(1)),
         log=[a_note(job)],
         ledger=[a_line(0, 9, job=job)],
         waiting=[Waiting(job_id=job.id, reason=a_reason())],
@@ -611,6 +635,7 @@ CHECKS: Final[tuple[Callable[[OpenStore], None], ...]] = (
     check_meter_marks_only_move_forward,
     check_sums_are_exact_beyond_64_bits,
     check_load_is_what_is_not_over,
+    check_policies_are_loaded,
     check_reasons_stay_while_a_job_waits,
     check_lists_filter,
     check_pages_are_stable,

@@ -8,12 +8,27 @@ from hypothesis import strategies as st
 
 from tidemill.model.artifact import Artifact
 from tidemill.model.events import LogEntry
-from tidemill.model.fleet import Device, Node
+from tidemill.model.fleet import Device, Level, Node
 from tidemill.model.job import Allocation, Attempt, DeviceShare, Job, Workload
 from tidemill.model.ledger import LedgerLine, UsageInterval
 from tidemill.model.plan import Reason
+from tidemill.model.queue import Queue, QueueUsage
+from tidemill.model.reservation import Reservation
 from tidemill.model.resources import GpuRequest, Resources
-from tidemill.model.spec import Environment, Kind, Port, RetryOn, RetryPolicy, Service, WorkloadSpec
+from tidemill.model.spec import (
+    Alternative,
+    Dependency,
+    Environment,
+    Group,
+    Kind,
+    Placement,
+    Port,
+    RetryOn,
+    RetryPolicy,
+    Service,
+    Tier,
+    WorkloadSpec,
+)
 from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
 from tidemill.ports import IdempotencyRecord
 from tidemill.testing.history import Step
@@ -37,7 +52,23 @@ def _tuples(of: st.SearchStrategy[Any], size: int = 3) -> st.SearchStrategy[tupl
 
 def workload_specs() -> st.SearchStrategy[WorkloadSpec]:
     """Specs of every kind."""
-    gpus = st.none() | st.builds(GpuRequest, count=st.integers(1, 64), model=NAMES, memory_min_bytes=COUNTS)
+    gpus = st.one_of(
+        st.none(),
+        st.builds(GpuRequest, count=st.integers(1, 64), model=NAMES, memory_min_bytes=COUNTS),
+        st.builds(GpuRequest, milli=st.integers(1, 999), model=NAMES),
+        st.builds(GpuRequest, share_bytes=COUNTS, memory_max_bytes=COUNTS),
+        st.builds(GpuRequest, count=st.integers(1, 7), profile=st.sampled_from(("1g.10gb", "3g.40gb", "1g.5gb+me"))),
+    )
+    resources = st.builds(Resources, gpus=gpus, cpu_milli=COUNTS, memory_bytes=COUNTS, disk_bytes=st.just(0) | COUNTS)
+    placement = st.builds(
+        Placement,
+        labels=PAIRS,
+        tolerations=_tuples(TEXTS),
+        within=st.none() | st.sampled_from((Level.RACK, Level.BLOCK)),
+        prefer=st.none() | st.sampled_from(Level),
+        spread=st.none() | st.just(Level.HOST),
+        apart=PAIRS,
+    )
     service = Service(port="http", readiness_path="/health", model="m")
     return st.sampled_from(Kind).flatmap(
         lambda kind: st.builds(
@@ -47,9 +78,7 @@ def workload_specs() -> st.SearchStrategy[WorkloadSpec]:
             run=TEXTS.map(lambda text: "run " + text),
             setup=TEXTS,
             nodes=st.integers(1, 4_096),
-            resources=st.builds(
-                Resources, gpus=gpus, cpu_milli=COUNTS, memory_bytes=COUNTS, disk_bytes=st.just(0) | COUNTS
-            ),
+            resources=resources,
             environment=st.none() | st.builds(Environment, python=TEXTS, packages=_tuples(TEXTS)),
             envs=PAIRS,
             secrets=_tuples(NAMES),
@@ -66,7 +95,50 @@ def workload_specs() -> st.SearchStrategy[WorkloadSpec]:
             ),
             priority=st.integers(-1_000, 1_000),
             labels=PAIRS,
+            any_of=_tuples(st.builds(Alternative, resources=resources, speed_milli=COUNTS), 2),
+            by_speed=st.booleans(),
+            tier=st.sampled_from((Tier.SPOT, Tier.ON_DEMAND)),
+            placement=placement,
+            group=st.none() | st.builds(Group, name=NAMES, size=st.integers(2, 4_096)),
+            after=_tuples(_built(Dependency)),
+            expected_duration_ns=st.just(0) | COUNTS,
+            start_after_ns=st.integers(0, 2**62),
+            start_before_ns=st.just(0) | st.integers(2**62 + 1, 2**63 - 1),
+            array_parallel=st.integers(0, 100_000),
         )
+    )
+
+
+def queues() -> st.SearchStrategy[Queue]:
+    """Places in a quota tree, each by itself."""
+    classes = st.sampled_from(("cpu", "memory", "gpu", "gpu:H100", "gpu:RTX 4090"))
+    amounts = st.dictionaries(classes, st.integers(0, 2**63 - 1), max_size=3)
+    return st.builds(
+        lambda limit, **fields: Queue(
+            limit=tuple(sorted(limit.items())),
+            guaranteed=tuple((name, amount // 2) for name, amount in sorted(limit.items())),
+            **fields,
+        ),
+        limit=amounts,
+        id=TEXTS.map(lambda text: "que_" + text),
+        name=NAMES,
+        version=COUNTS,
+        parent_id=TEXTS,
+        project_id=TEXTS,
+        weight_milli=COUNTS,
+        max_running=st.just(0) | COUNTS,
+        max_queued=st.just(0) | COUNTS,
+    ).filter(lambda queue: queue.id != queue.parent_id)
+
+
+def reservations() -> st.SearchStrategy[Reservation]:
+    """Reservations, once and recurring."""
+    return _built(
+        Reservation,
+        node_ids=st.lists(TEXTS, min_size=1, max_size=3).map(tuple),
+        starts_ns=st.integers(0, 2**62),
+        ends_ns=st.integers(2**62 + 1, 2**63 - 1),
+        every_ns=st.sampled_from((0, 2**63 - 1)),
     )
 
 
@@ -83,6 +155,9 @@ def values() -> st.SearchStrategy[Any]:
         _built(Attempt),
         _built(Allocation, devices=_tuples(_built(DeviceShare)), ports=_tuples(st.tuples(TEXTS, NUMBERS))),
         _built(Node, cpu_milli=COUNTS, memory_bytes=COUNTS, devices=devices, labels=PAIRS),
+        queues(),
+        _built(QueueUsage, taken=_tuples(st.tuples(TEXTS, st.floats(allow_nan=False, allow_infinity=False)))),
+        reservations(),
         _built(LogEntry, body=_tuples(st.tuples(TEXTS, st.none() | st.booleans() | NUMBERS | TEXTS))),
         _built(LedgerLine, usage=_built(UsageInterval)),
         _built(Reason),

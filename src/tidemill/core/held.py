@@ -1,0 +1,203 @@
+"""③ Who holds what, as columns: a row for each worker, so that "and if these were gone?" is one vector operation.
+
+Reservations ask when enough will have ended, preemption asks whose going would make room. Both give the rows of
+some workers back to a copy of what is free (``give_back``) and look whether a gang fits then.
+
+Shapes: S rows, D the fleet's device columns. Rows are reused; ``gang`` is -1 where a row is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tidemill.core.fleetarrays import FleetArrays, Free
+from tidemill.model.ids import JobId, LaunchId
+from tidemill.model.job import Allocation
+from tidemill.model.mig import SLICES
+
+NEVER: Final = 1 << 62
+"""An instant after all others."""
+_COLUMNS: Final = ("node", "cpu", "memory", "gang", "since", "limit", "gone", "saved", "tier", "priority", "surplus")
+
+
+class HeldArrays:
+    """Workers that hold something. Columns, in ns, milli-units and bytes:
+
+    ``node`` the fleet's row; ``cpu``, ``memory``, ``gpu`` (S, D) what is held; ``slices`` (S, D) MIG memory slices as
+    bits; ``gang`` a number for the attempt; ``since`` when the attempt started to run, 0 when it has not; ``limit``
+    how long it may run at most, 0 when nothing bounds it; ``gone`` when a worker that drains is gone at the latest, 0
+    when it does not; ``saved`` until when its work is safe in a checkpoint; ``tier`` and ``priority`` of its job;
+    ``surplus`` 1 for a worker that an elastic gang can do without.
+    """
+
+    def __init__(self) -> None:
+        self._generation = 0
+        self._lay()
+
+    def _lay(self) -> None:
+        self.jobs: list[JobId] = []
+        """The job of each gang number."""
+        self.slot: dict[LaunchId, int] = {}
+        self.launch: list[LaunchId] = []
+        self.width = 0
+        self._free: list[int] = []
+        self._gang_of: dict[JobId, int] = {}
+        self._free_gangs: list[int] = []
+        self._members: list[int] = []
+        for name in _COLUMNS:
+            setattr(self, name, np.zeros(0, np.int64))
+        self.gpu: NDArray[np.int64] = np.zeros((0, 0), np.int64)
+        self.slices: NDArray[np.int64] = np.zeros((0, 0), np.int64)
+
+    node: NDArray[np.int64]
+    cpu: NDArray[np.int64]
+    memory: NDArray[np.int64]
+    gang: NDArray[np.int64]
+    since: NDArray[np.int64]
+    limit: NDArray[np.int64]
+    gone: NDArray[np.int64]
+    saved: NDArray[np.int64]
+    tier: NDArray[np.int64]
+    priority: NDArray[np.int64]
+    surplus: NDArray[np.int64]
+
+    def add(self, held: Allocation, fleet: FleetArrays, **values: int) -> int:
+        """The row of a worker that begins to hold; ``values`` for the columns that the allocation does not know."""
+        if not self._free:
+            self._grow(max(64, 2 * len(self.launch)), fleet.gpu_free.shape[1] if fleet.gpu_free.ndim == 2 else 0)
+        slot = self._free.pop()
+        gang = self._gang_of.get(held.job_id)
+        if gang is None:
+            gang = self._new_gang(held.job_id)
+        self._members[gang] += 1
+        row = fleet.row.get(held.node_id, -1)
+        self.node[slot], self.cpu[slot], self.memory[slot], self.gang[slot] = (
+            row,
+            held.cpu_milli,
+            held.memory_bytes,
+            gang,
+        )
+        for name in ("since", "limit", "gone", "saved", "tier", "priority", "surplus"):
+            getattr(self, name)[slot] = values.get(name, 0)
+        self.gpu[slot] = 0
+        self.slices[slot] = 0
+        for share in held.devices:
+            column = fleet.column(row, share.device_id)
+            if column >= 0:
+                self.gpu[slot, column] += share.milli
+                self.slices[slot, column] |= fleet.slice_bits(row, column, share)
+        self.slot[held.id] = slot
+        self.launch[slot] = held.id
+        return slot
+
+    def remove(self, launch: LaunchId) -> Callable[[], object] | None:
+        """Take a worker's row away; returns how to put it back, None when it has none."""
+        slot = self.slot.pop(launch, None)
+        if slot is None:
+            return None
+        gang = int(self.gang[slot])
+        job = self.jobs[gang]
+        values = [int(getattr(self, name)[slot]) for name in _COLUMNS]
+        gpu, slices = self.gpu[slot].copy(), self.slices[slot].copy()
+        self.gang[slot] = -1
+        self._free.append(slot)
+        self._members[gang] -= 1
+        if not self._members[gang]:
+            del self._gang_of[job]
+            self._free_gangs.append(gang)
+
+        generation = self._generation
+
+        def put_back() -> None:
+            if generation != self._generation:
+                return  # all rows were laid anew since, and will be again
+            self._free.pop()
+            if not self._members[gang]:
+                self._free_gangs.pop()
+                self._gang_of[job] = gang
+                self.jobs[gang] = job
+            self._members[gang] += 1
+            for name, value in zip(_COLUMNS, values, strict=True):
+                getattr(self, name)[slot] = value
+            self.gpu[slot], self.slices[slot] = gpu, slices
+            self.slot[launch] = slot
+            self.launch[slot] = launch
+
+        return put_back
+
+    def mark(self, launch: LaunchId, column: str, value: int) -> Callable[[], object] | None:
+        """Set one value of a worker's row; returns how to take it back."""
+        slot = self.slot.get(launch)
+        if slot is None:
+            return None
+        values: NDArray[np.int64] = getattr(self, column)
+        before, generation = int(values[slot]), self._generation
+        values[slot] = value
+
+        def unmark() -> None:
+            if generation != self._generation:
+                return
+            values_now: NDArray[np.int64] = getattr(self, column)
+            values_now[slot] = before
+
+        return unmark
+
+    def rows(self) -> NDArray[np.int64]:
+        """The rows in use."""
+        return np.flatnonzero(self.gang >= 0)
+
+    def ends(self, *, now: int, assumed: int) -> NDArray[np.int64]:
+        """When each row is expected to be free, shape (S,): by its limit, else as long again as it has run."""
+        ran = np.maximum(now - np.where(self.since > 0, self.since, now), 0)
+        unbounded = now + np.maximum(ran, assumed)
+        bounded = np.where(self.since > 0, self.since, now) + self.limit
+        ends = np.where(self.limit > 0, np.maximum(bounded, now), unbounded)
+        ends = np.where(self.gone > 0, np.maximum(self.gone, now), ends)
+        return np.where(self.gang >= 0, ends, NEVER)
+
+    def give_back(self, free: Free, rows: NDArray[np.int64]) -> None:
+        """Add what these rows hold to ``free``, a copy, in place."""
+        rows = rows[self.node[rows] >= 0]
+        if not rows.size:
+            return
+        nodes = self.node[rows]
+        np.add.at(free.cpu, nodes, self.cpu[rows])
+        np.add.at(free.memory, nodes, self.memory[rows])
+        if free.gpu.size:
+            np.add.at(free.gpu, nodes, self.gpu[rows])
+            bits = self.slices[rows]
+            if bits.any():
+                np.subtract.at(free.mig, nodes, (bits[:, :, None] >> np.arange(SLICES)) & 1)
+
+    def clear(self) -> None:
+        """Forget every row; the fleet's columns were laid anew."""
+        self._generation += 1
+        self._lay()
+
+    def _new_gang(self, job: JobId) -> int:
+        if self._free_gangs:
+            gang = self._free_gangs.pop()
+            self.jobs[gang] = job
+            self._members[gang] = 0
+        else:
+            gang = len(self.jobs)
+            self.jobs.append(job)
+            self._members.append(0)
+        self._gang_of[job] = gang
+        return gang
+
+    def _grow(self, size: int, width: int) -> None:
+        old = len(self.launch)
+        for name in _COLUMNS:
+            column: NDArray[Any] = getattr(self, name)
+            setattr(self, name, np.concatenate([column, np.full(size - old, -1 if name == "gang" else 0, np.int64)]))
+        for name in ("gpu", "slices"):
+            table = np.zeros((size, width), np.int64)
+            table[:old] = getattr(self, name)[:, :width] if old else 0
+            setattr(self, name, table)
+        self.launch.extend([LaunchId("")] * (size - old))
+        self._free.extend(range(size - 1, old - 1, -1))

@@ -1,0 +1,298 @@
+"""④ Whose going makes room for a job that is entitled to it: least lost work, fewest jobs, decided before any signal.
+
+Who may displace whom is a relation without cycles, so nothing displaces and is displaced in turn. A reservation that
+has begun displaces what is still on its nodes. Else nothing displaces work of a later tier, and
+
+* a later tier displaces spot;
+* a project within what it is guaranteed displaces those beyond theirs (at the level where the two part in the tree);
+* a higher priority displaces a lower one in its own project;
+* an order plug-in that preempts may say that one job ranks after another by its margin.
+
+Nothing is displaced before it has run ``min_run_ns``, nor in its own reservation while that lasts. Workers that an
+elastic gang can do without go first. Victims are found by giving back what they hold to a copy of what is free: first
+the shortest prefix, cheapest first, with which the gang fits; then exact places; then everybody is spared whose going
+those places do not need. When the whole list would not make room, nobody goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tidemill.core.fleetarrays import Free
+from tidemill.core.ordering import may_displace
+from tidemill.core.place import Placed, fits, place_gang
+from tidemill.core.queueing import Line
+from tidemill.core.reserve import is_for
+from tidemill.model.ids import JobId, LaunchId, ProjectId, QueueId
+from tidemill.model.job import AttemptState, Job
+from tidemill.model.policy import Policy
+from tidemill.model.spec import Tier
+
+if TYPE_CHECKING:
+    from tidemill.core.world import World
+
+TIERS = {Tier.SPOT: 0, Tier.ON_DEMAND: 1, Tier.RESERVED: 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Displacement:
+    """Who goes so that a gang fits in ``placed``: whole jobs, and single workers of elastic gangs.
+
+    ``waits_for`` are all workers, draining already or about to, whose going the places need.
+    """
+
+    placed: Placed
+    jobs: tuple[JobId, ...]
+    workers: tuple[LaunchId, ...]
+    waits_for: tuple[LaunchId, ...]
+
+
+class _Claim(Enum):
+    """By what right a job may displace another."""
+
+    NONE = 0
+    RANK = 1
+    """A later tier, a higher priority, an open reservation, an order plug-in: whatever else goes."""
+    GUARANTEE = 2
+    """Only as long as the other side holds more than it is guaranteed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """What goes together: the rows of a whole gang, or one worker that its gang can do without."""
+
+    job_id: JobId
+    rows: NDArray[np.int64]
+    is_whole: bool
+    claim: _Claim
+
+
+def displace(
+    world: World, job: Job, line: Line, mask: NDArray[np.bool_] | None, *, now: int, policy: Policy
+) -> Displacement | None:
+    """Who has to go so that the job fits; None when nobody may, or when even all of them would not make room."""
+    held = world.rows
+    used = held.rows()
+    draining = used[held.gone[used] > 0]
+    free = world.fleet.free().copy()
+    held.give_back(free, draining)
+    units: list[_Unit] = []
+    if not fits(world.fleet, line.gang, free=free, mask=mask):
+        units = _who_may_go(world, job, line, used, now=now, policy=policy)
+        chosen = _shortest_prefix(world, line, mask, free, units)
+        if chosen is None:
+            return None
+        units = units[:chosen]
+        for unit in units:
+            held.give_back(free, unit.rows)
+    placed = place_gang(world.fleet, line.gang, score=world.score, free=free, mask=mask)
+    if placed is None:
+        return None
+    units = _spare(world, line, placed, draining, units)
+    jobs = tuple(dict.fromkeys(unit.job_id for unit in units if unit.is_whole))
+    workers = tuple(
+        held.launch[int(row)] for unit in units if not unit.is_whole and unit.job_id not in jobs for row in unit.rows
+    )
+    nodes = {world.fleet.row[place.node_id] for place in placed.places}
+    going = np.concatenate([draining, *(unit.rows for unit in units)]) if units or draining.size else draining
+    waits = tuple(held.launch[int(row)] for row in going if int(held.node[row]) in nodes)
+    return Displacement(placed=placed, jobs=jobs, workers=workers, waits_for=waits)
+
+
+def _who_may_go(
+    world: World, job: Job, line: Line, used: NDArray[np.int64], *, now: int, policy: Policy
+) -> list[_Unit]:
+    """Everything that may go for this job, cheapest first: spot before others, then least lost work, then largest."""
+    held = world.rows
+    running = used[held.gone[used] == 0]
+    old_enough = (held.since[running] > 0) & (held.since[running] + policy.min_run_ns <= now)
+    young = running[(held.since[running] > 0) & ~old_enough]
+    candidates = running[old_enough]
+    if not candidates.size:
+        _look_again(world, young, policy)
+        return []
+    gangs = np.unique(held.gang[candidates])
+    order = np.argsort(held.gang[candidates], kind="stable")
+    parts = np.split(candidates[order], np.flatnonzero(np.diff(held.gang[candidates][order])) + 1)
+    units: list[tuple[tuple[int, int, int, int, str], _Unit]] = []
+    relation = _Relation(world, job, line, now=now, policy=policy)
+    for gang, rows in zip(gangs.tolist(), parts, strict=True):
+        other = held.jobs[gang]
+        claim = relation.claim_on(other, rows)
+        if claim is _Claim.NONE:
+            continue
+        tier = int(held.tier[rows[0]])
+        size = int(held.gpu[rows].sum()) + int(held.cpu[rows].sum()) // 16
+        surplus = rows[held.surplus[rows] > 0]
+        core = rows[held.surplus[rows] == 0]
+        units.extend(
+            ((tier, 0, 0, -row, other), _Unit(other, np.array([row]), False, claim)) for row in surplus.tolist()
+        )
+        units.append(((tier, 1, relation.worth(other, rows), -size, other), _Unit(other, core, True, claim)))
+    _look_again(world, young, policy)
+    units.sort(key=lambda pair: pair[0])
+    return [unit for _, unit in units if unit.claim is not _Claim.GUARANTEE or relation.may_reclaim(unit)]
+
+
+def _look_again(world: World, young: NDArray[np.int64], policy: Policy) -> None:
+    """Those that have not run long enough may go later."""
+    if young.size:
+        world.set_timer(int(world.rows.since[young].min()) + policy.min_run_ns, "displace", "")
+
+
+class _Relation:
+    """Whether one job may displace another."""
+
+    def __init__(self, world: World, job: Job, line: Line, *, now: int, policy: Policy) -> None:
+        self._world, self._job, self._line, self._now, self._policy = world, job, line, now, policy
+        self._amounts = world.amounts_of(line)
+        self._reclaims: dict[ProjectId, bool] = {}
+        self._gone: dict[QueueId, dict[str, int]] = {}
+        self._mine: set[int] = set()
+        for reservation in world.reservations.values():
+            if is_for(reservation, line) and (window := reservation.window(after=now)) and window[0] <= now:
+                self._mine.update(world.fleet.row[node] for node in reservation.node_ids if node in world.fleet.row)
+        self._order = world.order
+        self._rank = self._order.rank(world.job_facts(job, now=now), now=now) if self._order.preempts else 0.0
+        self._ranks: dict[JobId, float] = {}
+
+    def claim_on(self, other_id: JobId, rows: NDArray[np.int64]) -> _Claim:
+        """By what right this job may displace another, if by any."""
+        world, other = self._world, self._world.jobs.get(other_id)
+        attempt = world.attempts.get(other_id)
+        if other is None or attempt is None or attempt.state is not AttemptState.RUNNING or other_id == self._job.id:
+            return _Claim.NONE
+        spec = world.workloads[other.workload_id].spec
+        if spec.tier is Tier.RESERVED and world.is_in_window(other, now=self._now):
+            return _Claim.NONE
+        if self._mine and self._mine.issuperset(world.rows.node[rows].tolist()):
+            return _Claim.RANK
+        if TIERS[self._line.tier] < TIERS[spec.tier]:
+            return _Claim.NONE
+        if spec.tier is Tier.SPOT and self._line.tier is not Tier.SPOT:
+            return _Claim.RANK
+        if other.project_id == self._job.project_id:
+            if self._policy.displace_in_project and self._job.priority > other.priority:
+                return _Claim.RANK
+        elif self._beyond(other.project_id):
+            return _Claim.GUARANTEE
+        if self._order.preempts and may_displace(self._order, waiting=self._rank, running=self.rank_of(other)):
+            return _Claim.RANK
+        return _Claim.NONE
+
+    def _beyond(self, project: ProjectId) -> bool:
+        """Whether a project's side held more than its guarantee before anything of this goes; asked once a project."""
+        may = self._reclaims.get(project)
+        if may is None:
+            may = self._reclaims[project] = self._world.quota.may_reclaim(
+                self._job.project_id, self._amounts, project, gone=self._gone_of(project)
+            )
+        return may
+
+    def may_reclaim(self, unit: _Unit) -> bool:
+        """Whether the unit's side is still beyond its guarantee when those before it are gone; then it goes too."""
+        project = self._world.jobs[unit.job_id].project_id
+        gone = self._gone_of(project)
+        if not self._world.quota.may_reclaim(self._job.project_id, self._amounts, project, gone=gone):
+            return False
+        for row in unit.rows.tolist():
+            held = self._world.allocations[self._world.rows.launch[row]]
+            for name, amount in self._world.amounts_held(held).items():
+                gone[name] = gone.get(name, 0) + amount
+        return True
+
+    def _gone_of(self, project: ProjectId) -> dict[str, int]:
+        """What the project's side has lost already: to those who drain, and to what this job takes."""
+        sides = self._world.quota.sides(self._job.project_id, project)
+        side = sides[1] if sides is not None else QueueId("")
+        if not self._gone:
+            rows = self._world.rows
+            for row in rows.rows()[rows.gone[rows.rows()] > 0].tolist():
+                held = self._world.allocations[rows.launch[row]]
+                parted = self._world.quota.sides(self._job.project_id, held.project_id)
+                if parted is not None:
+                    lost = self._gone.setdefault(parted[1], {})
+                    for name, amount in self._world.amounts_held(held).items():
+                        lost[name] = lost.get(name, 0) + amount
+            self._gone.setdefault(QueueId(""), {})
+        return self._gone.setdefault(side, {})
+
+    def rank_of(self, other: Job) -> float:
+        """What the order plug-in thinks of a running job."""
+        rank = self._ranks.get(other.id)
+        if rank is None:
+            facts = self._world.job_facts(other, now=self._now)
+            rank = self._ranks[other.id] = self._order.rank(facts, now=self._now)
+        return rank
+
+    def worth(self, other_id: JobId, rows: NDArray[np.int64]) -> int:
+        """What is lost when it goes: for an order plug-in GPUs per rank, else work since the last checkpoint."""
+        held = self._world.rows
+        if self._order.preempts:
+            rank = self.rank_of(self._world.jobs[other_id])
+            return int(1e9 * float(held.gpu[rows].sum()) / max(rank, 1e-9))
+        lost = np.maximum(self._now - np.maximum(held.saved[rows], held.since[rows]), 0)
+        weight = held.gpu[rows].sum(axis=1) + held.cpu[rows] // 16
+        return (int((lost * weight).sum()) // 1_000_000_000).bit_length()
+
+
+def _shortest_prefix(
+    world: World, line: Line, mask: NDArray[np.bool_] | None, free: Free, units: list[_Unit]
+) -> int | None:
+    """How many units, from the front, have to go for the gang to fit; None when all of them are not enough."""
+
+    def enough(count: int) -> bool:
+        trial = free.copy()
+        if count:
+            world.rows.give_back(trial, np.concatenate([unit.rows for unit in units[:count]]))
+        return fits(world.fleet, line.gang, free=trial, mask=mask)
+
+    if not units or not enough(len(units)):
+        return None
+    low, high = 1, len(units)
+    while low < high:
+        middle = (low + high) // 2
+        if enough(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _spare(world: World, line: Line, placed: Placed, draining: NDArray[np.int64], units: list[_Unit]) -> list[_Unit]:
+    """The units without those whose going the places do not need, dearest spared first."""
+    held, fleet = world.rows, world.fleet
+    mark = fleet.checkpoint()
+    resources = line.gang.choices[placed.choice].resources
+    for place in placed.places:
+        fleet.take(
+            place.node_id, cpu_milli=resources.cpu_milli, memory_bytes=resources.memory_bytes, devices=place.devices
+        )
+    left = fleet.free().copy()
+    fleet.rollback(mark)
+    rows = {fleet.row[place.node_id] for place in placed.places}
+    held.give_back(left, draining)
+    for unit in units:
+        held.give_back(left, unit.rows)
+    kept: list[_Unit] = []
+    for unit in reversed(units):
+        touching = unit.rows[np.isin(held.node[unit.rows], list(rows))]
+        if not touching.size:
+            continue
+        nodes, at = np.unique(held.node[touching], return_inverse=True)
+        cpu, memory, gpu = left.cpu[nodes], left.memory[nodes], left.gpu[nodes]
+        np.subtract.at(cpu, at, held.cpu[touching])
+        np.subtract.at(memory, at, held.memory[touching])
+        np.subtract.at(gpu, at, held.gpu[touching])
+        needed = (cpu < 0).any() or (memory < 0).any() or ((gpu < 0) & (left.gpu[nodes] >= 0)).any()
+        if needed or held.slices[touching].any():
+            kept.append(unit)
+        else:
+            left.cpu[nodes], left.memory[nodes], left.gpu[nodes] = cpu, memory, gpu
+    kept.reverse()
+    return kept

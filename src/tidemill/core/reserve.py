@@ -1,0 +1,191 @@
+"""④ Time: whose nodes are whose when, and when the first blocked job will start at the latest.
+
+Advance reservations and maintenance windows close nodes to work that would still run when they open. EASY backfill
+gives the first blocked job a plan: the earliest instant at which enough will have ended, and exact places then. Others
+may pass it when they are over by that instant or stay clear of those places, so passing never delays it.
+Source: Lifka, "The ANL/IBM SP scheduling system" (1995); ties break by fleet row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tidemill.core.held import NEVER
+from tidemill.core.place import Placed, fits, place_gang
+from tidemill.core.queueing import Line
+from tidemill.model.ids import JobId
+from tidemill.model.plan import Reason, ResolvableBy
+from tidemill.model.policy import Policy
+from tidemill.model.reservation import Reservation
+from tidemill.model.spec import Tier
+
+if TYPE_CHECKING:
+    from tidemill.core.world import World
+
+_PROBES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldBack:
+    """The plan for a blocked job: at ``at_ns`` at the latest it starts in ``placed``. Made at ``made_ns``."""
+
+    job_id: JobId
+    line: Line
+    at_ns: int
+    placed: Placed
+    made_ns: int
+
+
+def nodes_open_to(world: World, line: Line, *, now: int, policy: Policy) -> NDArray[np.bool_] | None:
+    """Which nodes a job of the line may be put on if it starts at ``now``; None when that is all. Shape (N,)."""
+    mask: NDArray[np.bool_] | None = None
+    if world.reservations or line.reservation:
+        mask = _outside_windows(world, line, now=now, policy=policy)
+    if line.apart:
+        mask = np.ones(len(world.fleet.nodes), np.bool_) if mask is None else mask
+        for held in world.allocations.values():
+            if held.project_id == line.project_id and held.node_id in world.fleet.row:
+                labels = world.workloads[world.jobs[held.job_id].workload_id].spec.labels
+                if any(label in line.apart for label in labels):
+                    mask[world.fleet.row[held.node_id]] = False
+    return mask
+
+
+def _outside_windows(world: World, line: Line, *, now: int, policy: Policy) -> NDArray[np.bool_]:
+    count = len(world.fleet.nodes)
+    mask = np.zeros(count, np.bool_) if line.reservation else np.ones(count, np.bool_)
+    ends = now + (line.duration_ns or policy.assumed_duration_ns)
+    mine = None
+    for reservation in world.reservations.values():
+        window = reservation.window(after=now)
+        if window is None:
+            continue
+        rows = [world.fleet.row[node] for node in reservation.node_ids if node in world.fleet.row]
+        if is_for(reservation, line):
+            if window[0] <= now and (not line.duration_ns or ends <= window[1]):
+                mask[rows] = True
+            mine = rows
+        elif window[0] <= now or (ends > window[0] and line.tier is not Tier.SPOT):
+            mask[rows] = False
+    if line.reservation and mine is None:
+        mask[:] = False
+    return mask
+
+
+def is_for(reservation: Reservation, line: Line) -> bool:
+    """Whether jobs of the line may run in the reservation."""
+    return bool(line.reservation) and (reservation.name, reservation.project_id) == (line.reservation, line.project_id)
+
+
+def why_not_open(world: World, line: Line, *, now: int) -> Reason | None:
+    """Why a line's reservation does not let it start now; None when it does, or when it names none."""
+    if not line.reservation:
+        return None
+    for reservation in world.reservations.values():
+        if is_for(reservation, line) and (window := reservation.window(after=now)) is not None:
+            if window[0] > now:
+                return _closed(line, "ReservationNotOpen", "the window is open", f"it opens at {window[0]} ns")
+            if line.duration_ns and now + line.duration_ns > window[1]:
+                return _closed(
+                    line,
+                    "ReservationTooShort",
+                    f"{line.duration_ns / 1e9:g} s",
+                    f"{(window[1] - now) / 1e9:g} s until it ends",
+                )
+            return None
+    return Reason(
+        code="NoReservation",
+        subject="reservation",
+        needed=line.reservation,
+        available="none of that name",
+        resolvable_by=ResolvableBy.POLICY,
+        sentence=f"The project has no reservation {line.reservation} that stands and has a window to come.",
+    )
+
+
+def _closed(line: Line, code: str, needed: str, available: str) -> Reason:
+    return Reason(
+        code=code,
+        subject=f"reservation {line.reservation}",
+        needed=needed,
+        available=available,
+        resolvable_by=ResolvableBy.TIME,
+        sentence=f"It runs in reservation {line.reservation}: needed is {needed}, and {available}.",
+    )
+
+
+def plan_start(world: World, job: JobId, line: Line, *, now: int, policy: Policy) -> HeldBack | None:
+    """The earliest start that what runs allows, as it is expected to end; None when it never makes enough room."""
+    held = world.rows
+    ends = held.ends(now=now, assumed=policy.assumed_duration_ns)
+    rows = held.rows()
+    rows = rows[np.argsort(ends[rows], kind="stable")]
+    instants = np.unique(np.concatenate([ends[rows], _openings(world, now)]))
+    instants = instants[(instants >= now) & (instants < NEVER)]
+    if not instants.size:
+        return None
+    if world.reservations:
+        at = _first_of_few(world, line, rows, ends, instants, policy)
+    else:
+        at = _first_by_halving(world, line, rows, ends, instants, policy)
+    if at is None:
+        return None
+    free = world.fleet.free().copy()
+    held.give_back(free, rows[ends[rows] <= at])
+    mask = nodes_open_to(world, line, now=at, policy=policy)
+    placed = place_gang(world.fleet, line.gang, score=world.score, free=free, mask=mask)
+    if placed is None:
+        return None
+    return HeldBack(job_id=job, line=line, at_ns=at, placed=placed, made_ns=now)
+
+
+def _openings(world: World, now: int) -> NDArray[np.int64]:
+    windows = (reservation.window(after=now) for reservation in world.reservations.values())
+    return np.array([edge for window in windows if window is not None for edge in window], np.int64)
+
+
+def _fits_at(
+    world: World, line: Line, rows: NDArray[np.int64], ends: NDArray[np.int64], at: int, policy: Policy
+) -> bool:
+    free = world.fleet.free().copy()
+    world.rows.give_back(free, rows[ends[rows] <= at])
+    return fits(world.fleet, line.gang, free=free, mask=nodes_open_to(world, line, now=at, policy=policy))
+
+
+def _first_by_halving(
+    world: World,
+    line: Line,
+    rows: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    instants: NDArray[np.int64],
+    policy: Policy,
+) -> int | None:
+    """More has ended at each later instant, so if it fits at one it fits at all that follow."""
+    if not _fits_at(world, line, rows, ends, int(instants[-1]), policy):
+        return None
+    low, high = 0, len(instants) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if _fits_at(world, line, rows, ends, int(instants[middle]), policy):
+            high = middle
+        else:
+            low = middle + 1
+    return int(instants[low])
+
+
+def _first_of_few(
+    world: World,
+    line: Line,
+    rows: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    instants: NDArray[np.int64],
+    policy: Policy,
+) -> int | None:
+    """Windows close nodes again, so instants are tried one after the other, evenly chosen when there are many."""
+    if len(instants) > _PROBES:
+        instants = instants[np.unique(np.linspace(0, len(instants) - 1, _PROBES).astype(np.int64))]
+    return next((int(at) for at in instants if _fits_at(world, line, rows, ends, int(at), policy)), None)

@@ -1,0 +1,326 @@
+"""②③④ Which waiting jobs start now, where, and at whose expense.
+
+Jobs are tried in order. One that fits starts. The first that does not fit may displace others if it is entitled to;
+else it gets a plan, and those after it may start only if they do not delay that plan. A line whose first job does not
+fit is closed until there is more room, so a turn looks at what can change, not at what waits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tidemill.core import ending, preempt, waiting
+from tidemill.core.admission import why_not_now
+from tidemill.core.outcome import Outcome
+from tidemill.core.place import Gang, Placed, fits, place_gang
+from tidemill.core.queueing import Line
+from tidemill.core.reserve import HeldBack, nodes_open_to, plan_start, why_not_open
+from tidemill.core.starting import grow, start
+from tidemill.core.world import Promise, World
+from tidemill.model.ids import JobId
+from tidemill.model.job import AttemptState, Job
+from tidemill.model.plan import Reason, ResolvableBy
+from tidemill.units import SECOND_NS
+
+
+def schedule(world: World, out: Outcome) -> None:
+    """Start what may start."""
+    world.quota.advance(out.now)
+    _compare_with_running(world, out)
+    _keep_promises(world, out)
+    _Pass(world, out).run()
+    _grow_elastic(world, out)
+    _explain(world, out)
+
+
+def _compare_with_running(world: World, out: Outcome) -> None:
+    """With an order plug-in that preempts, waiting jobs are every so often ranked anew and set against running ones."""
+    order = world.order
+    if not order.preempts or out.now < world.compared_ns + max(order.quantum_ns, 1):
+        return
+    world.set_compared(out.now)
+    for attempt in world.attempts.values():
+        world.note(world.jobs[attempt.job_id], now=out.now)
+    world.rerank()
+    world.reopen()
+    if len(world.queue) and order.drift_ns:
+        world.set_timer(out.now + order.drift_ns, "displace", "")
+
+
+def _keep_promises(world: World, out: Outcome) -> None:
+    """Start jobs whose places are free now, all of them."""
+    for promise in list(world.promises.values()):
+        if any(launch in world.allocations for launch in promise.waits_for):
+            continue
+        job = world.jobs[promise.job_id]
+        ready = all(world.fleet.is_ready[world.fleet.row[p.node_id]] for p in promise.placed.places)
+        free = all(world.fleet.is_within(place.node_id) for place in promise.placed.places)
+        world.unpromise(promise, give=not (ready and free))
+        if ready and free:
+            start(world, job, promise.placed, out)
+        else:  # the node was cordoned meanwhile, or laid out anew
+            world.queue_up(job)
+
+
+class _Pass:
+    """One pass over the heads of all open lines."""
+
+    def __init__(self, world: World, out: Outcome) -> None:
+        self._world, self._out = world, out
+        self._closed: set[Line] = set()
+        self._started = 0
+        self._claimed: HeldBack | None = None
+        """The plan whose places are kept from those that follow."""
+
+    def run(self) -> None:
+        world, out = self._world, self._out
+        if world.held_back is not None and not world.is_waiting(world.held_back.job_id):
+            world.hold_back(None)
+        for line, job_id in world.queue.heads(self._is_closed, now=out.now):
+            if self._started >= out.policy.starts_per_turn:
+                world.set_timer(out.now, "more", "")
+                break
+            job = world.jobs[job_id]
+            if self._is_still_blocked(line, job_id):
+                self._claim(world.held_back)
+                self._closed.add(line)
+                continue
+            reason = self._try(line, job)
+            if reason is not None:
+                self._closed.add(line)
+                world.line_reasons[line] = reason
+                out.wait(world, job_id, reason)
+        self._claim(None)
+
+    def _is_closed(self, line: Line) -> bool:
+        if line in self._closed:
+            return True
+        plan = self._world.held_back
+        if plan is not None and plan.line == line:
+            return False
+        return self._world.blocked.get(line) == self._world.fleet.released
+
+    def _is_still_blocked(self, line: Line, job_id: JobId) -> bool:
+        """Whether this is the job with the plan, and nothing has changed since it was made."""
+        plan, world = self._world.held_back, self._world
+        return (
+            plan is not None
+            and plan.job_id == job_id
+            and self._claimed is None
+            and world.blocked.get(line) == world.fleet.released
+            and self._out.now < plan.at_ns
+        )
+
+    def _try(self, line: Line, job: Job) -> Reason | None:
+        """Start the job, or promise it places; else the reason why it waits."""
+        world, out = self._world, self._out
+        if (reason := self._over_limit(line, job)) is not None:
+            return reason
+        if (reason := why_not_open(world, line, now=out.now)) is not None:
+            return reason
+        if line.group:
+            return self._try_group(line, job)
+        mask = nodes_open_to(world, line, now=out.now, policy=out.policy)
+        placed = self._place(line, mask)
+        if placed is not None:
+            if (reason := self._over_limit(line, job, placed)) is None:
+                self._start(line, job, placed)
+                return None
+            world.give_quietly(line, placed)
+            return reason
+        if self._displace(line, job, mask):
+            return None
+        world.blocked[line] = world.fleet.released
+        reason = why_not_now(world.fleet, line.gang, mask=mask)
+        if self._claimed is None and out.policy.backfill and not world.order.preempts:
+            self._plan(line, job)
+        elif self._claimed is not None and fits_without(world, line, mask, self._claimed):
+            reason = _behind(world, self._claimed)
+        return reason
+
+    def _over_limit(self, line: Line, job: Job, placed: Placed | None = None) -> Reason | None:
+        amounts = self._world.amounts_of(line, placed)
+        return self._world.quota.over_limit(job.project_id, amounts, 1)
+
+    def _place(self, line: Line, mask: NDArray[np.bool_] | None) -> Placed | None:
+        """Places clear of the plan's; or on them, when the job is over before the plan needs them."""
+        world, out = self._world, self._out
+        placed = place_gang(world.fleet, line.gang, score=world.score, mask=mask)
+        plan = self._claimed
+        if placed is None and plan is not None and 0 < line.duration_ns <= plan.at_ns - out.now:
+            world.give_quietly(plan.line, plan.placed)
+            placed = place_gang(world.fleet, line.gang, score=world.score, mask=mask)
+            world.take(plan.line, plan.placed)
+        return placed
+
+    def _start(self, line: Line, job: Job, placed: Placed) -> None:
+        world = self._world
+        self._leave_line(line, job)
+        start(world, job, placed, self._out)
+        self._started += 1
+        if world.held_back is not None and world.held_back.job_id == job.id:
+            world.hold_back(None)
+
+    def _leave_line(self, line: Line, job: Job) -> None:
+        self._world.queue.remove(line, job.id)
+
+    def _displace(self, line: Line, job: Job, mask: NDArray[np.bool_] | None) -> bool:
+        """Whether others were asked to go for this job, or are going already, and their room is promised to it."""
+        world, out = self._world, self._out
+        if not out.policy.preemption:
+            return False
+        found = preempt.displace(world, job, line, mask, now=out.now, policy=out.policy)
+        if found is None or self._over_limit(line, job, found.placed) is not None:
+            return False
+        self._leave_line(line, job)
+        for victim in found.jobs:
+            ending.displace(world, victim, out, by=f"room for {job.id}")
+        for launch in found.workers:
+            ending.shed(world, world.allocations[launch], out, by=f"room for {job.id}")
+        world.promise(Promise(job_id=job.id, line=line, placed=found.placed, waits_for=found.waits_for))
+        out.wait(world, job.id, _promised(found))
+        return True
+
+    def _plan(self, line: Line, job: Job) -> None:
+        """Give the first blocked job its plan, or keep the one it has while that holds."""
+        world, out = self._world, self._out
+        plan = world.held_back
+        stands = (
+            plan is not None
+            and plan.job_id == job.id
+            and out.now < plan.at_ns
+            and out.now < plan.made_ns + out.policy.replan_ns
+        )
+        if not stands:
+            plan = plan_start(world, job.id, line, now=out.now, policy=out.policy)
+            world.hold_back(plan)
+            world.blocked[line] = world.fleet.released
+            if plan is not None:
+                soonest = out.now + SECOND_NS  # who should have ended, and has not, may do so at any moment
+                at = max(min(plan.at_ns, out.now + out.policy.replan_ns), soonest)
+                world.set_timer(at, "replan", job.id)
+        self._claim(plan)
+
+    def _claim(self, plan: HeldBack | None) -> None:
+        """Keep a plan's places from those that follow, or let go of them."""
+        if self._claimed is not None:
+            self._world.give_quietly(self._claimed.line, self._claimed.placed)
+        if plan is not None:
+            self._world.take(plan.line, plan.placed)
+        self._claimed = plan
+
+    def _try_group(self, line: Line, first: Job) -> Reason | None:
+        """Start all jobs of a group, or none."""
+        world, out = self._world, self._out
+        jobs = [world.jobs[one] for one in waiting.group_of(world, first)]
+        mark = world.fleet.checkpoint()
+        found: list[tuple[Job, Line, Placed]] = []
+        for job in jobs:
+            its = world.line_of(job)
+            placed = place_gang(
+                world.fleet,
+                its.gang,
+                score=world.score,
+                mask=nodes_open_to(world, its, now=out.now, policy=out.policy),
+            )
+            if placed is None:
+                world.fleet.rollback(mark)
+                world.blocked[line] = world.fleet.released
+                return why_not_now(world.fleet, _together(jobs, world))
+            found.append((job, its, placed))
+        total: dict[str, int] = {}
+        for _, its, placed in found:
+            for name, amount in world.amounts_of(its, placed).items():
+                total[name] = total.get(name, 0) + amount
+        if (reason := world.quota.over_limit(first.project_id, total, len(jobs))) is not None:
+            world.fleet.rollback(mark)
+            return reason
+        self._leave_line(line, first)
+        for job, its, placed in found:
+            name = its.group
+            world.drop(world.parked, job.id)
+            waiting.leave_group(world, job, name)
+            start(world, job, placed, out)
+        self._started += len(jobs)
+        return None
+
+
+def _together(jobs: list[Job], world: World) -> Gang:
+    """The largest gang of a group, to say what is missing."""
+    return max((world.line_of(job).gang for job in jobs), key=lambda gang: gang.workers)
+
+
+def fits_without(world: World, line: Line, mask: NDArray[np.bool_] | None, plan: HeldBack) -> bool:
+    """Whether a gang would fit if a plan's places were not kept for it."""
+    world.give_quietly(plan.line, plan.placed)
+    answer = fits(world.fleet, line.gang, mask=mask)
+    world.take(plan.line, plan.placed)
+    return answer
+
+
+def _grow_elastic(world: World, out: Outcome) -> None:
+    """Give running elastic gangs what nobody who waits could use."""
+    if not world.growable or world.fleet.released == world.grown_at:
+        return
+    world.set_grown(world.fleet.released)
+    plan = world.held_back
+    if plan is not None:
+        world.take(plan.line, plan.placed)
+    for job_id in list(world.growable):
+        job, attempt = world.jobs[job_id], world.attempts[job_id]
+        if attempt.state is not AttemptState.RUNNING:
+            continue
+        line = world.line_of(job)
+        missing = line.gang.workers - attempt.workers
+        if missing <= 0:
+            continue
+        more: Gang = line.gang.part(attempt.choice, missing)
+        mask = nodes_open_to(world, line, now=out.now, policy=out.policy)
+        placed = place_gang(world.fleet, more, score=world.score, mask=mask)
+        if placed is None:
+            continue
+        if world.quota.over_limit(job.project_id, world.amounts_of(line, placed), 0) is not None:
+            world.give_quietly(line, placed)
+            continue
+        grow(world, job, attempt, placed.places, out)
+    if plan is not None:
+        world.give_quietly(plan.line, plan.placed)
+
+
+def _explain(world: World, out: Outcome) -> None:
+    """Every job that began to wait in this turn and did not start says why."""
+    for job_id in out.fresh:
+        if world.is_waiting(job_id) and job_id not in world.reasons:
+            job = world.jobs[job_id]
+            line = world.line_of(job)
+            reason = world.line_reasons.get(line) or why_not_now(world.fleet, line.gang)
+            out.wait(world, job_id, reason)
+
+
+def _behind(world: World, plan: HeldBack) -> Reason:
+    job = world.jobs[plan.job_id]
+    name = world.workloads[job.workload_id].spec.name
+    return Reason(
+        code="WouldDelayFirst",
+        subject="max_duration",
+        needed=f"to be over before {name} starts",
+        available="not certain",
+        resolvable_by=ResolvableBy.TIME,
+        sentence=(
+            f"There is room, but it is kept for {name} ({job.id}), which is first in the queue; work that says with "
+            "max_duration that it is over before that may pass."
+        ),
+    )
+
+
+def _promised(found: preempt.Displacement) -> Reason:
+    count = len(found.waits_for)
+    return Reason(
+        code="WaitsForDisplaced",
+        subject="room",
+        needed="its promised places",
+        available=f"{count} workers are stopping",
+        resolvable_by=ResolvableBy.TIME,
+        sentence=f"Its places are kept for it; {count} workers there have their checkpoint grace first.",
+    )

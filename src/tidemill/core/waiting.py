@@ -1,0 +1,221 @@
+"""② What a job waits for before it waits for room: a time, another workload, its array's turn, the rest of its group.
+
+Such jobs are *parked*: they are queued, but in no line, so they cost nothing until what they wait for happens. Parked
+jobs are unparked in the turn in which it does. A workload that ended is remembered for a while, because another may
+have been submitted to follow it in the very turn in which it ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tidemill.core.outcome import Outcome
+from tidemill.core.world import World
+from tidemill.model.ids import JobId, ProjectId, WorkloadId, job_id
+from tidemill.model.job import Job, JobState, Workload
+from tidemill.model.plan import Reason, ResolvableBy
+from tidemill.model.spec import DependsOn
+
+_REMEMBERED = 4_096
+
+
+def enter(world: World, workload: Workload, jobs: list[Job], out: Outcome, *, live: int = 0) -> list[Job]:
+    """Let the jobs of a workload wait for what they have to; returns those that can never start.
+
+    ``live`` is how many of its jobs have started already and are not over. Those returned are the jobs of a workload
+    whose dependency ended already, and not as it had to.
+    """
+    spec = workload.spec
+    missing = []
+    for dependency in spec.after:
+        if dependency.workload_id in world.workloads:
+            missing.append(dependency.workload_id)
+        elif (well := world.outcomes.get(dependency.workload_id)) is not None and not _satisfies(dependency.on, well):
+            return jobs
+    for other in missing:
+        world.set(world.dependents, other, (*world.dependents.get(other, ()), workload.id))
+    for index, job in enumerate(jobs, live):
+        if missing:
+            _park(world, job, _after(world, missing), out)
+        elif spec.array_parallel and index >= spec.array_parallel:
+            _park(world, job, _array(spec.array_parallel), out)
+        else:
+            ready(world, job, out)
+    return []
+
+
+def ready(world: World, job: Job, out: Outcome) -> None:
+    """Nothing but time, the job's group and room is in its way."""
+    spec = world.workloads[job.workload_id].spec
+    if spec.start_after_ns > out.now and not job.attempts:
+        world.set(world.delayed, job.id, spec.start_after_ns)
+        world.set_timer(spec.start_after_ns, "requeue", job.id)
+    elif spec.group is not None:
+        _join_group(world, job, out)
+    else:
+        world.queue_up(job)
+        out.fresh.append(job.id)
+    if spec.start_before_ns and not job.attempts:
+        world.set_timer(spec.start_before_ns, "too_late", job.id)
+
+
+def ended(world: World, workload_id: WorkloadId) -> list[Job]:
+    """Note how a workload ended, unpark what waited for that; returns the jobs that can never start now."""
+    well = not world.unlucky.get(workload_id, 0)
+    world.set(world.outcomes, workload_id, well)
+    if len(world.outcomes) > _REMEMBERED:
+        world.drop(world.outcomes, next(iter(world.outcomes)))
+    hopeless: list[Job] = []
+    for follower in world.dependents.get(workload_id, ()):
+        workload = world.workloads.get(follower)
+        if workload is None:
+            continue
+        on = next(one.on for one in workload.spec.after if one.workload_id == workload_id)
+        jobs = [world.jobs[one] for one in _parked_of(world, workload)]
+        if not _satisfies(on, well):
+            hopeless.extend(jobs)
+    return hopeless
+
+
+def left(world: World, job: Job, out: Outcome) -> None:
+    """A job is over: its array's next may come, and its group and what was promised to it are not held any more."""
+    world.drop(world.parked, job.id)
+    break_promise(world, job.id)
+    plan = world.held_back
+    if plan is not None and plan.job_id == job.id:
+        world.hold_back(None)
+    workload = world.workloads[job.workload_id]
+    spec = workload.spec
+    if spec.group is not None:
+        leave_group(world, job, spec.group.name)
+    if spec.array_parallel:
+        following = next(_parked_of(world, workload), None)
+        if following is not None and not _is_blocked(world, workload):
+            world.drop(world.parked, following)
+            ready(world, world.jobs[following], out)
+
+
+def unpark_followers(world: World, workload_id: WorkloadId, out: Outcome) -> None:
+    """Let the jobs go on that waited for a workload that is over, where nothing else is in their way."""
+    for follower in world.dependents.get(workload_id, ()):
+        workload = world.workloads.get(follower)
+        if workload is None or _is_blocked(world, workload):
+            continue
+        for index, one in enumerate(list(_parked_of(world, workload))):
+            job = world.jobs[one]
+            if workload.spec.array_parallel and index >= workload.spec.array_parallel:
+                _park(world, job, _array(workload.spec.array_parallel), out)
+            else:
+                world.drop(world.parked, one)
+                ready(world, job, out)
+    world.drop(world.dependents, workload_id)
+
+
+def break_promise(world: World, job: JobId) -> None:
+    """Give back the places that were promised to a job."""
+    promise = world.promises.get(job)
+    if promise is not None:
+        world.unpromise(promise, give=True)
+
+
+def leave_group(world: World, job: Job, name: str) -> None:
+    """Take a job out of the members of its group that wait."""
+    key = (job.project_id, name)
+    members = tuple(one for one in world.groups.get(key, ()) if one != job.id)
+    if members:
+        world.set(world.groups, key, members)
+    else:
+        world.drop(world.groups, key)
+
+
+def group_of(world: World, job: Job) -> tuple[JobId, ...]:
+    """The jobs that have to start with this one, itself among them, in order of submission."""
+    group = world.workloads[job.workload_id].spec.group
+    if group is None:
+        return (job.id,)
+    return world.groups.get((job.project_id, group.name), (job.id,))[: group.size]
+
+
+def _join_group(world: World, job: Job, out: Outcome) -> None:
+    """The first of a group stands in line for all, once all are there."""
+    group = world.workloads[job.workload_id].spec.group
+    if group is None:
+        return
+    key: tuple[ProjectId, str] = (job.project_id, group.name)
+    members = (*world.groups.get(key, ()), job.id)
+    world.set(world.groups, key, members)
+    complete = len(members) >= group.size
+    for one in members[: group.size]:
+        if complete and one == members[0]:
+            world.drop(world.parked, one)
+            world.queue_up(world.jobs[one])
+            out.fresh.append(one)
+        else:
+            _park(world, world.jobs[one], _group(group.name, len(members), group.size), out)
+    for one in members[group.size :]:
+        _park(world, world.jobs[one], _group(group.name, len(members) - group.size, group.size), out)
+
+
+def _park(world: World, job: Job, reason: Reason, out: Outcome) -> None:
+    world.set(world.parked, job.id, reason)
+    out.wait(world, job.id, reason)
+
+
+def _parked_of(world: World, workload: Workload) -> Iterator[JobId]:
+    return (
+        one
+        for index in range(workload.spec.job_count)
+        if (one := job_id(workload.id, index)) in world.parked and world.jobs[one].state is JobState.QUEUED
+    )
+
+
+def _is_blocked(world: World, workload: Workload) -> bool:
+    """Whether the workload still waits for another one."""
+    return any(dependency.workload_id in world.live_jobs for dependency in workload.spec.after)
+
+
+def _satisfies(on: DependsOn, well: bool) -> bool:
+    return on is DependsOn.ANY or (on is DependsOn.OK) == well
+
+
+def _after(world: World, missing: list[WorkloadId]) -> Reason:
+    names = ", ".join(world.workloads[one].spec.name for one in missing)
+    return Reason(
+        code="WaitsForWorkload",
+        subject="after",
+        needed=f"the end of {names}",
+        available="not over",
+        resolvable_by=ResolvableBy.TIME,
+        sentence=f"It starts after {names}, which {'are' if len(missing) > 1 else 'is'} not over.",
+    )
+
+
+def _array(parallel: int) -> Reason:
+    return Reason(
+        code="ArrayLimit",
+        subject="array.parallel",
+        needed="its array's turn",
+        available=f"{parallel} at a time",
+        resolvable_by=ResolvableBy.TIME,
+        sentence=f"Its array runs {parallel} jobs at a time, and others are before it.",
+    )
+
+
+def _group(name: str, members: int, size: int) -> Reason:
+    if members >= size:
+        return Reason(
+            code="GroupWaits",
+            subject="group",
+            needed=f"room for all {size} jobs",
+            available="the first of the group stands in line for all",
+            resolvable_by=ResolvableBy.TIME,
+            sentence=f"Group {name} starts together; its first job says what it waits for.",
+        )
+    return Reason(
+        code="GroupIncomplete",
+        subject="group",
+        needed=f"{size} jobs",
+        available=f"{members} submitted",
+        resolvable_by=ResolvableBy.POLICY,
+        sentence=f"Group {name} starts together, and {members} of its {size} jobs are submitted.",
+    )

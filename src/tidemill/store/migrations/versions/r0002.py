@@ -1,0 +1,77 @@
+"""The quota tree, what was taken lately of it, and reservations; limits of projects become queues of theirs."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+
+TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+LONG = sa.BigInteger()
+
+NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+"""Names that a queue can have."""
+
+
+def upgrade() -> None:
+    """Make the tables, and move the limits."""
+    queues = op.create_table(
+        "queues",
+        sa.Column("id", TEXT, primary_key=True, nullable=False),
+        sa.Column("version", LONG, nullable=False),
+        sa.Column("body", TEXT, nullable=False),
+    )
+    op.create_table(
+        "queue_usage",
+        sa.Column("id", TEXT, primary_key=True, nullable=False),
+        sa.Column("version", LONG, nullable=False),
+        sa.Column("body", TEXT, nullable=False),
+    )
+    op.create_table(
+        "reservations",
+        sa.Column("id", TEXT, primary_key=True, nullable=False),
+        sa.Column("cancelled_ns", LONG, nullable=False),
+        sa.Column("version", LONG, nullable=False),
+        sa.Column("body", TEXT, nullable=False),
+    )
+
+    projects = sa.table("projects", sa.column("id", TEXT), sa.column("body", TEXT))
+    connection = op.get_bind()
+    moved = []
+    for project_id, body in connection.execute(sa.select(projects.c.id, projects.c.body)).all():
+        project: dict[str, Any] = json.loads(body)
+        limit = [[name, project.get(f"limit_{name}_milli", 0)] for name in ("cpu", "gpu")]
+        if limit := [one for one in limit if one[1]]:
+            moved.append(_queue(project_id, project.get("name", ""), limit))
+            project |= {"limit_cpu_milli": 0, "limit_gpu_milli": 0}
+            written = json.dumps(project, ensure_ascii=False, separators=(",", ":"))
+            connection.execute(sa.update(projects).where(projects.c.id == project_id).values(body=written))
+    if moved:
+        op.bulk_insert(queues, moved)
+
+
+def _queue(project_id: str, name: str, limit: list[list[Any]]) -> dict[str, Any]:
+    """The row of a project's own queue, directly under the root, as version 0002 writes it."""
+    own = project_id.partition("_")[2] or project_id
+    queue_id = f"que_{own}"
+    plain = re.sub(r"[^A-Za-z0-9]+", "-", own).strip("-")[:63].strip("-") or "project"
+    queue = {
+        "id": queue_id,
+        "name": name if NAME.fullmatch(name) else plain,
+        "version": 1,
+        "parent_id": "",
+        "project_id": project_id,
+        "weight_milli": 1_000,
+        "guaranteed": [],
+        "limit": limit,
+        "max_running": 0,
+        "max_queued": 0,
+    }
+    written = json.dumps(queue, ensure_ascii=False, separators=(",", ":"))
+    return {"id": queue_id, "version": 1, "body": written}

@@ -1,0 +1,217 @@
+"""What each field of a workload file takes, and what it becomes."""
+
+from __future__ import annotations
+
+import difflib
+from functools import lru_cache
+from typing import Final
+
+from tidemill.model.resources import GpuRequest, parse_gpus
+from tidemill.model.spec import SECRET_NAME, Kind, Port, RetryOn, parse_retry_on
+from tidemill.units import MILLI
+from tidemill.wire.checks import (
+    ARTIFACT,
+    DIGEST,
+    HIGHEST_PORT,
+    LOWEST_PORT,
+    MAX_BYTES,
+    MAX_CPUS,
+    MAX_GPUS,
+    PORT_NAME,
+    PYTHON,
+    Refusal,
+    list_of,
+    short,
+    shown,
+    text_of,
+    whole_number,
+)
+
+
+def cpus_of(value: object) -> int:
+    """Milli-CPU."""
+    if type(value) is not int and type(value) is not float:
+        raise Refusal(f"{shown(value)} is not a number of CPUs.", "Write for example 4, or 0.5 for half a core.")
+    if not 0 < value <= MAX_CPUS or not (milli := round(value * MILLI)):
+        raise Refusal(f"{shown(value)} CPUs cannot be asked for.", "Write for example 4, or 0.5 for half a core.")
+    return milli
+
+
+_GPU_MEND: Final = "Write for example H100:80GB:8, 24GB+:2, A100:4, 0.5, share 10GB, 1g.10gb or none."
+
+
+def gpus_of(value: object) -> GpuRequest | None:
+    if type(value) is float or type(value) is int:
+        if not 0 <= value <= MAX_GPUS:
+            raise Refusal(f"{shown(value)} GPUs cannot be asked for.", _GPU_MEND)
+        value = f"{value:.6f}".rstrip("0") if type(value) is float and value < 1 and value else value
+        if type(value) is float:
+            if value != int(value):
+                raise Refusal(f"{value:g} GPUs cannot be asked for: whole ones, or a share of one.", _GPU_MEND)
+            value = int(value)
+    elif value is not None and type(value) is not str:
+        raise Refusal(f"{shown(value)} is not a GPU request.", _GPU_MEND)
+    return _parsed_gpus(short(value, limit=200))
+
+
+@lru_cache(maxsize=1_024)
+def _parsed_gpus(value: str | int | None) -> GpuRequest | None:
+    try:
+        request = parse_gpus(value)
+    except ValueError as error:
+        sentence = str(error).partition("; write for")[0]
+        raise Refusal(sentence[:1].upper() + sentence[1:] + ".", _GPU_MEND) from error
+    if request is None:
+        return None
+    if (
+        request.count > MAX_GPUS
+        or max(request.memory_min_bytes, request.memory_max_bytes, request.share_bytes) > MAX_BYTES
+    ):
+        raise Refusal(f"{shown(value)} is more than there can be.", _GPU_MEND)
+    if request.model:
+        check_model(request.model)
+    return request
+
+
+def check_model(model: str) -> None:
+    """Raises: Refusal that names the nearest models when there is no such GPU."""
+    from tidemill import catalog
+
+    if not catalog.known_model(model):
+        near = ", ".join(catalog.nearest_names(model))
+        raise Refusal(f"There is no GPU called {model}.", f"Did you mean {near}?" if near else _GPU_MEND)
+
+
+def kind_of(value: object) -> Kind:
+    if value == "pipeline":
+        raise Refusal("Pipelines are reserved, not available yet.", "Submit their steps as tasks.")
+    if type(value) is not str or value not in Kind._value2member_map_:
+        near = difflib.get_close_matches(str(value)[:40], ("task", "array", "dev", "service"), 1)
+        kinds = "Kinds are task, array, dev and service."
+        raise Refusal(f"{shown(value)} is not a kind.", f"Did you mean {near[0]}? {kinds}" if near else kinds)
+    return Kind(value)
+
+
+def workdir_of(value: object) -> str:
+    text = text_of(value, limit=4_096)
+    if not text:
+        return ""
+    if not (match := DIGEST.fullmatch(text)):
+        raise Refusal(
+            f"{shown(text)} is not the digest of an uploaded folder.",
+            "Send it through the tidemill command or the Python client, which upload the folder,"
+            " or PUT it to /v1/blobs/{sha256} first.",
+        )
+    return match[1]
+
+
+def python_of(value: object) -> str:
+    text = text_of(value, limit=100, mend=f'Put it in quotes: "{value}".')
+    if text and not PYTHON.fullmatch(text):
+        raise Refusal(f"{shown(text)} is not a version of Python.", 'Write for example "3.12".')
+    return text
+
+
+def package_of(value: object) -> str:
+    text = text_of(value, limit=4_096)
+    if not text.strip() or "\n" in text or "\r" in text:
+        raise Refusal(f"{shown(text)} is not a package.", 'Write for example "torch==2.9.0".')
+    if text.lstrip().startswith("-"):
+        raise Refusal(f"{shown(text)} is an option, not a package.", 'Write for example "torch==2.9.0".')
+    return text
+
+
+def image_of(value: object) -> str:
+    text = text_of(value, limit=1_024)
+    if text and (text.startswith("-") or any(character.isspace() for character in text)):
+        raise Refusal(f"{shown(text)} is not an image.", "Write for example docker.io/library/python:3.12.")
+    return text
+
+
+def secret_of(value: object) -> str:
+    text = text_of(value, limit=1_000)
+    if not SECRET_NAME.fullmatch(text):
+        raise Refusal(
+            f"{shown(text)} is not the name of a secret.", "Use letters, digits and _, not beginning with a digit."
+        )
+    return text
+
+
+def artifact_of(value: object) -> str:
+    text = text_of(value, limit=1_000)
+    if not ARTIFACT.fullmatch(text):
+        raise Refusal(f"{shown(text)} is not an artifact.", "Write its name, or name:version.")
+    return text
+
+
+PORT_MEND: Final = "Write a number from 1024 to 65535, a name such as http, or {name: http, port: 8000}."
+
+
+def port_of(value: object) -> Port:
+    name: object
+    number: object
+    if type(value) is int:
+        name, number = f"port-{value}"[:32], value
+    elif type(value) is str:
+        name, _, digits = value.partition(":")
+        number = int(digits) if digits.isdecimal() and digits.isascii() and len(digits) <= 5 else digits or 0
+        if not digits and value.isdecimal():
+            raise Refusal(f"{shown(value)} is text.", "Write the number without quotes.")
+    elif type(value) is dict:
+        if unknown := set(value) - {"name", "port"}:
+            raise Refusal(f"A port has no field {shown(sorted(map(str, unknown))[0])}.", PORT_MEND)
+        number = value.get("port", 0)
+        name = value.get("name", f"port-{number}"[:32])
+    else:
+        raise Refusal(f"{shown(value)} is not a port.", PORT_MEND)
+    if type(name) is not str or not PORT_NAME.fullmatch(name):
+        raise Refusal(f"{shown(name)} is not a name of a port.", "Use lower-case letters, digits, - or _.")
+    if type(number) is not int or (number != 0 and not LOWEST_PORT <= number <= HIGHEST_PORT):
+        raise Refusal(f"{shown(number)} is not a number of a port.", PORT_MEND)
+    return Port(name=name, number=number)
+
+
+def ports_of(value: object) -> tuple[Port, ...]:
+    ports: tuple[Port, ...] = list_of(port_of, "ports")(
+        value if type(value) in (list, tuple) or value is None else [value]
+    )
+    seen: set[str | int] = set()
+    words: list[str | int] = [*(port.name for port in ports), *(port.number for port in ports if port.number)]
+    for word in words:
+        if word in seen:
+            raise Refusal(f"{shown(word)} is there twice.", "Name each port once.")
+        seen.add(word)
+    return ports
+
+
+def port_reference(value: object) -> str | int:
+    if type(value) is int:
+        return whole_number(LOWEST_PORT, HIGHEST_PORT, "a number from 1024 to 65535, or a port's name")(value)
+    return text_of(value, limit=100, mend="Write a port's name or number.")
+
+
+def path_of(value: object) -> str:
+    text = text_of(value, limit=2_048)
+    if text and (not text.startswith("/") or any(ord(character) <= 32 for character in text)):
+        raise Refusal(f"{shown(text)} is not a path.", "Write for example /health.")
+    return text
+
+
+def model_of(value: object) -> str:
+    text = text_of(value, limit=200)
+    if any(ord(character) < 32 for character in text):
+        raise Refusal("It has control characters in it.", "Take them out.")
+    return text
+
+
+def retry_on_of(value: object) -> tuple[tuple[RetryOn, ...], tuple[int, ...]]:
+    items = list_of(lambda item: text_of(item, limit=100), "causes")([value] if type(value) is str else value)
+    try:
+        causes, codes = parse_retry_on(items)
+    except ValueError as error:
+        raise Refusal(
+            f"{str(error).partition(';')[0]}.", "Causes are node_lost, preempted, error and exit:CODE."
+        ) from error
+    if any(not 1 <= code <= 255 for code in codes):
+        raise Refusal("An exit code to retry on lies between 1 and 255.", "Write for example exit:75.")
+    return causes, codes

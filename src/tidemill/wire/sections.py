@@ -1,0 +1,718 @@
+"""The shape of a workload file: sections, fields, their defaults, and what is said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from time import time_ns
+from typing import Annotated, Any, Final, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
+
+from tidemill.errors import InvalidSpec
+from tidemill.model.fleet import Level
+from tidemill.model.resources import GpuRequest, Resources
+from tidemill.model.spec import (
+    MAX_ARRAY,
+    MAX_WORKERS,
+    PRIORITY_RANGE,
+    Alternative,
+    Dependency,
+    Environment,
+    Group,
+    Kind,
+    Placement,
+    Port,
+    RetryOn,
+    RetryPolicy,
+    Service,
+    Tier,
+    WorkloadSpec,
+)
+from tidemill.units import MILLI, SECOND_NS
+from tidemill.wire.checks import (
+    HIGHEST_PORT,
+    INPUT,
+    LABEL,
+    LOWEST_PORT,
+    NAME,
+    PORT_NAME,
+    VARIABLE,
+    Refusal,
+    duration_of,
+    grace_of,
+    label_of,
+    list_of,
+    mapping_of,
+    name_of,
+    scalar,
+    shown,
+    size_of,
+    text_of,
+    whole_number,
+)
+from tidemill.wire.fields import (
+    PORT_MEND,
+    artifact_of,
+    cpus_of,
+    gpus_of,
+    image_of,
+    kind_of,
+    model_of,
+    package_of,
+    path_of,
+    port_of,
+    port_reference,
+    ports_of,
+    python_of,
+    retry_on_of,
+    secret_of,
+    workdir_of,
+)
+from tidemill.wire.scheduling import (
+    MAX_SPEED,
+    PRIORITIES,
+    Moment,
+    Span,
+    after_of,
+    by_speed_of,
+    choice_of,
+    flag_of,
+    level_of,
+    moment_of,
+    priority_of,
+    span_of,
+    speed_of,
+    tier_of,
+    toleration_of,
+)
+
+
+def _wrapped(field: str, *kinds: type) -> BeforeValidator:
+    """A section that may be written as the value of its main field."""
+    return BeforeValidator(lambda value: {field: value} if type(value) in kinds else value)
+
+
+def taking(check: Callable[[object], Any], schema: Mapping[str, Any]) -> tuple[PlainValidator, WithJsonSchema]:
+    return PlainValidator(check), WithJsonSchema(dict(schema))
+
+
+def counted(low: int, high: int) -> tuple[PlainValidator, WithJsonSchema]:
+    schema = {"type": "integer", "minimum": low, "maximum": high}
+    return taking(whole_number(low, high, f"{low} to {high}"), schema)
+
+
+TEXT: Final = {"type": "string"}
+Section = TypeVar("Section", bound=BaseModel)
+_SIZE_SCHEMA: Final = {"type": ["string", "integer"], "examples": ["512MB", "16GB", "1.5TB"]}
+_DURATION_SCHEMA: Final = {"type": ["string", "integer"], "examples": ["90s", "15m", "1h30m"]}
+
+
+def _string_map(values: Mapping[str, Any], pattern: str) -> dict[str, Any]:
+    return {"type": ["object", "null"], "additionalProperties": values, "propertyNames": {"pattern": pattern}}
+
+
+_MOST_CHOICES: Final = 32
+
+
+def _few(value: object, what: str) -> object:
+    """A list that is not too long; nothing is an empty one."""
+    if value is None:
+        return []
+    if type(value) is not list:
+        raise Refusal(f"{shown(value)} is not a list.", f"Write a list of {what}.")
+    if len(value) > _MOST_CHOICES:
+        raise Refusal(f"It has {len(value):,} items.", f"Write at most {_MOST_CHOICES}.")
+    return value
+
+
+class StrictSection(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+
+
+def _shared(section: Callable[[], Section]) -> Callable[[], Section]:
+    """What gives one and the same section, with its defaults: sections cannot change."""
+    made = section()
+    return lambda: made
+
+
+_Gpus = Annotated[
+    GpuRequest | None,
+    *taking(
+        gpus_of,
+        {
+            "type": ["string", "number", "null"],
+            "examples": ["H100:80GB:8", "24GB+:2", "A100", 0.5, "share 10GB", "1g.10gb", "none"],
+        },
+    ),
+]
+_Cpus = Annotated[int, *taking(cpus_of, {"type": "number", "exclusiveMinimum": 0, "examples": [4, 0.5]})]
+_Size = Annotated[int, *taking(size_of, _SIZE_SCHEMA)]
+
+
+class AlternativeIn(StrictSection):
+    """Other resources that would do; what is left out is as in `resources`."""
+
+    gpus: _Gpus = Field(default=None, description="GPUs, as in `resources`.", json_schema_extra={"default": ""})
+    cpus: _Cpus = Field(default=MILLI, description="CPU cores.", json_schema_extra={"default": ""})
+    memory: _Size = Field(default=0, description="Memory.", json_schema_extra={"default": ""})
+    disk: _Size = Field(default=0, description="Scratch disk.", json_schema_extra={"default": ""})
+    speed: Annotated[
+        int,
+        *taking(speed_of, {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_SPEED, "examples": [0.6]}),
+    ] = Field(default=MILLI, description="How fast it is, `resources` being 1.", json_schema_extra={"default": 1})
+
+
+class ResourcesIn(StrictSection):
+    """What each worker gets."""
+
+    gpus: _Gpus = Field(
+        default=None,
+        description="GPUs: `[MODEL:][MEMORY:]COUNT`, a share of one such as `0.5` or `share 10GB`, a MIG profile, or"
+        " `none`.",
+    )
+    cpus: _Cpus = Field(
+        default=MILLI, description="CPU cores; fractions are allowed.", json_schema_extra={"default": 1}
+    )
+    memory: _Size = Field(default=0, description="Memory; 0 leaves it unlimited.")
+    disk: _Size = Field(default=0, description="Scratch disk.")
+    any_of: Annotated[list[AlternativeIn], BeforeValidator(lambda value: _few(value, "alternatives"))] = Field(
+        default_factory=list,
+        description="Other resources that would do as well, each with what is different.",
+        json_schema_extra={"default": []},
+    )
+    prefer: Annotated[bool, *taking(by_speed_of, {"type": "string", "enum": ["order", "speed"]})] = Field(
+        default=False,
+        description="Which of them is taken first: `order` as they are written, `speed` the fastest.",
+        json_schema_extra={"default": "order"},
+    )
+
+
+class EnvironmentIn(StrictSection):
+    """The job's own Python environment, built by uv once and kept."""
+
+    python: Annotated[str, *taking(python_of, {**TEXT, "examples": ["3.12"]})] = Field(
+        default="", description="Version of Python, in quotes; empty takes the node's own."
+    )
+    packages: Annotated[
+        tuple[str, ...],
+        *taking(
+            list_of(package_of, "packages"), {"type": ["array", "null"], "items": TEXT, "examples": [["torch==2.9.0"]]}
+        ),
+    ] = Field(default=(), description="Packages, as pip takes them.")
+
+
+class ReadinessIn(StrictSection):
+    """How it is told that a service's replica can be used."""
+
+    path: Annotated[str, *taking(path_of, {**TEXT, "examples": ["/health"]})] = Field(
+        default="", description="Path that answers 200 once it is ready; without it an open port is enough."
+    )
+    timeout: Annotated[int, *taking(duration_of, _DURATION_SCHEMA)] = Field(
+        default=120 * SECOND_NS, description="How long it may take.", json_schema_extra={"default": "2m"}
+    )
+
+
+class ServiceIn(StrictSection):
+    """How a service is reached."""
+
+    port: Annotated[
+        str | int | None, *taking(port_reference, {"type": ["string", "integer"], "examples": ["http", 8000]})
+    ] = Field(default=None, description="Name or number of its port; the first of `ports`, or `http`, when left out.")
+    readiness: Annotated[ReadinessIn, _wrapped("path", str)] = Field(
+        default_factory=_shared(ReadinessIn), description="A path, or a section.", json_schema_extra={"default": {}}
+    )
+    replicas: Annotated[int, *counted(1, 64)] = Field(default=1, description="How many run at a time.")
+    model: Annotated[str, *taking(model_of, {**TEXT, "examples": ["llama-3.1-8b"]})] = Field(
+        default="", description="Name under which the gateway serves it; its own name when left out."
+    )
+
+
+class ArrayIn(StrictSection):
+    """How many jobs an array has, and how many of them run at a time."""
+
+    size: Annotated[
+        int,
+        *counted(1, MAX_ARRAY),
+    ] = Field(description="Number of jobs; each finds its own in `TIDEMILL_ARRAY_INDEX`.")
+    parallel: Annotated[
+        int,
+        *counted(0, MAX_ARRAY),
+    ] = Field(default=0, description="How many of them run at the same time, at most; 0 for no limit.")
+
+
+_RETRY_ON: Final = ((RetryOn.NODE_LOST, RetryOn.PREEMPTED), ())
+
+
+class RetryIn(StrictSection):
+    """When a job that ended is tried again."""
+
+    on: Annotated[
+        tuple[tuple[RetryOn, ...], tuple[int, ...]],
+        *taking(
+            retry_on_of,
+            {
+                "type": ["array", "string"],
+                "items": {"type": "string", "pattern": "^(node_lost|preempted|error|exit:[0-9]{1,3})$"},
+                "examples": [["node_lost", "preempted", "exit:75"]],
+            },
+        ),
+    ] = Field(
+        default_factory=lambda: _RETRY_ON,
+        description="Causes: `node_lost`, `preempted`, `error`, `exit:CODE`.",
+        json_schema_extra={"default": ["node_lost", "preempted"]},
+    )
+    max: Annotated[int, *counted(0, 1_000)] = Field(default=3, description="How often, at most.")
+
+
+class CheckpointIn(StrictSection):
+    """What a worker gets before it is ended."""
+
+    grace: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=10 * SECOND_NS,
+        description="Time between SIGTERM and SIGKILL, in which to save a checkpoint.",
+        json_schema_extra={"default": "10s"},
+    )
+
+
+_Labels = {"type": ["string", "number", "boolean"]}
+
+
+def _level_schema(*levels: Level) -> dict[str, Any]:
+    return {"type": "string", "enum": [level.value for level in levels]}
+
+
+_ANY_LEVEL: Final = tuple(Level)
+_SPREAD: Final = tuple(level for level in Level if level is not Level.NVLINK)
+
+
+class PlacementIn(StrictSection):
+    """Where workers may be put, and how they should lie to each other."""
+
+    labels: Annotated[
+        tuple[tuple[str, str], ...],
+        *taking(
+            mapping_of(LABEL, choice_of, "label: value", "Use letters, digits, - _ . or /."),
+            _string_map(_Labels, "^[A-Za-z0-9]"),
+        ),
+    ] = Field(
+        default=(),
+        description="Labels that the machines need to have; `a|b` accepts either.",
+        json_schema_extra={"default": {}, "examples": [{"zone": "a|b"}]},
+    )
+    tolerations: Annotated[
+        tuple[str, ...],
+        *taking(
+            list_of(toleration_of, "taints"),
+            {"type": ["array", "null"], "items": TEXT, "examples": [["maintenance", "team=a"]]},
+        ),
+    ] = Field(default=(), description="Taints of machines that are put up with: `key`, or `key=value`.")
+    within: Annotated[Level | None, *taking(level_of(*_ANY_LEVEL), _level_schema(*_ANY_LEVEL))] = Field(
+        default=None,
+        description="All workers of a job stay within one `site`, `block`, `rack`, `host` or `nvlink` island.",
+    )
+    prefer: Annotated[Level | None, *taking(level_of(*_ANY_LEVEL), _level_schema(*_ANY_LEVEL))] = Field(
+        default=None, description="The same where it can be had, and as near to it as it goes where not."
+    )
+    spread: Annotated[Level | None, *taking(level_of(*_SPREAD), _level_schema(*_SPREAD))] = Field(
+        default=None, description="No two workers of a job share a `host`, `rack`, `block` or `site`."
+    )
+    apart: Annotated[
+        tuple[tuple[str, str], ...],
+        *taking(
+            mapping_of(LABEL, label_of, "label: value", "Use letters, digits, - _ . or /."),
+            _string_map(_Labels, "^[A-Za-z0-9]"),
+        ),
+    ] = Field(
+        default=(),
+        description="Not on machines where work of the project with one of these labels runs.",
+        json_schema_extra={"default": {}, "examples": [{"app": "web"}]},
+    )
+
+
+class GroupIn(StrictSection):
+    """A gang of jobs: they start together or not at all."""
+
+    name: Annotated[str, *taking(name_of, {**TEXT, "pattern": NAME.pattern, "maxLength": 63})] = Field(
+        description="Name of the group; workloads of the project with the same name belong together."
+    )
+    size: Annotated[
+        int,
+        *counted(2, MAX_WORKERS),
+    ] = Field(description="How many jobs it has.")
+
+
+_MOMENT_SCHEMA: Final = {**TEXT, "examples": ["2027-03-01T09:00:00Z", "in 2h"]}
+_Moment = Annotated[Moment, *taking(moment_of, _MOMENT_SCHEMA)]
+_NEVER: Final = Moment(0)
+
+
+class WorkloadSpecIn(StrictSection):
+    """A workload, as people write it."""
+
+    kind: Annotated[Kind | None, *taking(kind_of, {"type": "string", "enum": ["task", "array", "dev", "service"]})] = (
+        Field(
+            default=None,
+            description="What sort of workload; `array` or `service` when there is that section, else `task`.",
+            json_schema_extra={"default": "task"},
+        )
+    )
+    name: Annotated[str, *taking(name_of, {**TEXT, "pattern": NAME.pattern, "maxLength": 63})] = Field(
+        default="", description="Its name; made from the file's name when left out."
+    )
+    project: Annotated[str, *taking(lambda value: text_of(value, limit=100), TEXT)] = Field(
+        default="", description="Project whose quota it uses; the request's project when left out."
+    )
+    nodes: Annotated[
+        Span,
+        *taking(
+            span_of, {"type": ["integer", "string"], "minimum": 1, "maximum": MAX_WORKERS, "examples": [4, "2..8"]}
+        ),
+    ] = Field(
+        default=Span(1, 1),
+        description="Workers of each job; they start together or not at all, and may share a machine. A range is"
+        " elastic: at least and at most so many, as there is room.",
+        json_schema_extra={"default": 1},
+    )
+    resources: ResourcesIn = Field(
+        default_factory=_shared(ResourcesIn), description="What each worker gets.", json_schema_extra={"default": {}}
+    )
+    env: EnvironmentIn | None = Field(default=None, description="Python environment; not together with `image`.")
+    image: Annotated[str, *taking(image_of, {**TEXT, "examples": ["docker.io/library/python:3.12"]})] = Field(
+        default="", description="Container image; not together with `env`."
+    )
+    workdir: Annotated[str, *taking(workdir_of, {**TEXT, "examples": ["."]})] = Field(
+        default="", description="Folder that workers start in; the client uploads it and sends its SHA-256."
+    )
+    envs: Annotated[
+        tuple[tuple[str, str], ...],
+        *taking(
+            mapping_of(VARIABLE, scalar, "NAME: value", "Use letters, digits and _, not beginning with a digit."),
+            _string_map({"type": ["string", "number", "boolean"]}, "^[A-Za-z_][A-Za-z0-9_]*$"),
+        ),
+    ] = Field(default=(), description="Environment variables.", json_schema_extra={"default": {}})
+    secrets: Annotated[
+        tuple[str, ...],
+        *taking(list_of(secret_of, "names of secrets"), {"type": ["array", "null"], "items": TEXT}),
+    ] = Field(default=(), description="Names of the project's secrets; each becomes an environment variable.")
+    inputs: Annotated[
+        tuple[tuple[str, str], ...],
+        *taking(
+            mapping_of(INPUT, artifact_of, "name: artifact[:version]", "Use letters, digits, - _ or ."),
+            _string_map(TEXT, "^[A-Za-z0-9_][A-Za-z0-9._-]*$"),
+        ),
+    ] = Field(
+        default=(),
+        description="Artifacts, found read-only in `$TIDEMILL_INPUT_DIR/<name>`.",
+        json_schema_extra={"default": {}, "examples": [{"model": "quickstart-gpt:2"}]},
+    )
+    setup: Annotated[str, *taking(text_of, TEXT)] = Field(
+        default="", description="Shell script that prepares each worker."
+    )
+    run: Annotated[str, *taking(text_of, {**TEXT, "examples": ["python train.py"]})] = Field(
+        default="", description="Shell script that each worker runs; `dev` workloads may leave it out."
+    )
+    ports: Annotated[
+        tuple[Port, ...],
+        *taking(
+            ports_of,
+            {
+                "type": ["array", "integer", "string", "null"],
+                "items": {
+                    "anyOf": [
+                        {"type": "integer", "minimum": LOWEST_PORT, "maximum": HIGHEST_PORT},
+                        {"type": "string"},
+                        {
+                            "type": "object",
+                            "properties": {"name": TEXT, "port": {"type": "integer"}},
+                            "additionalProperties": False,
+                        },
+                    ]
+                },
+                "examples": [["http", 8000, "metrics:9100", {"name": "grpc", "port": 50051}]],
+            },
+        ),
+    ] = Field(
+        default=(), description="Ports: a name (`PORT` and `TIDEMILL_PORT_<NAME>` tell the number), a number, or both."
+    )
+    service: ServiceIn | None = Field(default=None, description="How a service is reached.")
+    array: Annotated[ArrayIn | None, _wrapped("size", int)] = Field(default=None, description="A size, or a section.")
+    max_duration: Annotated[int, *taking(duration_of, _DURATION_SCHEMA)] = Field(
+        default=0, description="How long an attempt may run; 0 for no limit."
+    )
+    retry: Annotated[RetryIn, _wrapped("max", int)] = Field(
+        default_factory=_shared(RetryIn),
+        description="A number of retries, or a section. A service without one is tried again whatever ended it.",
+        json_schema_extra={"default": {}},
+    )
+    checkpoint: CheckpointIn = Field(
+        default_factory=_shared(CheckpointIn),
+        description="What a worker gets before it is ended.",
+        json_schema_extra={"default": {}},
+    )
+    expected_duration: Annotated[int, *taking(duration_of, _DURATION_SCHEMA)] = Field(
+        default=0, description="How long it is expected to run; for forecasts and for the order, it ends nothing."
+    )
+    start_after: _Moment = Field(
+        default=_NEVER,
+        description="Not before that time: with its zone, or so long after it is submitted.",
+        json_schema_extra={"default": ""},
+    )
+    start_before: _Moment = Field(
+        default=_NEVER,
+        description="Given up when it has not started by then.",
+        json_schema_extra={"default": ""},
+    )
+    after: Annotated[
+        tuple[Dependency, ...],
+        *taking(
+            after_of,
+            {
+                "anyOf": [
+                    {"type": "string"},
+                    {"type": "array", "items": TEXT},
+                    {
+                        "type": "object",
+                        "properties": {
+                            one: {"type": ["array", "string"], "items": TEXT} for one in ("ok", "any", "failed")
+                        },
+                        "additionalProperties": False,
+                    },
+                ],
+                "examples": [["prepare"], {"ok": ["prepare"], "any": ["cleanup"]}],
+            },
+        ),
+    ] = Field(
+        default=(),
+        description="Workloads of the project, by name or id, that have to have ended before: in a list, or by how:"
+        " `ok`, `any`, `failed`.",
+    )
+    group: GroupIn | None = Field(default=None, description="The gang of jobs that it starts together with.")
+    placement: PlacementIn = Field(
+        default_factory=_shared(PlacementIn),
+        description="Where workers may be put.",
+        json_schema_extra={"default": {}},
+    )
+    capacity: Annotated[Tier | None, *taking(tier_of, {"type": "string", "enum": [tier.value for tier in Tier]})] = (
+        Field(
+            default=None,
+            description="`spot` may have to give way at any time, `on_demand` to guarantees only, `reserved` runs in a"
+            " reservation.",
+            json_schema_extra={"default": "on_demand"},
+        )
+    )
+    spot: Annotated[bool, *taking(flag_of, {"type": "boolean"})] = Field(
+        default=False, description="Short for `capacity: spot`.", json_schema_extra={"default": "false"}
+    )
+    reservation: Annotated[str, *taking(name_of, {**TEXT, "pattern": NAME.pattern, "maxLength": 63})] = Field(
+        default="", description="Name of the project's reservation to run in; implies `capacity: reserved`."
+    )
+    priority: Annotated[
+        int,
+        *taking(
+            priority_of,
+            {
+                "anyOf": [
+                    {"type": "integer", "minimum": PRIORITY_RANGE[0], "maximum": PRIORITY_RANGE[1]},
+                    {"type": "string", "enum": [*PRIORITIES]},
+                ],
+                "examples": ["high", 50],
+            },
+        ),
+    ] = Field(
+        default=0,
+        description="Higher goes first within the project: `low` (-100), `normal` (0), `high` (100) or a number.",
+    )
+    labels: Annotated[
+        tuple[tuple[str, str], ...],
+        *taking(
+            mapping_of(LABEL, label_of, "name: value", "Use letters, digits, - _ . or /."),
+            _string_map({"type": ["string", "number", "boolean"]}, "^[A-Za-z0-9]"),
+        ),
+    ] = Field(default=(), description="Free words to find it by.", json_schema_extra={"default": {}})
+
+    def to_model(self, default_name: str, *, now: int | None = None) -> WorkloadSpec:
+        """The checked spec. Raises: InvalidSpec with every contradiction between fields.
+
+        Times such as ``in 2h`` count from ``now`` (ns); None: from this moment. Of ``after`` the names are kept.
+        """
+        now = time_ns() if now is None else now
+        if problems := list(contradictions(self.model_fields_set, self, now)):
+            raise invalid(problems)
+        kind = self.kind or implied_kind(self.array is not None, self.service is not None)
+        resources = self.resources
+        ports, service = _reached(kind, self.ports, self.service)
+        try:
+            return WorkloadSpec(
+                kind=kind,
+                name=self.name or default_name,
+                run=self.run,
+                setup=self.setup,
+                nodes=self.nodes.largest,
+                nodes_min=self.nodes.smallest if self.nodes.smallest < self.nodes.largest else 0,
+                resources=_resources(resources.gpus, resources.cpus, resources.memory, resources.disk),
+                environment=_environment(self.env.python, self.env.packages) if self.env is not None else None,
+                image=self.image,
+                workdir=self.workdir,
+                envs=self.envs,
+                secrets=self.secrets,
+                inputs=self.inputs,
+                ports=ports,
+                service=service,
+                array_size=self.array.size if self.array is not None else 1,
+                array_parallel=self.array.parallel if self.array is not None else 0,
+                max_duration_ns=self.max_duration,
+                retry=(
+                    _retry(self.retry.on[0], self.retry.on[1], self.retry.max)
+                    if "retry" in self.model_fields_set
+                    else default_retry(kind)
+                ),
+                checkpoint_grace_ns=self.checkpoint.grace,
+                priority=self.priority,
+                labels=self.labels,
+                any_of=tuple([_alternative(one, resources) for one in resources.any_of]),
+                by_speed=resources.prefer,
+                tier=self._tier(),
+                reservation=self.reservation,
+                placement=_placed(self.placement),
+                group=Group(name=self.group.name, size=self.group.size) if self.group is not None else None,
+                after=self.after,
+                expected_duration_ns=self.expected_duration,
+                start_after_ns=self.start_after.at(now),
+                start_before_ns=self.start_before.at(now),
+            )
+        except ValueError as error:
+            raise InvalidSpec(f"{error}.") from error
+
+    def _tier(self) -> Tier:
+        if self.reservation:
+            return Tier.RESERVED
+        return self.capacity or (Tier.SPOT if self.spot else Tier.ON_DEMAND)
+
+
+def _alternative(given: AlternativeIn, usual: ResourcesIn) -> Alternative:
+    """An alternative with what it leaves out as in ``resources``."""
+    gpus, cpus, memory, disk = (
+        getattr(given if name in given.model_fields_set else usual, name) for name in ("gpus", "cpus", "memory", "disk")
+    )
+    return Alternative(resources=_resources(gpus, cpus, memory, disk), speed_milli=given.speed)
+
+
+def _placed(given: PlacementIn) -> Placement:
+    if not given.model_fields_set:
+        return _ANYWHERE
+    return _placement(given.labels, given.tolerations, given.within, given.prefer, given.spread, given.apart)
+
+
+_ANYWHERE: Final = Placement()
+_placement = lru_cache(maxsize=1_024)(
+    lambda labels, tolerations, within, prefer, spread, apart: Placement(
+        labels=labels, tolerations=tolerations, within=within, prefer=prefer, spread=spread, apart=apart
+    )
+)
+_resources = lru_cache(maxsize=4_096)(
+    lambda gpus, cpus, memory, disk: Resources(gpus=gpus, cpu_milli=cpus, memory_bytes=memory, disk_bytes=disk)
+)
+_environment = lru_cache(maxsize=1_024)(lambda python, packages: Environment(python=python, packages=packages))
+_retry = lru_cache(maxsize=1_024)(lambda on, codes, most: RetryPolicy(on=on, exit_codes=codes, max=most))
+
+
+def implied_kind(has_array: bool, has_service: bool) -> Kind:
+    return Kind.ARRAY if has_array else Kind.SERVICE if has_service else Kind.TASK
+
+
+def contradictions(given: set[str], spec: Any, now: int) -> Iterator[dict[str, Any]]:
+    """What is wrong between fields. ``spec`` has the fields as attributes; of a wrong one, only that it is given."""
+    kind = spec.kind or implied_kind(spec.array is not None, spec.service is not None)
+    if spec.env is not None and spec.image:
+        yield problem("image", spec.image, "A job has an env or an image, not both.", "Leave one of them out.")
+    if kind != "dev" and ("run" not in given or (type(spec.run) is str and not spec.run.strip())):
+        yield problem("run", "", f"A workload of kind {kind} needs run.", "Write the command to execute.")
+    if spec.array is not None and kind != "array":
+        yield problem("array", None, f"A workload of kind {kind} has no array.", "Write kind: array.")
+    if spec.array is None and kind == "array":
+        yield problem("array", None, "An array needs its size.", "Write for example array: 10.")
+    if spec.service is not None and kind != "service":
+        yield problem("service", None, f"A workload of kind {kind} has no service.", "Write kind: service.")
+    if isinstance(spec.service, ServiceIn) and type(spec.ports) is tuple:
+        wanted = spec.service.port
+        known = [port.name for port in spec.ports] + [port.number for port in spec.ports if port.number]
+        if known and wanted is not None and wanted not in known:
+            names = ", ".join(str(port.name) for port in spec.ports)
+            yield problem("service.port", wanted, f"{shown(wanted)} is not among ports.", f"Ports are {names}.")
+        elif not known and isinstance(wanted, str) and not PORT_NAME.fullmatch(wanted):
+            yield problem("service.port", wanted, f"{shown(wanted)} is not a name of a port.", PORT_MEND)
+    yield from _impossible_schedules(spec, kind, now)
+
+
+def _impossible_schedules(spec: Any, kind: str, now: int) -> Iterator[dict[str, Any]]:
+    nodes, placement = spec.nodes, spec.placement
+    if isinstance(nodes, Span) and nodes.smallest < nodes.largest and (spec.group is not None or kind == "service"):
+        what = "service" if kind == "service" else "gang in a group"
+        yield problem(
+            "nodes", f"{nodes.smallest}..{nodes.largest}", f"A {what} cannot be elastic.", f"Write {nodes.largest}."
+        )
+    after, before = spec.start_after, spec.start_before
+    if isinstance(after, Moment) and isinstance(before, Moment) and before.ns and before.at(now) <= after.at(now):
+        yield problem("start_before", None, "It is not after start_after.", "Write a later time.")
+    if spec.spot is True and spec.capacity not in (None, Tier.SPOT):
+        yield problem("spot", True, f"It is spot, and capacity is {spec.capacity}.", "Leave one of them out.")
+    if spec.reservation and (spec.spot is True or spec.capacity not in (None, Tier.RESERVED)):
+        mend = "Leave capacity and spot out: what names a reservation is reserved."
+        yield problem(
+            "reservation", spec.reservation, "What runs in a reservation is neither spot nor on_demand.", mend
+        )
+    if spec.capacity == Tier.RESERVED and not spec.reservation:
+        mend = "Write reservation: NAME; see tidemill reserve list."
+        yield problem("capacity", "reserved", "It does not say in which reservation.", mend)
+    if isinstance(spec.resources, ResourcesIn) and spec.resources.prefer and not spec.resources.any_of:
+        mend = "Add any_of, or leave prefer out."
+        yield problem("resources.prefer", "speed", "There is nothing to choose from.", mend)
+    if isinstance(placement, PlacementIn) and placement.within and placement.spread:
+        order = [*Level]
+        if order.index(placement.spread) <= order.index(placement.within):
+            yield problem(
+                "placement.spread",
+                placement.spread.value,
+                f"Workers cannot stay within one {placement.within} and be spread over several {placement.spread}s.",
+                "Spread them over a narrower level, or leave within out.",
+            )
+
+
+def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> tuple[tuple[Port, ...], Service | None]:
+    """The ports and the service section, with the port that is meant when none is named."""
+    if kind is not Kind.SERVICE:
+        return ports, None
+    section = service or ServiceIn()
+    if not ports:
+        ports = (port_of(section.port if section.port is not None else "http"),)
+    name = next((port.name for port in ports if section.port in (port.name, port.number)), ports[0].name)
+    return ports, Service(
+        port=name,
+        readiness_path=section.readiness.path,
+        readiness_timeout_ns=section.readiness.timeout,
+        replicas=section.replicas,
+        model=section.model,
+    )
+
+
+def problem(field: str, value: object, detail: str, mend: str) -> dict[str, Any]:
+    return {"field": field, "value": value, "detail": detail, "mend": mend}
+
+
+def invalid(problems: list[dict[str, Any]]) -> InvalidSpec:
+    """One error for all problems; the first speaks for them."""
+    first, rest = problems[0], len(problems) - 1
+    more = "" if not rest else f" ({rest} more mistake{'s' if rest > 1 else ''} in this spec.)"
+    return InvalidSpec(
+        first["detail"] + more, field=first["field"], value=first["value"], mend=first["mend"], errors=problems
+    )
+
+
+_DEFAULT_RETRY: Final = RetryPolicy()
+_SERVICE_RETRY: Final = RetryPolicy(on=tuple(RetryOn), max=1_000)
+
+
+def default_retry(kind: Kind) -> RetryPolicy:
+    """When a job is tried again though its spec says nothing of it: a service always, others when they were lost."""
+    return _SERVICE_RETRY if kind is Kind.SERVICE else _DEFAULT_RETRY

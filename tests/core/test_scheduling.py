@@ -1,0 +1,361 @@
+"""Narratives of scheduling: what a tenant would see, played on a yard of simulated machines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tests.core.yard import CALM, START, Yard, gpu_node, queue_of, spec
+from tidemill.model.events import (
+    Checkpointed,
+    DeviceFailed,
+    DeviceRecovered,
+    Marking,
+    NodeJoined,
+    NodeMarked,
+    NodeWentAway,
+    ReservationMade,
+)
+from tidemill.model.fleet import NodeState
+from tidemill.model.ids import DeviceId, LaunchId, NodeId, ProjectId, ReservationId, WorkloadId
+from tidemill.model.job import Cause, JobState
+from tidemill.model.reservation import Reservation
+from tidemill.model.spec import Dependency, DependsOn, Group, Kind, Tier
+from tidemill.units import HOUR_NS, SECOND_NS
+
+
+def seconds(at: int) -> float:
+    return (at - START) / SECOND_NS
+
+
+# -- backfill ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_blocked_gang_is_not_passed_by_work_that_would_delay_it() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")))
+    first = yard.submit(spec(8, max_duration_ns=100 * SECOND_NS), runs_s=100)
+    gang = yard.submit(spec(8, nodes=2, max_duration_ns=50 * SECOND_NS), runs_s=50)
+    long = yard.submit(spec(1, max_duration_ns=200 * SECOND_NS), runs_s=200)
+    short = yard.submit(spec(1, max_duration_ns=90 * SECOND_NS), runs_s=90)
+    assert yard.state(short) is JobState.STARTING, "it is over before the gang can start, so it may pass"
+    assert yard.state(long) is JobState.QUEUED
+    assert yard.world.reasons[yard.job(long).id].code == "WouldDelayFirst"
+    yard.run()
+    assert seconds(yard.started[gang][0]) == 100
+    assert yard.started[first][0] == START
+    assert seconds(yard.started[long][0]) == 150
+
+
+def test_without_backfill_policy_the_gang_starves_behind_small_work() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")), policy=replace(CALM, backfill=False))
+    yard.submit(spec(8, max_duration_ns=100 * SECOND_NS), runs_s=100)
+    gang = yard.submit(spec(8, nodes=2), runs_s=50)
+    for at in range(1, 40):
+        yard.submit(spec(8, max_duration_ns=60 * SECOND_NS), runs_s=60, at_s=at * 30)
+    yard.run(1000)
+    assert gang not in yard.started, "nothing keeps room for it: this is what the plan is for"
+
+
+def test_work_that_does_not_say_how_long_it_takes_never_passes_on_the_plans_places() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")))
+    yard.submit(spec(8, max_duration_ns=100 * SECOND_NS), runs_s=100)
+    yard.submit(spec(8, nodes=2), runs_s=50)
+    unbounded = yard.submit(spec(1), runs_s=1)
+    assert yard.state(unbounded) is JobState.QUEUED
+
+
+# -- quota and displacing ---------------------------------------------------------------------------------------------
+
+
+def test_idle_guarantees_are_lent_and_reclaimed_with_the_least_lost_work() -> None:
+    queues = (queue_of("p0", guaranteed=(("gpu", 8000),)), queue_of("p1", guaranteed=(("gpu", 8000),)))
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")), queues=queues)
+    old = yard.submit(spec(8), runs_s=1000, project="p1")
+    yard.run(50)
+    young = yard.submit(spec(8), runs_s=1000, project="p1")
+    yard.run(10)
+    assert yard.state(young) is JobState.RUNNING, "p1 borrows what p0 leaves idle"
+    owner = yard.submit(spec(8), runs_s=10, project="p0")
+    yard.run(1)
+    assert yard.state(owner) is JobState.RUNNING
+    assert yard.state(young) is JobState.QUEUED, "the one with less work to lose went"
+    assert yard.state(old) is JobState.RUNNING
+    assert [job for _, job, _ in yard.events("Preempted")] == [young]
+    yard.run()
+    assert yard.state(young) is JobState.SUCCEEDED
+    assert len(yard.started[young]) == 2
+
+
+def test_a_checkpoint_makes_a_long_run_the_cheaper_victim() -> None:
+    queues = (queue_of("p0", guaranteed=(("gpu", 8000),)), queue_of("p1"))
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")), queues=queues)
+    old = yard.submit(spec(8), runs_s=1000, project="p1")
+    yard.run(500)
+    young = yard.submit(spec(8), runs_s=1000, project="p1")
+    yard.run(300)
+    launch = LaunchId(f"run_{old.partition('_')[2]}-1-0")
+    yard.turn([Checkpointed(at_ns=yard.now, launch_id=launch, fence=1)])
+    yard.run(1)
+    yard.submit(spec(8), runs_s=10, project="p0")
+    assert [job for _, job, _ in yard.events("Preempted")] == [old], "it saved its work a second ago"
+    assert yard.state(young) is JobState.RUNNING
+
+
+def test_nobody_is_displaced_for_a_gang_that_would_not_fit_anyway() -> None:
+    queues = (
+        queue_of("p0", guaranteed=(("gpu", 16_000),)),
+        queue_of("p1"),
+        queue_of("p2", guaranteed=(("gpu", 8000),)),
+    )
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b"), gpu_node("c")), queues=queues)
+    yard.submit(spec(8), runs_s=1000, project="p1")
+    yard.submit(spec(8), runs_s=1000, project="p2")
+    yard.submit(spec(8), runs_s=1000, project="p0")
+    yard.run(10)
+    wide = yard.submit(spec(8, nodes=2), runs_s=10, project="p0")
+    assert yard.state(wide) is JobState.QUEUED
+    assert yard.events("Preempted") == [], "with p2 in its right only one node could be freed"
+
+
+def test_spot_gives_way_to_on_demand_after_its_grace_and_comes_back() -> None:
+    yard = Yard(nodes=(gpu_node("a"),))
+    yard.grace_taken_ns = 20 * SECOND_NS
+    spot = yard.submit(spec(8, tier=Tier.SPOT, checkpoint_grace_ns=30 * SECOND_NS), runs_s=100)
+    yard.run(10)
+    asked = yard.submit(spec(4), runs_s=50)
+    assert yard.world.reasons[yard.job(asked).id].code == "WaitsForDisplaced"
+    sneaky = yard.submit(spec(4, priority=100), runs_s=50)
+    yard.run(10)
+    assert asked not in yard.started, "the spot worker still has its grace"
+    yard.run(11)
+    assert seconds(yard.started[asked][0]) == 30, "its places were kept for it"
+    assert seconds(yard.started[sneaky][0]) >= 30
+    yard.run()
+    assert yard.state(spot) is JobState.SUCCEEDED
+    assert yard.job(spot).retries == 0
+    assert yard.job(spot).evictions == 1
+
+
+def test_minimum_run_time_protects_from_being_displaced_and_then_does_not() -> None:
+    yard = Yard(nodes=(gpu_node("a"),), policy=replace(CALM, min_run_ns=60 * SECOND_NS))
+    spot = yard.submit(spec(8, tier=Tier.SPOT), runs_s=1000)
+    yard.run(10)
+    asked = yard.submit(spec(8), runs_s=10)
+    assert yard.state(spot) is JobState.RUNNING
+    yard.run(60)
+    assert seconds(yard.started[asked][0]) == 60
+
+
+def test_priority_displaces_in_its_own_project_only() -> None:
+    yard = Yard(nodes=(gpu_node("a"),))
+    low = yard.submit(spec(8), runs_s=1000)
+    yard.run(1)
+    other = yard.submit(spec(8, priority=500), runs_s=10, project="p1")
+    yard.run(1)
+    assert yard.state(low) is JobState.RUNNING
+    assert yard.state(other) is JobState.QUEUED
+    own = Yard(nodes=(gpu_node("a"),))
+    low = own.submit(spec(8), runs_s=1000)
+    own.run(1)
+    high = own.submit(spec(8, priority=500), runs_s=10)
+    own.run(1)
+    assert own.state(high) is JobState.RUNNING
+    assert own.state(low) is JobState.QUEUED
+
+
+def test_limits_hold_and_say_so() -> None:
+    yard = Yard(nodes=(gpu_node("a"),), queues=(queue_of("p0", limit=(("gpu", 2000),), max_running=2),))
+    jobs = [yard.submit(spec(1), runs_s=10) for _ in range(4)]
+    assert [yard.state(job) for job in jobs] == [JobState.STARTING] * 2 + [JobState.QUEUED] * 2
+    yard.run()
+    assert all(yard.state(job) is JobState.SUCCEEDED for job in jobs)
+
+
+# -- elastic gangs ----------------------------------------------------------------------------------------------------
+
+
+def test_an_elastic_gang_starts_small_grows_and_shrinks_before_it_is_displaced() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b"), gpu_node("c")))
+    blocker = yard.submit(spec(8), runs_s=100, project="p1")
+    elastic = yard.submit(spec(8, nodes=3, nodes_min=1, tier=Tier.SPOT), runs_s=1000)
+    assert len(yard.nodes_of(elastic)) == 2
+    yard.run(101)
+    assert yard.state(blocker) is JobState.SUCCEEDED
+    assert len(yard.nodes_of(elastic)) == 3, "it grew into what the other left"
+    yard.run(10)
+    asked = yard.submit(spec(8), runs_s=50, project="p1")
+    yard.run(1)
+    assert yard.state(asked) is JobState.RUNNING
+    assert len(yard.nodes_of(elastic)) == 2
+    assert yard.state(elastic) is JobState.RUNNING
+    assert yard.events("Preempted") == []
+    yard.run()
+    assert yard.state(elastic) is JobState.SUCCEEDED
+    assert len(yard.started[elastic]) == 1
+
+
+# -- what jobs wait for beside room -----------------------------------------------------------------------------------
+
+
+def test_dependencies_start_what_follows_and_end_what_cannot() -> None:
+    yard = Yard(nodes=(gpu_node("a"),))
+    first = yard.submit(spec(1), runs_s=10)
+    after = (Dependency(workload_id=WorkloadId("wl_00001")),)
+    on_failure = (Dependency(workload_id=WorkloadId("wl_00001"), on=DependsOn.FAILED),)
+    follows = yard.submit(spec(1, after=after), runs_s=10)
+    rescue = yard.submit(spec(1, after=on_failure), runs_s=10)
+    assert yard.world.reasons[yard.job(follows).id].code == "WaitsForWorkload"
+    yard.run()
+    assert yard.state(first) is JobState.SUCCEEDED
+    assert seconds(yard.started[follows][0]) == 10
+    assert yard.state(rescue) is JobState.CANCELLED
+    assert yard.job(rescue).cause is Cause.DEPENDENCY
+
+
+def test_an_array_runs_so_many_at_a_time() -> None:
+    yard = Yard(nodes=(gpu_node("a"),))
+    yard.submit(spec(1, kind=Kind.ARRAY, array_size=6, array_parallel=2), runs_s=10)
+    most = 0
+    for _ in range(12):
+        most = max(most, len(yard.live()))
+        yard.run(5)
+    assert most == 2
+    assert all(yard.state(f"job_00001-{at}") is JobState.SUCCEEDED for at in range(6))
+
+
+def test_a_group_starts_together_or_not_at_all() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")))
+    blocker = yard.submit(spec(8), runs_s=100)
+    group = Group(name="g", size=2)
+    one = yard.submit(spec(8, group=group), runs_s=10)
+    assert yard.world.reasons[yard.job(one).id].code == "GroupIncomplete"
+    two = yard.submit(spec(4, group=group), runs_s=10)
+    yard.run(50)
+    assert one not in yard.started
+    assert two not in yard.started
+    yard.run()
+    assert yard.started[one] == yard.started[two]
+    assert yard.started[one][0] >= yard.ended[blocker]
+
+
+def test_start_times_are_kept() -> None:
+    yard = Yard(nodes=(gpu_node("a"),))
+    yard.submit(spec(8), runs_s=100)
+    late = yard.submit(spec(8, start_before_ns=START + 50 * SECOND_NS), runs_s=10)
+    later = yard.submit(spec(8, start_after_ns=START + 300 * SECOND_NS), runs_s=10)
+    yard.run()
+    assert yard.job(late).cause is Cause.TOO_LATE
+    assert seconds(yard.started[later][0]) == 300
+
+
+# -- reservations -----------------------------------------------------------------------------------------------------
+
+
+def reserve(yard: Yard, node: str, start_s: float, end_s: float, project: str = "", **more: int) -> None:
+    yard.turn(
+        [
+            ReservationMade(
+                at_ns=yard.now,
+                reservation=Reservation(
+                    id=ReservationId(f"res_{node}"),
+                    name=f"r-{node}",
+                    project_id=ProjectId(project),
+                    node_ids=(NodeId(node),),
+                    starts_ns=START + int(start_s * SECOND_NS),
+                    ends_ns=START + int(end_s * SECOND_NS),
+                    **more,
+                ),
+            )
+        ]
+    )
+
+
+def test_nothing_that_would_overrun_is_placed_before_a_window_and_its_owner_finds_it_free() -> None:
+    yard = Yard(nodes=(gpu_node("a"),))
+    reserve(yard, "a", 100, 200, "p1")
+    fits = yard.submit(spec(8, max_duration_ns=90 * SECOND_NS), runs_s=90)
+    overruns = yard.submit(spec(8, max_duration_ns=110 * SECOND_NS), runs_s=110)
+    owner = yard.submit(
+        spec(8, tier=Tier.RESERVED, reservation="r-a", max_duration_ns=80 * SECOND_NS), runs_s=80, project="p1"
+    )
+    assert yard.world.reasons[yard.job(owner).id].code == "ReservationNotOpen"
+    yard.run()
+    assert seconds(yard.started[fits][0]) == 0
+    assert seconds(yard.started[owner][0]) == 100
+    assert seconds(yard.started[overruns][0]) == 200
+
+
+def test_a_recurring_maintenance_window_clears_its_node_each_time() -> None:
+    yard = Yard(nodes=(gpu_node("a"),), policy=replace(CALM, assumed_duration_ns=10 * SECOND_NS))
+    reserve(yard, "a", 100, 150, every_ns=1000 * SECOND_NS)
+    spot = yard.submit(spec(8, tier=Tier.SPOT), runs_s=1500)
+    yard.run(120)
+    assert yard.state(spot) is JobState.QUEUED
+    yard.run(100)
+    assert yard.state(spot) is JobState.RUNNING
+    yard.run(900)
+    assert yard.state(spot) is JobState.QUEUED, "the window came again"
+
+
+# -- health -----------------------------------------------------------------------------------------------------------
+
+
+def test_cordon_lets_work_end_drain_displaces_it_and_resume_opens() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")))
+    one = yard.submit(spec(8, nodes=2), runs_s=100)
+    yard.run(1)
+    yard.turn([NodeMarked(at_ns=yard.now, node_id=NodeId("a"), marking=Marking.CORDON, by="ada")])
+    waits = yard.submit(spec(8), runs_s=10)
+    yard.run(1)
+    assert yard.state(one) is JobState.RUNNING
+    yard.turn([NodeMarked(at_ns=yard.now, node_id=NodeId("b"), marking=Marking.DRAIN, by="ada", detail="fan")])
+    yard.run(1)
+    assert yard.state(one) is JobState.QUEUED
+    assert yard.state(waits) is JobState.QUEUED
+    for name in "ab":
+        yard.turn([NodeMarked(at_ns=yard.now, node_id=NodeId(name), marking=Marking.RESUME, by="ada")])
+    yard.run()
+    assert yard.state(one) is JobState.SUCCEEDED
+    assert yard.state(waits) is JobState.SUCCEEDED
+
+
+def test_a_failing_device_is_left_out_until_it_recovers() -> None:
+    yard = Yard(nodes=(gpu_node("a", 2),))
+    yard.turn([DeviceFailed(at_ns=yard.now, node_id=NodeId("a"), device_id=DeviceId("a-0"), detail="XID 79")])
+    one, two = yard.submit(spec(1), runs_s=100), yard.submit(spec(1), runs_s=100)
+    assert yard.state(one) is JobState.STARTING
+    assert yard.state(two) is JobState.QUEUED
+    assert next(a for a in yard.live()).devices[0].device_id == "a-1"
+    yard.turn([DeviceRecovered(at_ns=yard.now, node_id=NodeId("a"), device_id=DeviceId("a-0"))])
+    assert yard.state(two) is JobState.STARTING
+
+
+def test_a_node_that_flaps_is_held_back_for_a_while() -> None:
+    yard = Yard(nodes=(gpu_node("a"),))
+    for at in range(3):
+        yard.turn([NodeWentAway(at_ns=yard.now, node_id=NodeId("a"))])
+        yard.now += SECOND_NS
+        yard.turn([NodeJoined(at_ns=yard.now, node=gpu_node("a", boot_id=f"b{at}"))])
+    assert yard.world.nodes[NodeId("a")].state is NodeState.SUSPECT
+    job = yard.submit(spec(1), runs_s=10)
+    assert yard.state(job) is JobState.QUEUED
+    yard.run()
+    assert yard.state(job) is JobState.SUCCEEDED
+    assert seconds(yard.started[job][0]) >= CALM.flap_hold_ns / SECOND_NS
+
+
+def test_a_cordon_outlives_the_loss_of_the_node() -> None:
+    yard = Yard(nodes=(gpu_node("a"),))
+    yard.turn([NodeMarked(at_ns=yard.now, node_id=NodeId("a"), marking=Marking.CORDON)])
+    yard.turn([NodeWentAway(at_ns=yard.now, node_id=NodeId("a"))])
+    yard.turn([NodeJoined(at_ns=yard.now, node=gpu_node("a", boot_id="b2"))])
+    assert yard.world.nodes[NodeId("a")].state is NodeState.CORDONED
+
+
+def test_waiting_costs_nothing_when_nothing_can_change() -> None:
+    yard = Yard(nodes=(gpu_node("a"),))
+    yard.submit(spec(8), runs_s=10 * HOUR_NS / SECOND_NS)
+    for _ in range(30):
+        yard.submit(spec(8), runs_s=10)
+    plan = yard.turn([])
+    assert not plan.changes
+    assert not plan.waiting
