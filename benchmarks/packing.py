@@ -240,41 +240,37 @@ def report(
 ) -> None:
     """The table per workload and the last line."""
     fgd, best_fit, ceiling = published("06-FGD"), published("05-BestFit"), ceilings()
-    rows = []
     at_100 = {
         (name, workload): statistics.fmean(run.at_100 for run in results[name, workload])
         for name in names
         for workload in workloads
     }
     failed = {key: statistics.fmean(run.failed_at_100 for run in results[key]) for key in at_100}
+    rows: list[list[float | None]] = []
     for workload in workloads:
-        rival = at_100.get(("fgd", workload), fgd[workload][0])
-        ours = at_100.get(("tide", workload), float("nan"))
+        ours = at_100.get(("tide", workload))
+        rival, most = fgd[workload][0], ceiling[workload]
+        gain = None if ours is None else ours - rival
         rows.append([
-            workload,
-            f"{best_fit[workload][0]:.2f}",
-            f"{at_100.get(('best_fit', workload), float('nan')):.2f}",
-            f"{fgd[workload][0]:.2f}",
-            f"{rival:.2f}",
-            f"{ours:.2f}",
-            f"{ceiling[workload]:.2f}",
-            f"{ours - fgd[workload][0]:+.2f}",
-            f"{100 * (ours - rival) / (ceiling[workload] - rival):.0f} %",
-            *(f"{failed.get((name, workload), float('nan')):.0f}" for name in ("best_fit", "fgd", "tide")),
+            best_fit[workload][0], at_100.get(("best_fit", workload)), rival, at_100.get(("fgd", workload)), ours, most,
+            gain, None if gain is None else 100 * gain / (most - rival),
+            *(failed.get((name, workload)) for name in ("best_fit", "fgd", "tide")),
         ])  # fmt: skip
-    means = ["mean"]
-    for column in range(1, 8):
-        values = [float(row[column]) for row in rows]
-        means.append(f"{statistics.fmean(values):{'+' if column == 7 else ''}.2f}")
-    means.append("")
-    means += [f"{statistics.fmean(float(row[column]) for row in rows):.0f}" for column in (9, 10, 11)]
+    rows.append([
+        None if None in column else statistics.fmean(value for value in column if value is not None)
+        for column in zip(*rows, strict=True)
+    ])  # fmt: skip
+    formats = [".2f"] * 6 + ["+.2f"] + [".0f"] * 4
     print("GPUs in use, percent, when 100 % have been asked for (mean of seeds); pods that did not fit by then\n")
     table(
         (
             "workload", "best fit, published", "ours", "FGD, published", "ours", "Tidemill", "ceiling", "gain",
-            "gap closed", "failed best fit", "FGD", "Tidemill",
+            "gap closed, %", "failed best fit", "FGD", "Tidemill",
         ),
-        [*rows, means],
+        [
+            [name, *("-" if value is None else format(value, how) for value, how in zip(row, formats, strict=True))]
+            for name, row in zip((*workloads, "mean"), rows, strict=True)
+        ],
     )  # fmt: skip
     placements = sum(run.placements for runs in results.values() for run in runs)
     spent = sum(run.seconds for runs in results.values() for run in runs)

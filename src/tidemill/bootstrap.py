@@ -166,7 +166,7 @@ def _build(settings: Any) -> tuple[Any, _Reports]:
         energy_evidence="measured" if sample() is not None else "estimated",
         on_fenced=lambda: os.kill(os.getpid(), signal.SIGTERM),
     )
-    reports.tell = plane._turns.put
+    reports.tell = plane.tell
     return plane, reports
 
 

@@ -85,7 +85,8 @@ class Snapshot:
     ``jobs`` are those not terminal, with their ``workloads``; ``attempts`` and ``allocations`` those not ended
     or released. ``metered_until`` maps (node, meter) to ns. ``last_seq`` is the newest event's. ``queues`` and
     ``queue_usages`` are all of them, ``reservations`` those not cancelled, also when their windows are over.
-    ``unlucky`` counts, for workloads that are not over, the jobs that ended other than well; those without are left out.
+    ``unlucky`` counts, for workloads that are not over, the jobs that ended other than well; those without are not in
+    it.
     """
 
     nodes: tuple[Node, ...] = ()

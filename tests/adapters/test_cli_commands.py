@@ -387,7 +387,7 @@ def test_completion_offers_commands_and_jobs(peer):
         )
         return done.stdout.split()
 
-    assert offered("rec") == ["receipt"]
+    assert offered("rec") == ["receipt", "record"]
     assert offered("show", "he") == ["hello"]
 
 

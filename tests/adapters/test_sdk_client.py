@@ -21,7 +21,7 @@ from tidemill.errors import (
     Unauthorized,
     Unavailable,
 )
-from tidemill.sdk import Client, Job, Status
+from tidemill.sdk import Client, Job, Status, checkpointed
 from tidemill.sdk.transport import Transport, error_from
 
 
@@ -266,3 +266,77 @@ def test_names_stay_one_segment_of_the_path(peer: Peer, client: Client):
             client.job(ref)
     assert all("/v1/jobs/" in path and path.count("/") == 3 for _, path, _, _ in peer.requests)
     assert client.job(JOB_ID).id == JOB_ID
+
+
+def test_what_is_shared_reads_back_as_it_is_written(client: Client):
+    queued, share, queue, reservation = (
+        client.queue()[0],
+        client.share()[0],
+        client.queues()[0],
+        client.reservations()[0],
+    )
+    assert (queued.nodes_min, queued.nodes, queued.capacity) == (2, 8, "spot")
+    assert queued.reason is not None
+    assert queued.reason.code == "NotEnoughFreeGpus"
+    assert share.borrowed == {"gpu": 1000}
+    assert queue.guaranteed == {"gpu": 8, "memory": "512GB"}
+    assert reservation.window == {"from_ns": 2 * 10**18, "to_ns": 2 * 10**18 + 14_400 * 10**9}
+    for value in (queued, share, queue, reservation):
+        assert type(value).from_json(json.loads(json.dumps(value.to_json()))) == value
+
+
+def test_why_and_quote_carry_what_they_are_made_of(peer: Peer, client: Client):
+    why = client.why("hello")
+    assert why.forecast is not None
+    assert why.forecast.likely_at_ns == 2 * 10**18
+    assert [holding.amount for holding in why.holdings] == ["8 H100", "1 H100"]
+    option = {"change": "resources.gpus: A100", "starts_at_ns": 5, "amount_micro": 7}
+    peer.routes["POST", "/v1/quotes"] = lambda *_, **__: (
+        200,
+        {"feasible": True, "options": [option], "forecast": None},
+    )
+    quote = client.quote({"run": "x"})
+    assert (quote.options[0].change, quote.options[0].amount_micro, quote.forecast) == ("resources.gpus: A100", 7, None)
+
+
+def test_changing_a_queue_keeps_the_rest_of_it(peer: Peer, client: Client):
+    client.set_queue("research", weight=3)
+    client.set_queue("fresh", project="vision", limit={"gpu": 1})
+    sent = [json.loads(body) for path in ("research", "fresh") for _, body in peer.sent("PUT", f"/v1/queues/{path}")]
+    assert (sent[0]["weight"], sent[0]["guaranteed"]) == (3, {"gpu": 8, "memory": "512GB"})
+    assert sent[1] == {"name": "fresh", "project": "vision", "limit": {"gpu": 1}}
+
+
+def test_reserving_names_machines_or_counts_them(peer: Peer):
+    with Client(peer.url, TOKEN, project="vision") as client:
+        client.reserve("a", start="2h", duration="4h", nodes=2, gpus="H100:8", labels={"zone": "x"})
+        client.reserve("b", start="now", duration=3600, nodes=["box"], maintenance=True)
+    bodies = [json.loads(body) for _, body in peer.sent("POST", "/v1/reservations")]
+    assert bodies == [
+        {"name": "a", "start": "2h", "duration": "4h", "nodes": 2, "gpus": "H100:8", "labels": {"zone": "x"}, "project": "vision"},
+        {"name": "b", "start": "now", "duration": 3600, "node": ["box"], "maintenance": True},
+    ]  # fmt: skip
+
+
+def test_machines_are_marked_by_name(peer: Peer, client: Client):
+    assert client.drain("box", "disk").marking == "drain"
+    client.cordon("box")
+    client.resume("box")
+    bodies = [
+        json.loads(body) for method, path, _, body in peer.requests if method == "POST" and path.endswith("/mark")
+    ]
+    assert [body["marking"] for body in bodies] == ["drain", "cordon", "resume"]
+    assert bodies[0]["reason"] == "disk"
+
+
+def test_a_program_in_a_job_tells_of_its_checkpoint(peer: Peer, monkeypatch):
+    monkeypatch.delenv("TIDEMILL_JOB_ID", raising=False)
+    with pytest.raises(InvalidRequest):
+        checkpointed()
+    monkeypatch.setenv("TIDEMILL_JOB_ID", JOB_ID)
+    monkeypatch.setenv("TIDEMILL_API_URL", peer.url)
+    monkeypatch.setenv("TIDEMILL_TOKEN", TOKEN)
+    checkpointed("step 7")
+    headers, body = peer.sent("POST", f"/v1/jobs/{JOB_ID}/checkpoint")[0]
+    assert json.loads(body) == {"detail": "step 7"}
+    assert headers["Idempotency-Key"]

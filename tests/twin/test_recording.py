@@ -95,10 +95,9 @@ def test_what_the_twin_records_it_replays(tmp_path: Path) -> None:
         record(path)
     again = run(recorded_stream(path), recorded_conditions(path))
     first, second = figures(result), figures(again)
-    for figure in ("jobs", "wait_s", "makespan_s", "cost_micro"):
-        assert first["jobs"]["submitted"] == second["jobs"]["submitted"], figure
+    assert first["jobs"]["submitted"] == second["jobs"]["submitted"]
     assert second["jobs"]["succeeded"] == pytest.approx(first["jobs"]["succeeded"], abs=3)
-    assert second["jct_s"]["mean"] == pytest.approx(first["jct_s"]["mean"], rel=0.1)
+    assert second["jct_s"]["mean"] == pytest.approx(first["jct_s"]["mean"], rel=0.01)
 
 
 def test_a_recording_under_other_conditions() -> None:

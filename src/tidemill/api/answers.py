@@ -291,9 +291,9 @@ def node_json(node: Node, world: World) -> NodeOut:
         "held_until_at_ns": node.held_until_ns,
         "cpu_model": node.cpu_model,
         "cpu_milli": node.cpu_milli,
-        "free_cpu_milli": int(fleet.cpu_free[row]) if has_free else 0,
+        "free_cpu_milli": max(0, int(fleet.cpu_free[row])) if has_free else 0,
         "memory_bytes": node.memory_bytes,
-        "free_memory_bytes": int(fleet.memory_free[row]) if has_free else 0,
+        "free_memory_bytes": max(0, int(fleet.memory_free[row])) if has_free else 0,
         "disk_bytes": node.disk_bytes,
         "devices": [
             {

@@ -64,7 +64,8 @@ def _words(cause: str) -> str:
 
 def _size(job: Job) -> str:
     each = resources(job.resources)
-    return f"{job.nodes} × ({each})" if job.nodes > 1 and each else each
+    nodes = f"{job.nodes_min}..{job.nodes}" if 0 < job.nodes_min < job.nodes else str(job.nodes)
+    return f"{nodes} × ({each})" if job.nodes > 1 and each else each
 
 
 def show_command(job: JobRef, project: InProject = None, json: Json = False) -> None:
@@ -144,7 +145,7 @@ def why_command(job: JobRef, project: InProject = None, json: Json = False) -> N
             (one.name or "another's job", one.job, one.project, one.amount, clock(one.ends_at_ns) or "not known")
             for one in answer.holdings
         ]
-        table(("  job", "id", "project", "holds", "until"), [(f"  {row[0]}", *row[1:]) for row in rows])
+        table(("    job", "id", "project", "holds", "until"), [(f"    {row[0]}", *row[1:]) for row in rows])
     place = [("place in the queue", f"{answer.position}, {answer.ahead} ahead" if answer.position else "")]
     facts([*place, *forecast_rows(answer.forecast)])
 

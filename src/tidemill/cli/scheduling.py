@@ -264,10 +264,8 @@ def reserve_create(
         emit(made.to_json())
         return
     say(f"reserved {paint(made.name, 'bold')}: {', '.join(made.nodes)}")
-    note(
-        f"  {_window(made)}; "
-        + (f"reservation: {made.name} in a workload runs there" if made.project else "for nobody")
-    )
+    use = f"tidemill run --reservation {made.name} -- …" if made.project else "for nobody"
+    note(f"  {_window(made)}   {use}")
 
 
 def reserve_list(json: Json = False) -> None:

@@ -94,6 +94,7 @@ def world_from(
         if (meter := world.meters.get((node_id, name))) is not None:
             meter.since_ns = max(meter.since_ns, until)
     world.rebuild_fleet()
+    world.lay_fleet()
     for allocation in snapshot.allocations:
         world.hold(allocation)
     world.quota.restore(snapshot.queue_usages)

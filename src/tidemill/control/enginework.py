@@ -23,6 +23,7 @@ from tidemill.ports import Engine, Store
 
 log = logging.getLogger(__name__)
 _LANES = 4
+_CLEANED_AT_ONCE = 16
 
 
 class EngineWork:
@@ -57,6 +58,8 @@ class EngineWork:
         self._begun: set[LaunchId] = set()
         self._lock = threading.Lock()
         self._stranger: set[LaunchId] = set()
+        self._strays: set[LaunchId] = set()
+        """What the engine knew at the last look and the world did not: the turn that ends it may not be stored yet."""
         self._closing = threading.Event()
         self._threads = [
             *(threading.Thread(target=self._work, args=(lane,), name="engine", daemon=True) for lane in self._lanes),
@@ -114,9 +117,10 @@ class EngineWork:
         ]
         if facts:
             self._tell(facts)
-        for observation in observed.values():
-            if observation.launch_id not in live and observation.launch_id not in busy:
-                self._clean_up(observation)
+        strays = {launch for launch in observed if launch not in live and launch not in busy}
+        for launch in sorted(strays & self._strays)[:_CLEANED_AT_ONCE]:
+            self._clean_up(observed[launch])
+        self._strays = strays
 
     def _compare(self, held: Allocation, seen: Observation | None) -> Fact | None:
         now = self._clock()

@@ -449,6 +449,10 @@ class ControlPlane:
         fact = Checkpointed(at_ns=self._clock(), launch_id=first.id, fence=first.fence, detail=detail)
         return self._turns.put([fact])
 
+    def tell(self, facts: Sequence[Fact]) -> Future[None]:
+        """Nothing, when what follows from these facts is stored."""
+        return self._turns.put(facts)
+
     def quote(self, project: Project, spec: WorkloadSpec) -> Quote:
         """What would happen if it were submitted now: the next turn, taken and undone."""
         now = self._clock()
@@ -508,7 +512,7 @@ class ControlPlane:
             site=self.site,
             nodes=nodes,
             cpu_milli=sum(node.cpu_milli for node in nodes),
-            free_cpu_milli=int(fleet.cpu_free.sum()),
+            free_cpu_milli=int(fleet.cpu_free.clip(min=0).sum()),
             gpu_milli=sum(node.gpu_milli for node in nodes),
             free_gpu_milli=free_gpu,
             jobs=tuple(sorted(counts.items())),

@@ -44,15 +44,11 @@ def why_never_gang(fleet: FleetArrays, gang: Gang) -> Reason | None:
             resolvable_by=ResolvableBy.CAPACITY,
             sentence="There is no machine in this cloud yet.",
         )
-    empty = fleet.empty()
-    ready = fleet.is_ready
-    fleet.is_ready = np.ones_like(ready)
-    try:
-        if fits(fleet, gang, free=empty):
-            return None
-        return _narrowest(fleet, gang)
-    finally:
-        fleet.is_ready = ready
+    key = ("never", gang)
+    if key not in fleet.cache:
+        fleet.cache[key] = None if fits(fleet, gang, free=fleet.empty(), all_ready=True) else _narrowest(fleet, gang)
+    never: Reason | None = fleet.cache[key]
+    return never
 
 
 def _narrowest(fleet: FleetArrays, gang: Gang) -> Reason:

@@ -80,6 +80,7 @@ def _submitted(fact: Submitted, world: World, out: Outcome) -> None:
         world.add(world.jobs, job.id, job)
         jobs.append(job)
         world.note(job, now=out.now)
+    world.ask(workload)
     world.line_up(workload.project_id, len(jobs))
     out.note("Submitted", jobs[0], name=spec.name, kind=spec.kind.value, jobs=spec.job_count)
     for job in waiting.enter(world, workload, jobs, out):
@@ -243,7 +244,8 @@ def _node_joined(fact: NodeJoined, world: World, out: Outcome) -> None:
         if same and (node.id, "cpu") in world.meters and node.id in world.fleet.row:
             return
         absent = known.boot_id != node.boot_id or known.state is NodeState.LOST
-        for meter in [meter for key, meter in world.meters.items() if key[0] == node.id]:
+        names = ("cpu", *(device.id for device in known.devices))
+        for meter in [world.meters[node.id, name] for name in names if (node.id, name) in world.meters]:
             world.watch_meter(meter)
             if absent:
                 meter.since_ns = max(meter.since_ns, out.now)
@@ -305,9 +307,9 @@ def _node_went_away(fact: NodeWentAway, world: World, out: Outcome) -> None:
     for promise in [p for p in world.promises.values() if any(place.node_id == node.id for place in p.placed.places)]:
         waiting.break_promise(world, promise.job_id)
         world.queue_up(world.jobs[promise.job_id])
-    for key in [key for key in world.meters if key[0] == node.id]:
-        out.cut(world, *key)
-        world.drop(world.meters, key)
+    for name in ("cpu", *(device.id for device in node.devices)):
+        out.cut(world, node.id, name)
+        world.drop(world.meters, (node.id, name))
     lost_at = (*node.lost_at_ns, out.now)[-64:] if not _is_shutdown(fact) else node.lost_at_ns
     state = apply(NODE, node.state, "lost")
     world.update(world.nodes, node.id, node, state=state, lost_at_ns=lost_at)

@@ -133,7 +133,7 @@ def _work_out(fleet: FleetArrays, shape: Shape) -> Fitting:
                 size = profile.size
                 starts[row, column, list(_starts_on(fleet, row, column, profile.name, profile.starts))] = True
                 milli[row, column] = profile.milli
-    used = tuple(sorted(set(fleet.model[devices].tolist())))
+    used = tuple(sorted(set(fleet.model[devices & nodes[:, None]].tolist())))
     present = set(fleet.model[fleet.model >= 0].tolist())
     return Fitting(nodes, devices, milli, starts, size, () if set(used) == present else used or (-1,))
 
@@ -163,11 +163,12 @@ def workers_that_fit(
     empty: bool = False,
     free: Free | None = None,
     mask: NDArray[np.bool_] | None = None,
+    all_ready: bool = False,
 ) -> Ints:
     """How many workers of a shape fit on each node. Shape (N,).
 
     With ``empty``, as if nothing ran and every node were ready: what the fleet could ever hold. ``free`` is what to
-    look at instead of what is free now; ``mask`` leaves nodes out.
+    look at instead of what is free now; ``mask`` leaves nodes out; with ``all_ready`` no node is left out for its state.
     """
     resources, static = shape.resources, fitting(fleet, shape)
     if empty:
@@ -182,7 +183,7 @@ def workers_that_fit(
     fits = np.where(static.nodes, fits, 0)
     if mask is not None:
         fits = np.where(mask, fits, 0)
-    return fits if empty else np.where(fleet.is_ready, fits, 0)
+    return fits if empty or all_ready else np.where(fleet.is_ready, fits, 0)
 
 
 def workers_by_gpu(free: Free, static: Fitting, request: GpuRequest) -> Ints:

@@ -110,10 +110,17 @@ def gang_of(spec: WorkloadSpec) -> Gang:
     )
 
 
-def fits(fleet: FleetArrays, gang: Gang, *, free: Free | None = None, mask: NDArray[np.bool_] | None = None) -> bool:
-    """Whether a gang could be placed, at its smallest."""
+def fits(
+    fleet: FleetArrays,
+    gang: Gang,
+    *,
+    free: Free | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    all_ready: bool = False,
+) -> bool:
+    """Whether a gang could be placed, at its smallest; with ``all_ready``, if every node were ready."""
     for shape in gang.choices:
-        room = _room(fleet, gang, shape, free, mask)
+        room = _room(fleet, gang, shape, free, mask, all_ready=all_ready)
         if int(room.sum()) >= gang.smallest and _domain_rows(fleet, gang, room) is not None:
             return True
     return False
@@ -255,9 +262,17 @@ def want_of(shape: Shape, static: Fitting) -> Want:
 # -- many workers -----------------------------------------------------------------------------------------------------
 
 
-def _room(fleet: FleetArrays, gang: Gang, shape: Shape, free: Free | None, mask: NDArray[np.bool_] | None) -> Ints:
+def _room(
+    fleet: FleetArrays,
+    gang: Gang,
+    shape: Shape,
+    free: Free | None,
+    mask: NDArray[np.bool_] | None,
+    *,
+    all_ready: bool = False,
+) -> Ints:
     """How many workers of the gang each node could take, its own constraints on lying together left aside."""
-    room = workers_that_fit(fleet, shape, free=free, mask=mask)
+    room = workers_that_fit(fleet, shape, free=free, mask=mask, all_ready=all_ready)
     if gang.spread is not None:
         room = np.minimum(room, 1)
     if gang.within is Level.NVLINK and shape.resources.gpus is not None and shape.resources.gpus.is_whole:

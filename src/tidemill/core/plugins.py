@@ -22,6 +22,7 @@ FAIR: Final = ordering.Fifo(name="fair")
 _ORDERS: Final[Mapping[str, Callable[[], OrderPolicy]]] = {
     "fifo": ordering.Fifo,
     "least-attained": ordering.LeastAttained,
+    "least-service": lambda: ordering.LeastAttained(gpu_exponent=1.0, margin=2.0, name="least-service"),
     "shortest-remaining": ordering.ShortestRemaining,
     "kin-gittins": ordering.KinGittins,
 }

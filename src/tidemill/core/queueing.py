@@ -194,6 +194,12 @@ class WaitingLines:
             return sum(1 for _, entry in self._waiting() if entry < member[1])
         return next((at for at, (_, other) in enumerate(self._foreseen(now)) if at == limit or other == job.id), 0)
 
+    def head(self, line: Line) -> JobId | None:
+        """The first waiting job of a line; None when none waits there."""
+        lane = self._lanes.get(line)
+        entry = self._head(lane) if lane is not None else None
+        return entry.job_id if entry is not None else None
+
     def members(self) -> list[JobId]:
         """The jobs that wait."""
         return [job for job in self._members if self._is_waiting(job)]

@@ -294,7 +294,9 @@ def _explain(world: World, out: Outcome) -> None:
         if world.is_waiting(job_id) and job_id not in world.reasons:
             job = world.jobs[job_id]
             line = world.line_of(job)
-            reason = world.line_reasons.get(line) or why_not_now(world.fleet, line.gang)
+            reason = world.line_reasons.get(line)
+            if reason is None:
+                reason = world.line_reasons[line] = why_not_now(world.fleet, line.gang)
             out.wait(world, job_id, reason)
 
 

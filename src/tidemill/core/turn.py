@@ -35,6 +35,7 @@ def turn(world: World, inbox: Sequence[Fact], *, now: int, policy: Policy) -> Pl
     for fact in inbox:  # ⓪ facts move things along; ① what is submitted is admitted
         take(world, fact, out)
     _timers(world, out)
+    world.lay_fleet()
     schedule(world, out)  # ② order ③ places ④ backfill, displacing
     _cut_long_stretches(world, out)  # ⑥ usage
     ledger = tuple(  # ⑦ prices

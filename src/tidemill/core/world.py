@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, TypeVar
 
+from tidemill.core.feasible import Shape, fitting
 from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.held import HeldArrays
 from tidemill.core.meter import Meter, meters_of, shares_of
 from tidemill.core.ordering import JobFacts, Learns, OrderPolicy
-from tidemill.core.place import Placed, gang_of
+from tidemill.core.place import Gang, Placed, gang_of, want_of
 from tidemill.core.plugins import FAIR, order_named, score_named
 from tidemill.core.preempt import TIERS
 from tidemill.core.queueing import Line, WaitingLines
@@ -45,6 +46,11 @@ from tidemill.model.tenant import Project
 from tidemill.units import MILLI
 
 _ABSENT: Final = object()
+_MIX_EVERY: Final = 512
+"""After how many requests the placement policy is told of the mix."""
+_MIX_HALF: Final = 5_000
+"""After how many requests older ones count for half: less memory would let noise pass for change."""
+_MIX_LEAST: Final = 0.01
 Entity = TypeVar("Entity", Job, Attempt, Allocation, Node, Queue, QueueUsage, Reservation)
 
 
@@ -100,16 +106,18 @@ class World:
         for project in self.projects.values():
             self.quota.open_project(project)
         self.order: OrderPolicy = order_named(policy.order)
+        self._learner = self.order if isinstance(self.order, Learns) else None
         self.score: Score = score_named(policy.score)
         self.meters: dict[tuple[NodeId, str], Meter] = {}
-        self.fleet = FleetArrays()
+        self._fleet = FleetArrays()
+        self._is_laid = True
         self.rows = HeldArrays()
         self.queue = WaitingLines(
             self.is_waiting,
-            self.quota,
+            self.quota if self.order is FAIR else None,  # an order plug-in ranks all together
             amounts_of=self.amounts_of,
             ageing_ns=policy.ageing_ns,
-            patience_ns=policy.patience_ns,
+            patience_ns=policy.patience_ns if self.order is FAIR else 0,
         )
         self.delayed: dict[JobId, int] = {}
         """Jobs that wait for an instant before they queue again."""
@@ -145,6 +153,10 @@ class World:
         self._lines: dict[WorkloadId, Line] = {}
         self._noted: list[tuple[JobFacts, bool]] = []
         """What an order plug-in that learns is told when this turn is stored."""
+        self._asked: list[tuple[Shape, int]] = []
+        """What the workloads of this turn ask for, and how often."""
+        self._mix: dict[Shape, float] = {}
+        self._mix_count = 0
         self._touched: dict[tuple[str, str], int | None] = {}
         self._latest: dict[tuple[str, str], Any] = {}
         self._fleet_mark = 0
@@ -173,7 +185,10 @@ class World:
     def queue_up(self, job: Job) -> None:
         """Let a job wait for room."""
         rank = None if self.order is FAIR else self.order.rank(self.job_facts(job, now=0), now=0)
-        self.queue.add(self.line_of(job), job, rank, since_ns=job.waiting_since_ns or job.submitted_ns)
+        line = self.line_of(job)
+        self.queue.add(line, job, rank, since_ns=job.waiting_since_ns or job.submitted_ns)
+        if line in self.blocked and self.queue.head(line) == job.id:
+            del self.blocked[line]  # it may be entitled to what the one before it was not
 
     def workers_of(self, attempt: Attempt) -> tuple[Allocation, ...]:
         """The workers of an attempt that are not confirmed gone."""
@@ -282,8 +297,27 @@ class World:
 
     def note(self, job: Job, *, now: int, finished: bool = False) -> None:
         """Have an order plug-in that learns told of a job, when this turn is stored."""
-        if isinstance(self.order, Learns):
+        if self._learner is not None:
             self._noted.append((self.job_facts(job, now=now), finished))
+
+    def ask(self, workload: Workload) -> None:
+        """Count what a workload asks for among what is typically asked, when this turn is stored."""
+        spec = workload.spec
+        self._asked.append((self._lines_gang(workload).choices[0], spec.nodes * spec.job_count))
+
+    def _lines_gang(self, workload: Workload) -> Gang:
+        line = self._lines.get(workload.id)
+        if line is None:
+            line = self._lines[workload.id] = line_of(workload)
+        return line.gang
+
+    def _learn_mix(self) -> None:
+        """Tell the placement policy what is typically asked for; older requests count for less each time."""
+        fleet = self.fleet
+        self.score.learn([(want_of(shape, fitting(fleet, shape)), count) for shape, count in self._mix.items()])
+        fade = 0.5 ** (self._mix_count / _MIX_HALF)
+        self._mix = {shape: faded for shape, count in self._mix.items() if (faded := count * fade) >= _MIX_LEAST}
+        self._mix_count = 0
 
     def rerank(self) -> None:
         """Rank waiting jobs anew, by what an order plug-in has learned since."""
@@ -311,6 +345,7 @@ class World:
         """Start recording."""
         self._undo.clear()
         self._noted.clear()
+        self._asked.clear()
         self._touched.clear()
         self._latest.clear()
         self._fleet_mark = self.fleet.checkpoint()
@@ -323,9 +358,14 @@ class World:
 
     def commit(self) -> None:
         """Keep what changed since ``begin``, and let an order plug-in that learns know of it."""
-        if self._noted and isinstance(self.order, Learns):
+        if self._learner is not None:
             for facts, finished in self._noted:
-                self.order.note(facts, finished=finished)
+                self._learner.note(facts, finished=finished)
+        for shape, count in self._asked:
+            self._mix[shape] = self._mix.get(shape, 0.0) + count
+            self._mix_count += count
+        if self._mix_count >= _MIX_EVERY:
+            self._learn_mix()
         self._undo.clear()
         self._touched.clear()
         self.fleet.commit()
@@ -347,6 +387,7 @@ class World:
         self.queue.rollback()
         if self._fleet_rebuilt:
             self.rebuild_fleet()
+            self.lay_fleet()
         else:
             self.fleet.rollback(self._fleet_mark)
         self.blocked.clear()
@@ -523,8 +564,23 @@ class World:
 
         self._undo.append(restore)
 
+    @property
+    def fleet(self) -> FleetArrays:
+        """The fleet's columns, laid out as the nodes are now."""
+        if not self._is_laid:
+            self.lay_fleet()
+        return self._fleet
+
     def rebuild_fleet(self) -> None:
-        """Lay the fleet's columns anew from the nodes and what is held; a rollback does so again."""
+        """Nodes changed: have the fleet's columns laid anew when they are next looked at, once for all of a turn."""
+        self._is_laid = False
+        self._fleet_rebuilt = True
+
+    def lay_fleet(self) -> None:
+        """Lay the fleet's columns from the nodes and what is held, unless they are; a rollback does so again."""
+        if self._is_laid:
+            return
+        self._is_laid = True
         self.fleet.rebuild([node for node in self.nodes.values() if node.state is not NodeState.LOST])
         for allocation in self.allocations.values():
             if allocation.node_id in self.fleet.row:
@@ -549,7 +605,6 @@ class World:
         self.quota.set_capacity(self._capacity())
         self.fleet.commit()
         self._fleet_mark = 0
-        self._fleet_rebuilt = True
         self.blocked.clear()
 
     def open_meters(self, node: Node, *, now: int) -> None:

@@ -27,6 +27,8 @@ class Arrival:
     duration_ns: int
     checkpoint_ns: int = 0
     saves_on_stop: bool = True
+    start_ns: int = 0
+    """How long each of its starts takes before it works, beside the delay that all launches have."""
     name: str = ""
     durations_ns: tuple[int, ...] = ()
 

@@ -29,7 +29,7 @@ from tidemill.model.spec import Alternative, WorkloadSpec
 from tidemill.model.tenant import Project
 from tidemill.ports import Snapshot
 from tidemill.twin.recording import Beginning
-from tidemill.units import DAY_NS, MILLI
+from tidemill.units import DAY_NS, HOUR_NS, MILLI
 
 ORGANIZATION = OrganizationId("org_twin")
 SITE = Site(id=SiteId("site_twin"), name="twin", kind=SiteKind.ONPREM, engine="simulated", carbon_mg_per_kwh=0)
@@ -48,7 +48,8 @@ class Conditions:
 
     nodes: tuple[Node, ...]
     rates: RateCard
-    policy: Policy = field(default_factory=lambda: Policy(meter_every_ns=30 * DAY_NS))
+    policy: Policy = field(default_factory=lambda: Policy(meter_every_ns=30 * DAY_NS, replan_ns=HOUR_NS))
+    """What only bounds how soon the clock is looked at is rarer here than in a control plane that lives."""
     queues: tuple[Queue, ...] = ()
     site: Site = SITE
     start_ns: int = EPOCH_NS

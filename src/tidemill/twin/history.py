@@ -45,6 +45,8 @@ class _Seen:
     since_ns: int = 0
     saved_ns: int = 0
     total_ns: int = -1
+    saves: bool = True
+    """Whether it kept what it did when it was stopped; not known of one that never was, and then it does."""
 
 
 @dataclass(slots=True)
@@ -81,16 +83,15 @@ def recorded_stream(path: Path) -> Stream:
 
     def arrival(workload: Workload, at_ns: int) -> Arrival:
         known.add(workload.id)
-        durations = tuple(
-            _takes(found.seen.get(job_id(workload.id, index)), workload, found.end_ns, beginning.policy)
-            for index in range(workload.spec.job_count)
-        )
+        jobs = [job_id(workload.id, index) for index in range(workload.spec.job_count)]
+        durations = tuple(_takes(found.seen.get(one), workload, found.end_ns, beginning.policy) for one in jobs)
         return Arrival(
             at_ns,
             names.get(workload.project_id, workload.project_id),
             workload.principal_id,
             workload.spec,
             durations[0],
+            saves_on_stop=all(found.seen[one].saves for one in jobs if one in found.seen),
             name=workload.id,
             durations_ns=durations,
         )
@@ -147,10 +148,11 @@ def _happened(
         if job_id in found.placed:
             found.delays_ns.append(now - found.placed[job_id])
     elif isinstance(fact, events.Checkpointed):
-        job.saved_ns = now
+        job.saved_ns = max(job.saved_ns, fact.at_ns)
     elif job.since_ns and isinstance(fact, events.Exited) and fact.cause is Cause.NONE and fact.exit_code < _SIGNALLED:
         job.total_ns = job.kept_ns + now - job.since_ns
     elif job.since_ns:
+        job.saves = job.saves and job.saved_ns > job.since_ns
         job.kept_ns += job.saved_ns - job.since_ns
         job.since_ns = 0
 

@@ -35,6 +35,7 @@ class Work:
     total_ns: int
     checkpoint_ns: int
     saves_on_stop: bool
+    start_ns: int = 0
     kept_ns: int = 0
     lost_ns: int = 0
 
@@ -57,6 +58,8 @@ class _Gang:
     plan: int = 0
     saved_ns: int = 0
     has_begun: bool = False
+    saving_ns: int = 0
+    """When it was told to stop and began to write a checkpoint, until that is reported."""
 
     @property
     def running(self) -> int:
@@ -122,6 +125,9 @@ class Machines:
                 told += [Checkpointed(at_ns=at, launch_id=first, fence=gang.fence) for first in list(gang.workers)[:1]]
                 self._go_on(gang, at)
             elif what == "stop":
+                if gang.saving_ns:
+                    told.append(Checkpointed(at_ns=gang.saving_ns, launch_id=launch, fence=gang.fence))
+                    gang.saving_ns = 0
                 told.append(self._exit(gang, launch, at, _TERMINATED, self._cause(gang.job_id)))
             else:
                 self._settle(gang, at)
@@ -138,7 +144,7 @@ class Machines:
             gang = self._gangs[held.job_id] = self._gang(held, work)
         if launch_id not in gang.workers:
             gang.workers[launch_id] = False
-            self._plan(now + self._start_delay_ns, "start", gang, launch_id)
+            self._plan(now + self._start_delay_ns + work.start_ns, "start", gang, launch_id)
 
     def _gang(self, held: Allocation, work: Work) -> _Gang:
         spec, attempt = self._cloud.spec(held.job_id), self._cloud.attempt(held.job_id)
@@ -156,8 +162,8 @@ class Machines:
         self._settle(gang, now)
         gang.plan += 1
         if attempt is not None and attempt.state is AttemptState.ENDING:
-            if gang.work.saves_on_stop and command.grace_ns:
-                gang.work.kept_ns = max(gang.work.kept_ns, gang.done_ns)
+            if gang.work.saves_on_stop and command.grace_ns and gang.done_ns > gang.work.kept_ns:
+                gang.work.kept_ns, gang.saving_ns = gang.done_ns, now
             self._lose(gang)
         else:
             self._go_on(gang, now)  # an elastic gang gives up one worker and works on until that one is gone

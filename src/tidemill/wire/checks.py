@@ -40,6 +40,7 @@ class Refusal(PydanticCustomError):
 
 
 def shown(value: object) -> str:
+    """A value as it is told of, clipped."""
     if type(value) is int and value.bit_length() > 256:
         return "A number of so many digits"
     text = repr(value)
@@ -47,6 +48,7 @@ def shown(value: object) -> str:
 
 
 def text_of(value: object, *, limit: int = MAX_SCRIPT_BYTES, mend: str = "Write it as text, in quotes.") -> str:
+    """Text of a bounded length. Raises: Refusal, as everything here."""
     if type(value) is not str:
         raise Refusal(f"{shown(value)} is not text.", mend)
     if len(value) > limit or (not value.isascii() and len(_utf8(value)) > limit):
@@ -64,6 +66,7 @@ def _utf8(value: str) -> bytes:
 
 
 def name_of(value: object) -> str:
+    """A name of up to 63 letters, digits, - _ or ."""
     text = text_of(value, limit=1_000)
     if not NAME.fullmatch(text):
         raise Refusal(
@@ -74,6 +77,8 @@ def name_of(value: object) -> str:
 
 
 def whole_number(low: int, high: int, what: str) -> Callable[[object], int]:
+    """A check for a whole number in a range; ``what`` says the range."""
+
     def check(value: object) -> int:
         if type(value) is not int:
             raise Refusal(f"{shown(value)} is not a whole number.", f"Write {what}, without quotes.")
@@ -85,6 +90,7 @@ def whole_number(low: int, high: int, what: str) -> Callable[[object], int]:
 
 
 def size_of(value: object) -> int:
+    """Bytes."""
     try:
         size = parse_size(short(value))
     except ValueError as error:
@@ -95,6 +101,7 @@ def size_of(value: object) -> int:
 
 
 def duration_of(value: object) -> int:
+    """Nanoseconds, up to ten years."""
     try:
         duration = parse_duration(short(value))
     except ValueError as error:
@@ -105,6 +112,7 @@ def duration_of(value: object) -> int:
 
 
 def grace_of(value: object) -> int:
+    """Nanoseconds, up to a day."""
     duration = duration_of(value)
     if duration > DAY_NS:
         raise Refusal(f"{shown(value)} is longer than a day.", "Write for example 30s or 10m.")
@@ -112,12 +120,15 @@ def grace_of(value: object) -> int:
 
 
 def short(value: object, *, limit: int = 64) -> Any:
+    """The value, unless it is a text that is too long to be looked at."""
     if isinstance(value, str) and len(value) > limit:
         raise Refusal(f"{shown(value)} is too long.", "Write for example 16GB, or 2h.")
     return value
 
 
 def list_of(check: Callable[[object], Any], what: str) -> Callable[[object], tuple[Any, ...]]:
+    """A check for a list of what another check takes."""
+
     def checked(value: object) -> tuple[Any, ...]:
         if value is None:
             return ()
@@ -133,6 +144,8 @@ def list_of(check: Callable[[object], Any], what: str) -> Callable[[object], tup
 def mapping_of(
     key: re.Pattern[str], check: Callable[[object], str], what: str, key_mend: str
 ) -> Callable[[object], tuple[tuple[str, str], ...]]:
+    """A check for a mapping of names to what another check takes; it becomes pairs."""
+
     def checked(value: object) -> tuple[tuple[str, str], ...]:
         if value is None:
             return ()
@@ -171,6 +184,7 @@ def scalar(value: object) -> str:
 
 
 def label_of(value: object) -> str:
+    """A label's value as text."""
     text = scalar(value)
     if len(text) > 256:
         raise Refusal("It is longer than 256 characters.", "Write something shorter.")

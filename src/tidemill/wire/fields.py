@@ -41,6 +41,7 @@ _GPU_MEND: Final = "Write for example H100:80GB:8, 24GB+:2, A100:4, 0.5, share 1
 
 
 def gpus_of(value: object) -> GpuRequest | None:
+    """A request in the mini-language, or a number of GPUs."""
     if type(value) is float or type(value) is int:
         if not 0 <= value <= MAX_GPUS:
             raise Refusal(f"{shown(value)} GPUs cannot be asked for.", _GPU_MEND)
@@ -83,6 +84,7 @@ def check_model(model: str) -> None:
 
 
 def kind_of(value: object) -> Kind:
+    """What sort of workload."""
     if value == "pipeline":
         raise Refusal("Pipelines are reserved, not available yet.", "Submit their steps as tasks.")
     if type(value) is not str or value not in Kind._value2member_map_:
@@ -93,6 +95,7 @@ def kind_of(value: object) -> Kind:
 
 
 def workdir_of(value: object) -> str:
+    """The digest of an uploaded folder."""
     text = text_of(value, limit=4_096)
     if not text:
         return ""
@@ -106,6 +109,7 @@ def workdir_of(value: object) -> str:
 
 
 def python_of(value: object) -> str:
+    """A version of Python."""
     text = text_of(value, limit=100, mend=f'Put it in quotes: "{value}".')
     if text and not PYTHON.fullmatch(text):
         raise Refusal(f"{shown(text)} is not a version of Python.", 'Write for example "3.12".')
@@ -113,6 +117,7 @@ def python_of(value: object) -> str:
 
 
 def package_of(value: object) -> str:
+    """A package as pip takes it."""
     text = text_of(value, limit=4_096)
     if not text.strip() or "\n" in text or "\r" in text:
         raise Refusal(f"{shown(text)} is not a package.", 'Write for example "torch==2.9.0".')
@@ -122,6 +127,7 @@ def package_of(value: object) -> str:
 
 
 def image_of(value: object) -> str:
+    """The name of a container image."""
     text = text_of(value, limit=1_024)
     if text and (text.startswith("-") or any(character.isspace() for character in text)):
         raise Refusal(f"{shown(text)} is not an image.", "Write for example docker.io/library/python:3.12.")
@@ -129,6 +135,7 @@ def image_of(value: object) -> str:
 
 
 def secret_of(value: object) -> str:
+    """The name of a secret."""
     text = text_of(value, limit=1_000)
     if not SECRET_NAME.fullmatch(text):
         raise Refusal(
@@ -138,6 +145,7 @@ def secret_of(value: object) -> str:
 
 
 def artifact_of(value: object) -> str:
+    """The name of an artifact, with its version or without."""
     text = text_of(value, limit=1_000)
     if not ARTIFACT.fullmatch(text):
         raise Refusal(f"{shown(text)} is not an artifact.", "Write its name, or name:version.")
@@ -148,6 +156,7 @@ PORT_MEND: Final = "Write a number from 1024 to 65535, a name such as http, or {
 
 
 def port_of(value: object) -> Port:
+    """A port by name, number or both."""
     name: object
     number: object
     if type(value) is int:
@@ -172,6 +181,7 @@ def port_of(value: object) -> Port:
 
 
 def ports_of(value: object) -> tuple[Port, ...]:
+    """Ports, each named once."""
     ports: tuple[Port, ...] = list_of(port_of, "ports")(
         value if type(value) in (list, tuple) or value is None else [value]
     )
@@ -185,12 +195,14 @@ def ports_of(value: object) -> tuple[Port, ...]:
 
 
 def port_reference(value: object) -> str | int:
+    """A port's name or number."""
     if type(value) is int:
         return whole_number(LOWEST_PORT, HIGHEST_PORT, "a number from 1024 to 65535, or a port's name")(value)
     return text_of(value, limit=100, mend="Write a port's name or number.")
 
 
 def path_of(value: object) -> str:
+    """The path of a readiness probe."""
     text = text_of(value, limit=2_048)
     if text and (not text.startswith("/") or any(ord(character) <= 32 for character in text)):
         raise Refusal(f"{shown(text)} is not a path.", "Write for example /health.")
@@ -198,6 +210,7 @@ def path_of(value: object) -> str:
 
 
 def model_of(value: object) -> str:
+    """The name of a model."""
     text = text_of(value, limit=200)
     if any(ord(character) < 32 for character in text):
         raise Refusal("It has control characters in it.", "Take them out.")
@@ -205,6 +218,7 @@ def model_of(value: object) -> str:
 
 
 def retry_on_of(value: object) -> tuple[tuple[RetryOn, ...], tuple[int, ...]]:
+    """Causes and exit codes."""
     items = list_of(lambda item: text_of(item, limit=100), "causes")([value] if type(value) is str else value)
     try:
         causes, codes = parse_retry_on(items)

@@ -94,10 +94,12 @@ def _wrapped(field: str, *kinds: type) -> BeforeValidator:
 
 
 def taking(check: Callable[[object], Any], schema: Mapping[str, Any]) -> tuple[PlainValidator, WithJsonSchema]:
+    """A field that is checked by a function and described by a schema."""
     return PlainValidator(check), WithJsonSchema(dict(schema))
 
 
 def counted(low: int, high: int) -> tuple[PlainValidator, WithJsonSchema]:
+    """A field that takes whole numbers in a range."""
     schema = {"type": "integer", "minimum": low, "maximum": high}
     return taking(whole_number(low, high, f"{low} to {high}"), schema)
 
@@ -618,6 +620,7 @@ _retry = lru_cache(maxsize=1_024)(lambda on, codes, most: RetryPolicy(on=on, exi
 
 
 def implied_kind(has_array: bool, has_service: bool) -> Kind:
+    """The kind of a workload that says none."""
     return Kind.ARRAY if has_array else Kind.SERVICE if has_service else Kind.TASK
 
 
@@ -697,6 +700,7 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
 
 
 def problem(field: str, value: object, detail: str, mend: str) -> dict[str, Any]:
+    """One mistake."""
     return {"field": field, "value": value, "detail": detail, "mend": mend}
 
 
