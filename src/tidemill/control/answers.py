@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 from tidemill.core.admission import why_not_now, why_refused
 from tidemill.core.feasible import model_matches
 from tidemill.core.place import fits
 from tidemill.core.rating import amount_micro, carbon_mg
 from tidemill.core.reserve import nodes_open_to, why_not_open
+from tidemill.core.waiting import not_yet
 from tidemill.core.world import World
 from tidemill.model.fleet import Node, Site
 from tidemill.model.job import Allocation, Job, JobState, Workload
@@ -181,18 +181,7 @@ def _next_turn() -> Reason:
 
 
 def _not_yet(job: Job, workload: Workload) -> Reason:
-    if job.attempts:
-        return _backing_off(job)
-    seconds = workload.spec.start_after_ns // SECOND_NS
-    when = datetime.fromtimestamp(seconds, UTC).isoformat(sep=" ")
-    return Reason(
-        code="NotYet",
-        subject="start_after",
-        needed=when,
-        available="not reached",
-        resolvable_by=ResolvableBy.TIME,
-        sentence=f"It is not to start before {when}.",
-    )
+    return _backing_off(job) if job.attempts else not_yet(workload.spec.start_after_ns)
 
 
 def _why(

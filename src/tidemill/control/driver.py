@@ -139,6 +139,7 @@ def _let_wait_again(world: World, snapshot: Snapshot, policy: Policy, *, now: in
     for workload_id, jobs in by_workload.items():
         live = sum(job.state is not JobState.QUEUED for job in jobs)
         queued = [job for job in jobs if job.state is JobState.QUEUED]
+        world.quota.line_up(world.workloads[workload_id].project_id, len(queued))
         for job in queued:
             if job.not_before_ns > now:
                 world.delayed[job.id] = job.not_before_ns

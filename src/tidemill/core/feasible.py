@@ -7,8 +7,9 @@ What follows from the layout alone (labels, taints, models, memory sizes) is wor
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,12 +43,25 @@ def model_matches(model: str, requested: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What makes two workers interchangeable to placement."""
+    """What makes two workers interchangeable to placement. Its hash is worked out once."""
 
     resources: Resources
     image: bool = False
     labels: tuple[tuple[str, str], ...] = ()
     tolerations: tuple[str, ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False, default=0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash(self._values()))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Shape, self._values()  # another process hashes text differently
+
+    def _values(self) -> tuple[Any, ...]:
+        return self.resources, self.image, self.labels, self.tolerations
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,16 +122,49 @@ def _is_slice_of(model: str, request: GpuRequest) -> bool:
 
 
 def _work_out(fleet: FleetArrays, shape: Shape) -> Fitting:
-    resources, request = shape.resources, shape.resources.gpus
-    nodes = np.array([_is_allowed(node, shape) for node in fleet.nodes], np.bool_)
-    if resources.disk_bytes:
-        nodes &= fleet.disk_total >= resources.disk_bytes
+    """A shape's fitting, put together of what it has in common with others: which nodes, and which devices."""
+    allowed = (shape.resources.disk_bytes, shape.image, shape.labels, shape.tolerations)
+    nodes: NDArray[np.bool_] | None = fleet.cache.get(allowed)
+    if nodes is None:
+        nodes = fleet.cache[allowed] = _allowed_nodes(fleet, shape)
+    request = shape.resources.gpus
+    parts: tuple[NDArray[np.bool_], Ints, NDArray[np.bool_], int] | None = fleet.cache.get(("devices", request))
+    if parts is None:
+        parts = fleet.cache["devices", request] = _device_parts(fleet, request)
+    devices, milli, starts, size = parts
+    if request is None:
+        return Fitting(nodes, devices, milli, starts, size, ())
+    used = np.flatnonzero(np.bincount(fleet.model[devices & nodes[:, None]], minlength=len(fleet.models)))
+    present = np.flatnonzero(np.bincount(fleet.model[fleet.model >= 0], minlength=len(fleet.models)))
+    models = () if used.tolist() == present.tolist() else tuple(used.tolist()) or (-1,)
+    return Fitting(nodes, devices, milli, starts, size, models)
+
+
+def _allowed_nodes(fleet: FleetArrays, shape: Shape) -> NDArray[np.bool_]:
+    """On which nodes labels, taints, disk and images let a shape go. Shape (N,); read only."""
+    kinds: dict[tuple[Any, ...], list[int]] | None = fleet.cache.get("kinds")
+    if kinds is None:
+        kinds = fleet.cache["kinds"] = {}
+        for row, node in enumerate(fleet.nodes):
+            kinds.setdefault((node.labels, node.taints), []).append(row)
+    nodes = np.zeros(len(fleet.nodes), np.bool_)
+    for rows in kinds.values():
+        if _is_allowed(fleet.nodes[rows[0]], shape):
+            nodes[rows] = True
+    if shape.resources.disk_bytes:
+        nodes &= fleet.disk_total >= shape.resources.disk_bytes
     if shape.image:
         nodes &= fleet.has_images
-    none = np.zeros_like(fleet.model, np.bool_)
+    return nodes
+
+
+def _device_parts(
+    fleet: FleetArrays, request: GpuRequest | None
+) -> tuple[NDArray[np.bool_], Ints, NDArray[np.bool_], int]:
+    """``devices``, ``milli``, ``starts`` and ``size`` of a fitting; read only."""
     starts = np.zeros((*fleet.model.shape, 0), np.bool_)
     if request is None:
-        return Fitting(nodes, none, np.zeros_like(fleet.model), starts, 0, ())
+        return np.zeros_like(fleet.model, np.bool_), np.zeros_like(fleet.model), starts, 0
     devices = eligible_devices(fleet, request)
     size = 0
     if request.share_bytes:
@@ -133,9 +180,7 @@ def _work_out(fleet: FleetArrays, shape: Shape) -> Fitting:
                 size = profile.size
                 starts[row, column, list(_starts_on(fleet, row, column, profile.name, profile.starts))] = True
                 milli[row, column] = profile.milli
-    used = tuple(sorted(set(fleet.model[devices & nodes[:, None]].tolist())))
-    present = set(fleet.model[fleet.model >= 0].tolist())
-    return Fitting(nodes, devices, milli, starts, size, () if set(used) == present else used or (-1,))
+    return devices, milli, starts, size
 
 
 def _starts_on(fleet: FleetArrays, row: int, column: int, profile: str, starts: tuple[int, ...]) -> tuple[int, ...]:

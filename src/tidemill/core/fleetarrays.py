@@ -49,8 +49,12 @@ class FleetArrays:
     def __init__(self) -> None:
         self.released = 0
         self.layouts = 0
-        self.touched: list[int] = []
-        """Rows that changed since the last rebuild, in order: caches read on from where they were."""
+        self.touches = 0
+        """How often a row changed since the last rebuild; caches read on from where they were."""
+        self.recent: Ints = np.zeros(1, np.int64)
+        """The rows that changed last, a ring: change ``t`` is at ``t & (len(recent) - 1)``."""
+        self.mark: Ints = np.zeros(1, np.int64)
+        """Room for compiled loops to tick rows off in, (N + 1,); its last entry counts the loops."""
         self.cache: dict[Any, Any] = {}
         """What was worked out of the present layout; emptied by a rebuild."""
         self._undo: list[tuple[int, int, int, tuple[tuple[int, int, int], ...]]] = []
@@ -102,7 +106,9 @@ class FleetArrays:
         shuffled = sorted(range(len(self.nodes)), key=lambda at: (crc32(self.nodes[at].id.encode()), at))
         self.seed_order: Ints = np.zeros(len(self.nodes), np.int64)
         self.seed_order[shuffled] = np.arange(len(self.nodes))
-        self.touched.clear()
+        self.touches = 0
+        self.mark = np.zeros(len(self.nodes) + 1, np.int64)
+        self.recent = np.zeros(1 << max(4 * len(self.nodes) - 1, 1).bit_length(), np.int64)
         self.cache.clear()
         self._undo.clear()
 
@@ -114,6 +120,13 @@ class FleetArrays:
         """What would be free if nothing ran."""
         whole = np.where(self.model >= 0, MILLI, 0)
         return Free(self.cpu_total, self.memory_total, whole, np.zeros_like(self.mig))
+
+    def touched_since(self, seen: int) -> Ints:
+        """The rows that changed after the first ``seen`` changes, each once; all when that is too long ago."""
+        missed, size = self.touches - seen, len(self.recent)
+        if seen < 0 or missed >= len(self.nodes):
+            return np.arange(len(self.nodes))
+        return np.unique(self.recent[np.arange(seen, self.touches) & (size - 1)])
 
     def domains(self, level: Level) -> Ints:
         """The number of each node's domain of that level, shape (N,). Where it is not known a node is one by itself."""
@@ -194,7 +207,8 @@ class FleetArrays:
             self.gpu_free[row, column] -= milli
             if bits:
                 self.mig[row, column] += np.where(_BITS & bits, 1 if milli > 0 else -1, 0)
-        self.touched.append(row)
+        self.recent[self.touches & (len(self.recent) - 1)] = row
+        self.touches += 1
 
 
 def _domain(node: Node, level: Level) -> tuple[str, ...]:

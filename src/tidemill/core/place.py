@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tidemill.core.feasible import Fitting, Shape, fitting, free_starts, places_for_slices, workers_that_fit
 from tidemill.core.fleetarrays import FleetArrays, Free, Ints
-from tidemill.core.score import Score, Want
+from tidemill.core.score import BLOCK_BITS, NEVER, TIE_BITS, Score, Tide, Want
 from tidemill.model.fleet import Level
 from tidemill.model.ids import NodeId
 from tidemill.model.job import DeviceShare
@@ -26,8 +26,6 @@ from tidemill.model.resources import GpuRequest
 from tidemill.model.spec import WorkloadSpec
 from tidemill.units import MILLI
 
-_NEVER: Final = np.iinfo(np.int64).min
-_TIE_BITS: Final = 20
 _WIDER: Final = (Level.NVLINK, Level.HOST, Level.RACK, Level.BLOCK, Level.SITE)
 
 
@@ -175,54 +173,59 @@ class _Table:
     static: Fitting
     key: Ints
     column: Ints
-    seen: int
+    tops: Ints
+    is_whole: bool
     version: int
+    seen: int = -1
+    answering: Ints | None = None
 
 
 def _place_one(fleet: FleetArrays, shape: Shape, score: Score, mask: NDArray[np.bool_] | None) -> list[Place]:
     if not fleet.nodes:
         return []
-    table = _table(fleet, shape, score)
-    key = table.key if mask is None else np.where(mask, table.key, _NEVER)
-    row = int(key.argmax())
-    if key[row] == _NEVER:
+    table, row = _ranked(fleet, shape, score)
+    if row is None or (mask is not None and row >= 0 and not mask[row]):
+        key = table.key if mask is None else np.where(mask, table.key, NEVER)
+        row = int(key.argmax())
+        row = -1 if key[row] == NEVER else row
+    if row < 0:
         return []
     devices = _choose_devices(fleet, fleet.free(), row, shape.resources.gpus, table.static, int(table.column[row]))
     return [Place(node_id=fleet.nodes[row].id, devices=devices)]
 
 
-def _table(fleet: FleetArrays, shape: Shape, score: Score) -> _Table:
-    known: _Table | None = fleet.cache.get((shape, score.name))
-    if known is None or known.version != score.version:
-        static = fitting(fleet, shape)
-        count = len(fleet.nodes)
-        known = _Table(
-            want_of(shape, static),
-            static,
-            np.full(count, _NEVER, np.int64),
-            np.full(count, -1, np.int64),
-            0,
-            score.version,
+def _ranked(fleet: FleetArrays, shape: Shape, score: Score) -> tuple[_Table, int | None]:
+    """The shape's table, brought up to date, and its best row where that is known already; -1 when there is none."""
+    request = shape.resources.gpus
+    table: _Table | None = fleet.cache.get((shape, score.name))
+    if table is None or table.version != score.version:
+        static, count = fitting(fleet, shape), len(fleet.nodes)
+        table = fleet.cache[shape, score.name] = _Table(
+            want=want_of(shape, static),
+            static=static,
+            key=np.full(count, NEVER, np.int64),
+            column=np.full(count, -1, np.int64),
+            tops=np.full(-(-count >> BLOCK_BITS), NEVER, np.int64),
+            is_whole=request is not None and request.is_whole,
+            version=score.version,
         )
-        fleet.cache[shape, score.name] = known
-        rows = np.arange(count)
-    elif known.seen == len(fleet.touched):
-        return known
-    else:
-        recent = fleet.touched[known.seen :]
-        rows = np.unique(np.array(recent, np.int64)) if len(recent) < len(fleet.nodes) else np.arange(len(fleet.nodes))
-    _score_rows(fleet, shape, score, known, rows)
-    known.seen = len(fleet.touched)
-    return known
+    if isinstance(score, Tide) and not (request is not None and request.profile):
+        row = score.best(fleet, table.want, table)
+        if row is not None:
+            return table, row
+    if table.seen != fleet.touches:
+        _score_rows(fleet, shape, score, table, fleet.touched_since(table.seen))
+        table.seen = fleet.touches
+    return table, None
 
 
 def _score_rows(fleet: FleetArrays, shape: Shape, score: Score, table: _Table, rows: Ints) -> None:
     """Work out the keys of some rows."""
     fitting_rows = rows[_fits_on_rows(fleet, shape, table.static, rows)]
-    table.key[rows] = _NEVER
+    table.key[rows] = NEVER
     if fitting_rows.size:
         scores, columns = score.scores(fleet, table.want, fitting_rows)
-        table.key[fitting_rows] = (scores << _TIE_BITS) - fleet.seed_order[fitting_rows]
+        table.key[fitting_rows] = (scores << TIE_BITS) - fleet.seed_order[fitting_rows]
         table.column[fitting_rows] = columns
 
 
@@ -397,10 +400,10 @@ def _nearness(fleet: FleetArrays, row: int) -> tuple[str, str, int]:
 def _filling_order(fleet: FleetArrays, shape: Shape, score: Score, rows: Ints, room: Ints, free: Free | None) -> Ints:
     """Nodes that take most workers first, so that a gang touches few; then by score; then by the fixed shuffle."""
     if free is None:
-        keys = _table(fleet, shape, score).key[rows]
+        keys = _ranked(fleet, shape, score)[0].key[rows]
     else:
         gpu = np.maximum(free.gpu[rows], 0).sum(axis=1) if free.gpu.size else np.zeros(len(rows), np.int64)
-        keys = -gpu * (1 << _TIE_BITS) - fleet.seed_order[rows]
+        keys = -gpu * (1 << TIE_BITS) - fleet.seed_order[rows]
     return rows[np.lexsort((-keys, -room[rows]))]
 
 

@@ -24,6 +24,7 @@ _ORDERS: Final[Mapping[str, Callable[[], OrderPolicy]]] = {
     "least-attained": ordering.LeastAttained,
     "least-service": lambda: ordering.LeastAttained(gpu_exponent=1.0, margin=2.0, name="least-service"),
     "shortest-remaining": ordering.ShortestRemaining,
+    "srsf": lambda: ordering.ShortestRemaining(gpu_exponent=1.0, name="srsf"),
     "kin-gittins": ordering.KinGittins,
 }
 

@@ -72,6 +72,18 @@ class _Unit:
     claim: _Claim
 
 
+def may_try(world: World, job: Job, line: Line, *, policy: Policy) -> bool:
+    """Whether there is anybody at all whom the job could displace, or who makes room already; cheap, and may be wrong
+    only by saying yes."""
+    if world.order.preempts or line.reservation or world.quota.has_guarantee(job.project_id):
+        return True
+    held = world.rows
+    used = held.rows()
+    if line.tier is not Tier.SPOT and bool((held.tier[used] == TIERS[Tier.SPOT]).any()):
+        return True
+    return policy.displace_in_project and bool((held.priority[used] < job.priority).any())
+
+
 def displace(
     world: World, job: Job, line: Line, mask: NDArray[np.bool_] | None, *, now: int, policy: Policy
 ) -> Displacement | None:

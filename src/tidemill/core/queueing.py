@@ -194,6 +194,10 @@ class WaitingLines:
             return sum(1 for _, entry in self._waiting() if entry < member[1])
         return next((at for at, (_, other) in enumerate(self._foreseen(now)) if at == limit or other == job.id), 0)
 
+    def has(self, line: Line) -> bool:
+        """Whether anything may wait in a line."""
+        return line in self._lanes
+
     def head(self, line: Line) -> JobId | None:
         """The first waiting job of a line; None when none waits there."""
         lane = self._lanes.get(line)

@@ -141,6 +141,10 @@ class QuotaTree:
                 )
         return None
 
+    def has_guarantee(self, project_id: ProjectId) -> bool:
+        """Whether anything is guaranteed to the project or to a queue above it."""
+        return any(party.guaranteed for party in self._leaf(project_id).upwards())
+
     def allowed_models(self, project_id: ProjectId, milli: int) -> tuple[str, ...] | None:
         """The device models of which the project may hold ``milli`` more; None when no limit singles out models."""
         limits = [

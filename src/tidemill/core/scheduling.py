@@ -37,6 +37,8 @@ def schedule(world: World, out: Outcome) -> None:
 def _compare_with_running(world: World, out: Outcome) -> None:
     """With an order plug-in that preempts, waiting jobs are every so often ranked anew and set against running ones."""
     order = world.order
+    if order.preempts and world.has_learned:  # what ended in this turn is known to the plug-in from the next one on
+        world.set_timer(out.now + max(order.quantum_ns, 1), "displace", "")
     if not order.preempts or out.now < world.compared_ns + max(order.quantum_ns, 1):
         return
     world.set_compared(out.now)
@@ -44,8 +46,9 @@ def _compare_with_running(world: World, out: Outcome) -> None:
         world.note(world.jobs[attempt.job_id], now=out.now)
     world.rerank()
     world.reopen()
-    if len(world.queue) and order.drift_ns:
-        world.set_timer(out.now + order.drift_ns, "displace", "")
+    if order.drift_ns and world.compare_at_ns <= out.now and world.queue.members():
+        world.compare_at_ns = out.now + order.drift_ns
+        world.set_timer(world.compare_at_ns, "displace", "")
 
 
 def _keep_promises(world: World, out: Outcome) -> None:
@@ -135,9 +138,18 @@ class _Pass:
         reason = why_not_now(world.fleet, line.gang, mask=mask)
         if self._claimed is None and out.policy.backfill and not world.order.preempts:
             self._plan(line, job)
-        elif self._claimed is not None and fits_without(world, line, mask, self._claimed):
-            reason = _behind(world, self._claimed)
+        elif self._claimed is not None and self._is_behind(line, mask, self._claimed):
+            reason = _behind(world, self._claimed, job)
         return reason
+
+    def _is_behind(self, line: Line, mask: NDArray[np.bool_] | None, plan: HeldBack) -> bool:
+        """Whether the line would have room were it not for the plan; looked at once for each plan."""
+        known = self._world.behind.get(line)
+        if known is None or known[0] != plan.job_id or self._out.now >= known[2]:
+            again = self._out.now + self._out.policy.replan_ns
+            known = (plan.job_id, fits_without(self._world, line, mask, plan), again)
+            self._world.behind[line] = known
+        return known[1]
 
     def _over_limit(self, line: Line, job: Job, placed: Placed | None = None) -> Reason | None:
         amounts = self._world.amounts_of(line, placed)
@@ -168,7 +180,7 @@ class _Pass:
     def _displace(self, line: Line, job: Job, mask: NDArray[np.bool_] | None) -> bool:
         """Whether others were asked to go for this job, or are going already, and their room is promised to it."""
         world, out = self._world, self._out
-        if not out.policy.preemption:
+        if not out.policy.preemption or not preempt.may_try(world, job, line, policy=out.policy):
             return False
         found = preempt.displace(world, job, line, mask, now=out.now, policy=out.policy)
         if found is None or self._over_limit(line, job, found.placed) is not None:
@@ -300,18 +312,19 @@ def _explain(world: World, out: Outcome) -> None:
             out.wait(world, job_id, reason)
 
 
-def _behind(world: World, plan: HeldBack) -> Reason:
-    job = world.jobs[plan.job_id]
-    name = world.workloads[job.workload_id].spec.name
+def _behind(world: World, plan: HeldBack, job: Job) -> Reason:
+    first = world.jobs[plan.job_id]
+    is_kin = first.project_id == job.project_id  # another tenant's work is nobody's business
+    name = f"{world.workloads[first.workload_id].spec.name} ({first.id})" if is_kin else "the first job in the queue"
     return Reason(
         code="WouldDelayFirst",
         subject="max_duration",
-        needed=f"to be over before {name} starts",
+        needed="to be over before the first in line starts",
         available="not certain",
         resolvable_by=ResolvableBy.TIME,
         sentence=(
-            f"There is room, but it is kept for {name} ({job.id}), which is first in the queue; work that says with "
-            "max_duration that it is over before that may pass."
+            f"There is room, but it is kept for {name}, which is first in line for it; work that says with "
+            "max_duration that it is over before that starts may pass."
         ),
     )
 

@@ -31,6 +31,11 @@ _SLACK: Final = (4, 3)
 """How far CPU and memory reach beyond what one typical request alone would take of them."""
 _WEIGHT: Final = 1 << 16
 """The weights of typical requests add up to about this."""
+TIE_BITS: Final = 20
+NEVER: Final = -(1 << 63)
+"""The key of a row where the worker does not fit."""
+BLOCK_BITS: Final = 7
+"""The best of so many rows (a power of two) is remembered, so that a search looks at few."""
 _RATE_BITS: Final = 20
 _PACKED: Final = 1 << 10
 _ROWS_AT_ONCE: Final = 1024
@@ -93,6 +98,45 @@ class Score(Protocol):
         ...
 
 
+class Static(Protocol):
+    """What the layout says about a shape: which nodes (N,) and devices (N, D) will do, and what it takes of each."""
+
+    @property
+    def nodes(self) -> NDArray[np.bool_]: ...
+    @property
+    def devices(self) -> NDArray[np.bool_]: ...
+    @property
+    def milli(self) -> Ints: ...
+
+
+class Ranked(Columns, Protocol):
+    """A fleet that tells which rows changed: ``touches`` of them so far, the last ones in ``recent``, a ring."""
+
+    touches: int
+    recent: Ints
+    is_ready: NDArray[np.bool_]
+    seed_order: Ints
+    mark: Ints
+
+
+class Table(Protocol):
+    """Keys of one shape on all nodes, the highest first, as of ``seen`` changes; below 0 when nothing is known yet.
+
+    A key is the score shifted by ``TIE_BITS``, less the seed order; ``NEVER`` where the worker does not fit. ``tops``
+    has the highest key of each block of nodes.
+    """
+
+    seen: int
+    answering: Ints | None
+    is_whole: bool
+    key: Ints
+    column: Ints
+    tops: Ints
+
+    @property
+    def static(self) -> Static: ...
+
+
 UNLEARNED: Final[tuple[tuple[Want, float], ...]] = (
     (Want(2_000, 8 << 30, 1, 250), 1.0),
     (Want(4_000, 16 << 30, 1, 500), 1.0),
@@ -129,6 +173,7 @@ class Tide:
         self.version = 0
         self._mix: dict[Want, float] = _normal(UNLEARNED)
         self._loop = _compiled(_tide_loop) if compiled else None
+        self._rank = _compiled(_tide_rank) if compiled else None
         self._laid: Ints | None = None
         self._room = _Room.empty()
 
@@ -146,10 +191,7 @@ class Tide:
         if not fleet.models:
             left = (np.maximum(fleet.cpu_free[rows], 0) - want.cpu_milli) * 511
             return -(left // np.maximum(fleet.cpu_total[rows], 1)), np.full(len(rows), -1, np.int64)
-        if self._laid is not fleet.model:
-            self._room = _Room.of(fleet, self._mix)
-            self._laid = fleet.model
-        room = self._room
+        room = self._room_of(fleet)
         answering = _answering(want, len(fleet.models))
         if self._loop is not None:
             score, column = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
@@ -166,6 +208,33 @@ class Tide:
         if not parts:
             return np.empty(0, np.int64), np.empty(0, np.int64)
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+    def best(self, fleet: Ranked, want: Want, table: Table) -> int | None:
+        """The best row of a table that was brought up to date by one compiled call; None where nothing is compiled.
+
+        -1 when the worker fits nowhere. The same keys as from ``scores``.
+        """
+        if self._rank is None or not fleet.models:
+            return None
+        room = self._room_of(fleet)
+        if table.answering is None:
+            table.answering = _answering(want, len(fleet.models))
+        static = table.static
+        row: int = self._rank(
+            fleet.recent, table.seen, fleet.touches, fleet.mark, fleet.is_ready, static.nodes, static.devices,
+            static.milli, table.is_whole, fleet.seed_order, table.key, table.column, table.tops,
+            fleet.cpu_free, fleet.memory_free, fleet.cpu_total, fleet.gpu_free, fleet.model,
+            want.cpu_milli, want.memory_bytes, want.count, want.milli, table.answering,
+            room.value, *room.laid, room.first,
+        )  # fmt: skip
+        table.seen = fleet.touches
+        return row
+
+    def _room_of(self, fleet: Columns) -> _Room:
+        if self._laid is not fleet.model:
+            self._room = _Room.of(fleet, self._mix)
+            self._laid = fleet.model
+        return self._room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,6 +374,7 @@ def _tide_rows(fleet: Columns, want: Want, rows: Ints, answering: Ints, room: _R
             is_better = fits & (then > after)
             after = np.where(is_better, then, after)
             column = np.where(is_better, device, column)
+        after = np.where(column < 0, 0, after)
     gpu_left = left.sum(axis=1) - want.count * want.milli
     gpu_total = np.maximum((model >= 0).sum(axis=1) * MILLI, 1)
     packed = (512 * gpu_left) // gpu_total + (511 * cpu_left) // np.maximum(fleet.cpu_total[rows], 1)
@@ -356,6 +426,15 @@ def _tide_loop(jit: Callable[[Any], Any]) -> Any:
         for i in range(len(rows)):
             row = rows[i]
             cpu, memory = max(cpu_free[row], 0), max(memory_free[row], 0)
+            if i:
+                last = rows[i - 1]
+                is_same = max(cpu_free[last], 0) == cpu and max(memory_free[last], 0) == memory
+                is_same = is_same and cpu_total[last] == cpu_total[row]
+                for d in range(devices):
+                    is_same = is_same and gpu_free[last, d] == gpu_free[row, d] and model[last, d] == model[row, d]
+                if is_same:
+                    score[i], column[i] = score[i - 1], column[i - 1]
+                    continue
             cpu_left, mib_left = cpu - want_cpu, (memory - want_memory) >> _MIB_BITS
             values[:] = 0
             wholes[:] = 0
@@ -410,6 +489,77 @@ def _tide_loop(jit: Callable[[Any], Any]) -> Any:
             column[i] = chosen
 
     return loop
+
+
+def _tide_rank(jit: Callable[[Any], Any]) -> Any:
+    """Bring the keys of the rows that changed up to date, and find the best row, as plain loops for a compiler."""
+    score_rows = _tide_loop(jit)
+
+    @jit
+    def rank(
+        recent: Any, seen: int, touches: int, mark: Any, is_ready: Any, nodes: Any, devices: Any, device_milli: Any,
+        is_whole: bool, seed_order: Any, key: Any, column: Any, tops: Any,
+        cpu_free: Any, memory_free: Any, cpu_total: Any, gpu_free: Any, model: Any,
+        want_cpu: int, want_memory: int, count: int, milli: int, answering: Any,
+        value: Any, weight: Any, need_cpu: Any, cpu_rate: Any, need_mib: Any, mib_rate: Any, need_whole: Any,
+        allowed: Any, first: Any,
+    ) -> int:  # fmt: skip
+        total, width = len(key), model.shape[1]
+        is_all = seen < 0 or touches - seen > len(recent)
+        steps = total if is_all else touches - seen
+        if steps:
+            mark[total] += 1
+            turn = mark[total]
+            size = min(steps, total)
+            rows, fitting = np.empty(size, np.int64), 0
+            stale = np.zeros(len(tops), np.int64)
+            for at in range(steps):
+                row = at if is_all else recent[(seen + at) & (len(recent) - 1)]
+                if mark[row] == turn:
+                    continue
+                mark[row] = turn
+                stale[row >> BLOCK_BITS] = 1
+                key[row] = NEVER
+                if not is_ready[row] or not nodes[row] or cpu_free[row] < want_cpu or memory_free[row] < want_memory:
+                    continue
+                found = 0
+                if count:
+                    for d in range(width):
+                        if is_whole:
+                            found += devices[row, d] and gpu_free[row, d] == MILLI
+                        else:
+                            found += gpu_free[row, d] >= device_milli[row, d]
+                if found >= count:
+                    rows[fitting] = row
+                    fitting += 1
+            score, chosen = np.empty(fitting, np.int64), np.empty(fitting, np.int64)
+            score_rows(
+                rows[:fitting], cpu_free, memory_free, cpu_total, gpu_free, model,
+                want_cpu, want_memory, count, milli, answering,
+                value, weight, need_cpu, cpu_rate, need_mib, mib_rate, need_whole, allowed, first, score, chosen,
+            )  # fmt: skip
+            for at in range(fitting):
+                row = rows[at]
+                key[row] = (score[at] << TIE_BITS) - seed_order[row]
+                column[row] = chosen[at]
+            for block in range(len(tops)):
+                if stale[block]:
+                    top = NEVER
+                    for row in range(block << BLOCK_BITS, min((block + 1) << BLOCK_BITS, total)):
+                        top = max(top, key[row])
+                    tops[block] = top
+        best, at = NEVER, -1
+        for block in range(len(tops)):
+            if tops[block] > best:
+                best, at = tops[block], block
+        if at < 0:
+            return -1
+        row = at << BLOCK_BITS
+        while key[row] != best:
+            row += 1
+        return row
+
+    return rank
 
 
 class Fgd:
@@ -592,7 +742,7 @@ def _as_it_is(function: Any) -> Any:
     return function
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _compiled(loop: Callable[[Callable[[Any], Any]], Any]) -> Any:
     """The loop through numba, once per process. Raises ImportError where numba is not installed."""
     return loop(importlib.import_module("numba").njit)

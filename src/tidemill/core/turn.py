@@ -75,7 +75,7 @@ def _timers(world: World, out: Outcome) -> None:
             _release_suspect(world, NodeId(identity), out)
         elif what == "window":
             _open_window(world, ReservationId(identity), out)
-        elif what in ("displace", "replan"):
+        elif what == "displace" or (what == "replan" and world.held_back and world.held_back.job_id == identity):
             world.reopen()
 
 

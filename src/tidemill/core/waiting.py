@@ -8,6 +8,7 @@ have been submitted to follow it in the very turn in which it ended.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 from tidemill.core.outcome import Outcome
 from tidemill.core.world import World
@@ -15,6 +16,7 @@ from tidemill.model.ids import JobId, ProjectId, WorkloadId, job_id
 from tidemill.model.job import Job, JobState, Workload
 from tidemill.model.plan import Reason, ResolvableBy
 from tidemill.model.spec import DependsOn
+from tidemill.units import SECOND_NS
 
 _REMEMBERED = 4_096
 
@@ -50,6 +52,7 @@ def ready(world: World, job: Job, out: Outcome) -> None:
     if spec.start_after_ns > out.now and not job.attempts:
         world.set(world.delayed, job.id, spec.start_after_ns)
         world.set_timer(spec.start_after_ns, "requeue", job.id)
+        out.wait(world, job.id, not_yet(spec.start_after_ns))
     elif spec.group is not None:
         _join_group(world, job, out)
     else:
@@ -176,6 +179,19 @@ def _is_blocked(world: World, workload: Workload) -> bool:
 
 def _satisfies(on: DependsOn, well: bool) -> bool:
     return on is DependsOn.ANY or (on is DependsOn.OK) == well
+
+
+def not_yet(start_after_ns: int) -> Reason:
+    """Why a job waits that is to start later."""
+    when = datetime.fromtimestamp(start_after_ns // SECOND_NS, UTC).isoformat(sep=" ")
+    return Reason(
+        code="NotYet",
+        subject="start_after",
+        needed=when,
+        available="not reached",
+        resolvable_by=ResolvableBy.TIME,
+        sentence=f"It is not to start before {when}.",
+    )
 
 
 def _after(world: World, missing: list[WorkloadId]) -> Reason:

@@ -139,12 +139,17 @@ class World:
         """Running elastic gangs that are smaller than they could be."""
         self.timers: list[tuple[int, str, str]] = []
         """A heap of (instant, what, id); what is no longer true when its time comes is passed over."""
+        self._set_timers: set[tuple[int, str, str]] = set()
+        self.compare_at_ns = 0
+        """When an order plug-in's ranks are compared next though nothing happens."""
         self.metered_ns = 0
         """When all meters were last cut together."""
         self.blocked: dict[Line, int] = {}
         """Lines that did not fit, with the fleet's ``released`` count at that time."""
         self.ports: dict[NodeId, dict[int, int]] = {}
         """How often each port of a node is given to live workers."""
+        self.behind: dict[Line, tuple[JobId, bool, int]] = {}
+        """Whether each line waits only for the plan of that job, and until when that is taken to hold."""
         self.line_reasons: dict[Line, Reason] = {}
         """Why the head of each line did not start when it was last tried."""
         self.reasons: dict[JobId, Reason] = {}
@@ -293,7 +298,11 @@ class World:
         self.drop(self.live_jobs, workload_id)
         self.drop(self.workloads, workload_id)
         self.drop(self.unlucky, workload_id)
-        self._lines.pop(workload_id, None)
+        line = self._lines.pop(workload_id, None)
+        if line is not None and not self.queue.has(line):
+            self.line_reasons.pop(line, None)
+            self.behind.pop(line, None)
+            self.blocked.pop(line, None)
 
     def note(self, job: Job, *, now: int, finished: bool = False) -> None:
         """Have an order plug-in that learns told of a job, when this turn is stored."""
@@ -319,6 +328,11 @@ class World:
         self._mix = {shape: faded for shape, count in self._mix.items() if (faded := count * fade) >= _MIX_LEAST}
         self._mix_count = 0
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether an order plug-in will learn from a job that ended in this turn."""
+        return any(finished for _, finished in self._noted)
+
     def rerank(self) -> None:
         """Rank waiting jobs anew, by what an order plug-in has learned since."""
         for job_id in self.queue.members():
@@ -328,7 +342,10 @@ class World:
 
     def set_timer(self, at_ns: int, what: str, identity: str) -> None:
         """Have ``what`` looked at when its time comes. A timer too many is harmless, so none is taken back."""
-        heapq.heappush(self.timers, (at_ns, what, identity))
+        timer = (at_ns, what, identity)
+        if timer not in self._set_timers:
+            self._set_timers.add(timer)
+            heapq.heappush(self.timers, timer)
 
     def due(self, now: int) -> list[tuple[str, str]]:
         """The timers whose time has come, taken off."""
@@ -336,6 +353,7 @@ class World:
         while self.timers and self.timers[0][0] <= now:
             taken.append(heapq.heappop(self.timers))
         if taken:
+            self._set_timers.difference_update(taken)
             self._undo.append(partial(self._set_again, taken))
         return [(what, identity) for _, what, identity in taken]
 
@@ -390,6 +408,8 @@ class World:
             self.lay_fleet()
         else:
             self.fleet.rollback(self._fleet_mark)
+        self.behind.clear()
+        self.line_reasons.clear()
         self.blocked.clear()
 
     # -- holding and releasing ----------------------------------------------------------------------------------
@@ -640,8 +660,8 @@ class World:
                 self._latest[mark] = value
 
     def _set_again(self, timers: list[tuple[int, str, str]]) -> None:
-        for timer in timers:
-            heapq.heappush(self.timers, timer)
+        for at_ns, what, identity in timers:
+            self.set_timer(at_ns, what, identity)
 
     def _capacity(self) -> dict[str, int]:
         """What the nodes that are there have in all, per device model, ``cpu`` and ``memory``."""

@@ -28,7 +28,9 @@ class Arrival:
     checkpoint_ns: int = 0
     saves_on_stop: bool = True
     start_ns: int = 0
-    """How long each of its starts takes before it works, beside the delay that all launches have."""
+    """How long its first start takes before it works, beside the delay that all launches have."""
+    restart_ns: int = 0
+    """How long each later start takes."""
     name: str = ""
     durations_ns: tuple[int, ...] = ()
 

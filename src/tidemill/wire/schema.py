@@ -50,7 +50,8 @@ def spec_reference_markdown() -> str:
             default = extra.get("default") if isinstance(extra, dict) and "default" in extra else field.default
             is_plain = type(default) in (str, int, list) and default != ""
             shown = f"`{default}`" if is_plain else ""
-            rows.append(f"| `{'.'.join(path)}` | {shown} | {field.description}{_examples(section, name)} |")
+            told = f"{field.description}{_examples(section, name)}".replace("|", "\\|")
+            rows.append(f"| `{'.'.join(path)}` | {shown} | {told} |")
     return "\n".join(rows) + "\n"
 
 

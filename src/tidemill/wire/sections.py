@@ -498,8 +498,8 @@ class WorkloadSpecIn(StrictSection):
     capacity: Annotated[Tier | None, *taking(tier_of, {"type": "string", "enum": [tier.value for tier in Tier]})] = (
         Field(
             default=None,
-            description="`spot` may have to give way at any time, `on_demand` to guarantees only, `reserved` runs in a"
-            " reservation.",
+            description="`spot` may have to give way at any time, `on_demand` to guarantees and to higher priority in"
+            " its own project, `reserved` runs in a reservation.",
             json_schema_extra={"default": "on_demand"},
         )
     )
