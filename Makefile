@@ -86,6 +86,26 @@ bench-latency: $(DEV) ## from submitting to the first line of output, beside Ray
 bench-submit: $(DEV) ## durable submissions a second, on SQLite and on PostgreSQL
 	@$(BIN)/python benchmarks/submit.py $(ARGS)
 
+.PHONY: bench-packing
+bench-packing: $(DEV) ## how full a GPU cluster gets, against FGD and best fit, by FGD's protocol
+	@$(BIN)/python benchmarks/packing.py $(ARGS)
+
+.PHONY: bench-speed
+bench-speed: $(DEV) ## decisions a second: placements, turns, gangs, reclaim, from 100 to 100,000 nodes
+	@$(BIN)/python benchmarks/speed.py $(ARGS)
+
+.PHONY: bench-jct
+bench-jct: $(DEV) ## job completion times on Muri's and Philly's traces, by order policy
+	@$(BIN)/python benchmarks/jct.py $(ARGS)
+
+.PHONY: bench-twin
+bench-twin: $(DEV) ## a million jobs of a synthetic year on 1,000 nodes
+	@$(BIN)/python benchmarks/twin.py $(ARGS)
+
+.PHONY: bench-api
+bench-api: $(DEV) ## jobs through REST to the last ledger line, on PostgreSQL
+	@$(BIN)/python benchmarks/throughput.py $(ARGS)
+
 .PHONY: clean
 clean: ## remove the environment, caches and what the benchmarks installed
 	@rm -rf $(VENV) .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
