@@ -284,6 +284,13 @@ def test_nothing_that_would_overrun_is_placed_before_a_window_and_its_owner_find
     assert seconds(yard.started[overruns][0]) == 200
 
 
+def test_work_that_a_reservation_holds_up_says_so() -> None:
+    yard = Yard(nodes=(gpu_node("a"),))
+    reserve(yard, "a", 100, 200)
+    overruns = yard.submit(spec(8, max_duration_ns=110 * SECOND_NS), runs_s=110)
+    assert yard.world.reasons[yard.job(overruns).id].code == "BeforeReservation"
+
+
 def test_a_recurring_maintenance_window_clears_its_node_each_time() -> None:
     yard = Yard(nodes=(gpu_node("a"),), policy=replace(CALM, assumed_duration_ns=10 * SECOND_NS))
     reserve(yard, "a", 100, 150, every_ns=1000 * SECOND_NS)

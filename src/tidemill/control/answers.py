@@ -8,7 +8,7 @@ from tidemill.core.admission import why_not_now, why_refused
 from tidemill.core.feasible import model_matches
 from tidemill.core.place import fits
 from tidemill.core.rating import amount_micro, carbon_mg
-from tidemill.core.reserve import nodes_open_to, why_not_open
+from tidemill.core.reserve import meets_windows, nodes_open_to, why_not_open
 from tidemill.core.waiting import not_yet
 from tidemill.core.world import World
 from tidemill.model.fleet import Node, Site
@@ -122,7 +122,7 @@ def _reasons(
         reasons.append(current)
     mask = nodes_open_to(world, line, now=now, policy=policy)
     if not fits(world.fleet, line.gang, mask=mask):
-        room = why_not_now(world.fleet, line.gang, mask=mask)
+        room = meets_windows(world, line, mask, now=now) or why_not_now(world.fleet, line.gang, mask=mask)
         if all(room.code != reason.code for reason in reasons):
             reasons.append(room)
     elif not reasons and stored is not None:

@@ -9,6 +9,7 @@ Source: Lifka, "The ANL/IBM SP scheduling system" (1995); ties break by fleet ro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ from tidemill.model.plan import Reason, ResolvableBy
 from tidemill.model.policy import Policy
 from tidemill.model.reservation import Reservation
 from tidemill.model.spec import Tier
+from tidemill.units import SECOND_NS
 
 if TYPE_CHECKING:
     from tidemill.core.world import World
@@ -88,7 +90,8 @@ def why_not_open(world: World, line: Line, *, now: int) -> Reason | None:
     for reservation in world.reservations.values():
         if is_for(reservation, line) and (window := reservation.window(after=now)) is not None:
             if window[0] > now:
-                return _closed(line, "ReservationNotOpen", "the window is open", f"it opens at {window[0]} ns")
+                opens = datetime.fromtimestamp(window[0] // SECOND_NS, UTC).isoformat(sep=" ")
+                return _closed(line, "ReservationNotOpen", "that its window is open", f"it opens {opens}")
             if line.duration_ns and now + line.duration_ns > window[1]:
                 return _closed(
                     line,
@@ -104,6 +107,28 @@ def why_not_open(world: World, line: Line, *, now: int) -> Reason | None:
         available="none of that name",
         resolvable_by=ResolvableBy.POLICY,
         sentence=f"The project has no reservation {line.reservation} that stands and has a window to come.",
+    )
+
+
+def meets_windows(world: World, line: Line, mask: NDArray[np.bool_] | None, *, now: int) -> Reason | None:
+    """Why a line that would fit does not start: only reserved nodes have the room. None when that is not why."""
+    if mask is None or line.reservation or not fits(world.fleet, line.gang):
+        return None
+    windows = (reservation.window(after=now) for reservation in world.reservations.values())
+    starts = [window[0] for window in windows if window is not None]
+    if not starts:
+        return None
+    first = datetime.fromtimestamp(max(min(starts), now) // SECOND_NS, UTC).isoformat(sep=" ")
+    return Reason(
+        code="BeforeReservation",
+        subject="max_duration",
+        needed="to be over before the reservation begins",
+        available=f"it begins {first}",
+        resolvable_by=ResolvableBy.TIME,
+        sentence=(
+            f"There is room, but on machines that are reserved from {first}; work that says with max_duration that it "
+            "is over before that may start."
+        ),
     )
 
 

@@ -15,7 +15,7 @@ from tidemill.core.admission import why_not_now
 from tidemill.core.outcome import Outcome
 from tidemill.core.place import Gang, Placed, fits, place_gang
 from tidemill.core.queueing import Line
-from tidemill.core.reserve import HeldBack, nodes_open_to, plan_start, why_not_open
+from tidemill.core.reserve import HeldBack, meets_windows, nodes_open_to, plan_start, why_not_open
 from tidemill.core.starting import grow, start
 from tidemill.core.world import Promise, World
 from tidemill.model.ids import JobId
@@ -135,7 +135,7 @@ class _Pass:
         if self._displace(line, job, mask):
             return None
         world.blocked[line] = world.fleet.released
-        reason = why_not_now(world.fleet, line.gang, mask=mask)
+        reason = meets_windows(world, line, mask, now=out.now) or why_not_now(world.fleet, line.gang, mask=mask)
         if self._claimed is None and out.policy.backfill and not world.order.preempts:
             self._plan(line, job)
         elif self._claimed is not None and self._is_behind(line, mask, self._claimed):
