@@ -45,7 +45,7 @@ from tidemill.model.plan import Launch, Plan
 from tidemill.model.policy import Policy
 from tidemill.model.queue import Queue
 from tidemill.model.resources import GpuRequest, Resources
-from tidemill.model.spec import Kind, WorkloadSpec
+from tidemill.model.spec import MAX_WORKERS, Kind, WorkloadSpec
 from tidemill.model.tenant import Project
 from tidemill.units import HOUR_NS, MILLI, MINUTE_NS, SECOND_NS
 
@@ -256,14 +256,20 @@ GANGS: Final = ((3_000, 3), (9, 1_000), (10, 5_000))
 
 
 def gangs_placed(count: int, workers: int, nodes: int, *, compiled: bool) -> dict[str, float]:
-    """Gangs of so many workers of one GPU (a share of one where whole ones do not suffice): workers a second."""
+    """Gangs of so many workers of one GPU (half of one where whole ones do not suffice): workers a second.
+
+    Whole turns take gangs of at most ``MAX_WORKERS``, the product's limit for one job.
+    """
     resources = _of_gang(count * workers, nodes)
     fleet = fleet_of(nodes)
     score, each = Tide(compiled=compiled), gang(resources, workers)
     begun = time.perf_counter()
     placed = sum(place_gang(fleet, each, score=score) is not None for _ in range(count))
-    took = time.perf_counter() - begun
+    asked, took = count * workers, time.perf_counter() - begun
+    if placed < count:
+        raise RuntimeError(f"only {placed} of {count} gangs fit")
     cloud = Cloud(nodes, score=Tide(compiled=compiled))
+    workers = min(workers, MAX_WORKERS)
     size = max(1, min(100, count, 10_000 // workers))
     by_turns, started = 0.0, 0
     for at in range(0, count, size):
@@ -271,7 +277,7 @@ def gangs_placed(count: int, workers: int, nodes: int, *, compiled: bool) -> dic
         plan, one = cloud.turn(facts)
         by_turns += one
         started += sum(isinstance(command, Launch) for command in plan.commands)
-    return {"per_s": placed * workers / took, "turns_per_s": started / by_turns, "placed": placed}
+    return {"per_s": asked / took, "turns_per_s": started / by_turns, "placed": placed}
 
 
 def _of_gang(workers: int, nodes: int) -> Resources:
