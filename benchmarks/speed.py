@@ -57,7 +57,8 @@ SEED: Final = 42
 SIZES: Final = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 START: Final = 1_700_000_000 * SECOND_NS
 OWNER, BORROWER = ProjectId("owner"), ProjectId("borrower")
-POLICY: Final = Policy(starts_per_turn=10_000)
+POLICY: Final = Policy(starts_per_turn=10_000, meter_every_ns=1_000 * HOUR_NS)
+"""Meters are cut together at intervals, for billing; that is not a part of the decision and is left out."""
 _SITE: Final = Site(id=SiteId("s"), name="s", kind=SiteKind.ONPREM, engine="simulated")
 _RATES: Final = RateCard(id="r", rates=(Rate(resource="cpu", micro_per_hour=1_000, source="benchmark"),))
 _MIB: Final = 1 << 20

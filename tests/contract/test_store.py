@@ -355,7 +355,7 @@ def test_limits_of_projects_become_queues(kind: str, request: pytest.FixtureRequ
     assert [queues[ProjectId(f"prj_{name}")].name for name in ("lab", "both", "odd")] == ["lab", "both", "odd"]
     projects = {project.id: project for project in store.projects()}
     assert projects == {
-        each: replace(decode(Project, body), limit_gpu_milli=0, limit_cpu_milli=0)
+        each: decode(Project, body)
         for each, body in PROJECTS_0001.items()
     }
     assert store.load().jobs == (job,)

@@ -24,15 +24,8 @@ CAPACITY = {"H100-SXM": 16_000, "A100": 8_000, "cpu": 400_000, "memory": 1 << 40
 ANN, BOB = PrincipalId("ann"), PrincipalId("bob")
 
 
-def project(name: str, gpu: int = 0, cpu: int = 0) -> Project:
-    return Project(
-        id=ProjectId(name),
-        organization_id=OrganizationId("o"),
-        name=name,
-        created_ns=0,
-        limit_gpu_milli=gpu,
-        limit_cpu_milli=cpu,
-    )
+def project(name: str) -> Project:
+    return Project(id=ProjectId(name), organization_id=OrganizationId("o"), name=name, created_ns=0)
 
 
 def queue(name: str, parent: str = "", owner: str = "", **more: Any) -> Queue:
@@ -91,26 +84,6 @@ def test_a_limit_says_whose_it_is_what_is_in_use_and_what_is_asked() -> None:
     assert never is not None
     assert never.resolvable_by is ResolvableBy.POLICY
     assert never.sentence == "Queue lab may hold 8 H100 GPUs at once; 9 are asked for."
-
-
-def test_a_project_without_a_queue_keeps_its_own_limits() -> None:
-    it = tree(projects=(project("p", gpu=4_000, cpu=8_000),))
-    it.hold(ProjectId("p"), ANN, gpus(2, cpu=4))
-    reason = it.over_limit(ProjectId("p"), gpus(3))
-    assert reason is not None
-    assert reason.code == "ProjectLimit"
-    assert reason.sentence == "Project p may hold 4 GPUs at once, 2 in use; 3 are asked for."
-    assert it.over_limit(ProjectId("p"), {"cpu": 5_000}) is not None
-    it.open_project(project("p", gpu=5_000))
-    assert it.over_limit(ProjectId("p"), gpus(3)) is None
-
-
-def test_with_a_queue_the_lower_of_both_limits_holds() -> None:
-    it = tree(queue("q", owner="p", limit=(("gpu", 8_000),)), projects=(project("p", gpu=4_000),))
-    assert it.over_limit(ProjectId("p"), gpus(5)) is not None
-    it.remove_queue(QueueId("q"))
-    it.open_project(project("p"))
-    assert it.over_limit(ProjectId("p"), gpus(12)) is None
 
 
 def test_caps_on_jobs() -> None:

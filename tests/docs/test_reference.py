@@ -83,5 +83,5 @@ def test_a_name_without_a_meaning_is_found() -> None:
 
 def test_scanning_the_code_finds_what_is_known_to_be_there() -> None:
     assert {"Submitted", "Placed", "Succeeded", "Failed", "Cancelled"} <= generate.event_names().keys()
-    assert {"NotEnoughFreeGpus", "NoNodeWithGpu", "ProjectLimit"} <= generate.reason_codes()
+    assert {"NotEnoughFreeGpus", "NoNodeWithGpu", "QueueLimit"} <= generate.reason_codes()
     assert {"TIDEMILL_HOME", "TIDEMILL_TOKEN"} <= generate.environment_names()

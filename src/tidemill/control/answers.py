@@ -335,7 +335,7 @@ def _suggestions(reasons: tuple[Reason, ...]) -> tuple[str, ...]:
         "NoNodeWithMemory": "Ask for less memory a worker.",
         "NoNodeWithDisk": "Ask for less disk a worker.",
         "GangTooLarge": "Ask for fewer workers (nodes), or for less for each.",
-        "ProjectLimit": "Ask for less, or have the project's limit raised.",
+        "QueueLimit": "Ask for less, or have the queue's limit raised: tidemill share set.",
         "NoContainerRuntime": "Use env: {python, packages} instead of image, or install podman on a machine.",
         "NoNodes": "Start a machine: tidemill up.",
     }

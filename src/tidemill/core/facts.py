@@ -62,6 +62,7 @@ def _submitted(fact: Submitted, world: World, out: Outcome) -> None:
     workload = fact.workload
     if workload.id in world.workloads:
         return
+    world.lay_fleet()
     spec = workload.spec
     world.add(world.workloads, workload.id, workload)
     world.set(world.live_jobs, workload.id, spec.job_count)

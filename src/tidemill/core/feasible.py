@@ -213,7 +213,7 @@ def workers_that_fit(
     """How many workers of a shape fit on each node. Shape (N,).
 
     With ``empty``, as if nothing ran and every node were ready: what the fleet could ever hold. ``free`` is what to
-    look at instead of what is free now; ``mask`` leaves nodes out; with ``all_ready`` no node is left out for its state.
+    look at instead of what is free now; ``mask`` leaves nodes out, ``all_ready`` leaves none out for its state.
     """
     resources, static = shape.resources, fitting(fleet, shape)
     if empty:
@@ -229,6 +229,21 @@ def workers_that_fit(
     if mask is not None:
         fits = np.where(mask, fits, 0)
     return fits if empty or all_ready else np.where(fleet.is_ready, fits, 0)
+
+
+def workers_that_fit_on(fleet: FleetArrays, shape: Shape, rows: Ints) -> Ints:
+    """How many workers of a shape fit now on each of some nodes. Shape (R,)."""
+    resources, static, free = shape.resources, fitting(fleet, shape), fleet.free()
+    fits: Ints = np.maximum(free.cpu[rows], 0) // resources.cpu_milli
+    if resources.memory_bytes:
+        fits = np.minimum(fits, np.maximum(free.memory[rows], 0) // resources.memory_bytes)
+    if resources.gpus is not None:
+        mig = free.mig[rows] if static.size else free.mig
+        part = Fitting(
+            static.nodes, static.devices[rows], static.milli[rows], static.starts[rows], static.size, static.models
+        )
+        fits = np.minimum(fits, workers_by_gpu(Free(free.cpu, free.memory, free.gpu[rows], mig), part, resources.gpus))
+    return np.where(static.nodes[rows] & fleet.is_ready[rows], fits, 0)
 
 
 def workers_by_gpu(free: Free, static: Fitting, request: GpuRequest) -> Ints:

@@ -27,6 +27,7 @@ from tidemill.units import MILLI
 
 Ints = NDArray[np.int64]
 NO_DEVICE: Final = -1
+_FEW: Final = 32
 _BITS: Final = 1 << np.arange(SLICES)
 
 
@@ -126,6 +127,8 @@ class FleetArrays:
         missed, size = self.touches - seen, len(self.recent)
         if seen < 0 or missed >= len(self.nodes):
             return np.arange(len(self.nodes))
+        if missed <= _FEW:
+            return np.array(sorted({int(self.recent[at & (size - 1)]) for at in range(seen, self.touches)}), np.int64)
         return np.unique(self.recent[np.arange(seen, self.touches) & (size - 1)])
 
     def domains(self, level: Level) -> Ints:

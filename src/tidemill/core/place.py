@@ -16,7 +16,15 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tidemill.core.feasible import Fitting, Shape, fitting, free_starts, places_for_slices, workers_that_fit
+from tidemill.core.feasible import (
+    Fitting,
+    Shape,
+    fitting,
+    free_starts,
+    places_for_slices,
+    workers_that_fit,
+    workers_that_fit_on,
+)
 from tidemill.core.fleetarrays import FleetArrays, Free, Ints
 from tidemill.core.score import BLOCK_BITS, NEVER, TIE_BITS, Score, Tide, Want
 from tidemill.model.fleet import Level
@@ -275,13 +283,37 @@ def _room(
     all_ready: bool = False,
 ) -> Ints:
     """How many workers of the gang each node could take, its own constraints on lying together left aside."""
-    room = workers_that_fit(fleet, shape, free=free, mask=mask, all_ready=all_ready)
+    if free is None and not all_ready:
+        room = _room_now(fleet, shape)
+        room = room if mask is None else np.where(mask, room, 0)
+    else:
+        room = workers_that_fit(fleet, shape, free=free, mask=mask, all_ready=all_ready)
     if gang.spread is not None:
         room = np.minimum(room, 1)
     if gang.within is Level.NVLINK and shape.resources.gpus is not None and shape.resources.gpus.is_whole:
         by_island = _workers_by_island(fleet, free or fleet.free(), fitting(fleet, shape), shape.resources.gpus.count)
         room = np.minimum(room, by_island.max(axis=1, initial=0))
     return np.minimum(room, gang.workers)
+
+
+@dataclass(slots=True, eq=False)
+class _RoomTable:
+    """How many workers of one shape fit on each node, as of ``seen`` changes of the fleet."""
+
+    room: Ints
+    seen: int = -1
+
+
+def _room_now(fleet: FleetArrays, shape: Shape) -> Ints:
+    """How many workers of a shape fit on each node now; read only. Only what changed is worked out again."""
+    table: _RoomTable | None = fleet.cache.get(("room", shape))
+    if table is None:
+        table = fleet.cache["room", shape] = _RoomTable(np.zeros(len(fleet.nodes), np.int64))
+    if table.seen != fleet.touches:
+        rows = fleet.touched_since(table.seen)
+        table.room[rows] = workers_that_fit_on(fleet, shape, rows)
+        table.seen = fleet.touches
+    return table.room
 
 
 def _workers_by_island(fleet: FleetArrays, free: Free, static: Fitting, count: int) -> Ints:
@@ -361,7 +393,9 @@ def _place_many(
     free: Free | None,
 ) -> list[Place]:
     room = _room(fleet, gang, shape, free, mask)
-    rows = _domain_rows(fleet, gang, room)
+    rows = _one_node(fleet, gang, shape, score, room) if free is None else None
+    if rows is None:
+        rows = _domain_rows(fleet, gang, room)
     if rows is None or not rows.size:
         return []
     own = free is not None
@@ -370,7 +404,7 @@ def _place_many(
     order = _filling_order(fleet, shape, score, rows, room, view if own else None)
     counts = room[order]
     upto = np.cumsum(counts)
-    last = int(np.searchsorted(upto, gang.workers))
+    last = min(int(np.searchsorted(upto, gang.workers)), len(order) - 1)
     chosen = order[: last + 1]
     request = shape.resources.gpus
     places: list[Place] = []
@@ -390,6 +424,17 @@ def _place_many(
             Place(node_id=node_id, devices=devices) for devices in _devices_for(fleet, view, row, request, kept, wanted)
         )
     return places
+
+
+def _one_node(fleet: FleetArrays, gang: Gang, shape: Shape, score: Score, room: Ints) -> Ints | None:
+    """The best node that takes a whole gang which may lie anywhere; None when there is none. First in any order."""
+    if gang.within is not None or gang.prefer is not None or gang.spread is not None:
+        return None
+    rows = np.flatnonzero(room == gang.workers)
+    if not rows.size:
+        return None
+    best = int(np.argmax(_ranked(fleet, shape, score)[0].key[rows]))
+    return rows[best : best + 1]
 
 
 def _nearness(fleet: FleetArrays, row: int) -> tuple[str, str, int]:
@@ -428,20 +473,21 @@ def _devices_for(
     static: Fitting,
     workers: int,
 ) -> list[tuple[DeviceShare, ...]]:
-    """Devices of one node for some workers, taken one after the other from a copy of what is free there."""
+    """Devices of one node for some workers, taken one after the other; what is free there is as before afterwards."""
     if workers == 1:
         return [_choose_devices(fleet, view, row, request, static, -1)]
-    gpu, mig = view.gpu.copy(), view.mig.copy()
-    trial = Free(view.cpu, view.memory, gpu, mig)
+    gpu, mig = view.gpu, view.mig
+    before = gpu[row].copy(), mig[row].copy()
     found: list[tuple[DeviceShare, ...]] = []
     for _ in range(workers):
-        devices = _choose_devices(fleet, trial, row, request, static, -1)
+        devices = _choose_devices(fleet, view, row, request, static, -1)
         for share in devices:
             column = fleet.column(row, share.device_id)
             gpu[row, column] -= share.milli
             if share.profile and static.size and static.starts[row, column].any():
                 mig[row, column, share.slice : share.slice + static.size] += 1
         found.append(devices)
+    gpu[row], mig[row] = before
     return found
 
 

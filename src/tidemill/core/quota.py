@@ -8,6 +8,7 @@ upwards. ``core.fairness`` has the arithmetic of shares, ``core.queueing`` the o
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 
 from tidemill.core.fairness import Claim, Party, QueueShare, could_have, covers, total_in
 from tidemill.model.ids import PrincipalId, ProjectId, QueueId, queue_id
@@ -332,6 +333,11 @@ class QuotaTree:
         if not self._is_stale:
             return
         self._is_stale = False
+        draft = copy(self)  # laid aside, so that whoever looks meanwhile has the old tree whole
+        draft._lay()
+        self.root, self._parties, self._leaves = draft.root, draft._parties, draft._leaves
+
+    def _lay(self) -> None:
         leaves, at_ns = self._leaves, self._changed_ns
         self.root, self._parties, self._leaves = Party("", "fleet", at_ns=at_ns), {}, {}
         for identity, queue in sorted(self._queues.items()):
@@ -390,7 +396,7 @@ class QuotaTree:
     def _too_much(self, party: Party, name: str, limit: int, need: int, has: int | None) -> Reason:
         in_use = f", {_amount(name, has)} in use" if has is not None else ""
         return Reason(
-            code="QueueLimit" if self._is_stored(party) else "ProjectLimit",
+            code="QueueLimit",
             subject=party.name,
             needed=f"{_amount(name, need)} {_unit(name)}".strip(),
             available=f"{_amount(name, max(limit - (has or 0), 0))} of {_amount(name, limit)}",

@@ -109,7 +109,7 @@ class World:
         self._learner = self.order if isinstance(self.order, Learns) else None
         self.score: Score = score_named(policy.score)
         self.meters: dict[tuple[NodeId, str], Meter] = {}
-        self._fleet = FleetArrays()
+        self.fleet = FleetArrays()
         self._is_laid = True
         self.rows = HeldArrays()
         self.queue = WaitingLines(
@@ -584,27 +584,25 @@ class World:
 
         self._undo.append(restore)
 
-    @property
-    def fleet(self) -> FleetArrays:
-        """The fleet's columns, laid out as the nodes are now."""
-        if not self._is_laid:
-            self.lay_fleet()
-        return self._fleet
-
     def rebuild_fleet(self) -> None:
-        """Nodes changed: have the fleet's columns laid anew when they are next looked at, once for all of a turn."""
+        """Nodes changed: have ``lay_fleet`` lay the fleet's columns anew, once for all that happened in a turn."""
         self._is_laid = False
         self._fleet_rebuilt = True
 
     def lay_fleet(self) -> None:
-        """Lay the fleet's columns from the nodes and what is held, unless they are; a rollback does so again."""
+        """Lay the fleet's columns from the nodes and what is held, unless they are; a rollback does so again.
+
+        Whoever looks from outside the turns has the old columns or the new ones, never half of each.
+        """
         if self._is_laid:
             return
         self._is_laid = True
-        self.fleet.rebuild([node for node in self.nodes.values() if node.state is not NodeState.LOST])
+        fleet = FleetArrays()
+        fleet.released, fleet.layouts = self.fleet.released, self.fleet.layouts
+        fleet.rebuild([node for node in self.nodes.values() if node.state is not NodeState.LOST])
         for allocation in self.allocations.values():
-            if allocation.node_id in self.fleet.row:
-                self.fleet.take(
+            if allocation.node_id in fleet.row:
+                fleet.take(
                     allocation.node_id,
                     cpu_milli=allocation.cpu_milli,
                     memory_bytes=allocation.memory_bytes,
@@ -614,6 +612,7 @@ class World:
                         if share.device_id in {device.id for device in self.nodes[allocation.node_id].devices}
                     ),
                 )
+        self.fleet = fleet
         self.rows.clear()
         for allocation in self.allocations.values():
             self.rows.add(allocation, self.fleet, **self._row_values(allocation))

@@ -19,17 +19,12 @@ class Organization:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Project:
-    """Who shares a quota. A limit of zero means that nothing limits it but the fleet.
-
-    Units: milli-GPU and milli-CPU held at the same time by all running jobs of the project.
-    """
+    """Who shares a quota; what it may have is said by its ``model.queue.Queue``."""
 
     id: ProjectId
     organization_id: OrganizationId
     name: str
     created_ns: int
-    limit_gpu_milli: int = 0
-    limit_cpu_milli: int = 0
 
 
 class PrincipalKind(StrEnum):

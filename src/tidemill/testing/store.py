@@ -560,7 +560,7 @@ def check_tenants_are_replaced_whole(open_store: OpenStore) -> None:
     with _Session(open_store) as it:
         store = it.store
         organization = Organization(id=OrganizationId("org_1"), name="Ä", created_ns=NOW)
-        project = Project(id=RED, organization_id=organization.id, name="red", created_ns=NOW, limit_gpu_milli=8_000)
+        project = Project(id=RED, organization_id=organization.id, name="red", created_ns=NOW)
         person = Principal(
             id=PrincipalId("usr_1"), organization_id=organization.id, kind=PrincipalKind.USER, name="ada", created_ns=1
         )
@@ -570,12 +570,12 @@ def check_tenants_are_replaced_whole(open_store: OpenStore) -> None:
         )  # fmt: skip
         for version in (1, 2):
             store.put_organization(replace(organization, name=f"v{version}"))
-            store.put_project(replace(project, limit_cpu_milli=version))
+            store.put_project(replace(project, name=f"red-{version}"))
             store.put_principal(replace(person, name=f"v{version}"))
             store.put_token(replace(token, revoked_ns=version))
             store.put_secret(Secret(project_id=RED, name="KEY", sealed=bytes([version]), updated_ns=version))
         same(store.organizations(), (replace(organization, name="v2"),), "the organization")
-        same(store.projects(), (replace(project, limit_cpu_milli=2),), "the project")
+        same(store.projects(), (replace(project, name="red-2"),), "the project")
         same(store.principals(), (replace(person, name="v2"),), "the principal")
         same((store.tokens(), store.token(token.id)), ((replace(token, revoked_ns=2),), store.tokens()[0]), "the token")
         same(store.token(TokenId("tok_none")), None, "no such token")
