@@ -2,8 +2,8 @@
 
 Only the decision is timed: no store, no network, no runner. Requests are those of a public production trace, drawn at
 random with a fixed seed; the placement policy was told of their mix beforehand, as it would have learned. A *turn* is
-all that a control plane does with a batch of facts: admission, order by fair share, places, leases, launches. The first
-line of each part that compiles is warmed up on a small fleet. With numba (``tidemill[fast]``) the default policy's
+all that a control plane does with a batch of facts: admission, order by fair share, places, leases, launches. Loops
+are compiled on a small fleet before the clock runs. With numba (``tidemill[fast]``) the default policy's
 loops are compiled; without, or with ``--plain``, they are NumPy's. Either way the places are the same.
 
 The published figures of others are printed beside ours, from machines of their projects' choice; most of theirs
@@ -18,6 +18,7 @@ import gc
 import gzip
 import importlib.util
 import json
+import math
 import os
 import random
 import statistics
@@ -218,7 +219,8 @@ def fill_by_turns(count: int, arrivals: int, *, compiled: bool, full: float = FU
     asked = requests()
     cloud = Cloud(count, score=policy(fleet_of(10), asked, compiled=compiled))
     draw = random.Random(SEED)
-    goal, used, times, placed = int(full * count * GPUS * MILLI), 0, [], 0
+    goal, used, placed = int(full * count * GPUS * MILLI), 0, 0
+    times: list[float] = []
     gc.collect()
     gc.freeze()
     while used < goal and len(times) < 10_000:
@@ -244,11 +246,10 @@ def blocked(*, pending: int, shapes: int, nodes: int, compiled: bool) -> dict[st
     cloud.turn(cloud.started(plan))
     for at in range(0, pending, 1_000):
         cloud.turn([cloud.submitted(sizes[each % shapes]) for each in range(at, min(at + 1_000, pending))])
-    draw, times = random.Random(SEED), []
+    draw = random.Random(SEED)
     gc.collect()
     gc.freeze()
-    for _ in range(300):
-        times.append(cloud.turn([cloud.submitted(draw.choice(sizes))])[1])
+    times = [cloud.turn([cloud.submitted(draw.choice(sizes))])[1] for _ in range(300)]
     gc.unfreeze()
     return spread(times)
 
@@ -318,18 +319,19 @@ def spread(times: Sequence[float]) -> dict[str, float]:
 
 
 def growth(*, compiled: bool) -> list[tuple[int, float]]:
-    """The mean microseconds of a placement, fleets three quarters full, by nodes; the first pass over shapes included."""
+    """The mean microseconds of a placement by nodes, up to 75 % of the GPUs or so many requests; none is left out.
+
+    The first look of each shape at every node is included: with many nodes and few requests it is most of the cost.
+    """
     found = []
-    for size in SIZES:
-        result = fill(size, compiled=compiled, most=min(size * GPUS * 3, 60_000), full=0.75)
+    for size in SIZES if compiled else SIZES[:5]:
+        result = fill(size, compiled=compiled, most=200_000 if compiled else 10_000, full=0.75)
         found.append((size, 1e6 / result["per_s"]))
     return found
 
 
 def draw_growth(lines: dict[str, list[tuple[int, float]]], path: Path) -> None:
     """A plot of microseconds over nodes, both logarithmic, as SVG that suits light and dark pages."""
-    import math
-
     width, height, left, right, top, bottom = 640, 360, 64, 150, 24, 48
     values = [value for points in lines.values() for _, value in points]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
@@ -342,16 +344,16 @@ def draw_growth(lines: dict[str, list[tuple[int, float]]], path: Path) -> None:
         return height - bottom - (math.log10(value) - low) / (high - low) * (height - top - bottom)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="system-ui,sans-serif" '
-        'font-size="12" fill="#777">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="12" fill="#777">',
+        "<style>text{font-family:system-ui,sans-serif}</style>",
         "<title>Microseconds per placement, by number of nodes</title>",
     ]
     for power in range(low, high + 1):
         at = y(10.0**power)
         parts.append(f'<path d="M{left} {at:.1f}H{width - right}" stroke="#7774"/>')
         parts.append(f'<text x="{left - 8}" y="{at + 4:.1f}" text-anchor="end">{10.0**power:g} µs</text>')
-    for size in SIZES:
-        parts.append(f'<text x="{x(size):.1f}" y="{height - bottom + 18}" text-anchor="middle">{size:,}</text>')
+    below = height - bottom + 18
+    parts.extend(f'<text x="{x(size):.1f}" y="{below}" text-anchor="middle">{size:,}</text>' for size in SIZES)
     middle = (left + width - right) / 2
     parts.append(f'<text x="{middle}" y="{height - 8}" text-anchor="middle">nodes of {GPUS} GPUs</text>')
     for colour, (name, points) in zip(("#2a78d6", "#eb6834"), lines.items(), strict=False):
@@ -385,6 +387,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the nodes of each part")
     options = parser.parse_args(argv)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    gc.set_threshold(50_000, 20, 100)  # as the control plane does
     compiled = has_numba() and not options.plain
     parts = options.parts.split(",")
     result: dict[str, Any] = {"compiled": compiled, "load": os.getloadavg()[0], **machine()}
@@ -440,7 +443,7 @@ def _reclaim(result: dict[str, Any], scale: float, compiled: bool) -> None:
     table(("", "", "ratio"), [("this", f"{took:.3f}", ""), (name, f"{theirs:.2f}", f"{theirs / took:.0f}x")])
 
 
-def _growth(result: dict[str, Any], scale: float, compiled: bool) -> None:
+def _growth(result: dict[str, Any], _scale: float, compiled: bool) -> None:
     lines = {("compiled" if compiled else "NumPy"): growth(compiled=compiled)}
     if compiled:
         lines["NumPy"] = growth(compiled=False)
@@ -452,7 +455,8 @@ def _growth(result: dict[str, Any], scale: float, compiled: bool) -> None:
     table(
         ("nodes", *lines),
         [
-            (f"{size:,}", *(f"{points[at][1]:.1f}" for points in lines.values())) for at, size in enumerate(SIZES)
+            (f"{size:,}", *(f"{points[at][1]:.1f}" if at < len(points) else "" for points in lines.values()))
+            for at, size in enumerate(SIZES)
         ],
     )
 

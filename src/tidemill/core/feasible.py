@@ -69,7 +69,8 @@ class Fitting:
     """What the layout says about a shape: nodes and devices that could ever serve it, free or not.
 
     ``nodes`` (N,) bool; ``devices`` (N, D) bool; ``milli`` (N, D) is how much of each device one worker takes;
-    ``starts`` (N, D, 8) bool is where a MIG profile may begin, ``size`` how many slices it takes (0: no profile).
+    ``starts`` (N, D, 8) bool is where a MIG profile may begin, ``size`` how many slices it takes (0: no profile);
+    ``most`` is the largest ``milli`` of a device that will do, 0 when there is none.
     """
 
     nodes: NDArray[np.bool_]
@@ -78,6 +79,7 @@ class Fitting:
     starts: NDArray[np.bool_]
     size: int
     models: tuple[int, ...]
+    most: int = 0
 
 
 def fitting(fleet: FleetArrays, shape: Shape) -> Fitting:
@@ -128,16 +130,18 @@ def _work_out(fleet: FleetArrays, shape: Shape) -> Fitting:
     if nodes is None:
         nodes = fleet.cache[allowed] = _allowed_nodes(fleet, shape)
     request = shape.resources.gpus
-    parts: tuple[NDArray[np.bool_], Ints, NDArray[np.bool_], int] | None = fleet.cache.get(("devices", request))
+    parts: tuple[NDArray[np.bool_], Ints, NDArray[np.bool_], int, int] | None = fleet.cache.get(("devices", request))
     if parts is None:
         parts = fleet.cache["devices", request] = _device_parts(fleet, request)
-    devices, milli, starts, size = parts
+    devices, milli, starts, size, most = parts
     if request is None:
         return Fitting(nodes, devices, milli, starts, size, ())
     used = np.flatnonzero(np.bincount(fleet.model[devices & nodes[:, None]], minlength=len(fleet.models)))
-    present = np.flatnonzero(np.bincount(fleet.model[fleet.model >= 0], minlength=len(fleet.models)))
-    models = () if used.tolist() == present.tolist() else tuple(used.tolist()) or (-1,)
-    return Fitting(nodes, devices, milli, starts, size, models)
+    present = list(range(len(fleet.models)))
+    if (fleet.model < 0).any():  # the only device of a model may be failing
+        present = np.flatnonzero(np.bincount(fleet.model[fleet.model >= 0], minlength=len(fleet.models))).tolist()
+    models = () if used.tolist() == present else tuple(used.tolist()) or (-1,)
+    return Fitting(nodes, devices, milli, starts, size, models, most)
 
 
 def _allowed_nodes(fleet: FleetArrays, shape: Shape) -> NDArray[np.bool_]:
@@ -160,11 +164,11 @@ def _allowed_nodes(fleet: FleetArrays, shape: Shape) -> NDArray[np.bool_]:
 
 def _device_parts(
     fleet: FleetArrays, request: GpuRequest | None
-) -> tuple[NDArray[np.bool_], Ints, NDArray[np.bool_], int]:
-    """``devices``, ``milli``, ``starts`` and ``size`` of a fitting; read only."""
+) -> tuple[NDArray[np.bool_], Ints, NDArray[np.bool_], int, int]:
+    """``devices``, ``milli``, ``starts``, ``size`` and ``most`` of a fitting; read only."""
     starts = np.zeros((*fleet.model.shape, 0), np.bool_)
     if request is None:
-        return np.zeros_like(fleet.model, np.bool_), np.zeros_like(fleet.model), starts, 0
+        return np.zeros_like(fleet.model, np.bool_), np.zeros_like(fleet.model), starts, 0, 0
     devices = eligible_devices(fleet, request)
     size = 0
     if request.share_bytes:
@@ -180,7 +184,7 @@ def _device_parts(
                 size = profile.size
                 starts[row, column, list(_starts_on(fleet, row, column, profile.name, profile.starts))] = True
                 milli[row, column] = profile.milli
-    return devices, milli, starts, size
+    return devices, milli, starts, size, int(milli[devices].max(initial=0))
 
 
 def _starts_on(fleet: FleetArrays, row: int, column: int, profile: str, starts: tuple[int, ...]) -> tuple[int, ...]:

@@ -265,8 +265,7 @@ def want_of(shape: Shape, static: Fitting) -> Want:
     if request.is_whole:
         milli, count = MILLI, request.count
     else:
-        usable = static.milli[static.devices]
-        milli, count = (int(usable.max()) if usable.size else request.milli), 1
+        milli, count = static.most or request.milli, 1
     return Want(shape.resources.cpu_milli, shape.resources.memory_bytes, count, milli, static.models)
 
 
