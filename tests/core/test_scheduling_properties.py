@@ -178,13 +178,13 @@ def nothing_waits_beyond_patience(nodes: int, tree: tuple[Queue, ...], history: 
     policy = replace(CALM, patience_ns=100 * SECOND_NS, half_life_ns=10_000 * SECOND_NS)
     yard = Yard(nodes=tuple(gpu_node(f"n{at}") for at in range(nodes)), policy=policy)
     for _ in range(nodes):
-        yard.submit(spec(8), runs_s=50, project="p0")
-    yard.run(10)
+        yard.submit(spec(8), runs_s=5_020, project="p0")
+    yard.run(5_000)
     wide = yard.submit(spec(8, nodes=nodes, max_duration_ns=20 * SECOND_NS), runs_s=20, project="p0")
-    for at in range(10, 900, 5):
+    for at in range(5_000, 6_000, 5):
         for _ in range(nodes):
             yard.submit(spec(4, max_duration_ns=30 * SECOND_NS), runs_s=29, project=f"p{1 + at % 3}", at_s=at)
-    yard.run(400)
+    yard.run(1_000)
     assert wide in yard.started, "the wide gang starves"
 
 
@@ -316,7 +316,7 @@ def forgets_promises(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def never_reclaims(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(QuotaTree, "may_reclaim", lambda self, *of: False)
+    monkeypatch.setattr(QuotaTree, "may_reclaim", lambda self, *of, **how: False)
 
 
 def undoes_rows_badly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,7 +390,7 @@ def test_the_promise_catches_the_planted_bug(
 
 
 def test_without_patience_the_wide_gang_starves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WaitingLines, "_starves", lambda self, rank, now: False, raising=True)
+    monkeypatch.setattr(WaitingLines, "_late_heads", lambda self, is_closed, now: iter(()))
     with pytest.raises(AssertionError, match="starves"):
         nothing_waits_beyond_patience(2, (), [])
 
