@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tidemill.errors import Forbidden, InvalidSetting, NotFound, Unauthorized
 from tidemill.model.ids import LaunchId, OrganizationId, PrincipalId, ProjectId, TokenId
 from tidemill.model.policy import Policy
 from tidemill.model.tenant import Principal, PrincipalKind, Scope, Token
+from tidemill.model.values import replace
 from tidemill.units import MINUTE_NS, SECOND_NS
 
 PEPPER = bytes(range(32))

@@ -10,7 +10,6 @@ import subprocess
 import tarfile
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import pytest
 from tests.adapters.local_bench import local_bench, runner_pid
 from tidemill.errors import EngineRefused
 from tidemill.model.plan import LaunchSpec, ObservedState
+from tidemill.model.values import replace
 from tidemill.runner import images
 from tidemill.runner.execs import FrameReader, frame
 from tidemill.runner.sandbox import Support

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +31,7 @@ from tidemill.model.ledger import RateCard
 from tidemill.model.reservation import Reservation
 from tidemill.model.resources import parse_gpus
 from tidemill.model.spec import Kind, WorkloadSpec
+from tidemill.model.values import replace
 
 FAR = 400
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from tidemill.engines.local import LocalEngine
 from tidemill.errors import EngineRefused
 from tidemill.model.fleet import Device, Mig
 from tidemill.model.ids import DeviceId
+from tidemill.model.values import replace
 from tidemill.testing.engine import CHECKS, EngineBench
 
 

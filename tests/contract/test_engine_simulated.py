@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from tidemill.model.plan import Forget, Launch, LaunchSpec, ObservedState, Stop
 from tidemill.model.policy import Policy
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Kind, Port, RetryOn, RetryPolicy, Service, WorkloadSpec
+from tidemill.model.values import replace
 from tidemill.testing import engine as contract
 from tidemill.testing.engine import EngineBench, observed, state
 from tidemill.testing.peer import RecordingControlPlane

@@ -12,9 +12,9 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ from hypothesis import Phase, given, settings
 from sqlalchemy import create_engine, insert
 
 from tests.postgres import NoPostgres, Postgres
+from tidemill.core.lifecycle import is_terminal
 from tidemill.errors import InvalidSetting, Stale, Unavailable
 from tidemill.model.ids import JobId, ProjectId, queue_id
-from tidemill.model.job import JobState
+from tidemill.model.job import Job, JobState
 from tidemill.model.plan import Change
 from tidemill.model.queue import Queue
 from tidemill.model.reservation import Reservation
 from tidemill.model.tenant import Project
+from tidemill.model.values import replace
 from tidemill.ports import Batch, Snapshot
 from tidemill.store import schema
 from tidemill.store.codec import decode, encode
@@ -202,12 +204,42 @@ class KeepsTheFirstQueue(MemoryStore):
         return seq
 
 
+class ForgetsBadLuck(MemoryStore):
+    def load(self) -> Snapshot:
+        return replace(super().load(), unlucky=())
+
+
+class CountsOnlyFailures(MemoryStore):
+    def load(self) -> Snapshot:
+        failed = Counter(job.workload_id for job in self._all.things[Job].values() if job.state is JobState.FAILED)
+        found = super().load()
+        return replace(found, unlucky=tuple((name, failed[name]) for name, _ in found.unlucky if failed[name]))
+
+
+class CountsAllThatEnded(MemoryStore):
+    def load(self) -> Snapshot:
+        found = super().load()
+        ended = Counter(job.workload_id for job in self._all.things[Job].values() if is_terminal(job.state))
+        live = {workload.id for workload in found.workloads}
+        return replace(found, unlucky=tuple(sorted((name, count) for name, count in ended.items() if name in live)))
+
+
+class CountsForTheDead(MemoryStore):
+    """Keeps the count of workloads that are over."""
+
+    def load(self) -> Snapshot:
+        bad = (JobState.FAILED, JobState.CANCELLED)
+        counts = Counter(job.workload_id for job in self._all.things[Job].values() if job.state in bad)
+        return replace(super().load(), unlucky=tuple(sorted(counts.items())))
+
+
 BROKEN = [IgnoresVersions, StoresHalf, ForgetsTheEpoch, BooksTwice, KeepsReasons, MarksGoBack]
 BROKEN_POLICIES = [LoadsWhatWasCancelled, ForgetsUsage, KeepsTheFirstQueue]
 """What histories do not touch."""
+BROKEN_LUCK = [ForgetsBadLuck, CountsOnlyFailures, CountsAllThatEnded, CountsForTheDead]
 
 
-@pytest.mark.parametrize("broken", BROKEN + BROKEN_POLICIES)
+@pytest.mark.parametrize("broken", BROKEN + BROKEN_POLICIES + BROKEN_LUCK)
 def test_the_checks_catch_a_store_that(broken: type[MemoryStore]) -> None:
     def fresh() -> OpenStore:
         store = broken()
@@ -354,10 +386,7 @@ def test_limits_of_projects_become_queues(kind: str, request: pytest.FixtureRequ
     assert all(queue.id == queue_id(project) and queue.version == 1 for project, queue in queues.items())
     assert [queues[ProjectId(f"prj_{name}")].name for name in ("lab", "both", "odd")] == ["lab", "both", "odd"]
     projects = {project.id: project for project in store.projects()}
-    assert projects == {
-        each: decode(Project, body)
-        for each, body in PROJECTS_0001.items()
-    }
+    assert projects == {each: decode(Project, body) for each, body in PROJECTS_0001.items()}
     assert store.load().jobs == (job,)
     epoch = store.lead(holder="test")
     lab = queues[ProjectId("prj_lab")]

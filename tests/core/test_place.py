@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from tidemill.core.place import Gang, Place, Placed, fits, place_gang
 from tidemill.core.score import Tide
 from tidemill.model.fleet import Level, Mig, Node
 from tidemill.model.resources import GpuRequest, Resources
+from tidemill.model.values import replace
 from tidemill.units import MILLI
 
 REQUESTS = (
@@ -196,13 +197,14 @@ def remembers_rightly(
     """What is remembered of a shape is what would be worked out now."""
     shape, policy = gang.choices[0], Tide()
     place._ranked(fleet, shape, policy)
-    table, room = fleet.cache[shape, policy.name], place._room_now(fleet, shape).copy()
+    table, room = fleet.cache[shape, policy.name], place._room_now(fleet, shape).room.copy()
     key = table.key.copy()
     kept = dict(fleet.cache)
     fleet.cache.clear()
     fresh = place._ranked(fleet, shape, policy)[0]
     assert key.tolist() == fresh.key.tolist()
     assert room.tolist() == workers_that_fit(fleet, shape).tolist()
+    assert place._room_now(fleet, shape).total == room.sum()
     assert ((room > 0) == (key != score.NEVER)).all(), "one fits exactly where some fit"
     fleet.cache.clear()
     fleet.cache.update(kept)

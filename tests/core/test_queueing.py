@@ -283,7 +283,7 @@ def test_an_unfair_order_is_caught(
     promise: Callable[[Any], bool], plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(monkeypatch)
-    assert is_refuted(FILLED, promise, 150)
+    assert is_refuted(FILLED, promise, 2_000)
 
 
 MODELS = ("H100", "A100", "L4")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from tidemill.model.ids import OrganizationId, PrincipalId, ProjectId, QueueId
 from tidemill.model.plan import ResolvableBy
 from tidemill.model.queue import Amounts, Queue
 from tidemill.model.tenant import Project
+from tidemill.model.values import replace
 from tidemill.units import DAY_NS, HOUR_NS
 
 CAPACITY = {"H100-SXM": 16_000, "A100": 8_000, "cpu": 400_000, "memory": 1 << 40}

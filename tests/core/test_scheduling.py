@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from tests.core.yard import CALM, START, Yard, gpu_node, queue_of, spec
 from tidemill.model.events import (
     Checkpointed,
@@ -20,6 +18,7 @@ from tidemill.model.ids import DeviceId, LaunchId, NodeId, ProjectId, Reservatio
 from tidemill.model.job import Cause, JobState
 from tidemill.model.reservation import Reservation
 from tidemill.model.spec import Dependency, DependsOn, Group, Kind, Tier
+from tidemill.model.values import replace
 from tidemill.units import HOUR_NS, SECOND_NS
 
 
@@ -366,3 +365,41 @@ def test_waiting_costs_nothing_when_nothing_can_change() -> None:
     plan = yard.turn([])
     assert not plan.changes
     assert not plan.waiting
+
+
+def test_an_elastic_gang_takes_no_more_than_its_queue_may_have() -> None:
+    yard = Yard(nodes=(gpu_node("a"),), queues=(queue_of("p0", limit=(("gpu", 2000),)),))
+    elastic = yard.submit(spec(1, nodes=4, nodes_min=1), runs_s=100)
+    assert len(yard.nodes_of(elastic)) == 2, "the limit allows two workers, and it is content with one"
+    other = yard.submit(spec(1, nodes=4, nodes_min=3), runs_s=100, user="v")
+    yard.run(1)
+    assert yard.state(other) is JobState.QUEUED
+    assert len(yard.nodes_of(elastic)) == 2
+
+
+def test_a_failing_device_does_not_break_what_is_promised_on_others_of_its_node() -> None:
+    yard = Yard(nodes=(gpu_node("a"),))
+    yard.submit(spec(1), runs_s=1000)
+    spot = yard.submit(spec(7, tier=Tier.SPOT, checkpoint_grace_ns=30 * SECOND_NS), runs_s=1000)
+    yard.grace_taken_ns = 10 * SECOND_NS
+    yard.run(1)
+    held = next(a for a in yard.live() if a.job_id != spot).devices[0].device_id
+    yard.later(yard.now, DeviceFailed(at_ns=yard.now, node_id=NodeId("a"), device_id=held, detail="XID 79"))
+    yard.run(1)
+    wanted = yard.submit(spec(4), runs_s=10, project="p1")
+    yard.run(15)
+    assert yard.started[wanted], "its places are free as soon as the spot job is gone"
+    assert len(yard.events("Preempted")) == 1
+
+
+def test_two_promises_on_one_node_are_each_kept() -> None:
+    yard = Yard(nodes=(gpu_node("a"),))
+    for _ in range(2):
+        yard.submit(spec(4, tier=Tier.SPOT, checkpoint_grace_ns=30 * SECOND_NS), runs_s=1000)
+    yard.grace_taken_ns = 10 * SECOND_NS
+    yard.run(1)
+    first, second = (yard.submit(spec(4), runs_s=10, project="p1", user=user) for user in "uv")
+    yard.run(15)
+    assert yard.started[first]
+    assert yard.started[second]
+    assert len(yard.events("Preempted")) == 2

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from tidemill.model.job import JobState
 from tidemill.model.policy import Policy
 from tidemill.model.queue import Queue
 from tidemill.model.spec import Tier, WorkloadSpec
+from tidemill.model.values import replace
 from tidemill.units import SECOND_NS
 
 

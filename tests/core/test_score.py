@@ -238,7 +238,7 @@ def test_loops_that_drift_are_caught(
 ) -> None:
     plant(monkeypatch)
     assert is_caught(
-        lambda fleet, want, mix: agree(fleet, want, mix, Tide(), plain_loops()), FLEETS, WANTS, MIXES, attempts=1000
+        lambda fleet, want, mix: agree(fleet, want, mix, Tide(), plain_loops()), FLEETS, WANTS, MIXES, attempts=5000
     )
 
 

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from tidemill.core.quota import QuotaTree
 from tidemill.core.world import World
 from tidemill.model.fleet import Site
 from tidemill.model.ledger import RateCard, UsageInterval
+from tidemill.model.values import replace
 
 
 @given(OPS)

@@ -7,7 +7,7 @@ then ask about the whole history: who started when, who was displaced for whom, 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from tidemill.core.turn import turn
@@ -33,6 +33,7 @@ from tidemill.model.queue import Queue
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Kind, WorkloadSpec
 from tidemill.model.tenant import Project
+from tidemill.model.values import replace
 from tidemill.units import HOUR_NS, MILLI, SECOND_NS
 
 GB = 1024**3
@@ -154,7 +155,7 @@ class Yard:
         """Have a fact happen at an instant."""
         self._push(at, fact)
 
-    def run(self, seconds: float | None = None, *, turns: int = 20_000) -> None:
+    def run(self, seconds: float | None = None, *, turns: int = 4_000) -> None:
         """Let time pass until nothing more happens, or for so long."""
         until = None if seconds is None else self.now + int(seconds * SECOND_NS)
         idle = 0

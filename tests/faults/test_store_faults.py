@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ import pytest
 from tidemill.errors import StorageFull, TidemillError, Unavailable
 from tidemill.model.job import JobState
 from tidemill.model.plan import Change
+from tidemill.model.values import replace
 from tidemill.ports import Batch, JobFilter
 from tidemill.store.sql import SqlStore
 from tidemill.testing.samples import a_job, a_line, a_note, a_workload, moved, new

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from tidemill.model.ledger import CPU_METER
 from tidemill.model.plan import LaunchSpec, Observation, ObservedState
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Kind, RetryOn, RetryPolicy, WorkloadSpec
+from tidemill.model.values import replace
 from tidemill.ports import Batch, JobFilter, Snapshot
 from tidemill.store.memory import MemoryStore
 from tidemill.units import HOUR_NS, MILLI, SECOND_NS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from tidemill.model.events import LaunchRefused, NeverLaunched, Prepared, StopRe
 from tidemill.model.ids import JobId, LaunchId
 from tidemill.model.job import AllocationState, Cause, JobState
 from tidemill.model.plan import Command, Launch, Stop
+from tidemill.model.values import replace
 from tidemill.ports import JobFilter
 from tidemill.units import SECOND_NS
 

@@ -6,11 +6,11 @@ To be made anew when decisions are meant to change; the change of its figures be
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from tests.twin.small import away, conditions, stop
 from tidemill.model.events import NodeJoined
+from tidemill.model.values import replace
 from tidemill.twin.arrivals import Arrival, Outside
 from tidemill.twin.cloud import Conditions, beginning_of
 from tidemill.twin.recording import Recording, RecordingFile

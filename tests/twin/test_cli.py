@@ -119,7 +119,7 @@ def test_replay_says_whether_all_is_as_before(
     from tidemill.core import ending
 
     monkeypatch.setattr(ending, "backoff_ns", lambda *_: 10**13)
-    assert call("replay", str(RECORDED), "--limit", "3") == 1
+    assert call("replay", str(RECORDED), "--limit", "120") == 1
     shown = capsys.readouterr()
     assert "changed" in shown.out
     assert "is placed" in shown.out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from tidemill.core.outcome import Outcome
 from tidemill.errors import Conflict, InvalidRequest, NotFound
 from tidemill.model.events import Fact, NodeJoined
 from tidemill.model.plan import Plan
+from tidemill.model.values import replace
 from tidemill.ports import Snapshot
 from tidemill.twin.cloud import beginning_of
 from tidemill.twin.fleet import parse_fleet

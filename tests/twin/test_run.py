@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -14,6 +13,7 @@ from tests.twin.small import OPS, Auditor, audited, away, conditions, job, spec,
 from tidemill.model.events import NodeJoined
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Alternative
+from tidemill.model.values import replace
 from tidemill.twin import machines as machines_module
 from tidemill.twin import measure as measure_module
 from tidemill.twin.arrivals import Arrival, Outside

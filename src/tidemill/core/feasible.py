@@ -235,18 +235,20 @@ def workers_that_fit(
     return fits if empty or all_ready else np.where(fleet.is_ready, fits, 0)
 
 
-def workers_that_fit_on(fleet: FleetArrays, shape: Shape, rows: Ints) -> Ints:
-    """How many workers of a shape fit now on each of some nodes. Shape (R,)."""
+def workers_that_fit_on(fleet: FleetArrays, shape: Shape, rows: Ints, *, less: Free | None = None) -> Ints:
+    """How many workers of a shape fit now on each of some nodes, or would with so much ``less`` there. Shape (R,)."""
     resources, static, free = shape.resources, fitting(fleet, shape), fleet.free()
-    fits: Ints = np.maximum(free.cpu[rows], 0) // resources.cpu_milli
+    some = Free(free.cpu[rows], free.memory[rows], free.gpu[rows], free.mig[rows] if static.size else free.mig)
+    if less is not None:
+        some = Free(some.cpu - less.cpu, some.memory - less.memory, some.gpu - less.gpu, some.mig)
+    fits: Ints = np.maximum(some.cpu, 0) // resources.cpu_milli
     if resources.memory_bytes:
-        fits = np.minimum(fits, np.maximum(free.memory[rows], 0) // resources.memory_bytes)
+        fits = np.minimum(fits, np.maximum(some.memory, 0) // resources.memory_bytes)
     if resources.gpus is not None:
-        mig = free.mig[rows] if static.size else free.mig
         part = Fitting(
             static.nodes, static.devices[rows], static.milli[rows], static.starts[rows], static.size, static.models
         )
-        fits = np.minimum(fits, workers_by_gpu(Free(free.cpu, free.memory, free.gpu[rows], mig), part, resources.gpus))
+        fits = np.minimum(fits, workers_by_gpu(some, part, resources.gpus))
     return np.where(static.nodes[rows] & fleet.is_ready[rows], fits, 0)
 
 

@@ -54,6 +54,8 @@ class FleetArrays:
         """How often a row changed since the last rebuild; caches read on from where they were."""
         self.recent: Ints = np.zeros(1, np.int64)
         """The rows that changed last, a ring: change ``t`` is at ``t & (len(recent) - 1)``."""
+        self.last: Ints = np.zeros(0, np.int64)
+        """Which change of each row was its last, (N,); below 0: none yet."""
         self.mark: Ints = np.zeros(1, np.int64)
         """Room for compiled loops to tick rows off in, (N + 1,); its last entry counts the loops."""
         self.cache: dict[Any, Any] = {}
@@ -108,6 +110,7 @@ class FleetArrays:
         self.seed_order: Ints = np.zeros(len(self.nodes), np.int64)
         self.seed_order[shuffled] = np.arange(len(self.nodes))
         self.touches = 0
+        self.last = np.full(len(self.nodes), -1, np.int64)
         self.mark = np.zeros(len(self.nodes) + 1, np.int64)
         self.recent = np.zeros(1 << max(4 * len(self.nodes) - 1, 1).bit_length(), np.int64)
         self.cache.clear()
@@ -197,10 +200,18 @@ class FleetArrays:
         profile = geometry.profile(share.profile)
         return profile.bits(share.slice) if profile is not None else 0
 
-    def is_within(self, node: NodeId) -> bool:
-        """Whether nothing of a node is taken twice: all that was promised there is free of who held it."""
+    def is_within(self, node: NodeId, devices: tuple[DeviceShare, ...]) -> bool:
+        """Whether of a node's processors, its memory and these devices nothing is taken twice."""
         row = self.row[node]
-        return bool(self.cpu_free[row] >= 0 and self.memory_free[row] >= 0 and (self.gpu_free[row] >= 0).all())
+        if self.cpu_free[row] < 0 or self.memory_free[row] < 0:
+            return False
+        return all(self.gpu_free[row, self.column(row, share.device_id)] >= 0 for share in devices)
+
+    def can_serve(self, node: NodeId, devices: tuple[DeviceShare, ...]) -> bool:
+        """Whether a node is ready, and these devices are there and do not fail."""
+        row = self.row[node]
+        columns = [self.column(row, share.device_id) for share in devices]
+        return bool(self.is_ready[row]) and all(at >= 0 and self.model[row, at] >= 0 for at in columns)
 
     def _move(self, row: int, cpu_milli: int, memory_bytes: int, columns: tuple[tuple[int, int, int], ...]) -> None:
         """Take (or, below zero, give)."""
@@ -211,6 +222,7 @@ class FleetArrays:
             if bits:
                 self.mig[row, column] += np.where(_BITS & bits, 1 if milli > 0 else -1, 0)
         self.recent[self.touches & (len(self.recent) - 1)] = row
+        self.last[row] = self.touches
         self.touches += 1
 
 

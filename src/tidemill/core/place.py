@@ -30,7 +30,7 @@ from tidemill.core.score import BLOCK_BITS, NEVER, TIE_BITS, Score, Tide, Want
 from tidemill.model.fleet import Level
 from tidemill.model.ids import NodeId
 from tidemill.model.job import DeviceShare
-from tidemill.model.resources import GpuRequest
+from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import WorkloadSpec
 from tidemill.units import MILLI
 
@@ -283,7 +283,7 @@ def _room(
 ) -> Ints:
     """How many workers of the gang each node could take, its own constraints on lying together left aside."""
     if free is None and not all_ready:
-        room = _room_now(fleet, shape)
+        room = _room_now(fleet, shape).room
         room = room if mask is None else np.where(mask, room, 0)
     else:
         room = workers_that_fit(fleet, shape, free=free, mask=mask, all_ready=all_ready)
@@ -297,22 +297,74 @@ def _room(
 
 @dataclass(slots=True, eq=False)
 class _RoomTable:
-    """How many workers of one shape fit on each node, as of ``seen`` changes of the fleet."""
+    """How many workers of one shape fit on each node and in all, as of ``seen`` changes of the fleet."""
 
     room: Ints
+    total: int = 0
     seen: int = -1
 
 
-def _room_now(fleet: FleetArrays, shape: Shape) -> Ints:
+def _room_now(fleet: FleetArrays, shape: Shape) -> _RoomTable:
     """How many workers of a shape fit on each node now; read only. Only what changed is worked out again."""
     table: _RoomTable | None = fleet.cache.get(("room", shape))
     if table is None:
         table = fleet.cache["room", shape] = _RoomTable(np.zeros(len(fleet.nodes), np.int64))
     if table.seen != fleet.touches:
         rows = fleet.touched_since(table.seen)
-        table.room[rows] = workers_that_fit_on(fleet, shape, rows)
+        now = workers_that_fit_on(fleet, shape, rows)
+        table.total += int(now.sum()) - int(table.room[rows].sum())
+        table.room[rows] = now
         table.seen = fleet.touches
-    return table.room
+    return table
+
+
+def has_room(fleet: FleetArrays, gang: Gang) -> bool:
+    """Whether all nodes together have room for a gang at its smallest; cheap, and may be wrong only by saying yes."""
+    return any(_room_now(fleet, shape).total >= gang.smallest for shape in gang.choices)
+
+
+class Kept:
+    """Places that are kept for one gang without being taken: how much room is left beside them."""
+
+    def __init__(self, fleet: FleetArrays, resources: Resources, placed: Placed) -> None:
+        self.placed, self.layouts = placed, fleet.layouts
+        rows = sorted({fleet.row[place.node_id] for place in placed.places})
+        at = {row: index for index, row in enumerate(rows)}
+        self._rows: Ints = np.array(rows, np.int64)
+        self._less = Free(
+            np.zeros(len(rows), np.int64),
+            np.zeros(len(rows), np.int64),
+            np.zeros((len(rows), fleet.gpu_free.shape[1]), np.int64),
+            np.zeros(0, np.int64),
+        )
+        for place in placed.places:
+            row = fleet.row[place.node_id]
+            self._less.cpu[at[row]] += resources.cpu_milli
+            self._less.memory[at[row]] += resources.memory_bytes
+            for share in place.devices:
+                if (column := fleet.column(row, share.device_id)) >= 0:
+                    self._less.gpu[at[row], column] += share.milli
+        self._lost: dict[Shape, tuple[int, int]] = {}
+
+    def has_room(self, fleet: FleetArrays, gang: Gang) -> bool:
+        """Whether all nodes together have room beside these places; may be wrong only by saying yes."""
+        return any(
+            table.total >= gang.smallest and table.total - self._lost_to(fleet, shape, table) >= gang.smallest
+            for shape in gang.choices
+            for table in [_room_now(fleet, shape)]
+        )
+
+    def _lost_to(self, fleet: FleetArrays, shape: Shape, table: _RoomTable) -> int:
+        """How many workers of a shape have no room because of these places; worked out when something changed there."""
+        touched = int(fleet.last[self._rows].max(initial=-1))
+        known = self._lost.get(shape)
+        if known is not None and known[0] == touched:
+            return known[1]
+        profile = shape.resources.gpus.profile if shape.resources.gpus is not None else ""
+        beside = 0 if profile else int(workers_that_fit_on(fleet, shape, self._rows, less=self._less).sum())
+        lost = 0 if profile else int(table.room[self._rows].sum()) - beside
+        self._lost[shape] = (touched, lost)
+        return lost
 
 
 def _workers_by_island(fleet: FleetArrays, free: Free, static: Fitting, count: int) -> Ints:

@@ -16,6 +16,7 @@ those places do not need. When the whole list would not make room, nobody goes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tidemill.core.fleetarrays import Free
+from tidemill.core.held import HeldArrays
 from tidemill.core.ordering import may_displace
 from tidemill.core.place import Placed, fits, place_gang
 from tidemill.core.queueing import Line
@@ -32,6 +34,7 @@ from tidemill.model.ids import JobId, LaunchId, ProjectId, QueueId
 from tidemill.model.job import AttemptState, Job
 from tidemill.model.policy import Policy
 from tidemill.model.spec import Tier
+from tidemill.units import SECOND_NS
 
 if TYPE_CHECKING:
     from tidemill.core.world import World
@@ -85,9 +88,19 @@ def may_try(world: World, job: Job, line: Line, *, policy: Policy) -> bool:
 
 
 def displace(
-    world: World, job: Job, line: Line, mask: NDArray[np.bool_] | None, *, now: int, policy: Policy
+    world: World,
+    job: Job,
+    line: Line,
+    mask: NDArray[np.bool_] | None,
+    *,
+    now: int,
+    policy: Policy,
+    within: Callable[[Placed], Placed | None],
 ) -> Displacement | None:
-    """Who has to go so that the job fits; None when nobody may, or when even all of them would not make room."""
+    """Who has to go so that the job fits; None when nobody may, or when even all of them would not make room.
+
+    ``within`` says how many of the places found the job may have.
+    """
     held = world.rows
     used = held.rows()
     draining = used[held.gone[used] > 0]
@@ -95,7 +108,7 @@ def displace(
     held.give_back(free, draining)
     units: list[_Unit] = []
     if not fits(world.fleet, line.gang, free=free, mask=mask):
-        units = _who_may_go(world, job, line, used, now=now, policy=policy)
+        units = _who_may_go(world, job, line, mask, free, used, now=now, policy=policy)
         chosen = _shortest_prefix(world, line, mask, free, units)
         if chosen is None:
             return None
@@ -103,6 +116,7 @@ def displace(
         for unit in units:
             held.give_back(free, unit.rows)
     placed = place_gang(world.fleet, line.gang, score=world.score, free=free, mask=mask)
+    placed = within(placed) if placed is not None else None
     if placed is None:
         return None
     units = _spare(world, line, placed, draining, units)
@@ -117,43 +131,69 @@ def displace(
 
 
 def _who_may_go(
-    world: World, job: Job, line: Line, used: NDArray[np.int64], *, now: int, policy: Policy
+    world: World,
+    job: Job,
+    line: Line,
+    mask: NDArray[np.bool_] | None,
+    free: Free,
+    used: NDArray[np.int64],
+    *,
+    now: int,
+    policy: Policy,
 ) -> list[_Unit]:
-    """Everything that may go for this job, cheapest first: spot before others, then least lost work, then largest."""
+    """Everything that may go for this job, cheapest first: spot before others, then least lost work, then largest.
+
+    Nothing when not even all of it would make room.
+    """
     held = world.rows
     running = used[held.gone[used] == 0]
-    old_enough = (held.since[running] > 0) & (held.since[running] + policy.min_run_ns <= now)
-    young = running[(held.since[running] > 0) & ~old_enough]
-    candidates = running[old_enough]
-    if not candidates.size:
-        _look_again(world, young, policy)
-        return []
-    gangs = np.unique(held.gang[candidates])
-    order = np.argsort(held.gang[candidates], kind="stable")
-    parts = np.split(candidates[order], np.flatnonzero(np.diff(held.gang[candidates][order])) + 1)
-    units: list[tuple[tuple[int, int, int, int, str], _Unit]] = []
     relation = _Relation(world, job, line, now=now, policy=policy)
-    for gang, rows in zip(gangs.tolist(), parts, strict=True):
-        other = held.jobs[gang]
+    running = running[relation.is_conceivable(running)]
+    old_enough = (held.since[running] > 0) & (held.since[running] + policy.min_run_ns <= now)
+    _look_again(world, line, running[(held.since[running] > 0) & ~old_enough], policy)
+    candidates = running[old_enough]
+    if not candidates.size or not _would_do(world, line, mask, free, candidates):
+        return []
+    candidates = candidates[np.argsort(held.gang[candidates], kind="stable")]
+    starts = np.flatnonzero(np.diff(held.gang[candidates], prepend=-1))
+    weight = held.gpu[candidates].sum(axis=1)
+    sizes = np.add.reduceat(weight, starts) + np.add.reduceat(held.cpu[candidates], starts) // 16
+    worths = np.add.reduceat(_lost(held, candidates, now) * (weight + held.cpu[candidates] // 16), starts)
+    units: list[tuple[tuple[int, int, int, int, str], _Unit]] = []
+    for rows, size, worth in zip(np.split(candidates, starts[1:]), sizes.tolist(), worths.tolist(), strict=True):
+        other = held.jobs[int(held.gang[rows[0]])]
         claim = relation.claim_on(other, rows)
         if claim is _Claim.NONE:
             continue
         tier = int(held.tier[rows[0]])
-        size = int(held.gpu[rows].sum()) + int(held.cpu[rows].sum()) // 16
-        surplus = rows[held.surplus[rows] > 0]
-        core = rows[held.surplus[rows] == 0]
+        is_surplus = held.surplus[rows] > 0
         units.extend(
-            ((tier, 0, 0, -row, other), _Unit(other, np.array([row]), False, claim)) for row in surplus.tolist()
+            ((tier, 0, 0, -row, other), _Unit(other, np.array([row]), False, claim))
+            for row in rows[is_surplus].tolist()
         )
-        units.append(((tier, 1, relation.worth(other, rows), -size, other), _Unit(other, core, True, claim)))
-    _look_again(world, young, policy)
+        cost = relation.cost_of(other, rows) if world.order.preempts else (worth // SECOND_NS).bit_length()
+        units.append(((tier, 1, cost, -size, other), _Unit(other, rows[~is_surplus], True, claim)))
     units.sort(key=lambda pair: pair[0])
     return [unit for _, unit in units if unit.claim is not _Claim.GUARANTEE or relation.may_reclaim(unit)]
 
 
-def _look_again(world: World, young: NDArray[np.int64], policy: Policy) -> None:
+def _lost(held: HeldArrays, rows: NDArray[np.int64], now: int) -> NDArray[np.int64]:
+    """How much of the work of these rows no checkpoint has, in ns."""
+    lost: NDArray[np.int64] = np.maximum(now - np.maximum(held.saved[rows], held.since[rows]), 0)
+    return lost
+
+
+def _would_do(world: World, line: Line, mask: NDArray[np.bool_] | None, free: Free, rows: NDArray[np.int64]) -> bool:
+    """Whether the gang would fit if all of these were gone."""
+    trial = free.copy()
+    world.rows.give_back(trial, rows)
+    return fits(world.fleet, line.gang, free=trial, mask=mask)
+
+
+def _look_again(world: World, line: Line, young: NDArray[np.int64], policy: Policy) -> None:
     """Those that have not run long enough may go later."""
     if young.size:
+        world.eyeing[line] = None
         world.set_timer(int(world.rows.since[young].min()) + policy.min_run_ns, "displace", "")
 
 
@@ -242,15 +282,24 @@ class _Relation:
             rank = self._ranks[other.id] = self._order.rank(facts, now=self._now)
         return rank
 
-    def worth(self, other_id: JobId, rows: NDArray[np.int64]) -> int:
-        """What is lost when it goes: for an order plug-in GPUs per rank, else work since the last checkpoint."""
-        held = self._world.rows
-        if self._order.preempts:
-            rank = self.rank_of(self._world.jobs[other_id])
-            return int(1e9 * float(held.gpu[rows].sum()) / max(rank, 1e-9))
-        lost = np.maximum(self._now - np.maximum(held.saved[rows], held.since[rows]), 0)
-        weight = held.gpu[rows].sum(axis=1) + held.cpu[rows] // 16
-        return (int((lost * weight).sum()) // 1_000_000_000).bit_length()
+    def is_conceivable(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of these rows ``claim_on`` could be about to allow, by what the columns tell. Shape (R,)."""
+        held, mine = self._world.rows, TIERS[self._line.tier]
+        if self._mine:
+            return np.ones(len(rows), np.bool_)
+        same_or_earlier: NDArray[np.bool_] = held.tier[rows] <= mine
+        if self._order.preempts or self._world.quota.has_guarantee(self._job.project_id):
+            return same_or_earlier
+        later: NDArray[np.bool_] = (held.tier[rows] == TIERS[Tier.SPOT]) & (mine > TIERS[Tier.SPOT])
+        if self._policy.displace_in_project:
+            later |= held.priority[rows] < self._job.priority
+        later &= same_or_earlier
+        return later
+
+    def cost_of(self, other_id: JobId, rows: NDArray[np.int64]) -> int:
+        """What an order plug-in thinks is lost when it goes: GPUs per rank."""
+        rank = self.rank_of(self._world.jobs[other_id])
+        return int(1e9 * float(self._world.rows.gpu[rows].sum()) / max(rank, 1e-9))
 
 
 def _shortest_prefix(

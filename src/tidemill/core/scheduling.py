@@ -7,17 +7,20 @@ fit is closed until there is more room, so a turn looks at what can change, not 
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from tidemill.core import ending, preempt, waiting
 from tidemill.core.admission import why_not_now
 from tidemill.core.outcome import Outcome
-from tidemill.core.place import Gang, Placed, fits, place_gang
+from tidemill.core.place import Gang, Placed, fits, has_room, place_gang
 from tidemill.core.queueing import Line
 from tidemill.core.reserve import HeldBack, meets_windows, nodes_open_to, plan_start, why_not_open
 from tidemill.core.starting import grow, start
-from tidemill.core.world import Promise, World
+from tidemill.core.world import RECONSIDER, Promise, World
 from tidemill.model.ids import JobId
 from tidemill.model.job import AttemptState, Job
 from tidemill.model.plan import Reason, ResolvableBy
@@ -56,14 +59,23 @@ def _keep_promises(world: World, out: Outcome) -> None:
     for promise in list(world.promises.values()):
         if any(launch in world.allocations for launch in promise.waits_for):
             continue
-        job = world.jobs[promise.job_id]
-        ready = all(world.fleet.is_ready[world.fleet.row[p.node_id]] for p in promise.placed.places)
-        free = all(world.fleet.is_within(place.node_id) for place in promise.placed.places)
-        world.unpromise(promise, give=not (ready and free))
-        if ready and free:
+        job, places = world.jobs[promise.job_id], promise.placed.places
+        ready = all(world.fleet.can_serve(place.node_id, place.devices) for place in places)
+        free = ready and all(world.fleet.is_within(place.node_id, place.devices) for place in places)
+        if ready and not free and _shares_nodes(world, promise):
+            continue  # others are still going there, for another job
+        world.unpromise(promise, give=not free)
+        if free:
             start(world, job, promise.placed, out)
-        else:  # the node was cordoned meanwhile, or laid out anew
+        else:  # the node was cordoned meanwhile, a device failed, or it was laid out anew
             world.queue_up(job)
+
+
+def _shares_nodes(world: World, promise: Promise) -> bool:
+    """Whether another job was promised something on one of the same nodes."""
+    mine = {place.node_id for place in promise.placed.places}
+    others = (other for other in world.promises.values() if other is not promise)
+    return any(place.node_id in mine for other in others for place in other.placed.places)
 
 
 class _Pass:
@@ -78,6 +90,9 @@ class _Pass:
 
     def run(self) -> None:
         world, out = self._world, self._out
+        if out.now >= world.reopened_ns + out.policy.replan_ns:  # shares have changed since, and who may displace whom
+            world.reopen()
+            world.reopened_ns = out.now
         if world.held_back is not None and not world.is_waiting(world.held_back.job_id):
             world.hold_back(None)
         for line, job_id in world.queue.heads(self._is_closed, now=out.now):
@@ -87,6 +102,10 @@ class _Pass:
             job = world.jobs[job_id]
             if self._is_still_blocked(line, job_id):
                 self._claim(world.held_back)
+                self._closed.add(line)
+                continue
+            if self._is_behind_again(line):
+                world.blocked[line] = world.fleet.released
                 self._closed.add(line)
                 continue
             reason = self._try(line, job)
@@ -99,10 +118,23 @@ class _Pass:
     def _is_closed(self, line: Line) -> bool:
         if line in self._closed:
             return True
-        plan = self._world.held_back
+        plan, world = self._world.held_back, self._world
         if plan is not None and plan.line == line:
             return False
-        return self._world.blocked.get(line) == self._world.fleet.released
+        tried = world.blocked.get(line)
+        if tried == world.fleet.released:
+            return True
+        if tried is None or plan is None or self._has_room(line, plan):
+            return False
+        world.blocked[line] = world.fleet.released  # what was released does not help; looked at again with the plan
+        return True
+
+    def _has_room(self, line: Line, plan: HeldBack) -> bool:
+        """Whether it is worth a try: there may be room for a line beside the plan, or for so long as the plan waits."""
+        fleet = self._world.fleet
+        if self._claimed is not None or 0 < line.duration_ns <= plan.at_ns - self._out.now:
+            return has_room(fleet, line.gang)
+        return self._world.kept_beside(plan).has_room(fleet, line.gang)
 
     def _is_still_blocked(self, line: Line, job_id: JobId) -> bool:
         """Whether this is the job with the plan, and nothing has changed since it was made."""
@@ -114,6 +146,13 @@ class _Pass:
             and world.blocked.get(line) == world.fleet.released
             and self._out.now < plan.at_ns
         )
+
+    def _is_behind_again(self, line: Line) -> bool:
+        """Whether a line that was tried before has no room beside the plan that was made since."""
+        plan, world = self._claimed, self._world
+        if plan is None or world.blocked.get(line) != RECONSIDER:
+            return False
+        return not 0 < line.duration_ns <= plan.at_ns - self._out.now and not has_room(world.fleet, line.gang)
 
     def _try(self, line: Line, job: Job) -> Reason | None:
         """Start the job, or promise it places; else the reason why it waits."""
@@ -127,11 +166,13 @@ class _Pass:
         mask = nodes_open_to(world, line, now=out.now, policy=out.policy)
         placed = self._place(line, mask)
         if placed is not None:
-            if (reason := self._over_limit(line, job, placed)) is None:
-                self._start(line, job, placed)
+            within = within_limit(world, line, job, placed, jobs=1)
+            if within is not None:
+                world.give_beyond(line, placed, within)
+                self._start(line, job, within)
                 return None
             world.give_quietly(line, placed)
-            return reason
+            return self._over_limit(line, job, placed)
         if self._displace(line, job, mask):
             return None
         world.blocked[line] = world.fleet.released
@@ -182,8 +223,16 @@ class _Pass:
         world, out = self._world, self._out
         if not out.policy.preemption or not preempt.may_try(world, job, line, policy=out.policy):
             return False
-        found = preempt.displace(world, job, line, mask, now=out.now, policy=out.policy)
-        if found is None or self._over_limit(line, job, found.placed) is not None:
+        found = preempt.displace(
+            world,
+            job,
+            line,
+            mask,
+            now=out.now,
+            policy=out.policy,
+            within=lambda placed: within_limit(world, line, job, placed, jobs=1),
+        )
+        if found is None:
             return False
         self._leave_line(line, job)
         for victim in found.jobs:
@@ -258,6 +307,20 @@ class _Pass:
         return None
 
 
+def within_limit(world: World, line: Line, job: Job, placed: Placed, *, jobs: int) -> Placed | None:
+    """The places, or as many of them as the queue's limits allow if the gang is content with those; else None."""
+
+    def is_over(count: int) -> bool:
+        part = replace(placed, places=placed.places[:count])
+        return world.quota.over_limit(job.project_id, world.amounts_of(line, part), jobs) is not None
+
+    count, least = len(placed.places), line.gang.smallest if jobs else 1
+    if not is_over(count):
+        return placed
+    allowed = bisect_left(range(least, count), True, key=is_over) + least - 1
+    return replace(placed, places=placed.places[:allowed]) if allowed >= least else None
+
+
 def _together(jobs: list[Job], world: World) -> Gang:
     """The largest gang of a group, to say what is missing."""
     return max((world.line_of(job).gang for job in jobs), key=lambda gang: gang.workers)
@@ -292,10 +355,12 @@ def _grow_elastic(world: World, out: Outcome) -> None:
         placed = place_gang(world.fleet, more, score=world.score, mask=mask)
         if placed is None:
             continue
-        if world.quota.over_limit(job.project_id, world.amounts_of(line, placed), 0) is not None:
+        within = within_limit(world, line, job, placed, jobs=0)
+        if within is None:
             world.give_quietly(line, placed)
             continue
-        grow(world, job, attempt, placed.places, out)
+        world.give_beyond(line, placed, within)
+        grow(world, job, attempt, within.places, out)
     if plan is not None:
         world.give_quietly(plan.line, plan.placed)
 

@@ -75,8 +75,12 @@ def _timers(world: World, out: Outcome) -> None:
             _release_suspect(world, NodeId(identity), out)
         elif what == "window":
             _open_window(world, ReservationId(identity), out)
-        elif what == "displace" or (what == "replan" and world.held_back and world.held_back.job_id == identity):
+        elif what == "displace" and world.order.preempts:
             world.reopen()
+        elif what == "displace":
+            world.reopen_eyeing()
+        elif what == "replan" and world.held_back and world.held_back.job_id == identity:
+            world.reconsider()
 
 
 def _release_suspect(world: World, node_id: NodeId, out: Outcome) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -17,7 +17,7 @@ from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.held import HeldArrays
 from tidemill.core.meter import Meter, meters_of, shares_of
 from tidemill.core.ordering import JobFacts, Learns, OrderPolicy
-from tidemill.core.place import Gang, Placed, gang_of, want_of
+from tidemill.core.place import Gang, Kept, Placed, gang_of, want_of
 from tidemill.core.plugins import FAIR, order_named, score_named
 from tidemill.core.preempt import TIERS
 from tidemill.core.queueing import Line, WaitingLines
@@ -43,9 +43,12 @@ from tidemill.model.policy import Policy
 from tidemill.model.queue import CPU, GPU, MEMORY, Queue, QueueUsage
 from tidemill.model.reservation import Reservation
 from tidemill.model.tenant import Project
+from tidemill.model.values import replace
 from tidemill.units import MILLI
 
 _ABSENT: Final = object()
+RECONSIDER: Final = -1
+"""In ``World.blocked``: the line did not fit, but the plan that others were kept clear of is another one now."""
 _MIX_EVERY: Final = 512
 """After how many requests the placement policy is told of the mix."""
 _MIX_HALF: Final = 5_000
@@ -126,6 +129,7 @@ class World:
         self.promises: dict[JobId, Promise] = {}
         self.held_back: HeldBack | None = None
         """The plan of the first blocked job."""
+        self._kept: Kept | None = None
         self.groups: dict[tuple[ProjectId, str], tuple[JobId, ...]] = {}
         """Queued jobs of each group, in order of submission."""
         self.dependents: dict[WorkloadId, tuple[WorkloadId, ...]] = {}
@@ -146,6 +150,10 @@ class World:
         """When all meters were last cut together."""
         self.blocked: dict[Line, int] = {}
         """Lines that did not fit, with the fleet's ``released`` count at that time."""
+        self.reopened_ns = 0
+        """When every line was last tried again whatever its chances."""
+        self.eyeing: dict[Line, None] = {}
+        """Lines that may displace somebody who has not run long enough yet."""
         self.ports: dict[NodeId, dict[int, int]] = {}
         """How often each port of a node is given to live workers."""
         self.behind: dict[Line, tuple[JobId, bool, int]] = {}
@@ -410,7 +418,7 @@ class World:
             self.fleet.rollback(self._fleet_mark)
         self.behind.clear()
         self.line_reasons.clear()
-        self.blocked.clear()
+        self.reopen()
 
     # -- holding and releasing ----------------------------------------------------------------------------------
 
@@ -496,9 +504,25 @@ class World:
         self.give(line, placed)
         self.fleet.released = released
 
+    def give_beyond(self, line: Line, placed: Placed, within: Placed) -> None:
+        """Give back those of the places taken in this turn that are not among the first, which are kept."""
+        if within is not placed:
+            self.give_quietly(line, replace(placed, places=placed.places[len(within.places) :]))
+
     def reopen(self) -> None:
         """Have every line tried again: something other than room changed."""
         self.blocked.clear()
+        self.eyeing.clear()
+
+    def reopen_eyeing(self) -> None:
+        """Have those lines tried again that may displace somebody who had not run long enough."""
+        for line in self.eyeing:
+            self.blocked.pop(line, None)
+        self.eyeing.clear()
+
+    def reconsider(self) -> None:
+        """Have every line looked at again, and tried if there may be room for it."""
+        self.blocked.update(dict.fromkeys(self.blocked, RECONSIDER))
 
     def refresh_readiness(self) -> None:
         """Nodes were marked: what may be placed where has changed."""
@@ -526,12 +550,20 @@ class World:
                 self.update(self.usages, usage.id, known, at_ns=usage.at_ns, taken=usage.taken)
 
     def hold_back(self, plan: HeldBack | None) -> None:
-        """Remember the plan of the first blocked job. What was closed under another plan is open again."""
+        """Remember the plan of the first blocked job. What was closed under another plan is looked at again."""
         before = self.held_back
         self._undo.append(lambda: setattr(self, "held_back", before))
         self.held_back = plan
         if (before.placed if before else None) != (plan.placed if plan else None):
-            self.blocked.clear()
+            self.reconsider()
+
+    def kept_beside(self, plan: HeldBack) -> Kept:
+        """The places of a plan as something to look past."""
+        kept = self._kept
+        if kept is None or kept.placed is not plan.placed or kept.layouts != self.fleet.layouts:
+            resources = plan.line.gang.choices[plan.placed.choice].resources
+            kept = self._kept = Kept(self.fleet, resources, plan.placed)
+        return kept
 
     def _count(self, allocation: Allocation, sign: int) -> None:
         """Count what is held: against the queue and its user, on the node, at its ports."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from msgspec import Struct
+
 from tidemill.model.fleet import Node
 from tidemill.model.ids import DeviceId, JobId, LaunchId, NodeId, ReservationId, WorkloadId
 from tidemill.model.job import AllocationState, Cause, Workload
@@ -255,8 +257,7 @@ Fact = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogEntry:
+class LogEntry(Struct, frozen=True, kw_only=True, gc=False):
     """One line of the append-only event log, as the turn produces it; the store adds the sequence number.
 
     ``type`` is the event's name in past tense, ``body`` what there is to know, in plain JSON values.

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from msgspec import Struct
+
 from tidemill.model.ids import (
     AttemptId,
     DeviceId,
@@ -105,8 +107,7 @@ class Workload:
     submitted_ns: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Job(Struct, frozen=True, kw_only=True, gc=False):
     """One schedulable unit: a gang that starts whole or not at all.
 
     ``attempts`` counts tries so far, ``retries`` those that followed another. ``exit_code`` is that of the
@@ -140,8 +141,7 @@ class Job:
     """When it began to wait again after an attempt; zero: it has waited since it was submitted."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
+class Attempt(Struct, frozen=True, kw_only=True, gc=False):
     """One try at running a job. ``number`` counts from 1 and is also the fencing token of its leases.
 
     ``cause`` is set when it is decided that the attempt ends, before its workers are gone.
@@ -169,8 +169,7 @@ class Attempt:
     """The rank that the next worker to join would get; ranks are never given twice."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceShare:
+class DeviceShare(Struct, frozen=True, kw_only=True, gc=False):
     """Part or all of one device: ``milli`` thousandths of it; a MIG slice has its ``profile`` and first slice."""
 
     device_id: DeviceId
@@ -179,8 +178,7 @@ class DeviceShare:
     slice: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Allocation:
+class Allocation(Struct, frozen=True, kw_only=True, gc=False):
     """What one worker of an attempt holds on one node, under a lease with a fencing token.
 
     ``ports`` maps port names to the numbers given. ``isolation`` says, as ``name=value`` words, what the

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from msgspec import Struct
+
 from tidemill.model.ids import AttemptId, JobId, LaunchId, NodeId, ProjectId
 
 CPU_METER = "cpu"
@@ -18,8 +20,7 @@ class Evidence(StrEnum):
     ESTIMATED = "estimated"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UsageInterval:
+class UsageInterval(Struct, frozen=True, kw_only=True, gc=False):
     """``milli`` thousandths of one meter of one node, held from ``from_ns`` until just before ``to_ns``.
 
     ``launch_id`` empty means that nobody held them: idle. For a node and a meter, the intervals tile time:
@@ -75,8 +76,7 @@ class RateCard:
         return next((rate.micro_per_hour for rate in self.rates if rate.resource == resource), 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LedgerLine:
+class LedgerLine(Struct, frozen=True, kw_only=True, gc=False):
     """One priced interval; ``id`` is that of the usage, so a line can be written once only.
 
     ``energy_mj`` includes the site's PUE.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from msgspec import Struct
+
 from tidemill.model.events import LogEntry
 from tidemill.model.fleet import Node
 from tidemill.model.ids import JobId, LaunchId, ProjectId
@@ -41,16 +43,14 @@ class Reason:
     sentence: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class Change(Struct, frozen=True, kw_only=True, gc=False):
     """A new value of one thing, and the version of it that the turn assumed (None: it did not exist)."""
 
     assumed: int | None
     after: Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
+class Launch(Struct, frozen=True, kw_only=True, gc=False):
     """Start a worker; the shell makes the engine's ``LaunchSpec`` from the stored values."""
 
     launch_id: LaunchId
@@ -64,8 +64,7 @@ class Stop:
     grace_ns: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forget:
+class Forget(Struct, frozen=True, kw_only=True, gc=False):
     """Clean up after a launch that is recorded as released: nothing of it may run."""
 
     launch_id: LaunchId
@@ -74,8 +73,7 @@ class Forget:
 Command = Launch | Stop | Forget
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Waiting:
+class Waiting(Struct, frozen=True, kw_only=True, gc=False):
     """Why a job waits."""
 
     job_id: JobId

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -25,6 +25,7 @@ from tidemill.model.job import (
 )
 from tidemill.model.ledger import CPU_METER, LedgerLine
 from tidemill.model.plan import Change, Reason, Waiting
+from tidemill.model.values import replace
 from tidemill.ports import Batch, JobFilter, JobRow, Store
 from tidemill.testing.samples import (
     BLUE,

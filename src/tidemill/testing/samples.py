@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any, Final
 
 from tidemill.errors import TidemillError
@@ -41,6 +40,7 @@ from tidemill.model.plan import Change, Reason, ResolvableBy
 from tidemill.model.queue import GPU, Queue, QueueUsage
 from tidemill.model.reservation import Reservation
 from tidemill.model.spec import Environment, Kind, Port, RetryOn, RetryPolicy, Service, WorkloadSpec
+from tidemill.model.values import replace
 from tidemill.ports import IdempotencyRecord
 from tidemill.units import DAY_NS, HOUR_NS, SECOND_NS
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import count
 from typing import Any, Final
 
@@ -36,6 +35,7 @@ from tidemill.model.ledger import CPU_METER, Evidence
 from tidemill.model.plan import Change, Reason, Waiting
 from tidemill.model.spec import Kind
 from tidemill.model.tenant import Organization, Principal, PrincipalKind, Project, Scope, Secret, Token
+from tidemill.model.values import replace
 from tidemill.ports import Batch, JobFilter, Page, Snapshot, Store
 from tidemill.testing.samples import (
     BLUE,
@@ -308,6 +308,30 @@ def check_load_is_what_is_not_over(open_store: OpenStore) -> None:
         same([one.name for one in found.nodes], ["a", "b"], "the nodes")
         same(found.metered_until, ((NodeId("node_a"), CPU_METER, 5),), "the marks")
         same(found.last_seq, 2, "the newest event")
+
+
+def check_load_counts_jobs_that_ended_badly(open_store: OpenStore) -> None:
+    """A snapshot says how many jobs of each workload that is not over ended other than well, also after reopening."""
+    with _Session(open_store) as it:
+        mixed, well, over, fresh = (a_workload(n) for n in (1, 2, 3, 4))
+        many = [a_job(mixed, index) for index in range(4)]
+        fine = [a_job(well, index) for index in range(2)]
+        it.commit(changes=new(mixed, well, over, fresh, *many, *fine, a_job(over), a_job(fresh)))
+        same(it.store.load().unlucky, (), "nobody's bad luck while all jobs wait")
+        it.commit(
+            changes=[
+                moved(many[0], JobState.FAILED),
+                moved(many[1], JobState.CANCELLED),
+                moved(many[2], JobState.SUCCEEDED),
+                moved(fine[0], JobState.SUCCEEDED),
+                moved(a_job(over), JobState.FAILED),
+            ]
+        )
+        same(it.store.load().unlucky, ((mixed.id, 2),), "jobs that failed or were cancelled, where others still live")
+        again = open_store()
+        same(again.load().unlucky, ((mixed.id, 2),), "the same after reopening")
+        it.commit(changes=[moved(many[3], JobState.FAILED), moved(fine[1], JobState.CANCELLED)])
+        same(it.store.load().unlucky, (), "nobody's bad luck when the workloads are over")
 
 
 def check_policies_are_loaded(open_store: OpenStore) -> None:
@@ -635,6 +659,7 @@ CHECKS: Final[tuple[Callable[[OpenStore], None], ...]] = (
     check_meter_marks_only_move_forward,
     check_sums_are_exact_beyond_64_bits,
     check_load_is_what_is_not_over,
+    check_load_counts_jobs_that_ended_badly,
     check_policies_are_loaded,
     check_reasons_stay_while_a_job_waits,
     check_lists_filter,

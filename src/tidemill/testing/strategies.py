@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
 from hypothesis import strategies as st
+from msgspec import Struct
 
 from tidemill.model.artifact import Artifact
 from tidemill.model.events import LogEntry
@@ -42,8 +43,10 @@ NAMES: Final = st.from_regex(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,8}[A-Za-z0-9])?", fu
 
 
 def _built(kind: type[Any], **known: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Values of a dataclass: fields by their types, with any texts and numbers where those are asked for."""
-    return st.builds(kind, **dict.fromkeys(kind.__dataclass_fields__, ...) | known)
+    """Values of a kind: fields by their types, with any texts and numbers where those are asked for."""
+    names = kind.__struct_fields__ if issubclass(kind, Struct) else kind.__dataclass_fields__
+    hints = get_type_hints(kind)
+    return st.builds(kind, **{name: known.get(name, st.from_type(hints[name])) for name in names})
 
 
 def _tuples(of: st.SearchStrategy[Any], size: int = 3) -> st.SearchStrategy[tuple[Any, ...]]:

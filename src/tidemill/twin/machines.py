@@ -145,7 +145,12 @@ class Machines:
             gang = self._gangs[held.job_id] = self._gang(held, work)
         if launch_id not in gang.workers:
             gang.workers[launch_id] = False
-            self._plan(now + self._start_delay_ns + (work.start_ns if held.fence == 1 else work.restart_ns), "start", gang, launch_id)
+            self._plan(
+                now + self._start_delay_ns + (work.start_ns if held.fence == 1 else work.restart_ns),
+                "start",
+                gang,
+                launch_id,
+            )
 
     def _gang(self, held: Allocation, work: Work) -> _Gang:
         spec, attempt = self._cloud.spec(held.job_id), self._cloud.attempt(held.job_id)

@@ -140,7 +140,9 @@ class _Run:
         for index in range(item.spec.job_count):
             job = job_id(workload.id, index)
             takes = item.durations_ns[index] if item.durations_ns else item.duration_ns
-            self.machines.expect(job, Work(takes, item.checkpoint_ns, item.saves_on_stop, item.start_ns, item.restart_ns))
+            self.machines.expect(
+                job, Work(takes, item.checkpoint_ns, item.saves_on_stop, item.start_ns, item.restart_ns)
+            )
             self.measures.submitted(job, item.tenant, item.spec, takes, now)
             self._tenants[job] = (item.tenant, milli)
         yield Submitted(at_ns=now, workload=workload)
