@@ -88,7 +88,7 @@ def counts_a_stretch_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def releases_without_cutting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ending, "shares_of", lambda _held: ())
+    monkeypatch.setattr(ending, "meters_held", lambda _held: ())
 
 
 def frees_devices_before_the_worker_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def does_not_bump_versions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def starts_without_cutting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(starting, "shares_of", lambda _held: ())
+    monkeypatch.setattr(starting, "meters_held", lambda _held: ())
 
 
 BUGS = [
@@ -250,7 +250,6 @@ def test_the_books_price_pue_and_carbon() -> None:
     usage = UsageInterval(node_id="n", meter="cpu", resource="cpu", from_ns=0, to_ns=3600 * 10**9, milli=2000, energy_mj=3_600_000_000, evidence="estimated", launch_id="l")  # type: ignore[arg-type]  # fmt: skip
     from tidemill.model.ledger import Rate
 
-    line = rating.rate_usage(
-        usage, RateCard(id="r", rates=(Rate(resource="cpu", micro_per_hour=44_625, source=""),)), site
-    )
+    card = RateCard(id="r", rates=(Rate(resource="cpu", micro_per_hour=44_625, source=""),))
+    [line] = rating.rate_all([usage], card, lambda _node: site)
     assert (line.amount_micro, line.energy_mj, line.carbon_mg) == (89_250, 5_400_000_000, 600_000)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tidemill.core.feasible import Fitting, Shape, fitting, places_for_slices, tolerates, workers_that_fit
 from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.place import Gang, fits, gang_of
-from tidemill.core.world import World, line_of
+from tidemill.core.world import World
 from tidemill.model.fleet import Level
 from tidemill.model.job import Workload
 from tidemill.model.plan import Reason, ResolvableBy
@@ -26,10 +26,11 @@ def why_never(fleet: FleetArrays, spec: WorkloadSpec) -> Reason | None:
 
 def why_refused(world: World, workload: Workload) -> Reason | None:
     """Why a workload is not let in: it could never run here, or never under its queue's limits; None when it may."""
-    never = why_never(world.fleet, workload.spec)
+    line = world.line_of_workload(workload)
+    never = why_never_gang(world.fleet, line.gang)
     if never is not None:
         return never
-    amounts = world.amounts_of(line_of(workload))
+    amounts = world.amounts_of(line)
     return world.quota.over_limit(workload.project_id, amounts, 1, ever=True)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tidemill.core import waiting
 from tidemill.core.lifecycle import ALLOCATION, ATTEMPT, JOB, apply, may
-from tidemill.core.meter import shares_of
+from tidemill.core.meter import meters_held
 from tidemill.core.outcome import Outcome
 from tidemill.core.world import World
 from tidemill.model.ids import JobId
@@ -37,8 +37,7 @@ def release(
     cpu_used_ns: int = 0,
 ) -> None:
     """Close the books on a worker that is gone and free what it held."""
-    for name, _ in shares_of(held):
-        out.cut(world, held.node_id, name)
+    out.cut(world, held.node_id, meters_held(held))
     after = world.update(
         world.allocations,
         held.id,

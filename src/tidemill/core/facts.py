@@ -12,7 +12,7 @@ from functools import partial, singledispatch
 from tidemill.core import ending, waiting
 from tidemill.core.admission import why_refused
 from tidemill.core.lifecycle import ALLOCATION, ATTEMPT, JOB, NODE, apply, may
-from tidemill.core.meter import shares_of
+from tidemill.core.meter import meters_held
 from tidemill.core.outcome import Outcome
 from tidemill.core.world import World
 from tidemill.model.events import (
@@ -219,7 +219,7 @@ def _sampled(fact: Sampled, world: World, _out: Outcome) -> None:
     for name, energy in fact.energy_mj:
         meter = world.meters.get((fact.node_id, name))
         if meter is not None:
-            world.watch_meter(meter)
+            world.watch_meters([meter])
             meter.read(energy)
 
 
@@ -227,8 +227,7 @@ def _sampled(fact: Sampled, world: World, _out: Outcome) -> None:
 def _meters_read(fact: MetersRead, world: World, out: Outcome) -> None:
     attempt = world.attempts.get(fact.job_id)
     for held in world.workers_of(attempt) if attempt is not None else ():
-        for name, _ in shares_of(held):
-            out.cut(world, held.node_id, name)
+        out.cut(world, held.node_id, meters_held(held))
 
 
 @_take.register
@@ -247,11 +246,11 @@ def _node_joined(fact: NodeJoined, world: World, out: Outcome) -> None:
         absent = known.boot_id != node.boot_id or known.state is NodeState.LOST
         names = ("cpu", *(device.id for device in known.devices))
         for meter in [world.meters[node.id, name] for name in names if (node.id, name) in world.meters]:
-            world.watch_meter(meter)
+            world.watch_meters([meter])
             if absent:
                 meter.since_ns = max(meter.since_ns, out.now)
             elif meter.name not in {device.id for device in node.devices} | {"cpu"}:
-                out.cut(world, node.id, meter.name)
+                out.cut(world, node.id, [meter.name])
                 world.drop(world.meters, (node.id, meter.name))
         if not same:
             joined_ns = out.now if absent else known.joined_ns
@@ -309,7 +308,7 @@ def _node_went_away(fact: NodeWentAway, world: World, out: Outcome) -> None:
         waiting.break_promise(world, promise.job_id)
         world.queue_up(world.jobs[promise.job_id])
     for name in ("cpu", *(device.id for device in node.devices)):
-        out.cut(world, node.id, name)
+        out.cut(world, node.id, [name])
         world.drop(world.meters, (node.id, name))
     lost_at = (*node.lost_at_ns, out.now)[-64:] if not _is_shutdown(fact) else node.lost_at_ns
     state = apply(NODE, node.state, "lost")

@@ -11,6 +11,7 @@ what each held, down to the last millijoule; else it is estimated from the devic
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tidemill.model.fleet import Node
 from tidemill.model.ids import AttemptId, JobId, LaunchId, NodeId, ProjectId
@@ -19,8 +20,7 @@ from tidemill.model.ledger import CPU_METER, Evidence, UsageInterval
 from tidemill.units import MILLI, SECOND_NS
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(NamedTuple):
     """Who holds part of a meter."""
 
     milli: int
@@ -53,60 +53,61 @@ class Meter:
         if self.counter_mj is None and not self.holders:
             self.counter_mj = energy_mj
 
-    def cut(self, now: int) -> tuple[UsageInterval, ...]:
+    def cut(self, now: int) -> list[UsageInterval]:
         """The intervals from ``since_ns`` until ``now``, after which the meter is open from ``now``.
 
         Nothing when no time has passed.
         """
-        if now <= self.since_ns:
-            return ()
+        since = self.since_ns
+        if now <= since:
+            return []
         measured = None
         if self.counter_mj is not None and self.latest_mj is not None and self.latest_mj >= self.counter_mj:
             measured = self.latest_mj - self.counter_mj
+        evidence = Evidence.ESTIMATED if measured is None else Evidence.MEASURED
         intervals, left_mj, left_milli = [], measured or 0, self.capacity_milli
         for launch, holder in self.holders.items():
             if measured is None:
-                energy = _telescoped(self.busy_mw * holder.milli, MILLI * SECOND_NS, self.since_ns, now)
+                energy = _telescoped(self.busy_mw * holder.milli, MILLI * SECOND_NS, since, now)
             else:
                 energy = left_mj * holder.milli // max(left_milli, 1)
                 left_mj -= energy
             left_milli -= holder.milli
-            intervals.append(self._interval(now, holder.milli, energy, measured is not None, launch, holder))
-        if left_milli > 0:
-            energy = (
-                _telescoped(self.idle_mw * left_milli, MILLI * SECOND_NS, self.since_ns, now)
-                if measured is None
-                else left_mj
+            intervals.append(
+                UsageInterval(
+                    node_id=self.node_id,
+                    meter=self.name,
+                    resource=self.resource,
+                    from_ns=since,
+                    to_ns=now,
+                    milli=holder.milli,
+                    energy_mj=energy,
+                    evidence=evidence,
+                    launch_id=launch,
+                    attempt_id=holder.attempt_id,
+                    job_id=holder.job_id,
+                    project_id=holder.project_id,
+                    included=holder.included,
+                )
             )
-            intervals.append(self._interval(now, left_milli, energy, measured is not None))
+        if left_milli > 0:
+            if measured is None:
+                left_mj = _telescoped(self.idle_mw * left_milli, MILLI * SECOND_NS, since, now)
+            intervals.append(
+                UsageInterval(
+                    node_id=self.node_id,
+                    meter=self.name,
+                    resource=self.resource,
+                    from_ns=since,
+                    to_ns=now,
+                    milli=left_milli,
+                    energy_mj=left_mj,
+                    evidence=evidence,
+                )
+            )
         self.since_ns = now
         self.counter_mj = self.latest_mj
-        return tuple(intervals)
-
-    def _interval(
-        self,
-        now: int,
-        milli: int,
-        energy: int,
-        measured: bool,
-        launch: LaunchId = LaunchId(""),
-        by: Holder | None = None,
-    ) -> UsageInterval:
-        return UsageInterval(
-            node_id=self.node_id,
-            meter=self.name,
-            resource=self.resource,
-            from_ns=self.since_ns,
-            to_ns=now,
-            milli=milli,
-            energy_mj=energy,
-            evidence=Evidence.MEASURED if measured else Evidence.ESTIMATED,
-            launch_id=launch,
-            attempt_id=by.attempt_id if by else AttemptId(""),
-            job_id=by.job_id if by else JobId(""),
-            project_id=by.project_id if by else ProjectId(""),
-            included=by.included if by else False,
-        )
+        return intervals
 
 
 def _telescoped(rate: int, divisor: int, from_ns: int, to_ns: int) -> int:
@@ -123,20 +124,20 @@ def meters_of(node: Node, *, now: int) -> tuple[Meter, ...]:
     return (cpu, *gpus)
 
 
-def shares_of(allocation: Allocation) -> tuple[tuple[str, Holder], ...]:
+def meters_held(allocation: Allocation) -> tuple[str, ...]:
+    """Which meters of its node an allocation holds a part of; several slices of one device are one part of it."""
+    return (CPU_METER, *dict.fromkeys([share.device_id for share in allocation.devices]))
+
+
+def shares_of(allocation: Allocation) -> list[tuple[str, Holder]]:
     """Which meters of its node an allocation holds, and how much of each.
 
     The processors that come with a GPU are included in the GPU's price; alone, they are paid for.
     """
-    with_gpu = bool(allocation.devices)
-    cpu = Holder(allocation.cpu_milli, allocation.attempt_id, allocation.job_id, allocation.project_id, with_gpu)
+    attempt, job, project = allocation.attempt_id, allocation.job_id, allocation.project_id
     of_device: dict[str, int] = {}
-    for share in allocation.devices:  # several slices of one device are one share of it
+    for share in allocation.devices:
         of_device[share.device_id] = of_device.get(share.device_id, 0) + share.milli
-    return (
-        (CPU_METER, cpu),
-        *(
-            (device, Holder(milli, allocation.attempt_id, allocation.job_id, allocation.project_id, False))
-            for device, milli in of_device.items()
-        ),
-    )
+    shares = [(CPU_METER, Holder(allocation.cpu_milli, attempt, job, project, bool(of_device)))]
+    shares += [(device, Holder(milli, attempt, job, project, False)) for device, milli in of_device.items()]
+    return shares

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,12 +34,16 @@ class Outcome:
         )
         self.log.append(LogEntry(at_ns=self.now, type=event, body=tuple(body.items()), **where))
 
-    def cut(self, world: World, node_id: NodeId, meter_name: str) -> None:
-        """Close the open stretch of a meter, because what it counts is about to change."""
-        meter = world.meters.get((node_id, meter_name))
-        if meter is not None:
-            world.watch_meter(meter)
-            self.usage.extend(meter.cut(self.now))
+    def cut(self, world: World, node_id: NodeId, meters: Iterable[str]) -> None:
+        """Close the open stretches of some meters of a node, because what they count is about to change."""
+        now, known = self.now, world.meters
+        open_meters = [
+            meter for name in meters if (meter := known.get((node_id, name))) is not None and meter.since_ns < now
+        ]
+        if open_meters:
+            world.watch_meters(open_meters)
+            for meter in open_meters:
+                self.usage += meter.cut(now)
 
     def wait(self, world: World, job_id: JobId, reason: Reason) -> None:
         """A job waits for this reason; stored when the reason is another one than before."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,8 +65,7 @@ class _Claim(Enum):
     """Only as long as the other side holds more than it is guaranteed."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Unit:
+class _Unit(NamedTuple):
     """What goes together: the rows of a whole gang, or one worker that its gang can do without."""
 
     job_id: JobId
@@ -156,25 +155,33 @@ def _who_may_go(
         return []
     candidates = candidates[np.argsort(held.gang[candidates], kind="stable")]
     starts = np.flatnonzero(np.diff(held.gang[candidates], prepend=-1))
-    weight = held.gpu[candidates].sum(axis=1)
-    sizes = np.add.reduceat(weight, starts) + np.add.reduceat(held.cpu[candidates], starts) // 16
-    worths = np.add.reduceat(_lost(held, candidates, now) * (weight + held.cpu[candidates] // 16), starts)
+    gpu, tiers = held.gpu[candidates].sum(axis=1), held.tier[candidates[starts]]
+    sizes = np.add.reduceat(gpu, starts) + np.add.reduceat(held.cpu[candidates], starts) // 16
+    worths = np.add.reduceat(_lost(held, candidates, now) * (gpu + held.cpu[candidates] // 16), starts)
+    by_rank = relation.has_rank_over(candidates, starts)
+    others = [held.jobs[gang] for gang in held.gang[candidates[starts]].tolist()]
+    surplus = held.surplus[candidates] > 0
+    is_elastic = np.logical_or.reduceat(surplus, starts).tolist()
     units: list[tuple[tuple[int, int, int, int, str], _Unit]] = []
-    for rows, size, worth in zip(np.split(candidates, starts[1:]), sizes.tolist(), worths.tolist(), strict=True):
-        other = held.jobs[int(held.gang[rows[0]])]
-        claim = relation.claim_on(other, rows)
+    parts = zip(others, np.split(candidates, starts[1:]), tiers.tolist(), sizes.tolist(), worths.tolist(), strict=True)
+    for at, (other, rows, tier, size, worth) in enumerate(parts):
+        claim = _Claim.RANK if by_rank[at] else relation.claim_on(other, rows)
         if claim is _Claim.NONE:
             continue
-        tier = int(held.tier[rows[0]])
-        is_surplus = held.surplus[rows] > 0
-        units.extend(
-            ((tier, 0, 0, -row, other), _Unit(other, np.array([row]), False, claim))
-            for row in rows[is_surplus].tolist()
-        )
         cost = relation.cost_of(other, rows) if world.order.preempts else (worth // SECOND_NS).bit_length()
-        units.append(((tier, 1, cost, -size, other), _Unit(other, rows[~is_surplus], True, claim)))
-    units.sort(key=lambda pair: pair[0])
+        if is_elastic[at]:
+            spare = held.surplus[rows] > 0
+            units.extend(
+                ((tier, 0, 0, -row, other), _Unit(other, np.array([row]), False, claim)) for row in rows[spare].tolist()
+            )
+            rows = rows[~spare]
+        units.append(((tier, 1, cost, -size, other), _Unit(other, rows, True, claim)))
+    units.sort(key=_first)
     return [unit for _, unit in units if unit.claim is not _Claim.GUARANTEE or relation.may_reclaim(unit)]
+
+
+def _first(pair: tuple[tuple[int, int, int, int, str], _Unit]) -> tuple[int, int, int, int, str]:
+    return pair[0]
 
 
 def _lost(held: HeldArrays, rows: NDArray[np.int64], now: int) -> NDArray[np.int64]:
@@ -296,6 +303,13 @@ class _Relation:
         later &= same_or_earlier
         return later
 
+    def has_rank_over(self, rows: NDArray[np.int64], starts: NDArray[np.int64]) -> list[bool]:
+        """Of which gangs, whose rows begin at ``starts``, ``claim_on`` says RANK for their tier alone. Shape (G,)."""
+        if self._mine or self._line.tier is Tier.SPOT:
+            return [False] * len(starts)
+        is_spot: list[bool] = (self._world.rows.tier[rows[starts]] == TIERS[Tier.SPOT]).tolist()
+        return is_spot
+
     def cost_of(self, other_id: JobId, rows: NDArray[np.int64]) -> int:
         """What an order plug-in thinks is lost when it goes: GPUs per rank."""
         rank = self.rank_of(self._world.jobs[other_id])
@@ -307,21 +321,22 @@ def _shortest_prefix(
 ) -> int | None:
     """How many units, from the front, have to go for the gang to fit; None when all of them are not enough."""
 
-    def enough(count: int) -> bool:
-        trial = free.copy()
-        if count:
-            world.rows.give_back(trial, np.concatenate([unit.rows for unit in units[:count]]))
-        return fits(world.fleet, line.gang, free=trial, mask=mask)
+    def without(count: int) -> Free:
+        trial = before.copy()
+        world.rows.give_back(trial, np.concatenate([unit.rows for unit in units[gone:count]]))
+        return trial
 
-    if not units or not enough(len(units)):
+    before, gone = free, 0
+    if not units or not fits(world.fleet, line.gang, free=without(len(units)), mask=mask):
         return None
     low, high = 1, len(units)
     while low < high:
         middle = (low + high) // 2
-        if enough(middle):
+        trial = without(middle)
+        if fits(world.fleet, line.gang, free=trial, mask=mask):
             high = middle
         else:
-            low = middle + 1
+            low, before, gone = middle + 1, trial, middle
     return low
 
 

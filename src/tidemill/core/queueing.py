@@ -116,7 +116,8 @@ class WaitingLines:
         self._members: dict[JobId, tuple[Line, _Entry]] = {}
         self._ageing: list[tuple[int, JobId, int]] = []
         """A heap of (since, job, mark) of those that are not late yet."""
-        self._marks = 0
+        self.arrivals = 0
+        """How many entries there have been so far, those that came again included."""
         self._journal: list[tuple[bool, Line, _Entry]] = []
         """What happened since ``commit``, newest last: whether the entry came, its line, the entry."""
 
@@ -204,6 +205,10 @@ class WaitingLines:
         entry = self._head(lane) if lane is not None else None
         return entry.job_id if entry is not None else None
 
+    def has_late(self, now: int) -> bool:
+        """Whether there is a job whose patience ends by now and that was not found late before."""
+        return bool(self.patience_ns and self._ageing and self._ageing[0][0] + self.patience_ns <= now)
+
     def members(self) -> list[JobId]:
         """The jobs that wait."""
         return [job for job in self._members if self._is_waiting(job)]
@@ -214,11 +219,11 @@ class WaitingLines:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _insert(self, line: Line, rank: float, submitted_ns: int, job: JobId, since_ns: int) -> _Entry:
-        self._marks += 1
+        self.arrivals += 1
         lane = self._lanes.get(line)
         if lane is None:
             lane = self._lanes[line] = _Lane(line)
-        entry = _Entry(rank, submitted_ns, job, self._marks, since_ns)
+        entry = _Entry(rank, submitted_ns, job, self.arrivals, since_ns)
         self._members[job] = (lane.line, entry)
         heapq.heappush(lane.entries, entry)
         if self.patience_ns:

@@ -7,25 +7,36 @@ the site's PUE, carbon follows from energy and the grid's intensity.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from tidemill.model.fleet import Site
+from tidemill.model.ids import NodeId
 from tidemill.model.ledger import LedgerLine, RateCard, UsageInterval
 from tidemill.units import HOUR_NS, KILOWATT_HOUR_MJ, MILLI
 
 
-def rate_usage(usage: UsageInterval, card: RateCard, site: Site) -> LedgerLine:
-    """The priced line of one interval. Idle time and what is included in another line cost nothing."""
-    is_free = usage.is_idle or usage.included
-    energy = usage.energy_mj * site.pue_milli // MILLI
-    return LedgerLine(
-        id=usage.id,
-        usage=usage,
-        rate_card=card.id,
-        amount_micro=0
-        if is_free
-        else amount_micro(card.micro_per_hour(usage.resource), usage.milli, usage.from_ns, usage.to_ns),
-        energy_mj=energy,
-        carbon_mg=carbon_mg(energy, site),
-    )
+def rate_all(usages: Sequence[UsageInterval], card: RateCard, site_of: Callable[[NodeId], Site]) -> list[LedgerLine]:
+    """The priced line of each interval. Idle time and what is included in another line cost nothing."""
+    if not usages:
+        return []
+    prices = card.by_resource()
+    lines: list[LedgerLine] = []
+    for usage in usages:
+        site = site_of(usage.node_id)
+        energy = usage.energy_mj * site.pue_milli // MILLI
+        is_free = not usage.launch_id or usage.included
+        price = 0 if is_free else prices.get(usage.resource, 0)
+        lines.append(
+            LedgerLine(
+                id=usage.id,
+                usage=usage,
+                rate_card=card.id,
+                amount_micro=price and amount_micro(price, usage.milli, usage.from_ns, usage.to_ns),
+                energy_mj=energy,
+                carbon_mg=carbon_mg(energy, site),
+            )
+        )
+    return lines
 
 
 def amount_micro(micro_per_hour: int, milli: int, from_ns: int, to_ns: int) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from tidemill.core.fleetarrays import Free
 from tidemill.core.held import NEVER
 from tidemill.core.place import Placed, fits, place_gang
 from tidemill.core.queueing import Line
@@ -154,13 +155,12 @@ def plan_start(world: World, job: JobId, line: Line, *, now: int, policy: Policy
     if not instants.size:
         return None
     if world.reservations:
-        at = _first_of_few(world, line, rows, ends, instants, policy)
+        found = _first_of_few(world, line, rows, ends, instants, policy)
     else:
-        at = _first_by_halving(world, line, rows, ends, instants, policy)
-    if at is None:
+        found = _first_by_halving(world, line, rows, ends, instants, policy)
+    if found is None:
         return None
-    free = world.fleet.free().copy()
-    held.give_back(free, rows[ends[rows] <= at])
+    at, free = found
     mask = nodes_open_to(world, line, now=at, policy=policy)
     placed = place_gang(world.fleet, line.gang, score=world.score, free=free, mask=mask)
     if placed is None:
@@ -173,14 +173,6 @@ def _openings(world: World, now: int) -> NDArray[np.int64]:
     return np.array([edge for window in windows if window is not None for edge in window], np.int64)
 
 
-def _fits_at(
-    world: World, line: Line, rows: NDArray[np.int64], ends: NDArray[np.int64], at: int, policy: Policy
-) -> bool:
-    free = world.fleet.free().copy()
-    world.rows.give_back(free, rows[ends[rows] <= at])
-    return fits(world.fleet, line.gang, free=free, mask=nodes_open_to(world, line, now=at, policy=policy))
-
-
 def _first_by_halving(
     world: World,
     line: Line,
@@ -188,18 +180,28 @@ def _first_by_halving(
     ends: NDArray[np.int64],
     instants: NDArray[np.int64],
     policy: Policy,
-) -> int | None:
-    """More has ended at each later instant, so if it fits at one it fits at all that follow."""
-    if not _fits_at(world, line, rows, ends, int(instants[-1]), policy):
+) -> tuple[int, Free] | None:
+    """More has ended at each later instant, so if it fits at one it fits at all that follow. Also what is free then."""
+    mask = nodes_open_to(world, line, now=int(instants[0]), policy=policy)
+    ended = np.searchsorted(ends[rows], instants, side="right")
+
+    def free_at(index: int) -> Free:
+        then = before.copy()
+        world.rows.give_back(then, rows[given : ended[index]])
+        return then
+
+    before, given = world.fleet.free(), 0
+    low, high, at_high = 0, len(instants) - 1, free_at(len(instants) - 1)
+    if not fits(world.fleet, line.gang, free=at_high, mask=mask):
         return None
-    low, high = 0, len(instants) - 1
     while low < high:
         middle = (low + high) // 2
-        if _fits_at(world, line, rows, ends, int(instants[middle]), policy):
-            high = middle
+        then = free_at(middle)
+        if fits(world.fleet, line.gang, free=then, mask=mask):
+            high, at_high = middle, then
         else:
-            low = middle + 1
-    return int(instants[low])
+            low, before, given = middle + 1, then, int(ended[middle])
+    return int(instants[low]), at_high
 
 
 def _first_of_few(
@@ -209,8 +211,13 @@ def _first_of_few(
     ends: NDArray[np.int64],
     instants: NDArray[np.int64],
     policy: Policy,
-) -> int | None:
+) -> tuple[int, Free] | None:
     """Windows close nodes again, so instants are tried one after the other, evenly chosen when there are many."""
     if len(instants) > _PROBES:
         instants = instants[np.unique(np.linspace(0, len(instants) - 1, _PROBES).astype(np.int64))]
-    return next((int(at) for at in instants if _fits_at(world, line, rows, ends, int(at), policy)), None)
+    for at in instants.tolist():
+        free = world.fleet.free().copy()
+        world.rows.give_back(free, rows[ends[rows] <= at])
+        if fits(world.fleet, line.gang, free=free, mask=nodes_open_to(world, line, now=at, policy=policy)):
+            return at, free
+    return None

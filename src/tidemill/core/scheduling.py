@@ -85,6 +85,7 @@ class _Pass:
         self._world, self._out = world, out
         self._closed: set[Line] = set()
         self._started = 0
+        self._rooms: dict[tuple[Gang, bool], tuple[int, bool]] = {}
         self._claimed: HeldBack | None = None
         """The plan whose places are kept from those that follow."""
 
@@ -95,6 +96,8 @@ class _Pass:
             world.reopened_ns = out.now
         if world.held_back is not None and not world.is_waiting(world.held_back.job_id):
             world.hold_back(None)
+        if self._is_settled():
+            return
         for line, job_id in world.queue.heads(self._is_closed, now=out.now):
             if self._started >= out.policy.starts_per_turn:
                 world.set_timer(out.now, "more", "")
@@ -104,7 +107,7 @@ class _Pass:
                 self._claim(world.held_back)
                 self._closed.add(line)
                 continue
-            if self._is_behind_again(line):
+            if self._is_behind_still(line):
                 world.blocked[line] = world.fleet.released
                 self._closed.add(line)
                 continue
@@ -113,7 +116,21 @@ class _Pass:
                 self._closed.add(line)
                 world.line_reasons[line] = reason
                 out.wait(world, job_id, reason)
+        else:
+            world.settled = self._signs()
         self._claim(None)
+
+    def _signs(self) -> tuple[int, int, int]:
+        world = self._world
+        return world.fleet.released, world.queue.arrivals, world.reopenings
+
+    def _is_settled(self) -> bool:
+        """Whether every line was closed by an earlier pass, and nothing that could open one has happened since."""
+        world, out = self._world, self._out
+        plan = world.held_back
+        if world.settled != self._signs() or (plan is not None and out.now >= plan.at_ns):
+            return False
+        return not world.queue.has_late(out.now)
 
     def _is_closed(self, line: Line) -> bool:
         if line in self._closed:
@@ -132,25 +149,26 @@ class _Pass:
     def _has_room(self, line: Line, plan: HeldBack) -> bool:
         """Whether it is worth a try: there may be room for a line beside the plan, or for so long as the plan waits."""
         fleet = self._world.fleet
-        if self._claimed is not None or 0 < line.duration_ns <= plan.at_ns - self._out.now:
-            return has_room(fleet, line.gang)
-        return self._world.kept_beside(plan).has_room(fleet, line.gang)
+        is_short = self._claimed is not None or 0 < line.duration_ns <= plan.at_ns - self._out.now
+        key = (line.gang, is_short)
+        known = self._rooms.get(key)
+        if known is None or known[0] != fleet.touches:
+            room = has_room(fleet, line.gang) if is_short else self._world.kept_beside(plan).has_room(fleet, line.gang)
+            known = self._rooms[key] = (fleet.touches, room)
+        return known[1]
 
     def _is_still_blocked(self, line: Line, job_id: JobId) -> bool:
-        """Whether this is the job with the plan, and nothing has changed since it was made."""
+        """Whether this is the job with the plan, and what has changed since it was tried does not help it."""
         plan, world = self._world.held_back, self._world
-        return (
-            plan is not None
-            and plan.job_id == job_id
-            and self._claimed is None
-            and world.blocked.get(line) == world.fleet.released
-            and self._out.now < plan.at_ns
-        )
+        if plan is None or plan.job_id != job_id or self._claimed is not None or self._out.now >= plan.at_ns:
+            return False
+        tried = world.blocked.get(line, RECONSIDER)
+        return tried == world.fleet.released or (tried != RECONSIDER and not has_room(world.fleet, line.gang))
 
-    def _is_behind_again(self, line: Line) -> bool:
-        """Whether a line that was tried before has no room beside the plan that was made since."""
+    def _is_behind_still(self, line: Line) -> bool:
+        """Whether a line that was tried before has no room beside the plan now, and what started before it."""
         plan, world = self._claimed, self._world
-        if plan is None or world.blocked.get(line) != RECONSIDER:
+        if plan is None or line not in world.blocked:
             return False
         return not 0 < line.duration_ns <= plan.at_ns - self._out.now and not has_room(world.fleet, line.gang)
 

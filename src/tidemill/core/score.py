@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -39,6 +40,8 @@ BLOCK_BITS: Final = 7
 _RATE_BITS: Final = 20
 _PACKED: Final = 1 << 10
 _ROWS_AT_ONCE: Final = 1024
+LARGE: Final = 500
+"""From how many nodes on the seconds that it takes to compile loops are soon won back."""
 _MIB_BITS: Final = 20
 
 
@@ -163,17 +166,20 @@ class Tide:
     m: hardware that few nodes offer and many requests insist on is kept for them, and so are whole nodes. The score
     of a placement is the room that stays minus the room that was; among equals the node with the least left wins.
 
-    All arithmetic is in integers, so the NumPy code and the compiled loops (``compiled=True``, needs numba) agree
-    bit for bit.
+    All arithmetic is in integers, so the NumPy code and the compiled loops (which need numba) agree bit for bit.
+    ``compiled`` None: loops are compiled where numba is installed, once a fleet is so large that it pays.
     """
 
     name = "tide"
 
-    def __init__(self, *, compiled: bool = False) -> None:
+    def __init__(self, *, compiled: bool | None = None) -> None:
         self.version = 0
         self._mix: dict[Want, float] = _normal(UNLEARNED)
-        self._loop = _compiled(_tide_loop) if compiled else None
-        self._rank = _compiled(_tide_rank) if compiled else None
+        self._loop: Any = None
+        self._rank: Any = None
+        self._may_compile = compiled is None
+        if compiled:
+            self._compile()
         self._laid: Ints | None = None
         self._room = _Room.empty()
 
@@ -214,9 +220,11 @@ class Tide:
 
         -1 when the worker fits nowhere. The same keys as from ``scores``.
         """
-        if self._rank is None or not fleet.models:
+        if not fleet.models:
             return None
         room = self._room_of(fleet)
+        if self._rank is None:
+            return None
         if table.answering is None:
             table.answering = _answering(want, len(fleet.models))
         static = table.static
@@ -234,7 +242,13 @@ class Tide:
         if self._laid is not fleet.model:
             self._room = _Room.of(fleet, self._mix)
             self._laid = fleet.model
+            if self._may_compile and len(fleet.model) >= LARGE and find_spec("numba") is not None:
+                self._compile()
         return self._room
+
+    def _compile(self) -> None:
+        self._may_compile = False
+        self._loop, self._rank = _compiled(_tide_loop), _compiled(_tide_rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from zlib import crc32
 
 from tidemill.core.lifecycle import JOB, apply
-from tidemill.core.meter import shares_of
+from tidemill.core.meter import meters_held
 from tidemill.core.outcome import Outcome
 from tidemill.core.place import Place, Placed
 from tidemill.core.world import World
@@ -86,8 +86,7 @@ def _lease(world: World, job: Job, attempt: Attempt, places: tuple[Place, ...], 
             devices=place.devices,
             ports=(*ports, ("rendezvous", attempt.rendezvous_port)) if rank == 0 else ports,
         )
-        for name, _ in shares_of(allocation):
-            out.cut(world, place.node_id, name)
+        out.cut(world, place.node_id, meters_held(allocation))
         world.add(world.allocations, launch, allocation)
         world.hold(allocation)
         out.commands.append(Launch(launch_id=launch))

@@ -13,7 +13,7 @@ from tidemill.core import waiting
 from tidemill.core.ending import displace, end_attempt, end_job
 from tidemill.core.facts import take
 from tidemill.core.outcome import Outcome
-from tidemill.core.rating import rate_usage
+from tidemill.core.rating import rate_all
 from tidemill.core.reserve import is_for
 from tidemill.core.scheduling import schedule
 from tidemill.core.world import World
@@ -38,13 +38,11 @@ def turn(world: World, inbox: Sequence[Fact], *, now: int, policy: Policy) -> Pl
     world.lay_fleet()
     schedule(world, out)  # ② order ③ places ④ backfill, displacing
     _cut_long_stretches(world, out)  # ⑥ usage
-    ledger = tuple(  # ⑦ prices
-        rate_usage(usage, world.rates, world.sites[world.nodes[usage.node_id].site_id]) for usage in out.usage
-    )
+    ledger = rate_all(out.usage, world.rates, lambda node_id: world.sites[world.nodes[node_id].site_id])  # ⑦ prices
     return Plan(
         changes=world.changes(),
         log=tuple(out.log),
-        ledger=ledger,
+        ledger=tuple(ledger),
         waiting=tuple(out.waiting),
         commands=tuple(out.commands),  # ⑤ launch, stop, forget
         wake_ns=_next_wake(world, policy),
@@ -117,7 +115,7 @@ def _cut_long_stretches(world: World, out: Outcome) -> None:
         return
     world.metered(out.now)
     for node_id, name in list(world.meters):
-        out.cut(world, node_id, name)
+        out.cut(world, node_id, [name])
     world.keep_usages()
 
 

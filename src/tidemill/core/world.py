@@ -15,18 +15,19 @@ from typing import Any, Final, TypeVar
 from tidemill.core.feasible import Shape, fitting
 from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.held import HeldArrays
-from tidemill.core.meter import Meter, meters_of, shares_of
+from tidemill.core.meter import Holder, Meter, meters_held, meters_of, shares_of
 from tidemill.core.ordering import JobFacts, Learns, OrderPolicy
-from tidemill.core.place import Gang, Kept, Placed, gang_of, want_of
+from tidemill.core.place import Kept, Placed, gang_of, want_of
 from tidemill.core.plugins import FAIR, order_named, score_named
 from tidemill.core.preempt import TIERS
 from tidemill.core.queueing import Line, WaitingLines
 from tidemill.core.quota import QuotaTree
 from tidemill.core.reserve import HeldBack
 from tidemill.core.score import Score
-from tidemill.model.fleet import Node, NodeState, Site
+from tidemill.model.fleet import Device, Node, NodeState, Site
 from tidemill.model.ids import (
     AttemptId,
+    DeviceId,
     JobId,
     LaunchId,
     NodeId,
@@ -65,6 +66,11 @@ class Promise:
     line: Line
     placed: Placed
     waits_for: tuple[LaunchId, ...]
+
+
+def _restore(readings: list[tuple[Meter, int, int | None, int | None]]) -> None:
+    for meter, since, counter, latest in readings:
+        meter.since_ns, meter.counter_mj, meter.latest_mj = since, counter, latest
 
 
 def line_of(workload: Workload) -> Line:
@@ -130,6 +136,7 @@ class World:
         self.held_back: HeldBack | None = None
         """The plan of the first blocked job."""
         self._kept: Kept | None = None
+        self._models: dict[NodeId, tuple[tuple[Device, ...], dict[DeviceId, str]]] = {}
         self.groups: dict[tuple[ProjectId, str], tuple[JobId, ...]] = {}
         """Queued jobs of each group, in order of submission."""
         self.dependents: dict[WorkloadId, tuple[WorkloadId, ...]] = {}
@@ -152,6 +159,10 @@ class World:
         """Lines that did not fit, with the fleet's ``released`` count at that time."""
         self.reopened_ns = 0
         """When every line was last tried again whatever its chances."""
+        self.reopenings = 0
+        """How often lines were opened for another reason than room."""
+        self.settled = (-1, -1, -1)
+        """The signs that the last pass went by which closed every line: nothing opens while they stay the same."""
         self.eyeing: dict[Line, None] = {}
         """Lines that may displace somebody who has not run long enough yet."""
         self.ports: dict[NodeId, dict[int, int]] = {}
@@ -191,8 +202,15 @@ class World:
     def line_of(self, job: Job) -> Line:
         """The line that a job waits in."""
         line = self._lines.get(job.workload_id)
+        return line if line is not None else self.line_of_workload(self.workloads[job.workload_id])
+
+    def line_of_workload(self, workload: Workload) -> Line:
+        """The line that the jobs of a workload wait in."""
+        line = self._lines.get(workload.id)
         if line is None:
-            line = self._lines[job.workload_id] = line_of(self.workloads[job.workload_id])
+            line = line_of(workload)
+            if workload.id in self.workloads:
+                self._lines[workload.id] = line
         return line
 
     def queue_up(self, job: Job) -> None:
@@ -225,19 +243,27 @@ class World:
             return amounts
         for place in placed.places:
             for share in place.devices:
-                model = self.fleet.model_of(place.node_id, share.device_id)
+                model = self._models_on(place.node_id).get(share.device_id, "")
                 amounts[model] = amounts.get(model, 0) + share.milli
         return amounts
 
     def amounts_held(self, allocation: Allocation) -> dict[str, int]:
         """What one worker holds, per device model, ``cpu`` and ``memory``."""
         amounts = {CPU: allocation.cpu_milli, MEMORY: allocation.memory_bytes}
-        if allocation.devices and (node := self.nodes.get(allocation.node_id)) is not None:
-            models = {device.id: device.model for device in node.devices}
+        if allocation.devices and allocation.node_id in self.nodes:
+            models = self._models_on(allocation.node_id)
             for share in allocation.devices:
                 model = models.get(share.device_id, "")
                 amounts[model] = amounts.get(model, 0) + share.milli
         return amounts
+
+    def _models_on(self, node_id: NodeId) -> dict[DeviceId, str]:
+        """The model of each device of a node."""
+        devices = self.nodes[node_id].devices
+        known = self._models.get(node_id)
+        if known is None or known[0] is not devices:
+            known = self._models[node_id] = (devices, {device.id: device.model for device in devices})
+        return known[1]
 
     def job_facts(self, job: Job, *, now: int) -> JobFacts:
         """What an order plug-in may know of a job."""
@@ -320,13 +346,8 @@ class World:
     def ask(self, workload: Workload) -> None:
         """Count what a workload asks for among what is typically asked, when this turn is stored."""
         spec = workload.spec
-        self._asked.append((self._lines_gang(workload).choices[0], spec.nodes * spec.job_count))
-
-    def _lines_gang(self, workload: Workload) -> Gang:
-        line = self._lines.get(workload.id)
-        if line is None:
-            line = self._lines[workload.id] = line_of(workload)
-        return line.gang
+        shape = self.line_of_workload(workload).gang.choices[0]
+        self._asked.append((shape, spec.nodes * spec.job_count))
 
     def _learn_mix(self) -> None:
         """Tell the placement policy what is typically asked for; older requests count for less each time."""
@@ -425,32 +446,50 @@ class World:
     def hold(self, allocation: Allocation) -> None:
         """Count an allocation whose room is taken from the fleet already, against its queue and on its meters."""
         self._count(allocation, 1)
-        self._undo.append(partial(self._count, allocation, -1))
+        node_id, launch, meters = allocation.node_id, allocation.id, self.meters
         for name, holder in shares_of(allocation):
+            meter = meters.get((node_id, name))
+            if meter is not None:
+                meter.holders[launch] = holder
+        self.rows.add(allocation, self.fleet, **self._row_values(allocation))
+        self._undo.append(partial(self._unhold, allocation))
+
+    def _unhold(self, allocation: Allocation) -> None:
+        self.rows.remove(allocation.id)
+        for name in meters_held(allocation):
             meter = self.meters.get((allocation.node_id, name))
             if meter is not None:
-                meter.holders[allocation.id] = holder
-                self._undo.append(partial(meter.holders.pop, allocation.id, None))
-        self.rows.add(allocation, self.fleet, **self._row_values(allocation))
-        self._undo.append(partial(self.rows.remove, allocation.id))
+                meter.holders.pop(allocation.id, None)
+        self._count(allocation, -1)
 
     def let_go(self, allocation: Allocation) -> None:
         """The reverse of ``hold``, and the room given back to the fleet."""
         self._count(allocation, -1)
-        self._undo.append(partial(self._count, allocation, 1))
-        for name, _ in shares_of(allocation):
-            meter = self.meters.get((allocation.node_id, name))
-            if meter is not None and allocation.id in meter.holders:
-                holder = meter.holders.pop(allocation.id)
-                self._undo.append(partial(meter.holders.__setitem__, allocation.id, holder))
-        if (put_back := self.rows.remove(allocation.id)) is not None:
-            self._undo.append(put_back)
+        node_id, launch = allocation.node_id, allocation.id
+        let_go: list[tuple[dict[LaunchId, Holder], Holder]] = []
+        for name in meters_held(allocation):
+            meter = self.meters.get((node_id, name))
+            if meter is not None and (holder := meter.holders.pop(launch, None)) is not None:
+                let_go.append((meter.holders, holder))
+        self._undo.append(partial(self._hold_again, allocation, let_go, self.rows.remove(launch)))
         self.fleet.give(
             allocation.node_id,
             cpu_milli=allocation.cpu_milli,
             memory_bytes=allocation.memory_bytes,
             devices=allocation.devices,
         )
+
+    def _hold_again(
+        self,
+        allocation: Allocation,
+        let_go: list[tuple[dict[LaunchId, Holder], Holder]],
+        put_back: Callable[[], object] | None,
+    ) -> None:
+        if put_back is not None:
+            put_back()
+        for holders, holder in let_go:
+            holders[allocation.id] = holder
+        self._count(allocation, 1)
 
     def promise(self, promise: Promise) -> None:
         """Take places for a job before they are free, and count them against its queue."""
@@ -513,16 +552,19 @@ class World:
         """Have every line tried again: something other than room changed."""
         self.blocked.clear()
         self.eyeing.clear()
+        self.reopenings += 1
 
     def reopen_eyeing(self) -> None:
         """Have those lines tried again that may displace somebody who had not run long enough."""
         for line in self.eyeing:
             self.blocked.pop(line, None)
         self.eyeing.clear()
+        self.reopenings += 1
 
     def reconsider(self) -> None:
         """Have every line looked at again, and tried if there may be room for it."""
         self.blocked.update(dict.fromkeys(self.blocked, RECONSIDER))
+        self.reopenings += 1
 
     def refresh_readiness(self) -> None:
         """Nodes were marked: what may be placed where has changed."""
@@ -607,14 +649,10 @@ class World:
         self._undo.append(lambda: setattr(self, "metered_ns", before))
         self.metered_ns = now
 
-    def watch_meter(self, meter: Meter) -> None:
-        """Remember a meter as it is before it is cut or read."""
-        since, counter, latest = meter.since_ns, meter.counter_mj, meter.latest_mj
-
-        def restore() -> None:
-            meter.since_ns, meter.counter_mj, meter.latest_mj = since, counter, latest
-
-        self._undo.append(restore)
+    def watch_meters(self, meters: list[Meter]) -> None:
+        """Remember some meters as they are before they are cut or read."""
+        readings = [(meter, meter.since_ns, meter.counter_mj, meter.latest_mj) for meter in meters]
+        self._undo.append(partial(_restore, readings))
 
     def rebuild_fleet(self) -> None:
         """Nodes changed: have ``lay_fleet`` lay the fleet's columns anew, once for all that happened in a turn."""

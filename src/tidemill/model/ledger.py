@@ -73,7 +73,11 @@ class RateCard:
 
     def micro_per_hour(self, resource: str) -> int:
         """The price of a unit-hour; zero for a resource without a price."""
-        return next((rate.micro_per_hour for rate in self.rates if rate.resource == resource), 0)
+        return self.by_resource().get(resource, 0)
+
+    def by_resource(self) -> dict[str, int]:
+        """The price of a unit-hour by resource."""
+        return {rate.resource: rate.micro_per_hour for rate in reversed(self.rates)}
 
 
 class LedgerLine(Struct, frozen=True, kw_only=True, gc=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -16,6 +17,7 @@ from tidemill.twin.machines import Machines, Work
 from tidemill.twin.measure import Measures
 from tidemill.units import DAY_NS
 
+_RARELY: Final = (100_000, 50, 100)
 GIVE_UP_NS: Final = 30 * DAY_NS
 """How long nothing may start while nothing runs and nothing is to come, before a run is taken to be over."""
 
@@ -38,7 +40,14 @@ def run(stream: Stream, conditions: Conditions, *, watch: Watcher | None = None,
     ``watch`` sees every turn: its inbox, its instant and its plan. ``until_ns`` ends the run after so much virtual
     time; zero: when nothing is left to do. Times of the stream count from ``conditions.start_ns``.
     """
-    return _Run(stream, conditions, watch).play(conditions.start_ns + until_ns if until_ns else 0)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(
+        *_RARELY
+    )  # what a run makes is freed by counting references; there are hardly any cycles to look for
+    try:
+        return _Run(stream, conditions, watch).play(conditions.start_ns + until_ns if until_ns else 0)
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 class _Run:
