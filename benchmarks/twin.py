@@ -1,9 +1,11 @@
 """A synthetic year on the twin: a million jobs on 1,000 machines with 8 GPUs each, on one core, in flat memory.
 
-The work is a seeded mix (``tidemill.twin.synthetic``) that keeps the fleet about three quarters busy: gangs of up to
-128 GPUs, spot and on-demand, eight tenants, days and weekends. Every submission, placement, start and end goes through
-the driver that the control plane uses, ledger lines included. Shown is how time and memory went along; the last line
-is JSON. ``--profile`` tells which functions took the time of a shorter run.
+The work is a seeded mix (``tidemill.twin.synthetic``): gangs of up to 128 GPUs, spot and on-demand, eight tenants,
+days and weekends. Every submission, placement, start and end goes through the driver that the control plane uses,
+ledger lines included; turns are taken at multiples of half a virtual minute. How busy the fleet is follows from
+``--median``, the median duration in minutes: from about 150 on the peaks of weekdays do not fit, and turns with a
+backlog, backfill and displacing cost more. Shown is how time and memory went along; the last line is JSON.
+``--profile`` tells which functions took the time of a shorter run.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.clouds import table
@@ -32,15 +33,17 @@ YEAR_NS = 365 * DAY_NS
 SIZES = "1:40 2:10 4:10 8:25 16:8 32:4 64:2 128:1"
 WALL_TARGET_S, JOBS_TARGET = 600.0, 1_000_000
 MARKS = 10
+MEDIAN_MIN = 130
+TICK_NS = 30 * SECOND_NS
 
 
-def mix(jobs: int, seed: int) -> Synthetic:
+def mix(jobs: int, seed: int, median_min: int = MEDIAN_MIN) -> Synthetic:
     """A year of it, or as much of a year as there are jobs."""
     return Synthetic(
         jobs=jobs,
         seed=seed,
         span_ns=YEAR_NS * jobs // JOBS_TARGET,
-        median_ns=160 * MINUTE_NS,
+        median_ns=median_min * MINUTE_NS,
         sigma=1.4,
         longest_ns=7 * DAY_NS,
         sizes=SIZES,
@@ -74,15 +77,17 @@ class Progress:
             print("  {:>9,} jobs  day {:5.1f}  {:6.1f} s  {:6.1f} MiB".format(*mark), flush=True)
 
 
-def measure(jobs: int, nodes: int, seed: int, **policy: Any) -> tuple[Result, Progress, float]:
+def measure(jobs: int, nodes: int, seed: int, median_min: int = MEDIAN_MIN) -> tuple[Result, Progress, float]:
     """The run, how it went along, and how long it took."""
-    from dataclasses import replace
-
-    conditions = Conditions(nodes=parse_fleet(f"{nodes}xH100:8"), rates=rate_card({}), start_delay_ns=30 * SECOND_NS)
-    conditions = replace(conditions, policy=replace(conditions.policy, **policy))
+    conditions = Conditions(
+        nodes=parse_fleet(f"{nodes}xH100:8"),
+        rates=rate_card({}),
+        start_delay_ns=30 * SECOND_NS,
+        tick_ns=TICK_NS,
+    )
     progress = Progress(jobs, conditions.start_ns)
     began = time.monotonic()
-    stream = arrivals(mix(jobs, seed), gpus=8 * nodes, per_node=8)
+    stream = arrivals(mix(jobs, seed, median_min), gpus=8 * nodes, per_node=8)
     result = run(stream, conditions, watch=progress.watch)
     return result, progress, time.monotonic() - began
 
@@ -103,12 +108,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=JOBS_TARGET)
     parser.add_argument("--nodes", type=int, default=1_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--median", type=int, default=MEDIAN_MIN, help="median duration in minutes")
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     if given.profile:
         profiled(given.jobs, given.nodes, given.seed)
         return 0
-    result, progress, wall_s = measure(given.jobs, given.nodes, given.seed)
+    result, progress, wall_s = measure(given.jobs, given.nodes, given.seed, given.median)
     found = figures(result)
     table(("figure", "value"), [(name, values[0]) for name, values, _, _ in rows([found])])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

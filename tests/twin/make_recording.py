@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.twin.small import away, conditions, stop
+from tidemill.control.recording import Recording
 from tidemill.model.events import NodeJoined
 from tidemill.model.values import replace
 from tidemill.twin.arrivals import Arrival, Outside
 from tidemill.twin.cloud import Conditions, beginning_of
-from tidemill.twin.recording import Recording, RecordingFile
+from tidemill.twin.recording import RecordingFile
 from tidemill.twin.run import Result, run
 from tidemill.twin.synthetic import arrivals, parse_synthetic
 from tidemill.units import SECOND_NS

@@ -13,6 +13,7 @@ from tests.core.history import POLICY, History
 from tests.twin.make_recording import RECORDED, happenings, record, setting
 from tests.twin.small import conditions, job
 from tidemill.control.driver import Driver, world_from
+from tidemill.control.recording import Beginning, Recording
 from tidemill.core import ending, rating
 from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.outcome import Outcome
@@ -24,7 +25,7 @@ from tidemill.ports import Snapshot
 from tidemill.twin.cloud import beginning_of
 from tidemill.twin.fleet import parse_fleet
 from tidemill.twin.history import recorded_conditions, recorded_stream
-from tidemill.twin.recording import Beginning, Recording, RecordingFile, Turn, read_recording
+from tidemill.twin.recording import RecordingFile, Turn, read_recording
 from tidemill.twin.replay import replay, replay_turns
 from tidemill.twin.report import figures
 from tidemill.twin.run import run

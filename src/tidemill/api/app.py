@@ -16,7 +16,7 @@ from starlette.responses import Response
 from typing_extensions import override
 
 from tidemill import __version__
-from tidemill.api import accounts, artifacts, execs, fleet, gatewayfeed, jobs, runners, scheduling, workloads
+from tidemill.api import accounts, artifacts, execs, fleet, gatewayfeed, jobs, runners, scheduling, turns, workloads
 from tidemill.api.bodies import json_answer
 from tidemill.api.door import Door
 from tidemill.api.follow import Hub
@@ -29,7 +29,7 @@ from tidemill.errors import TidemillError
 if TYPE_CHECKING:
     from tidemill.control.plane import ControlPlane
 
-_NOUNS = (workloads, runners, jobs, execs, artifacts, fleet, scheduling, accounts, gatewayfeed)
+_NOUNS = (workloads, runners, jobs, execs, artifacts, fleet, scheduling, accounts, gatewayfeed, turns)
 """The busiest first: routes are tried in order."""
 
 

@@ -269,8 +269,9 @@ def _conditions(recorded: Path | None, nodes: str | None, trace: str | None, cou
 
 
 def _play(stream: Stream, conditions: Conditions, end_ns: int, record: Path | None) -> Result:
+    from tidemill.control.recording import Recording
     from tidemill.twin.cloud import beginning_of
-    from tidemill.twin.recording import Recording, RecordingFile
+    from tidemill.twin.recording import RecordingFile
     from tidemill.twin.run import run
 
     with ExitStack() as stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import secrets
 import threading
@@ -11,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -41,7 +42,7 @@ from tidemill.control.steering import (
     standing,
     with_limits,
 )
-from tidemill.control.turns import TurnLoop
+from tidemill.control.turns import Recorder, TurnLoop
 from tidemill.control.vault import Vault
 from tidemill.core.admission import why_refused
 from tidemill.core.fairness import QueueShare
@@ -99,6 +100,8 @@ from tidemill.wire import instant_text
 from tidemill.wire.requests import QueueIn, ReservationIn
 
 Answer = TypeVar("Answer")
+log = logging.getLogger(__name__)
+_RECORDING_BEGINS_S: Final = 30.0
 RECORDED_RESPONSE = msgspec.json.Decoder(list[str])
 
 
@@ -177,6 +180,7 @@ class ControlPlane:
             build=self._build_launch,
             tell=self._turns.put,
         )
+        self._recorder: Recorder | None = None
         self._in_flight: dict[tuple[str, str], tuple[str, Future[tuple[Workload, ...]]]] = {}
         self._lock = threading.Lock()
         self._steering = threading.Lock()
@@ -772,15 +776,39 @@ class ControlPlane:
         projects = [*self._projects.values(), *(one for one in opened if one.id not in self._projects)]
         check_tree([*mine, *changed], others, projects, world.nodes.copy().values())
 
-    def _load_world(self) -> World:
-        return world_from(
-            self.store.load(),
-            sites=[self.site],
-            projects=self._projects.values(),
-            rates=self._rates,
-            policy=self.settings.policy,
-            now=self._clock(),
-        )
+    def record(self, recorder: Recorder) -> Callable[[], None]:
+        """Have a recorder told of every turn from here on; returns how to stop.
+
+        Raises: Conflict while another is.
+        """
+        with self._lock:
+            if self._recorder is not None:
+                raise Conflict("Turns are being recorded already.", mend="Wait until the other recording is over.")
+            self._recorder = recorder
+
+        def stop() -> None:
+            with self._lock:
+                if self._recorder is not recorder:
+                    return
+                self._recorder = None
+            self._turns.record(None)
+
+        try:
+            self._turns.record(recorder).result(_RECORDING_BEGINS_S)
+        except BaseException:
+            stop()
+            raise
+        return stop
+
+    def _load_world(self, recorder: Recorder | None = None) -> World:
+        snapshot, now = self.store.load(), self._clock()
+        sites, projects, policy = [self.site], tuple(self._projects.values()), self.settings.policy
+        if recorder is not None:
+            try:
+                recorder.begin(snapshot, sites=sites, projects=projects, rates=self._rates, policy=policy, now=now)
+            except Exception:
+                log.exception("a recorder failed at its beginning")
+        return world_from(snapshot, sites=sites, projects=projects, rates=self._rates, policy=policy, now=now)
 
     def _build_launch(self, launch_id: LaunchId) -> LaunchSpec:
         return build_launch(

@@ -13,17 +13,21 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from tidemill.control.driver import Driver
 from tidemill.core.world import World
 from tidemill.errors import Fenced, Stale, StorageFull, TidemillError, Unavailable
 from tidemill.model.events import Fact
+from tidemill.model.fleet import Site
+from tidemill.model.ledger import RateCard
 from tidemill.model.plan import Command, Plan
-from tidemill.ports import Batch, IdempotencyRecord, Store
+from tidemill.model.policy import Policy
+from tidemill.model.tenant import Project
+from tidemill.ports import Batch, IdempotencyRecord, Snapshot, Store
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -48,8 +52,31 @@ class _Question:
     future: Future[Any] = field(default_factory=Future)
 
 
+class Recorder(Protocol):
+    """Is told of the world at first and of every turn; ``control.recording.Recording`` is one."""
+
+    def begin(
+        self,
+        snapshot: Snapshot,
+        *,
+        sites: Iterable[Site],
+        projects: Iterable[Project],
+        rates: RateCard,
+        policy: Policy,
+        now: int,
+    ) -> None:
+        """A world was made of these, for the first time or anew."""
+        ...
+
+    def turn(self, inbox: Sequence[Fact], now: int, plan: Plan) -> None:
+        """A turn was taken and stored."""
+        ...
+
+
 class TurnLoop:
-    """Owns the driver. ``obey`` is given the commands of every stored plan, in order, and must not wait."""
+    """Owns the driver. ``reload`` makes a world of what is stored, and tells the recorder that it is given of what.
+
+    ``obey`` is given the commands of every stored plan, in order, and must not wait."""
 
     def __init__(
         self,
@@ -60,7 +87,7 @@ class TurnLoop:
         last_seq: int,
         clock: Callable[[], int],
         obey: Callable[[Sequence[Command]], None],
-        reload: Callable[[], World],
+        reload: Callable[[Recorder | None], World],
         on_fenced: Callable[[], None],
     ) -> None:
         self.driver = driver
@@ -77,6 +104,8 @@ class TurnLoop:
         self._watchers: tuple[Callable[[int], None], ...] = ()
         self._closing = False
         self._is_stale = False
+        self._recorder: Recorder | None = None
+        self._asked_recorder: Recorder | None = None
         self._thread = threading.Thread(target=self._run, name="turns", daemon=True)
 
     def start(self) -> None:
@@ -110,6 +139,17 @@ class TurnLoop:
             self._watchers = tuple(other for other in self._watchers if other is not callback)
 
         return unwatch
+
+    def record(self, recorder: Recorder | None) -> Future[None]:
+        """Have a recorder told of every turn from a world loaded anew on, or with None nobody any more.
+
+        The future completes when it was told of the first. A recorder that raises is told nothing more.
+        """
+        with self._wake:
+            self._asked_recorder = recorder
+            if recorder is None:
+                self._recorder = None
+        return self.put(())
 
     def _enqueue(self, item: _Item | _Question, future: Future[Any]) -> None:
         with self._wake:
@@ -164,8 +204,9 @@ class TurnLoop:
             self._wake_ns = self._clock() + 1_000_000_000
             _fail(items, error)
             return
+        facts, now = [fact for item in items for fact in item.facts], self._clock()
         try:
-            plan = self.driver.step([fact for item in items for fact in item.facts], now=self._clock())
+            plan = self.driver.step(facts, now=now)
         except Exception as error:
             if len(items) > 1:
                 for item in items:
@@ -183,6 +224,7 @@ class TurnLoop:
             self._refused(items, error, again=again)
             return
         self.driver.accepted()
+        self._write_down(facts, now, plan)
         self._wake_ns = plan.wake_ns
         self._obey(plan.commands)
         for item in items:
@@ -194,9 +236,24 @@ class TurnLoop:
                 log.exception("a watcher of commits failed")
 
     def _load_if_stale(self) -> None:
-        if self._is_stale:
-            self.driver.world = self._reload()
+        asked = self._asked_recorder
+        if self._is_stale or asked is not None:
+            recorder = asked or self._recorder
+            self.driver.world = self._reload(recorder)
             self._is_stale = False
+            with self._wake:
+                if self._asked_recorder is asked:  # else it was called off, or replaced, meanwhile
+                    self._recorder, self._asked_recorder = recorder, None
+
+    def _write_down(self, facts: Sequence[Fact], now: int, plan: Plan) -> None:
+        recorder = self._recorder
+        if recorder is None:
+            return
+        try:
+            recorder.turn(facts, now, plan)
+        except Exception:
+            log.exception("a recorder failed and is told nothing more")
+            self._recorder = None
 
     def _store_plan(self, plan: Plan, idempotency: Sequence[IdempotencyRecord]) -> None:
         """Commit what there is. Commands alone are a commit too: only who leads may give them."""

@@ -3,8 +3,8 @@
 A device has eight slices of memory (an A30 four); a profile takes ``size`` of them from one of its ``starts`` on.
 Positions say it all: the seven slices of compute never run out before the positions do.
 
-Source: NVIDIA, Multi-Instance GPU User Guide, "Supported MIG Profiles" and the placements that ``nvidia-smi mig -lgipp``
-lists for each profile.
+Source: NVIDIA, Multi-Instance GPU User Guide, "Supported MIG Profiles", and the placements that
+``nvidia-smi mig -lgipp`` lists for each profile.
 """
 
 from __future__ import annotations
@@ -68,7 +68,18 @@ def _seven(one: str, wide: str, two: str, three: str, four: str, seven: str) -> 
 
 
 _TABLE: Final[tuple[tuple[str, int, Geometry], ...]] = (
-    ("A30", 24, _geometry(4, ("1g.6gb", 1, (0, 1, 2, 3)), ("1g.6gb+me", 1, (0, 1, 2, 3)), ("2g.12gb", 2, (0, 2)), ("2g.12gb+me", 2, (0, 2)), ("4g.24gb", 4, (0,)))),
+    (
+        "A30",
+        24,
+        _geometry(
+            4,
+            ("1g.6gb", 1, (0, 1, 2, 3)),
+            ("1g.6gb+me", 1, (0, 1, 2, 3)),
+            ("2g.12gb", 2, (0, 2)),
+            ("2g.12gb+me", 2, (0, 2)),
+            ("4g.24gb", 4, (0,)),
+        ),
+    ),
     ("A100", 40, _seven("5", "10", "10", "20", "20", "40")),
     ("A100", 80, _seven("10", "20", "20", "40", "40", "80")),
     ("H100", 80, _seven("10", "20", "20", "40", "40", "80")),

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tidemill.control.driver import Driver, world_from
+from tidemill.control.recording import Beginning
 from tidemill.core.admission import why_never
 from tidemill.core.feasible import fitting, workers_that_fit
 from tidemill.core.place import gang_of
@@ -28,7 +29,6 @@ from tidemill.model.queue import Queue
 from tidemill.model.spec import Alternative, WorkloadSpec
 from tidemill.model.tenant import Project
 from tidemill.ports import Snapshot
-from tidemill.twin.recording import Beginning
 from tidemill.units import DAY_NS, HOUR_NS, MILLI
 
 ORGANIZATION = OrganizationId("org_twin")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from tidemill.control.recording import Beginning
 from tidemill.errors import InvalidRequest
 from tidemill.model import events
 from tidemill.model.ids import JobId, LaunchId, WorkloadId, job_id
@@ -20,7 +21,7 @@ from tidemill.model.spec import Kind
 from tidemill.twin.arrivals import Arrival, Outside, Stream
 from tidemill.twin.cloud import Conditions
 from tidemill.twin.machines import FOREVER_NS
-from tidemill.twin.recording import Beginning, read_recording
+from tidemill.twin.recording import read_recording
 
 _SIGNALLED: Final = 128
 """Exit statuses from here on are a signal's: a worker that was stopped."""

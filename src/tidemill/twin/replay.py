@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tidemill.control.recording import Beginning, Decision, decisions
 from tidemill.model.events import Fact
 from tidemill.model.ids import JobId, LaunchId
 from tidemill.twin.cloud import Cloud
-from tidemill.twin.recording import Beginning, Decision, Turn, decisions, read_recording
+from tidemill.twin.recording import Turn, read_recording
 
 
 @dataclass(frozen=True, slots=True)
