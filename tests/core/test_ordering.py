@@ -337,3 +337,28 @@ def test_learning_beats_ignorance_and_knowing_beats_learning() -> None:
 def test_the_pool_row_comes_after_all_size_classes() -> None:
     assert [ordering._size_class(gpus) for gpus in (0.1, 1, 2, 3, 8, 1e6)] == [0, 0, 1, 1, 3, 7]
     assert [ordering._bucket(seconds) for seconds in (0, 1, 1.2, 1e9, 1e30)] == [0, 0, 1, 127, 127]
+
+
+def test_a_job_that_is_gone_leaves_nothing_behind() -> None:
+    policy = KinGittins(keep=4)
+    for at in range(40):
+        policy.note(facts(id=f"j{at}", kin="k", attained_ns=HOUR_NS))
+        policy.rank(facts(id=f"j{at}", kin="k", attained_ns=HOUR_NS), now=0)
+        policy.forget(f"j{at}")
+        policy.forget(f"j{at}")
+    assert (policy._where, policy._live, policy._known) == ({}, {}, {})
+    assert len(policy._kin["k"].ids) <= 9
+    policy.forget("never heard of")
+
+
+def test_relatives_that_are_gone_are_not_waited_for() -> None:
+    def index(*, gone: bool) -> float:
+        policy = KinGittins()
+        for at in range(6):
+            policy.note(facts(id=f"j{at}", kin="k", attained_ns=0))
+        for at in range(1, 6):
+            if gone:
+                policy.forget(f"j{at}")
+        return policy.rank(facts(id="j0", kin="k", attained_ns=HOUR_NS), now=0)
+
+    assert index(gone=False) < index(gone=True), "nobody is curious for the sake of those who are gone"

@@ -222,7 +222,10 @@ def end_job(
         ended_ns=out.now,
     )
     out.note(event.capitalize(), job, cause=cause.value, detail=detail, exit_code=exit_code)
-    world.note(after, now=out.now, finished=cause is Cause.COMPLETED)
+    if cause is Cause.COMPLETED:
+        world.note(after, now=out.now, finished=True)
+    else:
+        world.note_gone(after)
     if job.state is JobState.QUEUED:
         world.line_up(job.project_id, -1)
     world.drop(world.jobs, job.id)

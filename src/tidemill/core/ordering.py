@@ -115,6 +115,15 @@ class Learns(Protocol):
         ...
 
 
+@runtime_checkable
+class Forgets(Protocol):
+    """A policy that remembers jobs and is told which are gone without having run to their own end."""
+
+    def forget(self, job_id: str) -> None:
+        """The job failed or was cancelled, whether it ran or not; harmless when it is not known."""
+        ...
+
+
 def may_displace(policy: OrderPolicy, *, waiting: float, running: float) -> bool:
     """Whether a job of rank ``waiting`` may take the place of one of rank ``running``.
 
@@ -198,13 +207,15 @@ class _Kin:
     submitted_s: list[float] = field(default_factory=list)
     service_s: list[float] = field(default_factory=list)
     ended: list[bool] = field(default_factory=list)
+    gone: list[bool] = field(default_factory=list)
+    """Failed or cancelled: that much service was not enough, and there will be no more."""
 
     def forget(self, keep: int) -> None:
-        """Drop ended jobs in front, beyond ``keep`` in all."""
+        """Drop jobs in front that are over, beyond ``keep`` in all."""
         gone = 0
-        while len(self.ids) - gone > keep and self.ended[gone]:
+        while len(self.ids) - gone > keep and (self.ended[gone] or self.gone[gone]):
             gone += 1
-        for column in (self.ids, self.submitted_s, self.service_s, self.ended):
+        for column in (self.ids, self.submitted_s, self.service_s, self.ended, self.gone):
             del column[:gone]
         self.start += gone
 
@@ -266,6 +277,7 @@ class KinGittins:
             kin.submitted_s.append(facts.submitted_ns / SECOND_NS)
             kin.service_s.append(service_s)
             kin.ended.append(False)
+            kin.gone.append(False)
         name, place = self._where[facts.id]
         kin = self._kin[name]
         at = place - kin.start
@@ -273,6 +285,18 @@ class KinGittins:
         self._live[facts.id] = (_size_class(facts.gpus), service_s)
         if finished:
             self._end(facts, kin, at)
+
+    def forget(self, job_id: str) -> None:
+        """The job will not end by itself any more; what it had says only that it was not enough."""
+        where = self._where.pop(job_id, None)
+        if where is None:
+            return
+        self._live.pop(job_id, None)
+        self._known.pop(job_id, None)
+        kin = self._kin[where[0]]
+        kin.gone[where[1] - kin.start] = True
+        if len(kin.ids) > 2 * self.keep:
+            kin.forget(self.keep)
 
     def rank(self, facts: JobFacts, *, now: int) -> float:  # noqa: ARG002
         """Expected GPU-seconds per job ended, at the best moment to look again."""
@@ -338,7 +362,8 @@ class KinGittins:
             ended = np.asarray(np.bincount(buckets, weight * has_ended, _BUCKETS), dtype=np.float64)
             live = np.asarray(np.bincount(buckets, weight * ~has_ended, _BUCKETS), dtype=np.float64)
             later = np.arange(low, high) > at
-            behind = float(weight[~has_ended & ((buckets < bucket) | ((buckets == bucket) & later))].sum())
+            waits = ~has_ended & ~np.array(kin.gone[low:high])
+            behind = float(weight[waits & ((buckets < bucket) | ((buckets == bucket) & later))].sum())
             over = float(weight[has_ended].sum())
         at_risk = _from_here_on(ended + live) - live / 2
         hazard = (ended[bucket:] + self.trust * hazard) / (at_risk[bucket:] + self.trust)
@@ -383,6 +408,11 @@ class Weighted:
         """Pass on what the other policy may learn from."""
         if isinstance(self.inner, Learns):
             self.inner.note(facts, finished=finished)
+
+    def forget(self, job_id: str) -> None:
+        """Pass on what the other policy need not remember."""
+        if isinstance(self.inner, Forgets):
+            self.inner.forget(job_id)
 
     def rank(self, facts: JobFacts, *, now: int) -> float:
         """The other policy's rank by weight."""

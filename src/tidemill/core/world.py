@@ -16,7 +16,7 @@ from tidemill.core.feasible import Shape, fitting
 from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.held import HeldArrays
 from tidemill.core.meter import Holder, Meter, meters_held, meters_of, shares_of
-from tidemill.core.ordering import JobFacts, Learns, OrderPolicy
+from tidemill.core.ordering import Forgets, JobFacts, Learns, OrderPolicy
 from tidemill.core.place import Kept, Placed, gang_of, want_of
 from tidemill.core.plugins import FAIR, order_named, score_named
 from tidemill.core.preempt import TIERS
@@ -177,6 +177,7 @@ class World:
         self._lines: dict[WorkloadId, Line] = {}
         self._noted: list[tuple[JobFacts, bool]] = []
         """What an order plug-in that learns is told when this turn is stored."""
+        self._gone: list[JobId] = []
         self._asked: list[tuple[Shape, int]] = []
         """What the workloads of this turn ask for, and how often."""
         self._mix: dict[Shape, float] = {}
@@ -343,6 +344,11 @@ class World:
         if self._learner is not None:
             self._noted.append((self.job_facts(job, now=now), finished))
 
+    def note_gone(self, job: Job) -> None:
+        """Have an order plug-in told, when this turn is stored, of a job that will not end by itself."""
+        if isinstance(self.order, Forgets):
+            self._gone.append(job.id)
+
     def ask(self, workload: Workload) -> None:
         """Count what a workload asks for among what is typically asked, when this turn is stored."""
         spec = workload.spec
@@ -392,6 +398,7 @@ class World:
         """Start recording."""
         self._undo.clear()
         self._noted.clear()
+        self._gone.clear()
         self._asked.clear()
         self._touched.clear()
         self._latest.clear()
@@ -408,6 +415,9 @@ class World:
         if self._learner is not None:
             for facts, finished in self._noted:
                 self._learner.note(facts, finished=finished)
+        if isinstance(self.order, Forgets):
+            for job_id in self._gone:
+                self.order.forget(job_id)
         for shape, count in self._asked:
             self._mix[shape] = self._mix.get(shape, 0.0) + count
             self._mix_count += count
