@@ -387,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the nodes of each part")
     options = parser.parse_args(argv)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    gc.set_threshold(50_000, 20, 100)  # as the control plane does
+    gc.set_threshold(10_000, 500, 100)  # as the control plane does
     compiled = has_numba() and not options.plain
     parts = options.parts.split(",")
     result: dict[str, Any] = {"compiled": compiled, "load": os.getloadavg()[0], **machine()}

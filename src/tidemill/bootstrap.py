@@ -81,7 +81,7 @@ def _spare_the_collector() -> None:
     """Have cyclic garbage looked for less often: the world is large, lives long, and is free of cycles."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(10_000, 500, 100)
 
 
 def _server_of(app: Any) -> Any:

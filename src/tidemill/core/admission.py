@@ -30,6 +30,8 @@ def why_refused(world: World, workload: Workload) -> Reason | None:
     never = why_never_gang(world.fleet, line.gang)
     if never is not None:
         return never
+    if not world.quota.is_limited(workload.project_id):
+        return None
     amounts = world.amounts_of(line)
     return world.quota.over_limit(workload.project_id, amounts, 1, ever=True)
 

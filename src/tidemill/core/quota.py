@@ -125,6 +125,10 @@ class QuotaTree:
                     return self._too_much(party, name, limit, need, None if ever else party.in_class(name))
         return None
 
+    def is_limited(self, project_id: ProjectId) -> bool:
+        """Whether anything bounds what the project may hold; else ``over_limit`` need not be asked."""
+        return any(party.limit or party.max_running for party in self._leaf(project_id).upwards())
+
     def too_many_queued(self, project_id: ProjectId, jobs: int = 1) -> Reason | None:
         """The first cap on waiting jobs, from the project upwards, that ``jobs`` more would pass."""
         for party in self._leaf(project_id).upwards():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,9 @@ from tidemill.model.ids import JobId
 from tidemill.model.job import AttemptState, Job
 from tidemill.model.plan import Reason, ResolvableBy
 from tidemill.units import SECOND_NS
+
+_AFRESH: Final = 12
+"""How many lines are tried afresh in one turn, whatever their chances: more would make it long."""
 
 
 def schedule(world: World, out: Outcome) -> None:
@@ -92,8 +96,12 @@ class _Pass:
     def run(self) -> None:
         world, out = self._world, self._out
         if out.now >= world.reopened_ns + out.policy.replan_ns:  # shares have changed since, and who may displace whom
-            world.reopen()
             world.reopened_ns = out.now
+            world.overdue = list(world.blocked)
+        if world.overdue:
+            world.reopen_lines([world.overdue.pop() for _ in range(min(len(world.overdue), _AFRESH))])
+            if world.overdue:
+                world.set_timer(out.now, "more", "")
         if world.held_back is not None and not world.is_waiting(world.held_back.job_id):
             world.hold_back(None)
         if self._is_settled():
@@ -211,6 +219,8 @@ class _Pass:
         return known[1]
 
     def _over_limit(self, line: Line, job: Job, placed: Placed | None = None) -> Reason | None:
+        if not self._world.quota.is_limited(job.project_id):
+            return None
         amounts = self._world.amounts_of(line, placed)
         return self._world.quota.over_limit(job.project_id, amounts, 1)
 
@@ -329,11 +339,11 @@ def within_limit(world: World, line: Line, job: Job, placed: Placed, *, jobs: in
     """The places, or as many of them as the queue's limits allow if the gang is content with those; else None."""
 
     def is_over(count: int) -> bool:
-        part = replace(placed, places=placed.places[:count])
+        part = placed if count == len(placed.places) else replace(placed, places=placed.places[:count])
         return world.quota.over_limit(job.project_id, world.amounts_of(line, part), jobs) is not None
 
     count, least = len(placed.places), line.gang.smallest if jobs else 1
-    if not is_over(count):
+    if not world.quota.is_limited(job.project_id) or not is_over(count):
         return placed
     allowed = bisect_left(range(least, count), True, key=is_over) + least - 1
     return replace(placed, places=placed.places[:allowed]) if allowed >= least else None

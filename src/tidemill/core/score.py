@@ -26,6 +26,9 @@ MOST_SHAPES: Final = 256
 """Typical requests that a policy keeps, by share; it does without the tail beyond them."""
 _SETTLED: Final = 0.1
 """A new mix is ignored while it differs from the learned one by less than this share: scores stay cached."""
+_CHANCE: Final = 1.5
+_COUNTED: Final = 16
+"""From what sum on the parts of a mix are counts of requests; below, they are shares."""
 _OPENED: Final = 0.92
 """What the demand for a remainder is worth once it waits on an opened GPU: it may not come before the fleet is full."""
 _SLACK: Final = (4, 3)
@@ -97,7 +100,10 @@ class Score(Protocol):
         ...
 
     def learn(self, mix: Sequence[tuple[Want, float]]) -> None:
-        """Take these requests, with their shares, as what will be asked for. Called rarely; bumps ``version``."""
+        """Take these requests, with how often each was asked, or its share, as what will be asked for.
+
+        Called rarely; bumps ``version`` when scores change.
+        """
         ...
 
 
@@ -184,9 +190,14 @@ class Tide:
         self._room = _Room.empty()
 
     def learn(self, mix: Sequence[tuple[Want, float]]) -> None:
-        """Take these requests as typical; a mix less than a tenth away from the present one changes nothing."""
+        """Take these requests as typical.
+
+        Nothing changes when the mix is less than a tenth away from the present one, or no further than so few requests,
+        when they were counted, differ by chance.
+        """
         normal = _normal(mix)
-        if not normal or _distance(normal, self._mix) < _SETTLED:
+        settled = max(_SETTLED, _CHANCE * _expected_distance(normal, math.fsum(part for _, part in mix)))
+        if not normal or _distance(normal, self._mix) < settled:
             return
         self._mix = normal
         self._laid = None
@@ -750,6 +761,16 @@ def _order(want: Want) -> tuple[int, int, int, int, tuple[int, ...]]:
 def _distance(one: dict[Want, float], other: dict[Want, float]) -> float:
     """The share of requests by which two mixes differ, 0 to 1."""
     return math.fsum(abs(one.get(want, 0.0) - other.get(want, 0.0)) for want in {*one, *other}) / 2
+
+
+def _expected_distance(mix: dict[Want, float], count: float) -> float:
+    """By how much a mix counted over so many requests is away from the true one, by chance; 0 for mere shares.
+
+    The mean absolute deviation of a binomial share, ``sqrt(2 p (1 - p) / (pi n))``, halved and summed.
+    """
+    if count < _COUNTED:
+        return 0.0
+    return math.fsum(math.sqrt(share * (1 - share)) for share in mix.values()) / math.sqrt(2 * math.pi * count)
 
 
 def _as_it_is(function: Any) -> Any:

@@ -50,8 +50,9 @@ from tidemill.units import MILLI
 _ABSENT: Final = object()
 RECONSIDER: Final = -1
 """In ``World.blocked``: the line did not fit, but the plan that others were kept clear of is another one now."""
-_MIX_EVERY: Final = 512
-"""After how many requests the placement policy is told of the mix."""
+_MIX_FIRST: Final = 512
+_MIX_EVERY: Final = 4_096
+"""After how many requests the placement policy is told of the mix: soon at first, each time after twice as many."""
 _MIX_HALF: Final = 5_000
 """After how many requests older ones count for half: less memory would let noise pass for change."""
 _MIX_LEAST: Final = 0.01
@@ -159,6 +160,8 @@ class World:
         """Lines that did not fit, with the fleet's ``released`` count at that time."""
         self.reopened_ns = 0
         """When every line was last tried again whatever its chances."""
+        self.overdue: list[Line] = []
+        """Lines that were not tried for a while and are next."""
         self.reopenings = 0
         """How often lines were opened for another reason than room."""
         self.settled = (-1, -1, -1)
@@ -182,6 +185,7 @@ class World:
         """What the workloads of this turn ask for, and how often."""
         self._mix: dict[Shape, float] = {}
         self._mix_count = 0
+        self._mix_due = _MIX_FIRST
         self._touched: dict[tuple[str, str], int | None] = {}
         self._latest: dict[tuple[str, str], Any] = {}
         self._fleet_mark = 0
@@ -362,6 +366,7 @@ class World:
         fade = 0.5 ** (self._mix_count / _MIX_HALF)
         self._mix = {shape: faded for shape, count in self._mix.items() if (faded := count * fade) >= _MIX_LEAST}
         self._mix_count = 0
+        self._mix_due = min(2 * self._mix_due, _MIX_EVERY)
 
     @property
     def has_learned(self) -> bool:
@@ -421,7 +426,7 @@ class World:
         for shape, count in self._asked:
             self._mix[shape] = self._mix.get(shape, 0.0) + count
             self._mix_count += count
-        if self._mix_count >= _MIX_EVERY:
+        if self._mix_count >= self._mix_due:
             self._learn_mix()
         self._undo.clear()
         self._touched.clear()
@@ -562,13 +567,18 @@ class World:
         """Have every line tried again: something other than room changed."""
         self.blocked.clear()
         self.eyeing.clear()
+        self.overdue.clear()
         self.reopenings += 1
 
     def reopen_eyeing(self) -> None:
         """Have those lines tried again that may displace somebody who had not run long enough."""
-        for line in self.eyeing:
-            self.blocked.pop(line, None)
+        self.reopen_lines(self.eyeing)
         self.eyeing.clear()
+
+    def reopen_lines(self, lines: Iterable[Line]) -> None:
+        """Have these lines tried again."""
+        for line in lines:
+            self.blocked.pop(line, None)
         self.reopenings += 1
 
     def reconsider(self) -> None:
