@@ -27,7 +27,7 @@ from tidemill.model.job import AttemptState, Job
 from tidemill.model.plan import Reason, ResolvableBy
 from tidemill.units import SECOND_NS
 
-_AFRESH: Final = 12
+_AFRESH: Final = 8
 """How many lines are tried afresh in one turn, whatever their chances: more would make it long."""
 
 
