@@ -21,6 +21,7 @@ from hypothesis.errors import HypothesisException
 from tests.core.yard import CALM, START, Yard, gpu_node, queue_of, spec
 from tidemill.core import preempt, reserve, scheduling, turn, waiting
 from tidemill.core.fleetarrays import FleetArrays
+from tidemill.core.place import Kept, fits
 from tidemill.core.queueing import WaitingLines
 from tidemill.core.quota import QuotaTree
 from tidemill.core.world import World
@@ -241,6 +242,32 @@ def the_order_of_nodes_does_not_matter(nodes: int, tree: tuple[Queue, ...], hist
     assert seen[0] == seen[1]
 
 
+def nobody_waits_while_there_is_room(nodes: int, tree: tuple[Queue, ...], history: list[Ask]) -> None:
+    """After a turn no waiting job fits beside the plan, within its queue's limits."""
+    yard = Yard(nodes=tuple(gpu_node(f"n{at}") for at in range(nodes)), queues=tree)
+    turn_of, world = yard.turn, yard.world
+
+    def looked_at(facts: list[Any]) -> Any:
+        taken = turn_of(facts)
+        plan = world.held_back
+        if plan is not None:
+            world.take(plan.line, plan.placed)
+        for line, job_id in world.queue.in_order():
+            job = world.jobs[job_id]
+            is_allowed = world.quota.over_limit(job.project_id, world.amounts_of(line), 1) is None
+            is_first = plan is not None and plan.job_id == job_id
+            assert is_first or not is_allowed or not fits(world.fleet, line.gang), f"{job_id} waits for nothing"
+        if plan is not None:
+            world.give_quietly(plan.line, plan.placed)
+        world.fleet.commit()
+        return taken
+
+    yard.turn = looked_at  # type: ignore[method-assign]
+    for ask in history:
+        yard.submit(ask.spec(), runs_s=ask.runs_s, project=ask.project, user=ask.user, at_s=ask.at_s)
+    yard.run()
+
+
 PROMISES: list[Callable[[int, tuple[Queue, ...], list[Ask]], None]] = [
     everything_ends_that_can,
     whoever_is_displaced_is_displaced_for_somebody_who_starts,
@@ -249,6 +276,7 @@ PROMISES: list[Callable[[int, tuple[Queue, ...], list[Ask]], None]] = [
     guarantees_are_there_when_asked_for,
     a_refused_turn_leaves_no_trace,
     the_order_of_nodes_does_not_matter,
+    nobody_waits_while_there_is_room,
 ]
 
 
@@ -358,6 +386,23 @@ def prefers_who_joined_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FleetArrays, "rebuild", in_order_of_joining)
 
 
+def takes_every_line_for_hopeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling._Pass, "_has_room", lambda self, line, plan: False)
+
+
+def overlooks_what_is_free_beside_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Kept, "_lost_to", lambda self, fleet, shape, table: 10**6)
+
+
+def takes_everything_for_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    signs = scheduling._Pass._signs
+    monkeypatch.setattr(scheduling._Pass, "_signs", lambda self: (0, *signs(self)[1:]))
+
+
+def remembers_no_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling._Pass, "_is_behind_still", lambda self, line: line in self._world.blocked)
+
+
 BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., None]]] = [
     (keeps_no_places, the_first_blocked_job_is_not_delayed),
     (lets_everything_pass, the_first_blocked_job_is_not_delayed),
@@ -369,6 +414,10 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., None]]] = [
     (undoes_rows_badly, a_refused_turn_leaves_no_trace),
     (forgets_to_undo_the_quota, a_refused_turn_leaves_no_trace),
     (prefers_who_joined_first, the_order_of_nodes_does_not_matter),
+    (takes_every_line_for_hopeless, nobody_waits_while_there_is_room),
+    (overlooks_what_is_free_beside_the_plan, nobody_waits_while_there_is_room),
+    (takes_everything_for_settled, nobody_waits_while_there_is_room),
+    (remembers_no_release, nobody_waits_while_there_is_room),
 ]
 
 
