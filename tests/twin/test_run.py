@@ -11,6 +11,8 @@ from hypothesis.errors import HypothesisException
 
 from tests.twin.small import OPS, Auditor, audited, away, conditions, job, spec, stop, stream_of
 from tidemill.model.events import NodeJoined
+from tidemill.model.ids import ProjectId, QueueId
+from tidemill.model.queue import Queue
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Alternative
 from tidemill.model.values import replace
@@ -43,6 +45,13 @@ def test_two_jobs_that_cannot_run_together_follow_each_other() -> None:
 def test_a_start_takes_its_delay_and_counts_as_held_not_as_waiting() -> None:
     found = figures(run(iter([job(0, 100, 1)]), conditions(start_delay_ns=20 * SECOND_NS)))
     assert (found["wait_s"]["mean"], found["jct_s"]["mean"], found["cost_micro"]) == (0, 120, 120 * 1_000)
+
+
+def test_what_a_limit_never_allows_is_refused_at_the_door_too() -> None:
+    queue = Queue(id=QueueId("q"), name="t", project_id=ProjectId("t"), limit=(("gpu", 1_000),))
+    result = run(iter([job(0, 1, 2), job(0, 1, 1), job(1, 1, 2, tenant="u")]), conditions(queues=(queue,)))
+    assert dict(result.measures.refused) == {"QueueLimit": 1}
+    assert result.measures.states == {"succeeded": 2}
 
 
 def test_what_the_fleet_can_never_run_is_refused_at_the_door() -> None:

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from tidemill.control.driver import Driver, world_from
 from tidemill.control.recording import Beginning
-from tidemill.core.admission import why_never
+from tidemill.core.admission import why_never, why_refused
 from tidemill.core.feasible import fitting, workers_that_fit
 from tidemill.core.place import gang_of
 from tidemill.model.events import Fact, ProjectOpened
 from tidemill.model.fleet import Node, Site, SiteKind
 from tidemill.model.ids import JobId, LaunchId, OrganizationId, ProjectId, SiteId
-from tidemill.model.job import Allocation, Attempt
+from tidemill.model.job import Allocation, Attempt, Workload
 from tidemill.model.ledger import CPU_METER, RateCard
 from tidemill.model.plan import Plan, Reason
 from tidemill.model.policy import Policy
@@ -125,9 +125,11 @@ class Cloud:
         finally:
             self._driver.policy = policy
 
-    def refusal(self, spec: WorkloadSpec) -> Reason | None:
+    def refusal(self, workload: Workload) -> Reason | None:
         """Why the control plane's door would not let the workload in; None when it would."""
-        world = self._driver.world
+        world, spec = self._driver.world, workload.spec
+        if world.quota.is_limited(workload.project_id):
+            return why_refused(world, workload)
         if len(world.nodes) != self._fleet_size:
             self._fleet_size = len(world.nodes)
             self._nevers.clear()

@@ -131,10 +131,6 @@ class _Run:
 
     def _submit(self, item: Arrival, now: int) -> Iterator[Fact]:
         yield from self.cloud.open_project(item.tenant, now)
-        reason = self.cloud.refusal(item.spec)
-        if reason is not None:
-            self.measures.refuse(reason.code)
-            return
         self._count += 1
         workload = Workload(
             id=WorkloadId(item.name or f"wl_{self._count:09x}"),
@@ -144,6 +140,10 @@ class _Run:
             spec=item.spec,
             submitted_ns=now,
         )
+        reason = self.cloud.refusal(workload)
+        if reason is not None:
+            self.measures.refuse(reason.code)
+            return
         gpus = item.spec.resources.gpus
         milli = gpus.total_milli * item.spec.nodes if gpus is not None else 0
         for index in range(item.spec.job_count):
