@@ -403,3 +403,32 @@ def test_two_promises_on_one_node_are_each_kept() -> None:
     assert yard.started[first]
     assert yard.started[second]
     assert len(yard.events("Preempted")) == 2
+
+
+def test_a_blocked_group_has_a_plan_that_small_work_does_not_delay() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b"), gpu_node("c")))
+    for _ in range(2):
+        yard.submit(spec(8, max_duration_ns=100 * SECOND_NS), runs_s=100)
+    members = [
+        yard.submit(spec(8, group=Group(name="g", size=3), max_duration_ns=50 * SECOND_NS), runs_s=50) for _ in range(3)
+    ]
+    for at in range(1, 30):
+        yard.submit(spec(8, max_duration_ns=60 * SECOND_NS), runs_s=60, at_s=at * 5)
+    short = yard.submit(spec(4, max_duration_ns=90 * SECOND_NS), runs_s=90)
+    assert yard.state(short) is JobState.STARTING, "it is over before the group can start"
+    plan = yard.world.held_back
+    assert plan is not None
+    assert (plan.job_id, len(plan.parts)) == (members[0], 3)
+    yard.run()
+    assert {seconds(yard.started[one][0]) for one in members} == {100.0}
+    assert all(yard.state(one) is JobState.SUCCEEDED for one in members)
+
+
+def test_without_a_plan_the_group_would_wait_behind_small_work() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")), policy=replace(CALM, backfill=False))
+    yard.submit(spec(8, max_duration_ns=100 * SECOND_NS), runs_s=100)
+    members = [yard.submit(spec(8, group=Group(name="g", size=2)), runs_s=50) for _ in range(2)]
+    for at in range(1, 60):
+        yard.submit(spec(8, max_duration_ns=60 * SECOND_NS), runs_s=60, at_s=at * 20)
+    yard.run(1000)
+    assert not any(one in yard.started for one in members)

@@ -251,14 +251,14 @@ def nobody_waits_while_there_is_room(nodes: int, tree: tuple[Queue, ...], histor
         taken = turn_of(facts)
         plan = world.held_back
         if plan is not None:
-            world.take(plan.line, plan.placed)
+            world.take_plan(plan)
         for line, job_id in world.queue.in_order():
             job = world.jobs[job_id]
             is_allowed = world.quota.over_limit(job.project_id, world.amounts_of(line), 1) is None
             is_first = plan is not None and plan.job_id == job_id
             assert is_first or not is_allowed or not fits(world.fleet, line.gang), f"{job_id} waits for nothing"
         if plan is not None:
-            world.give_quietly(plan.line, plan.placed)
+            world.give_plan(plan)
         world.fleet.commit()
         return taken
 

@@ -168,6 +168,19 @@ class FleetArrays:
         self._undo.append((row, cpu_milli, memory_bytes, tuple((at, -milli, bits) for at, milli, bits in columns)))
         self.released += 1
 
+    def take_from(
+        self, free: Free, node: NodeId, cpu_milli: int, memory_bytes: int, devices: tuple[DeviceShare, ...]
+    ) -> None:
+        """Take that much of a node in a copy of what is free, in place."""
+        row = self.row[node]
+        free.cpu[row] -= cpu_milli
+        free.memory[row] -= memory_bytes
+        for share in devices:
+            column = self._column[row, share.device_id]
+            free.gpu[row, column] -= share.milli
+            if bits := self.slice_bits(row, column, share):
+                free.mig[row, column] += np.where(_BITS & bits, 1, 0)
+
     def checkpoint(self) -> int:
         """A mark to roll back to."""
         return len(self._undo)

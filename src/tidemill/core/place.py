@@ -10,6 +10,7 @@ of nodes that changed since are worked out again, and the best is one ``argmax``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -324,11 +325,11 @@ def has_room(fleet: FleetArrays, gang: Gang) -> bool:
 
 
 class Kept:
-    """Places that are kept for one gang without being taken: how much room is left beside them."""
+    """Places that are kept for some gangs without being taken: how much room is left beside them."""
 
-    def __init__(self, fleet: FleetArrays, resources: Resources, placed: Placed) -> None:
-        self.placed, self.layouts = placed, fleet.layouts
-        rows = sorted({fleet.row[place.node_id] for place in placed.places})
+    def __init__(self, fleet: FleetArrays, parts: Sequence[tuple[Resources, Placed]]) -> None:
+        self.layouts = fleet.layouts
+        rows = sorted({fleet.row[place.node_id] for _, placed in parts for place in placed.places})
         at = {row: index for index, row in enumerate(rows)}
         self._rows: Ints = np.array(rows, np.int64)
         self._less = Free(
@@ -337,7 +338,7 @@ class Kept:
             np.zeros((len(rows), fleet.gpu_free.shape[1]), np.int64),
             np.zeros(0, np.int64),
         )
-        for place in placed.places:
+        for resources, place in ((resources, place) for resources, placed in parts for place in placed.places):
             row = fleet.row[place.node_id]
             self._less.cpu[at[row]] += resources.cpu_milli
             self._less.memory[at[row]] += resources.memory_bytes

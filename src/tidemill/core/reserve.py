@@ -8,6 +8,7 @@ Source: Lifka, "The ANL/IBM SP scheduling system" (1995); ties break by fleet ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from tidemill.core.fleetarrays import Free
 from tidemill.core.held import NEVER
 from tidemill.core.place import Placed, fits, place_gang
 from tidemill.core.queueing import Line
-from tidemill.model.ids import JobId
+from tidemill.model.ids import JobId, NodeId
 from tidemill.model.plan import Reason, ResolvableBy
 from tidemill.model.policy import Policy
 from tidemill.model.reservation import Reservation
@@ -34,13 +35,21 @@ _PROBES = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldBack:
-    """The plan for a blocked job: at ``at_ns`` at the latest it starts in ``placed``. Made at ``made_ns``."""
+    """The plan for a blocked job, or for the group it stands in line for: at ``at_ns`` at the latest it starts.
+
+    ``parts`` are the places, one gang each; they were chosen at ``made_ns``.
+    """
 
     job_id: JobId
     line: Line
     at_ns: int
-    placed: Placed
+    parts: tuple[tuple[Line, Placed], ...]
     made_ns: int
+
+    @property
+    def node_ids(self) -> set[NodeId]:
+        """Where it will start."""
+        return {place.node_id for _, placed in self.parts for place in placed.places}
 
 
 def nodes_open_to(world: World, line: Line, *, now: int, policy: Policy) -> NDArray[np.bool_] | None:
@@ -144,8 +153,11 @@ def _closed(line: Line, code: str, needed: str, available: str) -> Reason:
     )
 
 
-def plan_start(world: World, job: JobId, line: Line, *, now: int, policy: Policy) -> HeldBack | None:
-    """The earliest start that what runs allows, as it is expected to end; None when it never makes enough room."""
+def plan_start(world: World, job: JobId, lines: Sequence[Line], *, now: int, policy: Policy) -> HeldBack | None:
+    """The earliest start that what runs allows, as it is expected to end; None when it never makes enough room.
+
+    ``lines`` has the job's own line, and those of the jobs that have to start with it.
+    """
     held = world.rows
     ends = held.ends(now=now, assumed=policy.assumed_duration_ns)
     rows = held.rows()
@@ -155,17 +167,40 @@ def plan_start(world: World, job: JobId, line: Line, *, now: int, policy: Policy
     if not instants.size:
         return None
     if world.reservations:
-        found = _first_of_few(world, line, rows, ends, instants, policy)
+        found = _first_of_few(world, lines, rows, ends, instants, policy)
     else:
-        found = _first_by_halving(world, line, rows, ends, instants, policy)
+        found = _first_by_halving(world, lines, rows, ends, instants, policy)
     if found is None:
         return None
     at, free = found
-    mask = nodes_open_to(world, line, now=at, policy=policy)
-    placed = place_gang(world.fleet, line.gang, score=world.score, free=free, mask=mask)
-    if placed is None:
+    parts = _placed_together(world, lines, free, at, policy)
+    if parts is None:
         return None
-    return HeldBack(job_id=job, line=line, at_ns=at, placed=placed, made_ns=now)
+    return HeldBack(job_id=job, line=lines[0], at_ns=at, parts=parts, made_ns=now)
+
+
+def _placed_together(
+    world: World, lines: Sequence[Line], free: Free, at: int, policy: Policy
+) -> tuple[tuple[Line, Placed], ...] | None:
+    """Places for the gangs of all lines in what is ``free`` then, from which they are taken; None when one has none."""
+    parts: list[tuple[Line, Placed]] = []
+    for line in lines:
+        mask = nodes_open_to(world, line, now=at, policy=policy)
+        placed = place_gang(world.fleet, line.gang, score=world.score, free=free, mask=mask)
+        if placed is None:
+            return None
+        resources = line.gang.choices[placed.choice].resources
+        for place in placed.places:
+            world.fleet.take_from(free, place.node_id, resources.cpu_milli, resources.memory_bytes, place.devices)
+        parts.append((line, placed))
+    return tuple(parts)
+
+
+def _do_fit(world: World, lines: Sequence[Line], free: Free, at: int, policy: Policy) -> bool:
+    if len(lines) > 1:
+        return _placed_together(world, lines, free.copy(), at, policy) is not None
+    mask = nodes_open_to(world, lines[0], now=at, policy=policy)
+    return fits(world.fleet, lines[0].gang, free=free, mask=mask)
 
 
 def _openings(world: World, now: int) -> NDArray[np.int64]:
@@ -175,14 +210,13 @@ def _openings(world: World, now: int) -> NDArray[np.int64]:
 
 def _first_by_halving(
     world: World,
-    line: Line,
+    lines: Sequence[Line],
     rows: NDArray[np.int64],
     ends: NDArray[np.int64],
     instants: NDArray[np.int64],
     policy: Policy,
 ) -> tuple[int, Free] | None:
     """More has ended at each later instant, so if it fits at one it fits at all that follow. Also what is free then."""
-    mask = nodes_open_to(world, line, now=int(instants[0]), policy=policy)
     ended = np.searchsorted(ends[rows], instants, side="right")
 
     def free_at(index: int) -> Free:
@@ -192,12 +226,12 @@ def _first_by_halving(
 
     before, given = world.fleet.free(), 0
     low, high, at_high = 0, len(instants) - 1, free_at(len(instants) - 1)
-    if not fits(world.fleet, line.gang, free=at_high, mask=mask):
+    if not _do_fit(world, lines, at_high, int(instants[-1]), policy):
         return None
     while low < high:
         middle = (low + high) // 2
         then = free_at(middle)
-        if fits(world.fleet, line.gang, free=then, mask=mask):
+        if _do_fit(world, lines, then, int(instants[middle]), policy):
             high, at_high = middle, then
         else:
             low, before, given = middle + 1, then, int(ended[middle])
@@ -206,7 +240,7 @@ def _first_by_halving(
 
 def _first_of_few(
     world: World,
-    line: Line,
+    lines: Sequence[Line],
     rows: NDArray[np.int64],
     ends: NDArray[np.int64],
     instants: NDArray[np.int64],
@@ -218,6 +252,6 @@ def _first_of_few(
     for at in instants.tolist():
         free = world.fleet.free().copy()
         world.rows.give_back(free, rows[ends[rows] <= at])
-        if fits(world.fleet, line.gang, free=free, mask=nodes_open_to(world, line, now=at, policy=policy)):
+        if _do_fit(world, lines, free, at, policy):
             return at, free
     return None

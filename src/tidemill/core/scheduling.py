@@ -8,6 +8,7 @@ fit is closed until there is more room, so a turn looks at what can change, not 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -204,7 +205,7 @@ class _Pass:
         world.blocked[line] = world.fleet.released
         reason = meets_windows(world, line, mask, now=out.now) or why_not_now(world.fleet, line.gang, mask=mask)
         if self._claimed is None and out.policy.backfill and not world.order.preempts:
-            self._plan(line, job)
+            self._plan([line], job)
         elif self._claimed is not None and self._is_behind(line, mask, self._claimed):
             reason = _behind(world, self._claimed, job)
         return reason
@@ -230,9 +231,9 @@ class _Pass:
         placed = place_gang(world.fleet, line.gang, score=world.score, mask=mask)
         plan = self._claimed
         if placed is None and plan is not None and 0 < line.duration_ns <= plan.at_ns - out.now:
-            world.give_quietly(plan.line, plan.placed)
+            world.give_plan(plan)
             placed = place_gang(world.fleet, line.gang, score=world.score, mask=mask)
-            world.take(plan.line, plan.placed)
+            world.take_plan(plan)
         return placed
 
     def _start(self, line: Line, job: Job, placed: Placed) -> None:
@@ -271,8 +272,11 @@ class _Pass:
         out.wait(world, job.id, _promised(found))
         return True
 
-    def _plan(self, line: Line, job: Job) -> None:
-        """Give the first blocked job its plan, or keep the one it has while that holds."""
+    def _plan(self, lines: Sequence[Line], job: Job) -> None:
+        """Give the first blocked job its plan, or keep the one it has while that holds.
+
+        ``lines`` has its own, and those of the jobs that have to start with it.
+        """
         world, out = self._world, self._out
         plan = world.held_back
         stands = (
@@ -282,9 +286,9 @@ class _Pass:
             and out.now < plan.made_ns + out.policy.replan_ns
         )
         if not stands:
-            plan = plan_start(world, job.id, line, now=out.now, policy=out.policy)
+            plan = plan_start(world, job.id, lines, now=out.now, policy=out.policy)
             world.hold_back(plan)
-            world.blocked[line] = world.fleet.released
+            world.blocked[lines[0]] = world.fleet.released
             if plan is not None:
                 soonest = out.now + SECOND_NS  # who should have ended, and has not, may do so at any moment
                 at = max(min(plan.at_ns, out.now + out.policy.replan_ns), soonest)
@@ -294,9 +298,9 @@ class _Pass:
     def _claim(self, plan: HeldBack | None) -> None:
         """Keep a plan's places from those that follow, or let go of them."""
         if self._claimed is not None:
-            self._world.give_quietly(self._claimed.line, self._claimed.placed)
+            self._world.give_plan(self._claimed)
         if plan is not None:
-            self._world.take(plan.line, plan.placed)
+            self._world.take_plan(plan)
         self._claimed = plan
 
     def _try_group(self, line: Line, first: Job) -> Reason | None:
@@ -316,7 +320,10 @@ class _Pass:
             if placed is None:
                 world.fleet.rollback(mark)
                 world.blocked[line] = world.fleet.released
-                return why_not_now(world.fleet, _together(jobs, world))
+                missing = why_not_now(world.fleet, _together(jobs, world))
+                if self._claimed is None and out.policy.backfill and not world.order.preempts:
+                    self._plan([line, *(world.line_of(one) for one in jobs[1:])], first)
+                return missing
             found.append((job, its, placed))
         total: dict[str, int] = {}
         for _, its, placed in found:
@@ -332,6 +339,8 @@ class _Pass:
             waiting.leave_group(world, job, name)
             start(world, job, placed, out)
         self._started += len(jobs)
+        if world.held_back is not None and world.held_back.job_id == first.id:
+            world.hold_back(None)
         return None
 
 
@@ -356,9 +365,9 @@ def _together(jobs: list[Job], world: World) -> Gang:
 
 def fits_without(world: World, line: Line, mask: NDArray[np.bool_] | None, plan: HeldBack) -> bool:
     """Whether a gang would fit if a plan's places were not kept for it."""
-    world.give_quietly(plan.line, plan.placed)
+    world.give_plan(plan)
     answer = fits(world.fleet, line.gang, mask=mask)
-    world.take(plan.line, plan.placed)
+    world.take_plan(plan)
     return answer
 
 
@@ -369,7 +378,7 @@ def _grow_elastic(world: World, out: Outcome) -> None:
     world.set_grown(world.fleet.released)
     plan = world.held_back
     if plan is not None:
-        world.take(plan.line, plan.placed)
+        world.take_plan(plan)
     for job_id in list(world.growable):
         job, attempt = world.jobs[job_id], world.attempts[job_id]
         if attempt.state is not AttemptState.RUNNING:
@@ -390,7 +399,7 @@ def _grow_elastic(world: World, out: Outcome) -> None:
         world.give_beyond(line, placed, within)
         grow(world, job, attempt, within.places, out)
     if plan is not None:
-        world.give_quietly(plan.line, plan.placed)
+        world.give_plan(plan)
 
 
 def _explain(world: World, out: Outcome) -> None:

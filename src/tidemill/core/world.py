@@ -136,7 +136,7 @@ class World:
         self.promises: dict[JobId, Promise] = {}
         self.held_back: HeldBack | None = None
         """The plan of the first blocked job."""
-        self._kept: Kept | None = None
+        self._kept: tuple[tuple[tuple[Line, Placed], ...], Kept] | None = None
         self._models: dict[NodeId, tuple[tuple[Device, ...], dict[DeviceId, str]]] = {}
         self.groups: dict[tuple[ProjectId, str], tuple[JobId, ...]] = {}
         """Queued jobs of each group, in order of submission."""
@@ -616,16 +616,26 @@ class World:
         before = self.held_back
         self._undo.append(lambda: setattr(self, "held_back", before))
         self.held_back = plan
-        if (before.placed if before else None) != (plan.placed if plan else None):
+        if (before.parts if before else None) != (plan.parts if plan else None):
             self.reconsider()
 
     def kept_beside(self, plan: HeldBack) -> Kept:
         """The places of a plan as something to look past."""
-        kept = self._kept
-        if kept is None or kept.placed is not plan.placed or kept.layouts != self.fleet.layouts:
-            resources = plan.line.gang.choices[plan.placed.choice].resources
-            kept = self._kept = Kept(self.fleet, resources, plan.placed)
-        return kept
+        known = self._kept
+        if known is None or known[0] is not plan.parts or known[1].layouts != self.fleet.layouts:
+            parts = [(line.gang.choices[placed.choice].resources, placed) for line, placed in plan.parts]
+            known = self._kept = (plan.parts, Kept(self.fleet, parts))
+        return known[1]
+
+    def take_plan(self, plan: HeldBack) -> None:
+        """Keep the places of a plan from others, for a part of a turn."""
+        for line, placed in plan.parts:
+            self.take(line, placed)
+
+    def give_plan(self, plan: HeldBack) -> None:
+        """The reverse of ``take_plan``."""
+        for line, placed in plan.parts:
+            self.give_quietly(line, placed)
 
     def _count(self, allocation: Allocation, sign: int) -> None:
         """Count what is held: against the queue and its user, on the node, at its ports."""
@@ -709,7 +719,7 @@ class World:
         for promise in self.promises.values():
             self.take(promise.line, promise.placed)
         plan = self.held_back
-        if plan is not None and any(place.node_id not in self.fleet.row for place in plan.placed.places):
+        if plan is not None and not plan.node_ids <= self.fleet.row.keys():
             self.hold_back(None)
         self.quota.set_capacity(self._capacity())
         self.fleet.commit()
