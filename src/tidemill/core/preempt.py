@@ -218,7 +218,6 @@ class _Relation:
                 self._mine.update(world.fleet.row[node] for node in reservation.node_ids if node in world.fleet.row)
         self._order = world.order
         self._rank = self._order.rank(world.job_facts(job, now=now), now=now) if self._order.preempts else 0.0
-        self._ranks: dict[JobId, float] = {}
 
     def claim_on(self, other_id: JobId, rows: NDArray[np.int64]) -> _Claim:
         """By what right this job may displace another, if by any."""
@@ -283,11 +282,7 @@ class _Relation:
 
     def rank_of(self, other: Job) -> float:
         """What the order plug-in thinks of a running job."""
-        rank = self._ranks.get(other.id)
-        if rank is None:
-            facts = self._world.job_facts(other, now=self._now)
-            rank = self._ranks[other.id] = self._order.rank(facts, now=self._now)
-        return rank
+        return self._world.running_rank(other, now=self._now)
 
     def is_conceivable(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of these rows ``claim_on`` could be about to allow, by what the columns tell. Shape (R,)."""
@@ -295,11 +290,14 @@ class _Relation:
         if self._mine:
             return np.ones(len(rows), np.bool_)
         same_or_earlier: NDArray[np.bool_] = held.tier[rows] <= mine
-        if self._order.preempts or self._world.quota.has_guarantee(self._job.project_id):
+        if self._world.quota.has_guarantee(self._job.project_id):
             return same_or_earlier
         later: NDArray[np.bool_] = (held.tier[rows] == TIERS[Tier.SPOT]) & (mine > TIERS[Tier.SPOT])
         if self._policy.displace_in_project:
             later |= held.priority[rows] < self._job.priority
+        if self._order.preempts:
+            ranks = self._world.running_ranks(self._now)
+            later |= ranks[held.gang[rows]] > self._order.margin * self._rank
         later &= same_or_earlier
         return later
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tidemill.core.feasible import Shape, fitting
 from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.held import HeldArrays
@@ -180,6 +183,8 @@ class World:
         self._lines: dict[WorkloadId, Line] = {}
         self._noted: list[tuple[JobFacts, bool]] = []
         """What an order plug-in that learns is told when this turn is stored."""
+        self._ranks: dict[JobId, float] = {}
+        self._gang_ranks: NDArray[np.float64] = np.zeros(0)
         self._gone: list[JobId] = []
         self._asked: list[tuple[Shape, int]] = []
         """What the workloads of this turn ask for, and how often."""
@@ -294,6 +299,25 @@ class World:
             weight=party.weight_milli / MILLI if party is not None else 1.0,
         )
 
+    def running_rank(self, job: Job, *, now: int) -> float:
+        """What the order plug-in thinks of a running job; asked once a turn, for it learns only between turns."""
+        rank = self._ranks.get(job.id)
+        if rank is None:
+            rank = self._ranks[job.id] = self.order.rank(self.job_facts(job, now=now), now=now)
+        return rank
+
+    def running_ranks(self, now: int) -> NDArray[np.float64]:
+        """The same for whoever runs, by number of the gang in ``rows``, shape (G,); 0 for those that do not."""
+        if len(self._gang_ranks) != len(self.rows.jobs):
+            jobs, attempts = self.jobs, self.attempts
+            self._gang_ranks = np.array([
+                self.running_rank(jobs[one], now=now)
+                if one in jobs and (attempt := attempts.get(one)) is not None and attempt.started_ns
+                else 0.0
+                for one in self.rows.jobs
+            ])  # fmt: skip
+        return self._gang_ranks
+
     def is_in_window(self, job: Job, *, now: int) -> bool:
         """Whether a job runs in its own reservation while that lasts."""
         spec = self.workloads[job.workload_id].spec
@@ -404,6 +428,8 @@ class World:
         self._undo.clear()
         self._noted.clear()
         self._gone.clear()
+        self._ranks.clear()
+        self._gang_ranks = np.zeros(0)
         self._asked.clear()
         self._touched.clear()
         self._latest.clear()
