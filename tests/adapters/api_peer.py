@@ -187,7 +187,7 @@ class Peer:
             connection.request(method, path, raw, sent | (headers or {}))
             answer = connection.getresponse()
             content: Any = answer.read()
-            if "json" in answer.headers.get("Content-Type", ""):
+            if "ndjson" not in (kind := answer.headers.get("Content-Type", "")) and "json" in kind:
                 content = json.loads(content) if content else None
             return answer.status, dict(answer.headers.items()), content
         finally:

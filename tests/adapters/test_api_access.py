@@ -72,13 +72,13 @@ def test_the_policies_are_these() -> None:
         "read": 19,
         "exec": 3,
         "runner": 8,
-        "admin": 9,
+        "admin": 10,
         "gateway": 1,
     }
     assert by_scope["admin"] == {
         "POST /v1/projects", "GET /v1/tokens", "POST /v1/tokens", "DELETE /v1/tokens/{token_id}",
         "PUT /v1/queues", "PUT /v1/queues/{name}", "POST /v1/reservations", "DELETE /v1/reservations/{name}",
-        "POST /v1/nodes/{node}/mark",
+        "POST /v1/nodes/{node}/mark", "GET /v1/turns",
     }  # fmt: skip
 
 
@@ -92,6 +92,7 @@ ROUTES = [(method, path, scopes) for (method, path), scopes in policies(unplugge
 @pytest.mark.parametrize(("method", "path", "scopes"), ROUTES, ids=[f"{m} {p}" for m, p, _ in ROUTES])
 def test_scope_by_route(peer: Peer, method: str, path: str, scopes: tuple[str, ...]) -> None:
     target = concrete(path) + ("?offset=0" if path.endswith("/logs") else "?wait=0" if "wait" in path else "")
+    target += "?for_s=0.1" if path == "/v1/turns" else ""
     for role, granted in ROLES.items():
         status, answer = peer.call(
             method, target, raw=b"{}" if method in ("POST", "PUT") else None, token=peer.token(role)

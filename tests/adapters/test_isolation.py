@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.adapters.local_bench import local_bench
@@ -262,10 +263,12 @@ print("kept")
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root, to become somebody else")
 def test_an_ordinary_user_has_the_same(tmp_path_factory: pytest.TempPathFactory) -> None:
-    python = next((path for path in ("/usr/bin/python3", sys.executable) if Path(path).exists()), sys.executable)
+    own = f"python{sys.version_info.major}.{sys.version_info.minor}"  # what is compiled for ours runs in no other
+    python = next((path for path in (f"/usr/bin/{own}", sys.executable) if Path(path).exists()), sys.executable)
+    packages = Path(msgspec.__file__).parent.parent
     done = subprocess.run(
         ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python, "-c", AS_NOBODY],
-        env={"PYTHONPATH": f"{SOURCE}:{SOURCE.parent}", "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
+        env={"PYTHONPATH": f"{SOURCE}:{SOURCE.parent}:{packages}", "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
         cwd="/", capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.stdout.strip() == "kept", done.stderr[-3000:]

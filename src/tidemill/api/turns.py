@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from typing import Any, Final
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Final
 
+from fastapi import Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
@@ -43,7 +45,10 @@ class _Lines:
 
 
 @routes.get("/v1/turns", allow=Scope.ADMIN, media=("application/x-ndjson",))
-async def record_turns(call: Caller) -> Response:
+async def record_turns(
+    call: Caller,
+    for_s: Annotated[float, Query(ge=0, description="End after so many seconds; 0: when the client hangs up.")] = 0,
+) -> Response:
     """Stream the turns that the scheduler takes, one line of JSON each, until the client hangs up.
 
     The first line says what this is, the second what there was at first; empty lines only keep the connection. One
@@ -51,13 +56,13 @@ async def record_turns(call: Caller) -> Response:
     """
     lines = _Lines(asyncio.get_running_loop())
     stop = await run_in_threadpool(lambda: call.plane.record(Recording(lines.write)))
-    return Streamed(_recorded(call, lines, stop), media_type="application/x-ndjson")
+    return Streamed(_recorded(call, lines, stop, for_s), media_type="application/x-ndjson")
 
 
-async def _recorded(call: Call, lines: _Lines, stop: Any) -> AsyncIterator[bytes]:
-    hub, quiet_s = call.services.hub, 0.0
+async def _recorded(call: Call, lines: _Lines, stop: Callable[[], None], for_s: float) -> AsyncIterator[bytes]:
+    hub, quiet_s, began = call.services.hub, 0.0, time.monotonic()
     try:
-        while not hub.closed:
+        while not hub.closed and (not for_s or time.monotonic() < began + for_s):
             if lines.is_behind and lines.queue.empty():
                 break
             with contextlib.suppress(TimeoutError):
