@@ -12,7 +12,7 @@ from tidemill.model.fleet import Node
 from tidemill.model.ids import ArtifactId, JobId, LaunchId, NodeId, PrincipalId, ProjectId, TokenId, WorkloadId
 from tidemill.model.job import Allocation, Attempt, Job, JobState, Workload
 from tidemill.model.ledger import LedgerLine, LedgerTotals
-from tidemill.model.plan import Change, LaunchSpec, Observation, Reason, Waiting
+from tidemill.model.plan import Change, LaunchSpec, Reason, Sight, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.reservation import Reservation
 from tidemill.model.spec import Kind
@@ -256,14 +256,17 @@ class Engine(Protocol):
     def launch(self, spec: LaunchSpec) -> None:
         """Have that worker started; nothing more when its launch id was started before, even if it ended."""
 
-    def stop(self, launch_id: LaunchId, *, grace_ns: int) -> None:
+    def stop(self, launch_id: LaunchId, *, node_id: NodeId, grace_ns: int) -> None:
         """Have a worker signalled, and killed with all it started after the grace; harmless when unknown, and
         then remembered, so that a launch of that id arriving late is not started."""
 
-    def observe(self) -> tuple[Observation, ...]:
-        """Every launch that it has not forgotten, from its own list; never from what it was told."""
+    def observe(self) -> Sight:
+        """Every launch that it has not forgotten, from its own list; never from what it was told.
 
-    def forget(self, launch_id: LaunchId) -> None:
+        It is about the nodes that answered: one that cannot be reached now is left out with all that is on it.
+        """
+
+    def forget(self, launch_id: LaunchId, *, node_id: NodeId) -> None:
         """Drop what is kept of a launch that is gone; refused while anything of it lives; harmless twice."""
 
     def close(self) -> None:

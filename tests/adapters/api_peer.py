@@ -22,7 +22,7 @@ from tidemill.control.vault import Vault
 from tidemill.model.fleet import Node, NodeState, Site, SiteKind
 from tidemill.model.ids import LaunchId, NodeId, OrganizationId, PrincipalId, ProjectId, SiteId
 from tidemill.model.ledger import Rate, RateCard
-from tidemill.model.plan import LaunchSpec, Observation, ObservedState
+from tidemill.model.plan import LaunchSpec, Observation, ObservedState, Sight
 from tidemill.model.tenant import Organization, Principal, PrincipalKind, Project, Scope
 from tidemill.ports import EngineCapabilities
 from tidemill.store.sql import SqlStore
@@ -65,16 +65,17 @@ class PuppetEngine:
         self.specs[spec.launch_id] = spec
         self._seen.setdefault(spec.launch_id, ObservedState.ALIVE)
 
-    def stop(self, launch_id: LaunchId, *, grace_ns: int) -> None:
+    def stop(self, launch_id: LaunchId, *, node_id: NodeId, grace_ns: int) -> None:
         self._seen[launch_id] = ObservedState.GONE
 
-    def observe(self) -> tuple[Observation, ...]:
-        return tuple(Observation(launch_id=launch, state=state) for launch, state in list(self._seen.items()))
+    def observe(self) -> Sight:
+        seen = tuple(Observation(launch_id=launch, state=state) for launch, state in list(self._seen.items()))
+        return Sight(nodes=frozenset(node.id for node in self._nodes), launches=seen)
 
     def lose(self, launch_id: LaunchId) -> None:
         self._seen[launch_id] = ObservedState.GONE
 
-    def forget(self, launch_id: LaunchId) -> None:
+    def forget(self, launch_id: LaunchId, *, node_id: NodeId) -> None:
         self._seen.pop(launch_id, None)
 
     def close(self) -> None: ...

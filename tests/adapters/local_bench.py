@@ -43,10 +43,12 @@ def local_bench(folder: Path, *, sandbox: str = "auto", **settings: int) -> Iter
     if not control.serving:
         control.start()
     last = make()
-    for seen in last.observe():
+    for seen in last.observe().launches:
         control.fenced.add(seen.launch_id)
-        last.stop(seen.launch_id, grace_ns=0)
-    eventually(lambda: all(seen.state is not ObservedState.ALIVE for seen in last.observe()), what="all is over")
+        last.stop(seen.launch_id, node_id=last.node_id, grace_ns=0)
+    eventually(
+        lambda: all(seen.state is not ObservedState.ALIVE for seen in last.observe().launches), what="all is over"
+    )
     last.close()
     control.stop()
 

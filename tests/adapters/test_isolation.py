@@ -254,7 +254,7 @@ with tempfile.TemporaryDirectory() as name, local_bench(Path(name)) as bench:
     frames = list(FrameReader().feed(bytes(record.output)))
     out = b"".join(content for kind, content in frames if kind == b"o").split()
     assert frames[-1] == (b"x", b"0") and out[0] == b"1000" and out[1] == out[2] and out[3] == b"1", frames
-    engine.stop(spec.launch_id, grace_ns=0)
+    engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=0)
     bench.control.wait_for_event(spec.launch_id, "exited")
     engine.close()
 print("kept")

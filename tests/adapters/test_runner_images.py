@@ -246,7 +246,7 @@ def test_a_stop_is_told_and_enforced(bench: EngineBench, podman: images.Runtime)
     for spec, grace_ns in ((polite, 20 * SECOND_NS), (stubborn, SECOND_NS // 5)):
         engine.launch(spec)
         eventually(lambda spec=spec: bench.starts(spec) > 0, what="it runs")  # type: ignore[misc]
-        engine.stop(spec.launch_id, grace_ns=grace_ns)
+        engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=grace_ns)
     exited = bench.control.wait_for_event(polite.launch_id, "exited")
     assert b"saved" in bytes(bench.control.record(polite.launch_id).log), exited
     exited = bench.control.wait_for_event(stubborn.launch_id, "exited")

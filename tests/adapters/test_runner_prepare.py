@@ -151,7 +151,7 @@ def test_checkpoints_and_outputs_outlive_the_launch_and_scratch_does_not(bench: 
     engine.launch(first)
     bench.control.wait_for_event(first.launch_id, "exited")
     eventually(lambda: state(engine, first.launch_id) is ObservedState.EXITED)
-    engine.forget(first.launch_id)
+    engine.forget(first.launch_id, node_id=first.node_id)
     assert not launch_folder(tmp_path, first.launch_id).path.exists()
     _, log = run(bench, "cat $TIDEMILL_CHECKPOINT_DIR/step $XDG_CACHE_HOME/c; ls -A $TIDEMILL_SCRATCH_DIR", **same)
     assert log == "1\nc\n"
@@ -312,7 +312,7 @@ def test_a_stop_while_preparing_ends_it(bench: EngineBench) -> None:
     spec = bench.spec(BEGIN, workdir="1" * 64)
     engine.launch(spec)
     bench.control.wait_for_event(spec.launch_id, "prepared")
-    engine.stop(spec.launch_id, grace_ns=SECOND_NS)
+    engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=SECOND_NS)
     assert bench.control.wait_for_event(spec.launch_id, "exited")["exit_code"] == 143
     assert bench.starts(spec) == 0
     engine.close()

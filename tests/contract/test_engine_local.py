@@ -65,6 +65,6 @@ def test_workers_see_slices_by_their_drivers_names_and_need_the_files_of_their_g
         for wrong in ("GPU-fixed/3g.40gb@0", "GPU-whole/1g.10gb@0", "GPU-none/1g.10gb@0"):
             with pytest.raises(EngineRefused, match="has no slice"):
                 engine.launch(launch_spec(devices=((wrong, 125),)))
-        assert engine.observe() == ()
+        assert engine.observe().launches == ()
     finally:
         engine.close()

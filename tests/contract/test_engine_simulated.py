@@ -191,7 +191,7 @@ def test_a_stop_gives_the_grace_and_no_more(needs_s: int, grace_s: int, ends_aft
     spec = launch_spec()
     bench.engine.launch(spec)
     bench.after(5)
-    bench.engine.stop(spec.launch_id, grace_ns=grace_s * SECOND_NS)
+    bench.engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=grace_s * SECOND_NS)
     stopped = bench.now
     (exited,) = bench.after(500)
     assert isinstance(exited, Exited)
@@ -206,10 +206,10 @@ def test_a_second_stop_can_only_shorten_it_and_a_worker_may_end_by_itself_before
     bench.after(1)
     stopped = bench.now
     for spec in (long, short):
-        bench.engine.stop(spec.launch_id, grace_ns=10 * SECOND_NS)
-    bench.engine.stop(own.launch_id, grace_ns=50 * SECOND_NS)
-    bench.engine.stop(long.launch_id, grace_ns=60 * SECOND_NS)
-    bench.engine.stop(short.launch_id, grace_ns=2 * SECOND_NS)
+        bench.engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=10 * SECOND_NS)
+    bench.engine.stop(own.launch_id, node_id=own.node_id, grace_ns=50 * SECOND_NS)
+    bench.engine.stop(long.launch_id, node_id=long.node_id, grace_ns=60 * SECOND_NS)
+    bench.engine.stop(short.launch_id, node_id=short.node_id, grace_ns=2 * SECOND_NS)
     ended = {fact.launch_id: fact for fact in bench.after(100) if isinstance(fact, Exited)}
     assert (ended[short.launch_id].at_ns - stopped, ended[short.launch_id].exit_code) == (2 * SECOND_NS, 137)
     assert (ended[long.launch_id].at_ns - stopped, ended[long.launch_id].exit_code) == (10 * SECOND_NS, 137)
@@ -220,7 +220,7 @@ def test_a_worker_stopped_before_it_started_never_starts() -> None:
     bench = Bench(start_delay_ns=10 * SECOND_NS)
     spec = launch_spec()
     bench.engine.launch(spec)
-    bench.engine.stop(spec.launch_id, grace_ns=SECOND_NS)
+    bench.engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=SECOND_NS)
     facts = bench.after(100)
     assert kinds(facts) == ["Prepared", "Exited"]
     assert isinstance(facts[1], Exited)
@@ -251,9 +251,9 @@ def test_every_call_can_lose_its_reply(call: str, mishap: Mishap) -> None:
     bench.after(10)
     bench.engine.mishap = lambda called, _: mishap if called == call else Mishap.NONE
     deeds: dict[str, Callable[[], object]] = {
-        "stop": lambda: bench.engine.stop(spec.launch_id, grace_ns=0),
+        "stop": lambda: bench.engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=0),
         "observe": bench.engine.observe,
-        "forget": lambda: bench.engine.forget(spec.launch_id),
+        "forget": lambda: bench.engine.forget(spec.launch_id, node_id=spec.node_id),
     }
     with pytest.raises(EngineLost):
         deeds[call]()
@@ -268,7 +268,7 @@ def test_a_refused_launch_does_nothing() -> None:
     bench = Bench(mishap=lambda call, _: Mishap.REFUSED if call == "launch" else Mishap.NONE)
     with pytest.raises(EngineRefused):
         bench.engine.launch(launch_spec())
-    assert bench.engine.observe() == ()
+    assert bench.engine.observe().launches == ()
     assert bench.after(100) == ()
 
 
@@ -281,10 +281,10 @@ def test_a_lost_worker_is_gone_without_a_word() -> None:
     assert bench.after(100) == ()
     assert state(bench.engine, spec.launch_id) is ObservedState.GONE
     bench.engine.launch(spec)
-    bench.engine.stop(spec.launch_id, grace_ns=0)
+    bench.engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=0)
     assert bench.engine.starts(spec.launch_id) == 1
-    bench.engine.forget(spec.launch_id)
-    assert bench.engine.observe() == ()
+    bench.engine.forget(spec.launch_id, node_id=spec.node_id)
+    assert bench.engine.observe().launches == ()
 
 
 def test_a_lost_node_takes_its_workers_and_nobody_elses() -> None:
@@ -384,7 +384,7 @@ def test_many_threads_may_call_at_once() -> None:
         list(threads.map(launch, range(4)))
     told.extend(bench.engine.facts(bench.now))
     assert Counter(type(fact).__name__ for fact in told) == {"Prepared": 400, "Started": 400, "Exited": 400}
-    assert len(bench.engine.observe()) == 400
+    assert len(bench.engine.observe().launches) == 400
     assert bench.engine.violations == ()
 
 
@@ -434,10 +434,10 @@ def test_what_lives_is_not_forgotten() -> None:
     spec = launch_spec()
     bench.engine.launch(spec)
     with pytest.raises(Conflict):
-        bench.engine.forget(spec.launch_id)
+        bench.engine.forget(spec.launch_id, node_id=spec.node_id)
     bench.after(100)
-    bench.engine.forget(spec.launch_id)
-    bench.engine.forget(spec.launch_id)
+    bench.engine.forget(spec.launch_id, node_id=spec.node_id)
+    bench.engine.forget(spec.launch_id, node_id=spec.node_id)
 
 
 # ---------------------------------------------------------------------- the real turn over thousands of nodes
@@ -478,9 +478,9 @@ class Twin:
                         self.engine.launch(self.spec_of(self.world.allocations[command.launch_id]))
                         self.launched.append(command.launch_id)
                     case Stop():
-                        self.engine.stop(command.launch_id, grace_ns=command.grace_ns)
+                        self.engine.stop(command.launch_id, node_id=command.node_id, grace_ns=command.grace_ns)
                     case Forget():
-                        self.engine.forget(command.launch_id)
+                        self.engine.forget(command.launch_id, node_id=command.node_id)
             except (EngineLost, Conflict):
                 continue
 
@@ -493,7 +493,7 @@ class Twin:
 
     def look(self) -> None:
         """Compare with the engine's list, as the live shell does."""
-        seen = {each.launch_id: each.state for each in self.engine.observe()}
+        seen = {each.launch_id: each.state for each in self.engine.observe().launches}
         facts: list[Fact] = []
         for held in self.world.allocations.values():
             if held.id not in seen:
@@ -538,7 +538,7 @@ class Twin:
         assert {job.state for job in self.finished.values()} == {JobState.SUCCEEDED}
         assert self.engine.violations == ()
         assert all(self.engine.starts(launch) == 1 for launch in self.launched)
-        assert not any(each.state is ObservedState.ALIVE for each in self.engine.observe())
+        assert not any(each.state is ObservedState.ALIVE for each in self.engine.observe().launches)
 
 
 def test_two_thousand_nodes_run_a_queue_to_its_end() -> None:

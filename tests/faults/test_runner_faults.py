@@ -127,7 +127,7 @@ def test_a_killed_runner_is_noticed_and_leaves_nothing(
     engine.launch(spec)
     assert bench.starts(spec) <= 1
     assert state(engine, spec.launch_id) is ObservedState.GONE
-    engine.forget(spec.launch_id)
+    engine.forget(spec.launch_id, node_id=spec.node_id)
     assert observed(engine, spec.launch_id) is None
 
 
@@ -148,7 +148,8 @@ def test_children_end_with_the_main_program(bench: EngineBench, engine: LocalEng
 def test_a_stop_at_any_moment_of_a_launch_ends_it(bench: EngineBench, engine: LocalEngine, seed: int) -> None:
     spec = bench.spec(BEGIN + "sleep 600")
     stopper = threading.Timer(
-        random.Random(seed).uniform(0, 0.04), lambda: engine.stop(spec.launch_id, grace_ns=SECOND_NS // 2)
+        random.Random(seed).uniform(0, 0.04),
+        lambda: engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=SECOND_NS // 2),
     )
     stopper.start()
     engine.launch(spec)
@@ -228,7 +229,7 @@ def _traced(engine: LocalEngine, bench: EngineBench, tmp_path: Path, call: str, 
     assert bench.control.record(spec.launch_id).gaps == 0
     if not when:
         assert (read_json(folder.exit) or {}).get("exit_code") == 0
-    engine.forget(spec.launch_id)
+    engine.forget(spec.launch_id, node_id=spec.node_id)
     return when or len(trace.read_text().splitlines())
 
 
@@ -314,7 +315,7 @@ def test_a_full_disk_is_named_and_heals(tmp_path: Path) -> None:
             late = bench.spec(BEGIN)
             with pytest.raises(EngineLost, match="No space left"):
                 engine.launch(late)
-            assert engine.observe()
+            assert engine.observe().launches
             filler.unlink()
             (bench.output(spec) / "big").unlink()
             engine.launch(late)
@@ -356,7 +357,7 @@ def test_output_over_the_cap_is_counted_where_it_is_missing(tmp_path: Path) -> N
         engine.launch(spec)
         eventually(lambda: (bench.output(spec) / "written").exists())
         bench.control.fault = lambda _method, _path: ""
-        engine.stop(spec.launch_id, grace_ns=SECOND_NS)
+        engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=SECOND_NS)
         bench.control.wait_for_event(spec.launch_id, "exited", timeout_s=30)
         log = bytes(bench.control.record(spec.launch_id).log)
         note = log[log.index(b"[tidemill] ") :].split(b" ")

@@ -31,7 +31,7 @@ from tidemill.model.events import Fact, NodeJoined, NodeWentAway, StopRequested,
 from tidemill.model.ids import JobId, LaunchId, OrganizationId, PrincipalId, WorkloadId
 from tidemill.model.job import Allocation, AllocationState, Cause, JobState, Workload
 from tidemill.model.ledger import CPU_METER
-from tidemill.model.plan import LaunchSpec, Observation, ObservedState
+from tidemill.model.plan import LaunchSpec, ObservedState, Sight
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Kind, RetryOn, RetryPolicy, WorkloadSpec
 from tidemill.model.values import replace
@@ -98,7 +98,7 @@ class SlowEngine(SimulatedEngine):
 
     meanwhile: Callable[[], None] = staticmethod(lambda: None)
 
-    def observe(self) -> tuple[Observation, ...]:
+    def observe(self) -> Sight:
         seen = super().observe()
         self.meanwhile()
         return seen
@@ -402,12 +402,12 @@ class SmallCloud:
                 self.look()
                 self.turn()
             self.audit_machines()
-            if not self.store.load().jobs and not self.engine.observe() and not any(self.told.values()):
+            if not self.store.load().jobs and not self.engine.observe().launches and not any(self.told.values()):
                 return
             due = [at for at in (self.engine.next_ns(), self.plane._turns.wake_ns) if at]
             self.now = max(self.now + SECOND_NS // 10, min(min(due, default=0), self.now + 2 * SECOND_NS))
         live = [(job.id, job.state) for job in self.store.load().jobs]
-        raise AssertionError(f"not over: {live}; the engine has {self.engine.observe()}; to tell: {self.told}")
+        raise AssertionError(f"not over: {live}; the engine has {self.engine.observe().launches}; to tell: {self.told}")
 
     # -- the auditor --------------------------------------------------------------------------------------------------
 

@@ -99,9 +99,9 @@ def a_lost_reply_is_taken_for_a_failure(patch: pytest.MonkeyPatch) -> None:
             if isinstance(command, Launch):
                 work._engine.launch(work._build(command.launch_id))
             elif isinstance(command, Stop):
-                work._engine.stop(command.launch_id, grace_ns=command.grace_ns)
+                work._engine.stop(command.launch_id, node_id=command.node_id, grace_ns=command.grace_ns)
             else:
-                work._engine.forget(command.launch_id)
+                work._engine.forget(command.launch_id, node_id=command.node_id)
         except NotFound:
             return
         except EngineLost:
@@ -113,7 +113,7 @@ def a_lost_reply_is_taken_for_a_failure(patch: pytest.MonkeyPatch) -> None:
 
 def what_should_be_is_read_after_looking(patch: pytest.MonkeyPatch) -> None:
     def look(work: Any) -> None:
-        observed = {seen.launch_id: seen for seen in work._engine.observe()}
+        observed = {seen.launch_id: seen for seen in work._engine.observe().launches}
         live = work._live()
         busy = set(work._in_flight)
         facts = [
@@ -135,7 +135,7 @@ def a_look_forgets_what_was_commanded_meanwhile(patch: pytest.MonkeyPatch) -> No
     def look(work: Any) -> None:
         live = work._live()
         busy = set(work._in_flight)
-        observed = {seen.launch_id: seen for seen in work._engine.observe()}
+        observed = {seen.launch_id: seen for seen in work._engine.observe().launches}
         facts = [
             fact
             for launch, held in live.items()

@@ -107,13 +107,16 @@ class EngineWork:
         live = self._live()
         with self._lock:
             self._begun = {launch for launch, count in self._in_flight.items() if count > 0}
-        observed = {observation.launch_id: observation for observation in self._engine.observe()}
+        sight = self._engine.observe()
+        observed = {observation.launch_id: observation for observation in sight.launches}
         with self._lock:
             busy = self._begun.copy()
         facts = [
             fact
             for launch, held in live.items()
-            if launch not in busy and (fact := self._compare(held, observed.get(launch))) is not None
+            if launch not in busy
+            and held.node_id in sight.nodes
+            and (fact := self._compare(held, observed.get(launch))) is not None
         ]
         if facts:
             self._tell(facts)
@@ -155,9 +158,9 @@ class EngineWork:
             log.warning("%s runs on the engine and is unknown here; it is left alone", launch)
         elif stored.state is AllocationState.RELEASED:
             if seen.state is not ObservedState.ALIVE:
-                self.obey([Forget(launch_id=launch)])
+                self.obey([Forget(launch_id=launch, node_id=stored.node_id)])
             elif self._clock() - stored.released_ns > 10_000_000_000:
-                self.obey([Stop(launch_id=launch, grace_ns=0)])
+                self.obey([Stop(launch_id=launch, node_id=stored.node_id, grace_ns=0)])
 
     def _watch(self) -> None:
         refresh_ns = 0
@@ -194,9 +197,9 @@ class EngineWork:
                 case Launch():
                     self._engine.launch(self._build(command.launch_id))
                 case Stop():
-                    self._engine.stop(command.launch_id, grace_ns=command.grace_ns)
+                    self._engine.stop(command.launch_id, node_id=command.node_id, grace_ns=command.grace_ns)
                 case Forget():
-                    self._engine.forget(command.launch_id)
+                    self._engine.forget(command.launch_id, node_id=command.node_id)
         except NotFound:
             log.debug("%s: it is over already", command)
         except EngineRefused as error:

@@ -55,7 +55,7 @@ def release(
     out.note(
         "WorkerExited", world.jobs[held.job_id], rank=after.rank, exit_code=exit_code, cause=cause.value, detail=detail
     )
-    out.commands.append(Forget(launch_id=held.id))
+    out.commands.append(Forget(launch_id=held.id, node_id=held.node_id))
 
 
 def end_attempt(
@@ -92,7 +92,7 @@ def drain(world: World, worker: Allocation, out: Outcome) -> None:
         endpoint="",
     )
     world.mark_row(worker.id, "gone", out.now + grace)
-    out.commands.append(Stop(launch_id=worker.id, grace_ns=grace))
+    out.commands.append(Stop(launch_id=worker.id, node_id=worker.node_id, grace_ns=grace))
     world.set_timer(out.now + grace + out.policy.stop_margin_ns, "stop_again", worker.id)
 
 

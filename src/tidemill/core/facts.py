@@ -209,7 +209,7 @@ def _never_launched(fact: NeverLaunched, world: World, out: Outcome) -> None:
     if held is None or fact.state not in (None, held.state):  # it moved on since: the next look will tell
         return
     if held.state is AllocationState.RESERVED:
-        out.commands.append(Launch(launch_id=held.id))
+        out.commands.append(Launch(launch_id=held.id, node_id=held.node_id))
     else:
         _lose(world, held.id, held.fence, Cause.NODE_LOST, "the engine does not know this worker", out)
 

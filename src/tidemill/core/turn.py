@@ -63,7 +63,7 @@ def _timers(world: World, out: Outcome) -> None:
         elif what == "stop_again":
             held = world.allocations.get(LaunchId(identity))
             if held is not None and held.state is AllocationState.DRAINING:
-                out.commands.append(Stop(launch_id=held.id, grace_ns=0))
+                out.commands.append(Stop(launch_id=held.id, node_id=held.node_id, grace_ns=0))
                 world.set_timer(out.now + out.policy.stop_retry_ns, "stop_again", held.id)
         elif what == "too_late":
             late = world.jobs.get(JobId(identity))

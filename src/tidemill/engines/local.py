@@ -35,8 +35,8 @@ from typing import Any, Final
 
 from tidemill.errors import Conflict, EngineLost, EngineRefused
 from tidemill.model.fleet import Mig, Node
-from tidemill.model.ids import LaunchId
-from tidemill.model.plan import LaunchSpec, Observation, ObservedState
+from tidemill.model.ids import LaunchId, NodeId
+from tidemill.model.plan import LaunchSpec, Observation, ObservedState, Sight
 from tidemill.ports import EngineCapabilities
 from tidemill.runner import cgroup, images, processes, sandbox
 from tidemill.runner.folders import LaunchFolder, read_json, sync_folder, write_json
@@ -110,6 +110,11 @@ class LocalEngine:
         """What runs container images here, looked for when it is first asked for."""
         return images.find_runtime(self.root / "container-works")
 
+    @functools.cached_property
+    def node_id(self) -> NodeId:
+        """The id of this machine."""
+        return self._node().id
+
     @property
     def capabilities(self) -> EngineCapabilities:
         """What this engine can do here."""
@@ -140,7 +145,7 @@ class LocalEngine:
         finally:
             self._launching.discard(spec.launch_id)
 
-    def stop(self, launch_id: LaunchId, *, grace_ns: int) -> None:
+    def stop(self, launch_id: LaunchId, *, node_id: NodeId, grace_ns: int) -> None:  # noqa: ARG002 - ids are enough
         """Have a worker signalled, and killed with all it started after the grace; remembered when unknown."""
         folder = self._folder(launch_id)
         if folder.gone.exists():
@@ -161,7 +166,7 @@ class LocalEngine:
         ):
             processes.send(runner["pid"], signal.SIGTERM)
 
-    def observe(self) -> tuple[Observation, ...]:
+    def observe(self) -> Sight:
         """Every launch that it has not forgotten, from its own list; never from what it was told."""
         seen: list[Observation] = []
         lost: list[LaunchFolder] = []
@@ -171,9 +176,9 @@ class LocalEngine:
                 seen.append(state)
             elif state == "lost":
                 lost.append(folder)
-        return (*seen, *self._clean_up(lost))
+        return Sight(nodes=frozenset({self.node_id}), launches=(*seen, *self._clean_up(lost)))
 
-    def forget(self, launch_id: LaunchId) -> None:
+    def forget(self, launch_id: LaunchId, *, node_id: NodeId) -> None:  # noqa: ARG002 - ids are enough
         """Drop what is kept of a launch that is gone. Raises: Conflict while anything of it lives."""
         folder = self._folder(launch_id)
         if not folder.path.exists():

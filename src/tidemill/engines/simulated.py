@@ -33,7 +33,7 @@ from tidemill.model.events import Became, Exited, Fact, NodeJoined, NodeWentAway
 from tidemill.model.fleet import Device, Node, NodeState
 from tidemill.model.ids import DeviceId, LaunchId, NodeId, SiteId
 from tidemill.model.job import Cause
-from tidemill.model.plan import LaunchSpec, Observation, ObservedState
+from tidemill.model.plan import LaunchSpec, Observation, ObservedState, Sight
 from tidemill.ports import EngineCapabilities
 from tidemill.units import MILLI, SECOND_NS, parse_duration, parse_size
 
@@ -117,7 +117,7 @@ class SimulatedEngine:
             machines.launch(spec, self._clock())
             self._after(after)
 
-    def stop(self, launch_id: LaunchId, *, grace_ns: int) -> None:
+    def stop(self, launch_id: LaunchId, *, node_id: NodeId, grace_ns: int) -> None:  # noqa: ARG002 - ids are enough
         """Have a worker end; remembered when it is unknown, so that a late launch of it is not started."""
         with self._machines.lock:
             machines = self._now()
@@ -125,16 +125,17 @@ class SimulatedEngine:
             machines.stop(launch_id, grace_ns, self._clock())
             self._after(after)
 
-    def observe(self) -> tuple[Observation, ...]:
+    def observe(self) -> Sight:
         """Every launch that is not forgotten."""
         with self._machines.lock:
             machines = self._now()
             after = self._before("observe", LaunchId(""))
             seen = tuple([worker.seen for worker in machines.workers.values()])
+            sight = Sight(nodes=frozenset(machines.nodes) | frozenset(machines.away), launches=seen)
             self._after(after)
-        return seen
+        return sight
 
-    def forget(self, launch_id: LaunchId) -> None:
+    def forget(self, launch_id: LaunchId, *, node_id: NodeId) -> None:  # noqa: ARG002 - ids are enough
         """Drop what is kept of a launch that is gone. Raises: Conflict while it lives."""
         with self._machines.lock:
             machines = self._now()

@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from tidemill.model.events import LogEntry
 from tidemill.model.fleet import Node
-from tidemill.model.ids import JobId, LaunchId, ProjectId
+from tidemill.model.ids import JobId, LaunchId, NodeId, ProjectId
 from tidemill.model.job import Allocation, Attempt, Job, Workload
 from tidemill.model.ledger import LedgerLine
 from tidemill.model.queue import Queue, QueueUsage
@@ -51,9 +51,10 @@ class Change(Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Launch(Struct, frozen=True, kw_only=True, gc=False):
-    """Start a worker; the shell makes the engine's ``LaunchSpec`` from the stored values."""
+    """Start a worker on its node; the shell makes the engine's ``LaunchSpec`` from the stored values."""
 
     launch_id: LaunchId
+    node_id: NodeId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,7 @@ class Stop:
     """Stop a worker: signal, wait for ``grace_ns``, kill. Nothing to do when it is gone already."""
 
     launch_id: LaunchId
+    node_id: NodeId
     grace_ns: int
 
 
@@ -68,6 +70,7 @@ class Forget(Struct, frozen=True, kw_only=True, gc=False):
     """Clean up after a launch that is recorded as released: nothing of it may run."""
 
     launch_id: LaunchId
+    node_id: NodeId
 
 
 Command = Launch | Stop | Forget
@@ -156,6 +159,17 @@ class Observation:
     detail: str = ""
     cpu_used_ns: int = 0
     ended_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """What an engine sees when it looks: the launches on the nodes that it could look at.
+
+    Of a node that is not in ``nodes`` nothing is said, and nothing may be concluded: it could not be reached.
+    """
+
+    nodes: frozenset[NodeId]
+    launches: tuple[Observation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

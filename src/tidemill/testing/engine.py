@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tidemill.errors import Conflict
-from tidemill.model.ids import JobId, LaunchId, ProjectId
+from tidemill.model.ids import JobId, LaunchId, NodeId, ProjectId
 from tidemill.model.plan import LaunchSpec, Observation, ObservedState
 from tidemill.ports import Engine
 from tidemill.testing.peer import RecordingControlPlane
@@ -32,7 +32,7 @@ class EngineBench:
     make: Callable[[], Engine]
     control: RecordingControlPlane
     output: Callable[[LaunchSpec], Path]
-    node_id: str = "node_test"
+    node_id: NodeId = NodeId("node_test")
     _numbers: Any = field(default_factory=count)
 
     def spec(self, run: str, **changes: Any) -> LaunchSpec:
@@ -65,7 +65,7 @@ def eventually(ready: Callable[[], bool], *, timeout_s: float = 15.0, what: str 
 
 def observed(engine: Engine, launch_id: str) -> Observation | None:
     """What the engine's own list says of a launch, None when it is not in it."""
-    return next((seen for seen in engine.observe() if seen.launch_id == launch_id), None)
+    return next((seen for seen in engine.observe().launches if seen.launch_id == launch_id), None)
 
 
 def state(engine: Engine, launch_id: str) -> ObservedState | None:
@@ -128,7 +128,7 @@ def check_stop_before_launch_is_remembered(bench: EngineBench) -> None:
     """A launch that arrives after the stop of its id is not started, and is seen as gone."""
     engine = bench.make()
     spec = bench.spec(BEGIN)
-    engine.stop(spec.launch_id, grace_ns=0)
+    engine.stop(spec.launch_id, node_id=bench.node_id, grace_ns=0)
     engine.close()
     again = bench.make()
     again.launch(spec)
@@ -156,13 +156,13 @@ def check_stop_is_harmless_twice_and_when_unknown(bench: EngineBench) -> None:
     """Stopping twice, after the end, or what never was raises nothing."""
     engine = bench.make()
     spec = bench.spec(_HOLD)
-    engine.stop(LaunchId("run_never-0-1-0"), grace_ns=0)
+    engine.stop(LaunchId("run_never-0-1-0"), node_id=bench.node_id, grace_ns=0)
     engine.launch(spec)
-    engine.stop(spec.launch_id, grace_ns=SECOND_NS)
-    engine.stop(spec.launch_id, grace_ns=SECOND_NS)
+    engine.stop(spec.launch_id, node_id=bench.node_id, grace_ns=SECOND_NS)
+    engine.stop(spec.launch_id, node_id=bench.node_id, grace_ns=SECOND_NS)
     eventually(lambda: state(engine, spec.launch_id) in _OVER, what="it is over")
-    engine.stop(spec.launch_id, grace_ns=0)
-    engine.forget(LaunchId("run_never-0-1-0"))
+    engine.stop(spec.launch_id, node_id=bench.node_id, grace_ns=0)
+    engine.forget(LaunchId("run_never-0-1-0"), node_id=bench.node_id)
     engine.close()
 
 
@@ -177,7 +177,7 @@ def check_stop_gives_the_grace(bench: EngineBench) -> None:
     spec = bench.spec(f'{BEGIN}python3 -c "{program}"\necho not reached')
     engine.launch(spec)
     bench.control.wait_for(lambda: b"armed" in bench.control.record(spec.launch_id).log)
-    engine.stop(spec.launch_id, grace_ns=10 * SECOND_NS)
+    engine.stop(spec.launch_id, node_id=bench.node_id, grace_ns=10 * SECOND_NS)
     exited = bench.control.wait_for_event(spec.launch_id, "exited")
     log = bytes(bench.control.record(spec.launch_id).log)
     _expect(b"saved\n" in log, str(log))
@@ -199,7 +199,7 @@ def check_kill_reaches_everything(bench: EngineBench) -> None:
     journal = bench.output(spec) / "journal"
     engine.launch(spec)
     eventually(lambda: journal.exists() and {"x", "y"} <= set(journal.read_text()), what="both children write")
-    engine.stop(spec.launch_id, grace_ns=SECOND_NS // 5)
+    engine.stop(spec.launch_id, node_id=bench.node_id, grace_ns=SECOND_NS // 5)
     eventually(lambda: state(engine, spec.launch_id) in _OVER, what="it is over")
     size = journal.stat().st_size
     time.sleep(0.3)
@@ -214,15 +214,23 @@ def check_forget_refuses_what_lives(bench: EngineBench) -> None:
     engine.launch(spec)
     eventually(lambda: bench.starts(spec) > 0)
     try:
-        engine.forget(spec.launch_id)
+        engine.forget(spec.launch_id, node_id=bench.node_id)
     except Conflict:
         pass
     else:
         raise AssertionError("a running launch was forgotten")
     _stop_and_wait(engine, bench, spec)
-    engine.forget(spec.launch_id)
-    engine.forget(spec.launch_id)
+    engine.forget(spec.launch_id, node_id=bench.node_id)
+    engine.forget(spec.launch_id, node_id=bench.node_id)
     _expect(observed(engine, spec.launch_id) is None, "observed(engine, spec.launch_id) is None")
+    engine.close()
+
+
+def check_a_look_says_which_nodes_it_is_about(bench: EngineBench) -> None:
+    """What is seen is about the engine's own nodes, all of them while all can be reached."""
+    engine = bench.make()
+    nodes = {node.id for node in engine.nodes()}
+    _expect(engine.observe().nodes == nodes, f"a look at {sorted(engine.observe().nodes)}, nodes are {sorted(nodes)}")
     engine.close()
 
 
@@ -252,6 +260,7 @@ CHECKS: tuple[Callable[[EngineBench], None], ...] = (
     check_stop_gives_the_grace,
     check_kill_reaches_everything,
     check_forget_refuses_what_lives,
+    check_a_look_says_which_nodes_it_is_about,
     check_a_worker_outlives_the_control_plane,
 )
 
@@ -263,7 +272,7 @@ def check_engine(bench: EngineBench) -> None:
 
 
 def _stop_and_wait(engine: Engine, bench: EngineBench, spec: LaunchSpec) -> None:
-    engine.stop(spec.launch_id, grace_ns=SECOND_NS)
+    engine.stop(spec.launch_id, node_id=bench.node_id, grace_ns=SECOND_NS)
     bench.control.wait_for_event(spec.launch_id, "exited")
     eventually(lambda: state(engine, spec.launch_id) in _OVER, what="it is over")
 
