@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tidemill.errors import Conflict, InvalidSetting, TidemillError, Unavailable
+from tidemill.errors import Conflict, InvalidSetting, NotFound, TidemillError, Unavailable
 
 log = logging.getLogger(__name__)
 STARTING_TIMEOUT_S = 60.0
@@ -59,6 +59,8 @@ def run_foreground(home: Path, overrides: Mapping[str, Any], *, ready: Any = Non
             plane.start()
             reports.start()
             gateway.start()
+            if settings.engine == "ray":
+                _start_head(settings, plane)
             _spare_the_collector()
             log.info("ready at %s, gateway at %s", settings.api_url, settings.gateway_url)
             if ready is not None:
@@ -149,6 +151,7 @@ def _build(settings: Any) -> tuple[Any, _Reports]:
         pue_milli=round(settings.pue * 1000),
         carbon_mg_per_kwh=carbon.mg_per_kwh if given is None else round(given * 1000),
         carbon_source=carbon.source if given is None else "config.yaml",
+        lease_ns=settings.lease_ns,
     )
     directory = Directory(pepper, principals=store.principals(), known=store.tokens())
     _first_admin(settings.home, store, directory)
@@ -172,6 +175,8 @@ def _build(settings: Any) -> tuple[Any, _Reports]:
 
 def _engine(settings: Any, site_id: Any) -> tuple[Any, Callable[[], Any], _Reports]:
     """What starts workers, what reads the energy meters of its machines, and what else they have to tell."""
+    if settings.engine == "ray":
+        return None, lambda: None, _Reports(lambda _: (), every_s=60.0)
     if settings.engine == "simulated":
         engine = _simulated(settings, site_id)
         return engine, lambda: None, _Reports(engine.facts, every_s=0.005)
@@ -221,6 +226,61 @@ def _simulated(settings: Any, site_id: Any) -> Any:
         start_delay_ns=0,
         tells_first=True,
     )
+
+
+def _start_head(settings: Any, plane: Any) -> None:
+    """Have the head of this machine's Ray cluster running, from before or from now on. Raises: TidemillError."""
+    from tidemill.outpost import joining
+    from tidemill.outpost.config import OutpostConfig, new_key, read_config, write_config
+    from tidemill.outpost.ray import new_token
+
+    home = settings.home / "outpost"
+    try:
+        config = read_config(home)
+    except NotFound:
+        config = OutpostConfig(
+            control_url="", key=new_key(), node_id=f"node_{new_key()[:16]}", name=socket.gethostname()
+        )
+    address = settings.address or (joining.own_address("http://192.0.2.1") if settings.is_open else settings.host)
+    control_url = f"http://{address}:{settings.port}" if settings.is_open else settings.api_url
+    given = {"ray_token": new_token(), **config.setting, "ray_port": str(settings.ray_port)}
+    if settings.ray_redis:
+        given["ray_redis"] = settings.ray_redis
+    wanted = replace(
+        config,
+        engine="ray-head",
+        control_url=control_url,
+        address=address,
+        site=plane.site.name,
+        site_id=plane.site.id,
+        settings=tuple(sorted(given.items())),
+        reserve_cpus=settings.reserve_cpus,
+        labels=tuple(sorted(settings.labels.items())),
+        taints=settings.taints,
+        rack=settings.rack,
+        block=settings.block,
+        mig_dynamic=settings.mig_dynamic,
+    )
+    if not wanted.token:
+        organization = plane.store.organizations()[0].id
+        outpost, _, secret = plane.sites.adopt(
+            plane.site, organization, name=wanted.name, key=wanted.key, engine=wanted.engine
+        )
+        wanted = replace(wanted, outpost_id=outpost.id, token=secret)
+    if wanted != config:
+        joining.stop_outpost(home)
+        write_config(home, wanted)
+    joining.start_outpost(home)
+
+
+def _stop_head(home: Path) -> None:
+    """End the head of this machine's Ray cluster, if there is one; what runs on the cluster's machines goes on."""
+    from tidemill.outpost.config import read_config
+    from tidemill.outpost.joining import stop_outpost
+
+    with contextlib.suppress(NotFound):
+        if read_config(home).engine == "ray-head":
+            stop_outpost(home)
 
 
 class _Reports:
@@ -519,6 +579,7 @@ def stop_daemon(home: Path, *, stop_jobs: bool, timeout_s: float = 60.0) -> bool
         _stop_all_jobs(str(endpoint["api_url"]), token, deadline)
     with contextlib.suppress(ProcessLookupError):
         os.kill(int(endpoint["pid"]), signal.SIGTERM)
+    _stop_head(home / "outpost")
     while is_running(home):
         if time.monotonic() > deadline + 15:
             with contextlib.suppress(ProcessLookupError):

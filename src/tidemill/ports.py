@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 
 from tidemill.model.artifact import Artifact
 from tidemill.model.events import LogEntry
-from tidemill.model.fleet import Node
+from tidemill.model.fleet import Node, Outpost, Site
 from tidemill.model.ids import ArtifactId, JobId, LaunchId, NodeId, PrincipalId, ProjectId, TokenId, WorkloadId
 from tidemill.model.job import Allocation, Attempt, Job, JobState, Workload
 from tidemill.model.ledger import LedgerLine, LedgerTotals
@@ -200,12 +200,22 @@ class Store(Protocol):
     def delete_secret(self, project_id: ProjectId, name: str) -> bool:
         """Whether there was one."""
 
+    def put_site(self, site: Site) -> None: ...
+
+    def put_outpost(self, outpost: Outpost) -> None: ...
+
     def put_artifact(self, artifact: Artifact) -> Artifact:
         """The artifact with the next free version of its name; its own ``version`` is ignored."""
 
     def organizations(self) -> tuple[Organization, ...]: ...
 
     def projects(self) -> tuple[Project, ...]: ...
+
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that were added, by id."""
+
+    def outposts(self) -> tuple[Outpost, ...]:
+        """Every outpost ever made, by id."""
 
     def principals(self) -> tuple[Principal, ...]: ...
 

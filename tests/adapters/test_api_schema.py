@@ -14,7 +14,16 @@ from schemathesis import Case
 from tests.adapters.api_peer import Peer
 from tidemill.api.guard import GuardedRoute
 
-_ENDLESS = {"list_events", "logs", "gateway_feed", "commands", "exec_output", "runner_exec_input", "record_turns"}
+_ENDLESS = {
+    "list_events",
+    "logs",
+    "gateway_feed",
+    "commands",
+    "exec_output",
+    "runner_exec_input",
+    "record_turns",
+    "outpost_calls",
+}
 """May answer for as long as they are listened to; tested for themselves."""
 
 

@@ -29,7 +29,7 @@ NOW = 1_700_000_000 * 10**9
 ORG = OrganizationId("org")
 ANN = Principal(id=PrincipalId("usr_ann"), organization_id=ORG, kind=PrincipalKind.USER, name="ann", created_ns=0)
 RED, BLUE, ALL = ProjectId("prj_red"), ProjectId("prj_blue"), ProjectId("")
-PRIVATE = {Scope.JOB, Scope.RUNNER, Scope.GATEWAY}
+PRIVATE = {Scope.JOB, Scope.RUNNER, Scope.GATEWAY, Scope.JOIN, Scope.OUTPOST}
 SCOPES = st.sets(st.sampled_from(list(Scope))).map(lambda chosen: tuple(sorted(chosen)))
 PROJECTS = st.sampled_from([ALL, RED, BLUE])
 EXPIRIES = st.sampled_from([0, NOW + 10, NOW + 1_000])
@@ -363,7 +363,7 @@ def test_the_file_is_read_and_what_is_given_wins(tmp_path: Path) -> None:
         ("meter_every: 0s", "meter_every", "0s", "longer than nothing"),
         ("meter_every: soon", "meter_every", "soon", "duration"),
         ("workdir_limit: 2 bananas", "workdir_limit", "2 bananas", "size"),
-        ("engine: slurm", "engine", "slurm", "the engine of this version is local"),
+        ("engine: slurm", "engine", "slurm", "engines are local and ray"),
         ("backfill: 1", "backfill", 1, "true or false"),
         ("half_life: yes", "half_life", True, "yes or no"),
         ("half_life: -3", "half_life", -3, "negative"),

@@ -468,3 +468,28 @@ def hash_of(yard: Yard) -> str:
     from hashlib import sha256
 
     return sha256(repr(yard.plans).encode()).hexdigest()
+
+
+def test_lines_passed_over_under_an_old_plan_are_tried_under_the_new_one() -> None:
+    """A displaced job takes the plan over in the turn in which its room comes free; the others fit beside it."""
+    tree = (
+        queue_of("p0", guaranteed=(("gpu", 0),)),
+        queue_of("p1", guaranteed=(("gpu", 0),), weight_milli=500),
+        queue_of("p2", limit=(("gpu", 2_000),)),
+    )
+
+    def ask(gpus: int, at_s: int, *, user: str = "u", **more: Any) -> Ask:
+        known: dict[str, Any] = {
+            "nodes": 1, "nodes_min": 0, "runs_s": 5, "limit_s": 0, "tier": Tier.ON_DEMAND, "priority": 0, "project": "p0",
+        }  # fmt: skip
+        return Ask(gpus=gpus, at_s=at_s, user=user, **(known | more))
+
+    history = [
+        *(ask(1, 0) for _ in range(4)),
+        *(ask(1, 6) for _ in range(6)),
+        ask(4, 1, limit_s=130, tier=Tier.SPOT),
+        ask(4, 0, user="v", runs_s=7),
+        ask(2, 1),
+        ask(8, 0, runs_s=7),
+    ]
+    nobody_waits_while_there_is_room(2, tree, history)

@@ -20,6 +20,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.core.history import GB, PROJECTS, RATES, SITE, START, node
+from tidemill.control.enginework import EngineWork
 from tidemill.control.identity import Directory
 from tidemill.control.plane import ControlPlane
 from tidemill.control.settings import Settings
@@ -91,6 +92,12 @@ class ShakyStore(MemoryStore):
             self.mishaps.popleft()
             raise Unavailable("The database does not answer.")
         return super().allocation(launch_id)
+
+
+def work_of(plane: ControlPlane) -> EngineWork:
+    """The hands of a control plane that has one site only."""
+    [work] = plane.sites.works.values()
+    return work
 
 
 class SlowEngine(SimulatedEngine):
@@ -227,7 +234,7 @@ class SmallCloud:
                 self.turn()
             case "work":
                 for lane in (a % 4, b % 4):
-                    self.plane._work.work_off(lane)
+                    work_of(self.plane).work_off(lane)
             case "hurry":
                 self.hurry()
             case "report":
@@ -267,7 +274,7 @@ class SmallCloud:
         self.report()
         self.turn()
         for lane in range(4):
-            while self.plane._work.work_off(lane):
+            while work_of(self.plane).work_off(lane):
                 pass
         self.report()
         self.turn()
@@ -363,7 +370,7 @@ class SmallCloud:
 
         self.engine.meanwhile = happen
         try:
-            self.plane._work.look()
+            work_of(self.plane).look()
         except TidemillError:
             pass
         finally:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.core.history import START
-from tests.scenario.small_cloud import NAMES, NODES, OPS, Op, SmallCloud, played
+from tests.scenario.small_cloud import NAMES, NODES, OPS, Op, SmallCloud, played, work_of
 from tidemill.control import driver, plane
 from tidemill.control.enginework import EngineWork
 from tidemill.control.turns import TurnLoop
@@ -263,7 +263,7 @@ def held(cloud: SmallCloud, launch: LaunchId = LAUNCH) -> AllocationState:
 def test_a_look_that_is_overtaken_by_a_launch_ends_nothing(cloud: SmallCloud) -> None:
     cloud.engine_mishaps.append(Mishap.LOST_BEFORE)
     for lane in range(4):
-        cloud.plane._work.work_off(lane)
+        work_of(cloud.plane).work_off(lane)
     cloud.look()
     cloud.look([("hurry", 0, 0)])  # its list is made before the launch and read after the runner's report
     cloud.turn()
@@ -343,7 +343,7 @@ def test_a_turn_that_is_not_stored_is_told_and_commands_nothing(mishap: str, err
     submitted = cloud.submit(*PLAIN)
     cloud.turn()
     assert isinstance(submitted.exception(), error)
-    assert not any(cloud.plane._work.work_off(lane) for lane in range(4))
+    assert not any(work_of(cloud.plane).work_off(lane) for lane in range(4))
     cloud.submit(*PLAIN)
     cloud.settle()
     cloud.audit()
@@ -377,12 +377,12 @@ def test_what_is_stale_twice_is_told_to_who_asked() -> None:
 def test_who_does_not_lead_any_more_commands_nothing(cloud: SmallCloud) -> None:
     zombie = cloud.plane
     cloud.crash()
-    assert sum(zombie._work.work_off(lane) for lane in range(4)) == 1
+    assert sum(work_of(zombie).work_off(lane) for lane in range(4)) == 1
     cloud.engine._machines.workers.clear()
     told = zombie._turns.put([NeverLaunched(at_ns=cloud.now, launch_id=LAUNCH, fence=1)])
     zombie._turns.take_turn()
     assert isinstance(told.exception(), Fenced)
-    assert not any(zombie._work.work_off(lane) for lane in range(4))
+    assert not any(work_of(zombie).work_off(lane) for lane in range(4))
 
 
 def test_who_stopped_waiting_for_an_answer_does_not_stop_the_loop(cloud: SmallCloud) -> None:

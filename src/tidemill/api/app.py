@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -16,7 +18,19 @@ from starlette.responses import Response
 from typing_extensions import override
 
 from tidemill import __version__
-from tidemill.api import accounts, artifacts, execs, fleet, gatewayfeed, jobs, runners, scheduling, turns, workloads
+from tidemill.api import (
+    accounts,
+    artifacts,
+    execs,
+    fleet,
+    gatewayfeed,
+    jobs,
+    runners,
+    scheduling,
+    sites,
+    turns,
+    workloads,
+)
 from tidemill.api.bodies import json_answer
 from tidemill.api.door import Door
 from tidemill.api.follow import Hub
@@ -28,8 +42,9 @@ from tidemill.errors import TidemillError
 
 if TYPE_CHECKING:
     from tidemill.control.plane import ControlPlane
+    from tidemill.control.settings import Settings
 
-_NOUNS = (workloads, runners, jobs, execs, artifacts, fleet, scheduling, accounts, gatewayfeed, turns)
+_NOUNS = (workloads, runners, jobs, execs, artifacts, fleet, scheduling, accounts, sites, gatewayfeed, turns)
 """The busiest first: routes are tried in order."""
 
 
@@ -64,7 +79,7 @@ def create_app(plane: ControlPlane) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        middleware=[Middleware(Door, hosts=(_bracketed(settings.host), *settings.hosts))],
+        middleware=[Middleware(Door, hosts=(*_own_names(settings), *settings.hosts))],
         exception_handlers={
             TidemillError: on_tidemill_error,
             HTTPException: on_http_error,
@@ -106,6 +121,14 @@ def policies(app: FastAPI) -> dict[tuple[str, str], tuple[str, ...]]:
         if isinstance(route, GuardedRoute)
         for method in sorted(route.methods or ())
     }
+
+
+def _own_names(settings: Settings) -> list[str]:
+    """The names by which this machine may be addressed: those on which it listens."""
+    if not settings.is_open:
+        return [_bracketed(settings.host)]
+    addresses = [each.address.partition("%")[0] for found in psutil.net_if_addrs().values() for each in found]
+    return [_bracketed(each) for each in (*addresses, socket.gethostname())]
 
 
 def _bracketed(host: str) -> str:

@@ -20,6 +20,7 @@ from tidemill.api.guard import OPEN, Call, Caller, Routes, blocking
 from tidemill.api.jobs import Cursor, Limit, ProjectName
 from tidemill.api.refs import find_job
 from tidemill.api.shapes import EventOut, Health, LedgerLineOut, NodeOut, PageOf, StatusOut, UsageOut
+from tidemill.core.facts import has_left
 from tidemill.model.ids import JobId, ProjectId
 from tidemill.model.tenant import Scope
 from tidemill.ports import StoredEvent
@@ -77,7 +78,7 @@ async def list_nodes(call: Caller, cursor: Cursor = "", limit: Limit = 200) -> R
     """List the machines, by name, with what is free."""
 
     def page() -> dict[str, Any]:
-        nodes = [node for node in call.plane.store.nodes() if node.name > cursor]
+        nodes = [node for node in call.plane.store.nodes() if node.name > cursor and not has_left(node)]
         items = nodes[:limit]
         return {
             "items": [node_json(node, call.plane.world) for node in items],

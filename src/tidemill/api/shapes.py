@@ -17,7 +17,8 @@ Item = TypeVar("Item")
 PLAIN_TEXT = r"^[^\x00]*$"
 ENDPOINT = r"^([A-Za-z0-9.-]{1,253}:[0-9]{1,5}|\[[0-9a-fA-F:]+\]:[0-9]{1,5})?$"
 Plain = Annotated[str, StringConstraints(max_length=4_096, pattern=PLAIN_TEXT)]
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")]
+NAME = r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+Name = Annotated[str, StringConstraints(pattern=NAME)]
 
 
 class Problem(TypedDict):
@@ -312,6 +313,73 @@ class NodeOut(TypedDict):
     joined_at_ns: int
 
 
+class OutpostStateOut(TypedDict):
+    """A process at a site that works its engine. ``is_there``: it asked for work a moment ago."""
+
+    id: str
+    name: str
+    engine: str
+    is_there: bool
+
+
+class SiteOut(TypedDict):
+    """A place with its machines. ``silent`` counts those that cannot be reached; ``lease_ns`` zero: none is given."""
+
+    id: str
+    name: str
+    kind: str
+    engine: str
+    country: str
+    pue: float
+    carbon_g_per_kwh: float
+    carbon_source: str
+    lease_ns: int
+    nodes: int
+    silent: int
+    outposts: list[OutpostStateOut]
+
+
+class JoiningOut(TypedDict):
+    """A token that lets machines join a site, shown this once."""
+
+    token: str
+    site: str
+    expires_at_ns: int
+
+
+class JoiningSiteOut(TypedDict):
+    """The site that a token is for. ``settings`` are those of the cluster that a machine of its engine joins."""
+
+    site: str
+    engine: str
+    settings: dict[str, str]
+
+
+class OutpostOut(TypedDict):
+    """An outpost, with the token that is its own from now on."""
+
+    id: str
+    name: str
+    site: str
+    site_id: str
+    engine: str
+    token: str
+
+
+class OutpostCallsOut(TypedDict):
+    """Calls of the site's engine to carry out, by number. Numbers begin anew with each ``session``."""
+
+    session: str
+    calls: list[dict[str, Any]]
+
+
+class LeavingOut(TypedDict):
+    """The jobs that run still on machines that leave; ``left`` once there are none."""
+
+    running: list[str]
+    left: bool
+
+
 class QueueOut(TypedDict):
     """A place in the quota tree, as it can be sent back: GPUs and cores as numbers, memory as a size."""
 
@@ -581,6 +649,39 @@ class TokenIn(Body):
     scopes: list[Annotated[Scope, Field(strict=False)]] = Field(min_length=1, max_length=10)
     project: Plain = ""
     expires_in: str | int = Field("90d", description="A duration such as 90d, or never.")
+
+
+class SiteIn(Body):
+    """A site to add, or to describe anew."""
+
+    kind: Literal["onprem", "cloud", "edge"] = "onprem"
+    engine: Literal["local", "ray", "slurm"] = "local"
+    country: Annotated[str, StringConstraints(pattern=r"^([A-Z]{3})?$")] = ""
+    pue: float = Field(1.0, ge=1, lt=100)
+    carbon_g_per_kwh: float | None = Field(None, ge=0, lt=1_000_000)
+    lease: Annotated[str, StringConstraints(max_length=20, pattern=PLAIN_TEXT)] = Field(
+        "none", description="How long a worker runs on without a word from the control plane, such as 1h; or none."
+    )
+
+
+class SiteTokenIn(Body):
+    """A token with which machines join a site."""
+
+    expires_in: Annotated[str, StringConstraints(max_length=20, pattern=PLAIN_TEXT)] = "1h"
+
+
+class LeaveIn(Body):
+    """What leaves: that machine, or all of the outpost's."""
+
+    node: Annotated[str, StringConstraints(max_length=100, pattern=PLAIN_TEXT)] = ""
+
+
+class OutpostIn(Body):
+    """An outpost that joins. ``key`` is made by it once and kept, so that joining again is the same outpost."""
+
+    name: Name
+    key: Annotated[str, StringConstraints(pattern=r"^[0-9a-z]{16,40}$")]
+    engine: Literal["local", "ray", "slurm"] = "local"
 
 
 class ExecIn(Body):

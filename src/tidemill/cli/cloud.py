@@ -28,6 +28,12 @@ def up_command(
     gateway_port: Annotated[
         int | None, typer.Option("--gateway-port", metavar="N", help="Of the OpenAI address; 7071 unless set.")
     ] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", metavar="ADDRESS", help="To listen on; 0.0.0.0 for other machines.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", metavar="ENGINE", help="local, or ray for several machines.")
+    ] = None,
     database: Annotated[
         str | None, typer.Option("--database", metavar="URL", help="PostgreSQL, instead of the file in the home.")
     ] = None,
@@ -37,7 +43,9 @@ def up_command(
     from tidemill import bootstrap
 
     home = connection.home()
-    overrides = {"port": port, "gateway_port": gateway_port, "database": database}
+    overrides = {
+        "host": host, "port": port, "gateway_port": gateway_port, "engine": engine, "database": database,
+    }  # fmt: skip
     given = {name: value for name, value in overrides.items() if value is not None}
     if foreground:
         with Ticker("starting; Ctrl-C stops it") as ticker:

@@ -54,6 +54,12 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "drain": ("scheduling", "Empty a machine"),
         "resume": ("scheduling", "Open a machine to work again"),
     },
+    "Many machines": {
+        "join": ("sites", "Make this machine part of a cloud"),
+        "leave": ("sites", "Take this machine out of its cloud"),
+        "site": ("sites", "The places where work runs"),
+        "lost": ("sites", "Say that a silent machine is gone for good"),
+    },
     "Try it out first": {
         "twin": ("twinning", "Run the scheduler on virtual time: what if?"),
         "record": ("twinning", "Save the turns that the scheduler takes"),

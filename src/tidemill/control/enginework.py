@@ -18,7 +18,7 @@ from tidemill.errors import Conflict, EngineLost, EngineRefused, NotFound, Tidem
 from tidemill.model.events import Exited, Fact, LaunchRefused, NeverLaunched, NodeJoined, Vanished
 from tidemill.model.ids import LaunchId
 from tidemill.model.job import Allocation, AllocationState, Cause
-from tidemill.model.plan import Command, Forget, Launch, LaunchSpec, Observation, ObservedState, Stop
+from tidemill.model.plan import Command, Forget, Launch, LaunchSpec, Observation, ObservedState, Sight, Stop
 from tidemill.ports import Engine, Store
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,8 @@ class EngineWork:
     """The hands of the control plane on one engine.
 
     ``live`` gives the allocations that are not released, ``build`` the launch spec of one of them (raising
-    NotFound when it is over), ``tell`` takes facts.
+    NotFound when it is over), ``tell`` takes facts. ``is_news`` is told of every look, and
+    says whether it is time to ask for the nodes.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class EngineWork:
         live: Callable[[], dict[LaunchId, Allocation]],
         build: Callable[[LaunchId], LaunchSpec],
         tell: Callable[[Sequence[Fact]], object],
+        is_news: Callable[[Sight], bool] = lambda _: False,
         observe_every_s: float = 0.5,
         nodes_every_s: float = 30.0,
     ) -> None:
@@ -51,6 +53,7 @@ class EngineWork:
         self._live = live
         self._build = build
         self._tell = tell
+        self._is_news = is_news
         self._observe_every_s = observe_every_s
         self._nodes_every_s = nodes_every_s
         self._lanes: list[queue.SimpleQueue[Command | None]] = [queue.SimpleQueue() for _ in range(_LANES)]
@@ -98,8 +101,8 @@ class EngineWork:
             self._do(command)
         return command is not None
 
-    def look(self) -> None:
-        """Compare what should be with what the engine sees, once.
+    def look(self) -> Sight:
+        """What the engine sees, compared with what should be.
 
         What should be is read first: what comes to be after that is not missed, and what ends after that is over for
         the turn that is told. A launch about which a command was on its way meanwhile is left to the next look.
@@ -124,6 +127,7 @@ class EngineWork:
         for launch in sorted(strays & self._strays)[:_CLEANED_AT_ONCE]:
             self._clean_up(observed[launch])
         self._strays = strays
+        return sight
 
     def _compare(self, held: Allocation, seen: Observation | None) -> Fact | None:
         now = self._clock()
@@ -166,8 +170,8 @@ class EngineWork:
         refresh_ns = 0
         while not self._closing.is_set():
             try:
-                self.look()
-                if self._clock() >= refresh_ns:
+                is_news = self._is_news(self.look())
+                if is_news or self._clock() >= refresh_ns:
                     refresh_ns = self._clock() + int(self._nodes_every_s * 1e9)
                     self._tell([NodeJoined(at_ns=self._clock(), node=node) for node in self._engine.nodes()])
             except TidemillError as error:

@@ -18,7 +18,7 @@ from tidemill.model.tenant import Principal, Scope, Token
 
 PEPPER_BYTES: Final = 32
 _REMEMBERED_LAUNCHES: Final = 100_000
-_PRIVATE: Final = frozenset({Scope.JOB, Scope.RUNNER, Scope.GATEWAY})
+_PRIVATE: Final = frozenset({Scope.JOB, Scope.RUNNER, Scope.GATEWAY, Scope.JOIN, Scope.OUTPOST})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

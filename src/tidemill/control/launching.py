@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tidemill.control.identity import Directory
 from tidemill.core.environment import worker_environment
 from tidemill.core.world import World
 from tidemill.errors import InvalidSpec, NotFound
 from tidemill.model.artifact import Artifact
-from tidemill.model.ids import LaunchId, ProjectId
-from tidemill.model.job import Cause, DeviceShare
-from tidemill.model.plan import LaunchSpec
+from tidemill.model.ids import LaunchId, NodeId, ProjectId
+from tidemill.model.job import Allocation, Cause, DeviceShare
+from tidemill.model.plan import GangPlace, LaunchSpec
 from tidemill.model.spec import Port
 from tidemill.ports import Store
 
 
-def build_launch(launch_id: LaunchId, *, world: World, store: Store, directory: Directory, api_url: str) -> LaunchSpec:
+def build_launch(
+    launch_id: LaunchId,
+    *,
+    world: World,
+    store: Store,
+    directory: Directory,
+    api_url: str,
+    is_leased: Callable[[NodeId], bool],
+) -> LaunchSpec:
     """All that the engine needs to start that worker. Raises: NotFound when it is over."""
     held = world.allocations.get(launch_id)
     if held is None or (attempt := world.attempts.get(held.job_id)) is None or attempt.id != held.attempt_id:
@@ -26,7 +36,8 @@ def build_launch(launch_id: LaunchId, *, world: World, store: Store, directory: 
     if attempt.workers > 1:
         gang = [worker for worker in store.allocations(job.id) if worker.attempt_id == attempt.id]
         gang = [worker for worker in gang if worker.cause is not Cause.RESIZED]
-    nodes = [world.nodes[worker.node_id] for worker in sorted(gang, key=lambda worker: worker.rank)]
+    gang.sort(key=lambda worker: worker.rank)
+    nodes = [world.nodes[worker.node_id] for worker in gang]
     runner_token, job_token = directory.launch_tokens(
         launch_id,
         organization=workload.organization_id,
@@ -62,6 +73,17 @@ def build_launch(launch_id: LaunchId, *, world: World, store: Store, directory: 
         api_url=api_url,
         runner_token=runner_token,
         job_token=job_token,
+        gang=tuple(_place(worker) for worker in gang) if len(gang) > 1 else (),
+        lease_ns=world.sites[world.nodes[held.node_id].site_id].lease_ns if is_leased(held.node_id) else 0,
+    )
+
+
+def _place(worker: Allocation) -> GangPlace:
+    return GangPlace(
+        node_id=worker.node_id,
+        cpu_milli=worker.cpu_milli,
+        gpu_milli=sum(share.milli for share in worker.devices),
+        memory_bytes=worker.memory_bytes,
     )
 
 

@@ -20,13 +20,13 @@ from tidemill import __version__
 from tidemill.control.answers import Receipt, Status, Why, mend_for, receipt_of
 from tidemill.control.blobs import BlobStore
 from tidemill.control.driver import Driver, world_from
-from tidemill.control.enginework import EngineWork
 from tidemill.control.forecast import quote, why
 from tidemill.control.identity import Directory, Identity
 from tidemill.control.launching import build_launch, find_input
 from tidemill.control.logs import LogStore
 from tidemill.control.relay import Relay
 from tidemill.control.settings import Settings
+from tidemill.control.sites import Sites
 from tidemill.control.steering import (
     Wanted,
     check_dependency,
@@ -136,7 +136,7 @@ class ControlPlane:
         *,
         settings: Settings,
         store: Store,
-        engine: Engine,
+        engine: Engine | None,
         site: Site,
         rates: RateCard,
         directory: Directory,
@@ -168,15 +168,17 @@ class ControlPlane:
             epoch=epoch,
             last_seq=last_seq,
             clock=clock,
-            obey=lambda commands: self._work.obey(commands),
+            obey=lambda commands: self.sites.obey(commands),
             reload=self._load_world,
             on_fenced=on_fenced,
         )
-        self._work = EngineWork(
+        self.sites = Sites(
+            site,
             engine,
             store,
+            directory,
             clock=clock,
-            live=lambda: self.world.allocations.copy(),
+            world=lambda: self.world,
             build=self._build_launch,
             tell=self._turns.put,
         )
@@ -205,14 +207,16 @@ class ControlPlane:
         """Join the engine's machines and begin to take turns and act on them."""
         self._turns.start()
         now = self._clock()
-        self._turns.put([NodeJoined(at_ns=now, node=node) for node in self._engine.nodes()]).result(timeout=60)
-        self._work.start()
+        if self._engine is not None:
+            nodes = self._engine.nodes()
+            self._turns.put([NodeJoined(at_ns=now, node=node) for node in nodes]).result(timeout=60)
+        self.sites.start()
         self._sampler.start()
 
     def close(self) -> None:
         """Stop acting. With nothing running, the machines leave, so that no time counts while they are away."""
         self._closing.set()
-        self._work.close()
+        self.sites.close()
         world = self.world
         if not world.allocations:
             gone = [NodeWentAway(at_ns=self._clock(), node_id=node, detail="shut down") for node in list(world.nodes)]
@@ -221,7 +225,6 @@ class ControlPlane:
             except (Unavailable, TimeoutError, Fenced):
                 self._closing.set()
         self._turns.close()
-        self._engine.close()
         self.logs.shut()
 
     def watch(self, callback: Callable[[int], None]) -> Callable[[], None]:
@@ -453,6 +456,10 @@ class ControlPlane:
         fact = Checkpointed(at_ns=self._clock(), launch_id=first.id, fence=first.fence, detail=detail)
         return self._turns.put([fact])
 
+    def administer(self, identity: Identity) -> None:
+        """Nothing. Raises: Forbidden when the identity may not change what all projects share."""
+        administer(identity)
+
     def tell(self, facts: Sequence[Fact]) -> Future[None]:
         """Nothing, when what follows from these facts is stored."""
         return self._turns.put(facts)
@@ -570,7 +577,7 @@ class ControlPlane:
 
         Raises: InvalidRequest that names the field, its value and the mend.
         """
-        _administer(identity)
+        administer(identity)
         with self._steering:
             made = queues_from(
                 given,
@@ -585,7 +592,7 @@ class ControlPlane:
 
     def reserve(self, identity: Identity, project: Project | None, given: ReservationIn) -> Reservation:
         """A new reservation, for nobody without a project. Raises: InvalidRequest that names the field."""
-        _administer(identity)
+        administer(identity)
         with self._steering:
             now, world = self._clock(), self.world
             if standing(self.reservations(identity), given.name, now=now) is not None:
@@ -616,7 +623,7 @@ class ControlPlane:
 
     def cancel_reservation(self, identity: Identity, name: str) -> Reservation:
         """The reservation of that name or id as it was, which does not stand any more. Raises: NotFound."""
-        _administer(identity)
+        administer(identity)
         now = self._clock()
         found = standing(self.reservations(identity), name, now=now)
         if found is None:
@@ -631,7 +638,7 @@ class ControlPlane:
 
     def mark(self, identity: Identity, name: str, marking: Marking, detail: str) -> Node:
         """The node after it was cordoned, drained or resumed. Raises: NotFound."""
-        _administer(identity)
+        administer(identity)
         node = find_node(self.world, name)
         fact = NodeMarked(at_ns=self._clock(), node_id=node.id, marking=marking, by=identity.name, detail=detail)
         self._turns.put([fact]).result(timeout=30)
@@ -653,6 +660,7 @@ class ControlPlane:
     def report(self, launch_id: LaunchId, fence: int, facts: Sequence[Fact]) -> Future[Directive]:
         """What the runner should do, when what it reported is durable. Raises through the future: Fenced."""
         answer: Future[Directive] = Future()
+        self.sites.leases.answered(launch_id)
 
         def done(stored: Future[None]) -> None:
             try:
@@ -672,6 +680,7 @@ class ControlPlane:
     def beat(self, launch_id: LaunchId, fence: int, *, cpu_used_ns: int, rss_bytes: int) -> Directive:
         """What the runner should do. Raises: Fenced when a newer attempt holds the lease."""
         self.beats[launch_id] = (self._clock(), cpu_used_ns, rss_bytes)
+        self.sites.leases.answered(launch_id)
         return self._directive(launch_id, fence)
 
     def _directive(self, launch_id: LaunchId, fence: int) -> Directive:
@@ -802,13 +811,16 @@ class ControlPlane:
 
     def _load_world(self, recorder: Recorder | None = None) -> World:
         snapshot, now = self.store.load(), self._clock()
-        sites, projects, policy = [self.site], tuple(self._projects.values()), self.settings.policy
+        sites, projects, policy = self._all_sites(), tuple(self._projects.values()), self.settings.policy
         if recorder is not None:
             try:
                 recorder.begin(snapshot, sites=sites, projects=projects, rates=self._rates, policy=policy, now=now)
             except Exception:
                 log.exception("a recorder failed at its beginning")
         return world_from(snapshot, sites=sites, projects=projects, rates=self._rates, policy=policy, now=now)
+
+    def _all_sites(self) -> list[Site]:
+        return [self.site, *(site for site in self.store.sites() if site.id != self.site.id)]
 
     def _build_launch(self, launch_id: LaunchId) -> LaunchSpec:
         return build_launch(
@@ -817,6 +829,7 @@ class ControlPlane:
             store=self.store,
             directory=self.directory,
             api_url=self.settings.api_url,
+            is_leased=self.sites.is_leased,
         )
 
     def _remember_launches(self) -> None:
@@ -957,7 +970,7 @@ class ControlPlane:
                 self._turns.put([sampled])
 
 
-def _administer(identity: Identity) -> None:
+def administer(identity: Identity) -> None:
     """Raises: Forbidden when the identity may not change what all projects share."""
     identity.require(Scope.ADMIN)
     if identity.project_ids:

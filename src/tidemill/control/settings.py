@@ -25,6 +25,10 @@ class Settings:
     carbon intensity unless ``carbon_g_per_kwh`` does. ``hosts`` are names, beside this machine's own
     loopback names, under which the API may be addressed. ``reserve_cpus`` cores are kept from jobs.
 
+    ``lease`` is how long a worker on another machine of this site runs on without a word from the control plane.
+    ``address`` is where other machines reach this one; ``ray_port`` and ``ray_redis`` (host:port of a Redis that keeps
+    what the cluster's head knows) are for the engine ``ray``.
+
     ``labels``, ``taints``, ``rack`` and ``block`` say what this machine is to those who place work. ``mig_dynamic``
     lists GPUs, by number or UUID, whose MIG slices Tidemill may make and unmake; ``all`` means each in MIG mode. A
     device that fails is looked at again after ``device_recheck``; one that was slowed by heat for ``device_hot``
@@ -49,6 +53,10 @@ class Settings:
     hosts: tuple[str, ...] = ()
     reserve_cpus: float = 0.0
     workdir_limit: str = "2GB"
+    lease: str = "none"
+    address: str = ""
+    ray_port: int = 6379
+    ray_redis: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     taints: tuple[str, ...] = ()
     rack: str = ""
@@ -86,18 +94,33 @@ class Settings:
 
     @property
     def api_url(self) -> str:
-        """Where the control plane answers."""
-        return f"http://{self.host}:{self.port}"
+        """Where the control plane answers, for this machine."""
+        return f"http://{self._own_name}:{self.port}"
 
     @property
     def gateway_url(self) -> str:
-        """Where services answer."""
-        return f"http://{self.host}:{self.gateway_port}"
+        """Where services answer, for this machine."""
+        return f"http://{self._own_name}:{self.gateway_port}"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the control plane listens on all addresses of this machine."""
+        return self.host in ("0.0.0.0", "::")  # noqa: S104 - it is compared, not listened on
+
+    @property
+    def _own_name(self) -> str:
+        name = "127.0.0.1" if self.is_open else self.host
+        return f"[{name}]" if ":" in name else name
 
     @property
     def volume_root(self) -> Path:
         """Where the local engine keeps the checkpoint and output folders of jobs."""
         return self.home / "local" / "volumes"
+
+    @property
+    def lease_ns(self) -> int:
+        """The lease of this site's workers elsewhere; zero for none."""
+        return 0 if self.lease == "none" else parse_duration(self.lease)
 
     @property
     def policy(self) -> Policy:
@@ -115,7 +138,7 @@ _DURATIONS: Final = {item.name.removesuffix("_ns") for item in fields(Policy) if
     "simulated_duration",
 }
 _NEVER_ZERO: Final = {"meter_every", "retry_backoff", "stop_retry", "replan", "device_recheck", "device_hot"}
-_ENGINES: Final = ("local", "simulated")
+_ENGINES: Final = ("local", "ray", "simulated")
 _LABEL: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_./]{0,61}[A-Za-z0-9])?")
 
 
@@ -155,7 +178,7 @@ def _checked(name: str, value: Any, default: object) -> Any:
         if isinstance(value, bool) or isinstance(default, bool):
             return _yes_or_no(value, default)
         match name:
-            case "port" | "gateway_port":
+            case "port" | "gateway_port" | "ray_port":
                 if not 0 <= int(value) <= 65_535:
                     raise ValueError("a port lies between 1 and 65535")
                 return int(value)
@@ -187,11 +210,15 @@ def _checked(name: str, value: Any, default: object) -> Any:
                 if parse_duration(value) <= 0 and name in _NEVER_ZERO:
                     raise ValueError("it has to be longer than nothing")
                 return value if isinstance(value, str) else f"{value}s"
+            case "lease":
+                if value != "none" and parse_duration(value) <= 0:
+                    raise ValueError("it has to be longer than nothing, or none")
+                return value if isinstance(value, str) else f"{value}s"
             case "workdir_limit":
                 parse_size(value)
                 return str(value)
             case "engine" if value not in _ENGINES:
-                raise ValueError("the engine of this version is local; simulated is one without machines")
+                raise ValueError("engines are local and ray; simulated is one without machines")
             case "site_kind" if value not in ("onprem", "cloud", "edge"):
                 raise ValueError("kinds of site are onprem, cloud and edge")
             case _:

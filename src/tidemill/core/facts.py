@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial, singledispatch
+from typing import Final
 
 from tidemill.core import ending, waiting
 from tidemill.core.admission import why_refused
@@ -26,6 +27,7 @@ from tidemill.model.events import (
     Marking,
     MetersRead,
     NeverLaunched,
+    NodeFellSilent,
     NodeJoined,
     NodeMarked,
     NodeWentAway,
@@ -35,6 +37,7 @@ from tidemill.model.events import (
     ReservationCancelled,
     ReservationMade,
     Sampled,
+    SiteSet,
     Started,
     StopRequested,
     Submitted,
@@ -45,6 +48,14 @@ from tidemill.model.ids import LaunchId, job_id
 from tidemill.model.job import Allocation, AllocationState, AttemptState, Cause, Job, JobState
 from tidemill.model.plan import Launch
 from tidemill.model.spec import Kind
+
+LEFT: Final = "left"
+"""What a machine that left its cloud went away for, in ``NodeWentAway`` and in its ``state_cause``."""
+
+
+def has_left(node: Node) -> bool:
+    """Whether a machine was taken out of its cloud for good."""
+    return node.state is NodeState.LOST and node.state_cause == LEFT
 
 
 def take(world: World, fact: Fact, out: Outcome) -> None:
@@ -234,6 +245,8 @@ def _meters_read(fact: MetersRead, world: World, out: Outcome) -> None:
 def _node_joined(fact: NodeJoined, world: World, out: Outcome) -> None:
     node = fact.node
     known = world.nodes.get(node.id)
+    if known is not None and has_left(known):  # seen once more while it goes; one that comes again is another node
+        return
     if known is None:
         fresh = replace(node, state=NodeState.READY, version=1, joined_ns=out.now)
         world.add(world.nodes, node.id, fresh)
@@ -266,7 +279,7 @@ def _node_joined(fact: NodeJoined, world: World, out: Outcome) -> None:
 def _rejoined(known: Node, node: Node, out: Outcome) -> Node:
     """The node as it joined again; what was decided about it stands."""
     event, cause, lately, until = "joined", known.state_cause, known.lost_at_ns, known.held_until_ns
-    if known.state is NodeState.LOST:
+    if known.state in (NodeState.LOST, NodeState.SILENT):
         policy = out.policy
         lately = tuple(at for at in known.lost_at_ns if at + policy.flap_window_ns > out.now)
         if known.marking:
@@ -312,14 +325,35 @@ def _node_went_away(fact: NodeWentAway, world: World, out: Outcome) -> None:
         world.drop(world.meters, (node.id, name))
     lost_at = (*node.lost_at_ns, out.now)[-64:] if not _is_shutdown(fact) else node.lost_at_ns
     state = apply(NODE, node.state, "lost")
-    world.update(world.nodes, node.id, node, state=state, lost_at_ns=lost_at)
+    has_left = fact.detail == LEFT
+    marking, cause = ("", LEFT) if has_left else (node.marking, node.state_cause)
+    world.update(world.nodes, node.id, node, state=state, lost_at_ns=lost_at, marking=marking, state_cause=cause)
     out.note("NodeLost", node=node.name, detail=fact.detail)
     world.rebuild_fleet()
 
 
+@_take.register
+def _node_fell_silent(fact: NodeFellSilent, world: World, out: Outcome) -> None:
+    node = world.nodes.get(fact.node_id)
+    if node is None or not may(NODE, node.state, "silenced"):
+        return
+    state = apply(NODE, node.state, "silenced")
+    world.update(world.nodes, node.id, node, state=state, state_cause=fact.detail)
+    out.note("NodeFellSilent", node=node.name, detail=fact.detail)
+    world.refresh_readiness()
+
+
+@_take.register
+def _site_set(fact: SiteSet, world: World, out: Outcome) -> None:
+    if world.sites.get(fact.site.id) == fact.site:
+        return
+    world.set(world.sites, fact.site.id, fact.site)
+    out.note("SiteSet", site=fact.site.name)
+
+
 def _is_shutdown(fact: NodeWentAway) -> bool:
     """Whether the machine went because it was asked to, which is no failure."""
-    return fact.detail == "shut down"
+    return fact.detail in ("shut down", LEFT)
 
 
 @_take.register
@@ -350,7 +384,7 @@ def _node_marked(fact: NodeMarked, world: World, out: Outcome) -> None:
         if node.marking == fact.marking.value:
             return
         state = node.state
-        if state is not NodeState.LOST and may(NODE, state, event):
+        if state not in (NodeState.LOST, NodeState.SILENT) and may(NODE, state, event):
             state = apply(NODE, state, event)
         world.update(world.nodes, node.id, node, state=state, marking=fact.marking.value, state_cause=cause)
         out.note("NodeCordoned" if fact.marking is Marking.CORDON else "NodeDrained", node=node.name, detail=cause)

@@ -4,7 +4,8 @@ Theory. A *job* wants to end well; it is queued, has attempts, and ends in one o
 try: it ends only when every worker is confirmed gone, so between the decision to end it (``ENDING``) and its end
 its devices are still taken and nothing else may start in its place. An *allocation* is the lease of one worker's
 share of a node. It goes forward only: late or repeated reports of a worker that is being drained change nothing.
-A *node* that is lost comes back by joining: ready, under the cordon or
+A *node* that falls silent may still run what it has; it is lost only
+when that can be known to be over. One that is lost or silent comes back by joining: ready, under the cordon or
 drain that still stands, or as a suspect when it was lost too often.
 
 States say where a thing is; why it is there is its ``cause``, stored beside the state. ``apply`` is the only way
@@ -77,6 +78,15 @@ NODE: Final[Table[NodeState]] = {
     (NodeState.SUSPECT, "drained"): NodeState.DRAINING,
     (NodeState.SUSPECT, "resumed"): NodeState.READY,
     (NodeState.SUSPECT, "lost"): NodeState.LOST,
+    (NodeState.READY, "silenced"): NodeState.SILENT,
+    (NodeState.CORDONED, "silenced"): NodeState.SILENT,
+    (NodeState.DRAINING, "silenced"): NodeState.SILENT,
+    (NodeState.SUSPECT, "silenced"): NodeState.SILENT,
+    (NodeState.SILENT, "joined"): NodeState.READY,
+    (NodeState.SILENT, "suspected"): NodeState.SUSPECT,
+    (NodeState.SILENT, "cordoned"): NodeState.CORDONED,
+    (NodeState.SILENT, "drained"): NodeState.DRAINING,
+    (NodeState.SILENT, "lost"): NodeState.LOST,
     (NodeState.LOST, "joined"): NodeState.READY,
     (NodeState.LOST, "suspected"): NodeState.SUSPECT,
     (NodeState.LOST, "cordoned"): NodeState.CORDONED,

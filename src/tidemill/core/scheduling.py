@@ -107,10 +107,22 @@ class _Pass:
             world.hold_back(None)
         if self._is_settled():
             return
+        while not self._try_heads():
+            continue
+        self._claim(None)
+
+    def _try_heads(self) -> bool:
+        """Whether all open lines were tried; False when the plan changed on the way.
+
+        Then lines that were passed over because of the old plan, without being tried, are to be looked at again, each
+        in its place in the order.
+        """
+        world, out = self._world, self._out
+        reopenings = world.reopenings
         for line, job_id in world.queue.heads(self._is_closed, now=out.now):
             if self._started >= out.policy.starts_per_turn:
                 world.set_timer(out.now, "more", "")
-                break
+                return True
             job = world.jobs[job_id]
             if self._is_still_blocked(line, job_id):
                 self._claim(world.held_back)
@@ -125,9 +137,10 @@ class _Pass:
                 self._closed.add(line)
                 world.line_reasons[line] = reason
                 out.wait(world, job_id, reason)
-        else:
-            world.settled = self._signs()
-        self._claim(None)
+            if world.reopenings != reopenings:
+                return False
+        world.settled = self._signs()
+        return True
 
     def _signs(self) -> tuple[int, int, int]:
         world = self._world

@@ -57,7 +57,8 @@ class LocalSettings:
     """How runners of this machine behave. ``sandbox`` is ``auto`` (bubblewrap when it works) or ``none``.
 
     ``spool_cap_bytes`` limits output that waits to be sent, ``linger_ns`` how long a runner goes on trying to
-    deliver after its worker ended, ``beat_ns`` is the time between two heartbeats.
+    deliver after its worker ended, ``beat_ns`` is the time between two heartbeats. ``address`` is where others reach
+    the ports of workers here.
     """
 
     sandbox: str = "auto"
@@ -65,6 +66,7 @@ class LocalSettings:
     linger_ns: int = 24 * 3600 * SECOND_NS
     beat_ns: int = 2 * SECOND_NS
     max_pids: int = _MAX_PIDS
+    address: str = "127.0.0.1"
 
 
 class LocalEngine:
@@ -271,6 +273,7 @@ class LocalEngine:
             "groups": cgroup.plan(self.mark(spec.launch_id), self._hierarchies),
             "mark": self.mark(spec.launch_id),
             "pids": self._settings.max_pids,
+            "address": self._settings.address,
             "spool_cap_bytes": self._settings.spool_cap_bytes,
             "linger_s": self._settings.linger_ns / SECOND_NS,
             "beat_s": self._settings.beat_ns / SECOND_NS,

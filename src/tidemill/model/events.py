@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from msgspec import Struct
 
-from tidemill.model.fleet import Node
+from tidemill.model.fleet import Node, Site
 from tidemill.model.ids import DeviceId, JobId, LaunchId, NodeId, ReservationId, WorkloadId
 from tidemill.model.job import AllocationState, Cause, Workload
 from tidemill.model.queue import Queue
@@ -153,6 +153,23 @@ class NodeWentAway:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFellSilent:
+    """Nothing was heard of a machine for a while. Whether anything runs there is not known."""
+
+    at_ns: int
+    node_id: NodeId
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteSet:
+    """A site is as given from now on."""
+
+    at_ns: int
+    site: Site
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpointed:
     """A worker's job wrote a checkpoint: what it did until ``at_ns`` is not lost if it is displaced now."""
 
@@ -246,6 +263,8 @@ Fact = (
     | MetersRead
     | NodeJoined
     | NodeWentAway
+    | NodeFellSilent
+    | SiteSet
     | Checkpointed
     | NodeMarked
     | DeviceFailed

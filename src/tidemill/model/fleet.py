@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from tidemill.model.ids import DeviceId, NodeId, SiteId
+from tidemill.model.ids import DeviceId, NodeId, OutpostId, SiteId
 from tidemill.units import MILLI
 
 
@@ -23,6 +23,9 @@ class Site:
 
     ``country`` is ISO 3166 alpha-3, empty when unknown; ``pue_milli`` is facility power over IT power in
     thousandths; ``carbon_mg_per_kwh`` is the grid's intensity and ``carbon_source`` says where it is from.
+
+    ``lease_ns`` is how long a worker there runs on without a word from the control plane, and then ends itself, so that
+    it may be started elsewhere. Zero: for ever, and then nothing of a site that cannot be reached is started again.
     """
 
     id: SiteId
@@ -33,12 +36,30 @@ class Site:
     pue_milli: int = 1_000
     carbon_mg_per_kwh: int = 0
     carbon_source: str = ""
+    lease_ns: int = 0
 
     def __post_init__(self) -> None:
+        if self.lease_ns < 0:
+            raise ValueError("a lease cannot be shorter than nothing")
         if self.pue_milli < 1_000:
             raise ValueError("PUE is total power over IT power and cannot be below 1.0")
         if self.carbon_mg_per_kwh < 0:
             raise ValueError("carbon intensity cannot be below zero")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outpost:
+    """A process at a site that dials out to the control plane and works an engine there for it.
+
+    ``removed_ns`` zero: it belongs to the cloud.
+    """
+
+    id: OutpostId
+    site_id: SiteId
+    name: str
+    engine: str
+    created_ns: int
+    removed_ns: int = 0
 
 
 class Mig(StrEnum):
@@ -93,6 +114,8 @@ class NodeState(StrEnum):
     """What runs is stopped with its checkpoint grace and queues again; nothing new is placed."""
     SUSPECT = "suspect"
     """It came back after it was lost too often; nothing is placed until ``held_until_ns``."""
+    SILENT = "silent"
+    """Nothing is heard of it. What runs there may run on; nothing new is placed, and nothing is started elsewhere."""
     LOST = "lost"
 
 

@@ -99,19 +99,30 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GangPlace:
+    """What one worker of a gang holds, and where."""
+
+    node_id: NodeId
+    cpu_milli: int
+    gpu_milli: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchSpec:
     """All that an engine and a runner need to start one worker; the id makes it idempotent.
 
     ``environment_variables`` are complete but for what only the machine knows (folders, CUDA_VISIBLE_DEVICES
     names). ``workdir`` and ``inputs`` are SHA-256 digests of stored archives. ``secrets`` are names; the
     runner asks the control plane for the values, so they are on no disk. Ports are already chosen.
-    Tokens: ``runner_token`` reports, ``job_token`` is given to the worker.
+    Tokens: ``runner_token`` reports, ``job_token`` is given to the worker. ``lease_ns`` is how long the worker runs on
+    without a word from the control plane; zero: for ever. ``gang`` is what each rank holds and where, for a gang only.
     """
 
     launch_id: LaunchId
     job_id: JobId
     project_id: ProjectId
-    node_id: str
+    node_id: NodeId
     fence: int
     rank: int
     world_size: int
@@ -135,6 +146,8 @@ class LaunchSpec:
     api_url: str
     runner_token: str
     job_token: str
+    lease_ns: int = 0
+    gang: tuple[GangPlace, ...] = ()
 
 
 class ObservedState(StrEnum):

@@ -59,6 +59,10 @@ class Scope(StrEnum):
     """What a running job may do for itself: read itself and its workload, publish its artifacts."""
     RUNNER = "runner"
     """What a runner reports about its one launch."""
+    JOIN = "join"
+    """Bring a machine, or a cluster, into one site."""
+    OUTPOST = "outpost"
+    """Carry out and answer an outpost's calls."""
     GATEWAY = "gateway"
     """Read the routes and keys that the gateway serves."""
 

@@ -97,6 +97,7 @@ class Runner:
         self._ending = threading.Event()
         self._kill_at_s: float | None = None
         self._times_out_s: float | None = None
+        self._lease_s = int(spec.get("lease_ns") or 0) / _SECOND_NS
         self._fault: Outcome | None = None
         self._process: Process | None = None
         limits = cgroup.Limits(
@@ -161,6 +162,7 @@ class Runner:
         self._check_stop_file()
         self._check_ports()
         self._make_folders()
+        self._await_lease()
         secrets, virtual_env = self._prepare()
         if self._runtime:
             return self._attempt_image(self._runtime, secrets)
@@ -175,6 +177,19 @@ class Runner:
         process = self._script(str(self.spec.get("run") or "") or _IDLE, environment, view)
         self._began(process, environment, self._isolation())
         return self._judge(self._wait_for(process), process)
+
+    def _await_lease(self) -> None:
+        """Begin only when the control plane says that this launch holds the lease still: it may have come late."""
+        if not self._lease_s:
+            return
+        self.outbox.start()
+        until_s = time.monotonic() + self._lease_s
+        while self.outbox.granted_s < 0:
+            if time.monotonic() > until_s:
+                raise SetupFailed("the control plane did not answer for the length of the lease", cause="node_lost")
+            self._next()
+            if self._stopping.is_set():
+                raise Closing
 
     def _attempt_image(self, runtime: images.Runtime, secrets: Mapping[str, str]) -> Outcome:
         """The same in a container, which is one for setup and run."""
@@ -275,6 +290,8 @@ class Runner:
         """The next happening; stops, fences, timeouts and leftovers are dealt with on the way."""
         beat_s = float(self.settings.get("beat_s") or BEAT_S)
         deadlines = [moment for moment in (self._kill_at_s, self._times_out_s) if moment is not None]
+        if self._lease_s and self.outbox.granted_s >= 0 and not self._stopping.is_set():
+            deadlines.append(self.outbox.granted_s + self._lease_s + 0.01)
         wait_s = min([beat_s, *(moment - time.monotonic() for moment in deadlines)])
         try:
             kind, value = self._inbox.get(timeout=max(0.0, wait_s))
@@ -292,6 +309,9 @@ class Runner:
         if self._times_out_s is not None and now_s >= self._times_out_s:
             self._times_out_s = None
             self._fault = Outcome(STOPPED, "timed_out", "its max_duration is over, and it was not stopped in time")
+            self._stop(int(self.spec.get("grace_ns") or 0))
+        if self._lease_s and not self._stopping.is_set() and 0 <= self.outbox.granted_s < now_s - self._lease_s:
+            self._fault = Outcome(STOPPED, "node_lost", "the control plane did not answer for the length of the lease")
             self._stop(int(self.spec.get("grace_ns") or 0))
         if self._kill_at_s is not None and now_s >= self._kill_at_s:
             self._kill_at_s = None
@@ -560,8 +580,10 @@ class Runner:
             return
         port = next(int(port["number"]) for port in self.spec["ports"] if port["name"] == service["port"])
 
+        address = str(self.settings.get("address") or "127.0.0.1")
+
         def became(ready: bool) -> None:
-            self.outbox.add("became", ready=ready, endpoint=f"127.0.0.1:{port}" if ready else "")
+            self.outbox.add("became", ready=ready, endpoint=f"{address}:{port}" if ready else "")
 
         def failed(detail: str) -> None:
             self._inbox.put(("failed", Outcome(STOPPED, "not_ready", detail)))

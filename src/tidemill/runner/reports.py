@@ -40,6 +40,8 @@ class Outbox:
         beat_s: float = BEAT_S,
     ) -> None:
         self.last_answer_s = time.monotonic()
+        self.granted_s = float("-inf")
+        """When the last request was sent that was answered: the lease runs from there."""
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._channel = channel
         self._fence = fence
@@ -124,6 +126,7 @@ class Outbox:
             raise Unreachable(str(refusal)) from refusal
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        sent_s = time.monotonic()
         try:
             answer = self._channel.call("POST", path, json.dumps(body).encode())
         except Refused as refusal:
@@ -132,6 +135,7 @@ class Outbox:
                 self._giving_up.set()
             raise
         self.last_answer_s = time.monotonic()
+        self.granted_s = sent_s
         return answer
 
     def _obey(self, answer: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from tidemill.sdk.results import (
     Record,
     ReservationInfo,
     Share,
+    SiteInfo,
     Status,
     TokenInfo,
     Why,
@@ -441,6 +442,27 @@ class Client:
     def revoke_token(self, token_id: str) -> None:
         """Make a token worthless."""
         self._http.call("DELETE", f"/v1/tokens/{segment(token_id)}")
+
+    def sites(self) -> tuple[SiteInfo, ...]:
+        """The places where work runs."""
+        return tuple(self._list("/v1/sites", SiteInfo, {}))
+
+    def put_site(self, name: str, **described: Any) -> SiteInfo:
+        """The site as described by ``kind``, ``engine``, ``country``, ``pue``, ``carbon_g_per_kwh`` and ``lease``."""
+        given = {key: value for key, value in described.items() if value is not None}
+        return SiteInfo.from_json(self._http.call("PUT", f"/v1/sites/{segment(name)}", body=given).json())
+
+    def joining_token(self, site: str, *, expires_in: str = "1h") -> dict[str, Any]:
+        """``token``, with which machines join that site, shown this once; ``site`` and ``expires_at_ns``."""
+        return dict(self._http.post(f"/v1/sites/{segment(site)}/tokens", {"expires_in": expires_in}))
+
+    def remove_outpost(self, outpost: str) -> dict[str, Any]:
+        """``left`` once nothing runs on the outpost's machines, which are drained; until then what is ``running``."""
+        return dict(self._http.call("DELETE", f"/v1/outposts/{segment(outpost)}").json())
+
+    def declare_lost(self, node: str) -> NodeInfo:
+        """The silent machine, which is taken to be gone for good."""
+        return NodeInfo.from_json(self._http.post(f"/v1/nodes/{segment(node)}/lost", {}))
 
     def projects(self) -> tuple[ProjectInfo, ...]:
         """The organization's projects."""

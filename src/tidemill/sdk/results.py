@@ -323,6 +323,24 @@ class NodeInfo(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SiteInfo(Record):
+    """A place with its machines and outposts. ``silent`` counts machines that cannot be reached."""
+
+    id: str = ""
+    name: str = ""
+    kind: str = ""
+    engine: str = ""
+    country: str = ""
+    pue: float = 1.0
+    carbon_g_per_kwh: float = 0.0
+    carbon_source: str = ""
+    lease_ns: int = 0
+    nodes: int = 0
+    silent: int = 0
+    outposts: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class QueueInfo(Record):
     """A place in the quota tree: GPUs and cores as numbers, memory as a size, by resource class."""
 

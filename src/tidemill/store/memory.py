@@ -11,15 +11,17 @@ from typing import Any, Final, Protocol, TypeVar
 from tidemill.core.lifecycle import is_terminal
 from tidemill.errors import Fenced, Stale
 from tidemill.model.artifact import Artifact
-from tidemill.model.fleet import Node
+from tidemill.model.fleet import Node, Outpost, Site
 from tidemill.model.ids import (
     ArtifactId,
     JobId,
     LaunchId,
     NodeId,
     OrganizationId,
+    OutpostId,
     PrincipalId,
     ProjectId,
+    SiteId,
     TokenId,
     WorkloadId,
 )
@@ -56,6 +58,8 @@ class _Contents:
     organizations: dict[OrganizationId, Organization] = field(default_factory=dict)
     projects: dict[ProjectId, Project] = field(default_factory=dict)
     principals: dict[PrincipalId, Principal] = field(default_factory=dict)
+    sites: dict[SiteId, Site] = field(default_factory=dict)
+    outposts: dict[OutpostId, Outpost] = field(default_factory=dict)
     tokens: dict[TokenId, Token] = field(default_factory=dict)
     secrets: dict[tuple[ProjectId, str], Secret] = field(default_factory=dict)
     artifacts: dict[ArtifactId, Artifact] = field(default_factory=dict)
@@ -273,6 +277,14 @@ class MemoryStore:
         with self._lock:
             self._all.tokens[token.id] = token
 
+    def put_site(self, site: Site) -> None:
+        with self._lock:
+            self._all.sites[site.id] = site
+
+    def put_outpost(self, outpost: Outpost) -> None:
+        with self._lock:
+            self._all.outposts[outpost.id] = outpost
+
     def put_secret(self, secret: Secret) -> None:
         with self._lock:
             self._all.secrets[secret.project_id, secret.name] = secret
@@ -297,6 +309,12 @@ class MemoryStore:
 
     def projects(self) -> tuple[Project, ...]:
         return self._by_key(self._all.projects)
+
+    def sites(self) -> tuple[Site, ...]:
+        return self._by_key(self._all.sites)
+
+    def outposts(self) -> tuple[Outpost, ...]:
+        return self._by_key(self._all.outposts)
 
     def principals(self) -> tuple[Principal, ...]:
         return self._by_key(self._all.principals)

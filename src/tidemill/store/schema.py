@@ -168,6 +168,8 @@ organizations = Table("organizations", metadata, _text("id", primary_key=True), 
 projects = Table("projects", metadata, _text("id", primary_key=True), _text("body"))
 principals = Table("principals", metadata, _text("id", primary_key=True), _text("body"))
 tokens = Table("tokens", metadata, _text("id", primary_key=True), _text("body"))
+sites = Table("sites", metadata, _text("id", primary_key=True), _text("body"))
+outposts = Table("outposts", metadata, _text("id", primary_key=True), _text("body"))
 secrets = Table(
     "secrets",
     metadata,

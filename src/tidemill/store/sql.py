@@ -41,7 +41,7 @@ from tidemill.core.lifecycle import is_terminal
 from tidemill.errors import Fenced, InvalidSetting, Stale, TidemillError, Unavailable
 from tidemill.model.artifact import Artifact
 from tidemill.model.events import LogEntry
-from tidemill.model.fleet import Node
+from tidemill.model.fleet import Node, Outpost, Site
 from tidemill.model.ids import ArtifactId, JobId, LaunchId, NodeId, PrincipalId, ProjectId, TokenId, WorkloadId
 from tidemill.model.job import Allocation, AllocationState, Attempt, AttemptState, Job, JobState, Workload
 from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals
@@ -141,7 +141,15 @@ class SqlStore:
         """The number of a commit of which it is not known whether the database took it; zero: none."""
         insert_or = sqlite.insert if self._database.is_sqlite else postgresql.insert
         self._put: dict[Table, Executable] = {}
-        for table in (schema.organizations, schema.projects, schema.principals, schema.tokens, schema.secrets):
+        for table in (
+            schema.organizations,
+            schema.projects,
+            schema.principals,
+            schema.tokens,
+            schema.secrets,
+            schema.sites,
+            schema.outposts,
+        ):
             put = insert_or(table)
             self._put[table] = put.on_conflict_do_update(
                 index_elements=list(table.primary_key.columns), set_={"body": put.excluded.body}
@@ -467,6 +475,12 @@ class SqlStore:
     def put_token(self, token: Token) -> None:
         self._replace(schema.tokens, {"id": token.id, "body": encode(token)})
 
+    def put_site(self, site: Site) -> None:
+        self._replace(schema.sites, {"id": site.id, "body": encode(site)})
+
+    def put_outpost(self, outpost: Outpost) -> None:
+        self._replace(schema.outposts, {"id": outpost.id, "body": encode(outpost)})
+
     def put_secret(self, secret: Secret) -> None:
         self._replace(schema.secrets, {"project_id": secret.project_id, "name": secret.name, "body": encode(secret)})
 
@@ -497,6 +511,14 @@ class SqlStore:
 
     def projects(self) -> tuple[Project, ...]:
         return self._all(Project, select(schema.projects.c.body).order_by(schema.projects.c.id))
+
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that were added, by id."""
+        return self._all(Site, select(schema.sites.c.body).order_by(schema.sites.c.id))
+
+    def outposts(self) -> tuple[Outpost, ...]:
+        """Every outpost ever made, by id."""
+        return self._all(Outpost, select(schema.outposts.c.body).order_by(schema.outposts.c.id))
 
     def principals(self) -> tuple[Principal, ...]:
         return self._all(Principal, select(schema.principals.c.body).order_by(schema.principals.c.id))

@@ -26,6 +26,7 @@ _LEAST_MILLI: Final = 100
 def discover_node(
     site_id: SiteId,
     *,
+    identity: NodeId | None = None,
     name: str | None = None,
     root: Path = _ROOT,
     nvml: Nvml | None = None,
@@ -42,12 +43,12 @@ def discover_node(
 
     ``reserve_cpu_milli`` of the processors are kept from jobs. ``mig_dynamic`` lists the GPUs in MIG mode, by number or
     UUID, whose slices may be made and unmade, or has ``all``; of others only the slices that are there are used. Its id
-    follows from the machine's own and stays the same across restarts of anything.
+    follows from the machine's own, and stays the same across restarts of anything, unless ``identity`` is given.
     """
     cpu_model = _cpu_model(root)
     idle_mw, busy_mw = catalog.cpu_power(cpu_model)
     return Node(
-        id=node_id(root=root),
+        id=identity or node_id(root=root),
         site_id=site_id,
         name=name or socket.gethostname(),
         state=NodeState.READY,

@@ -14,13 +14,15 @@ from typing import Any, Final
 
 from tidemill.errors import Fenced, InvalidRequest, Stale
 from tidemill.model.artifact import Artifact
-from tidemill.model.fleet import NodeState
+from tidemill.model.fleet import NodeState, Outpost, Site, SiteKind
 from tidemill.model.ids import (
     JobId,
     NodeId,
     OrganizationId,
+    OutpostId,
     PrincipalId,
     ProjectId,
+    SiteId,
     TokenId,
     WorkloadId,
 )
@@ -592,7 +594,11 @@ def check_tenants_are_replaced_whole(open_store: OpenStore) -> None:
             id=TokenId("tok_1"), principal_id=person.id, organization_id=organization.id, project_id=RED, name="laptop",
             hash="00ff", display="tm_user_ab", scopes=(Scope.READ, Scope.SUBMIT), created_ns=NOW,
         )  # fmt: skip
+        site = Site(id=SiteId("north"), name="north", kind=SiteKind.EDGE, engine="local")
+        outpost = Outpost(id=OutpostId("out_1"), site_id=site.id, name="a", engine="local", created_ns=NOW)
         for version in (1, 2):
+            store.put_site(replace(site, lease_ns=version))
+            store.put_outpost(replace(outpost, removed_ns=version))
             store.put_organization(replace(organization, name=f"v{version}"))
             store.put_project(replace(project, name=f"red-{version}"))
             store.put_principal(replace(person, name=f"v{version}"))
@@ -600,6 +606,8 @@ def check_tenants_are_replaced_whole(open_store: OpenStore) -> None:
             store.put_secret(Secret(project_id=RED, name="KEY", sealed=bytes([version]), updated_ns=version))
         same(store.organizations(), (replace(organization, name="v2"),), "the organization")
         same(store.projects(), (replace(project, name="red-2"),), "the project")
+        same(store.sites(), (replace(site, lease_ns=2),), "the site")
+        same(store.outposts(), (replace(outpost, removed_ns=2),), "the outpost")
         same(store.principals(), (replace(person, name="v2"),), "the principal")
         same((store.tokens(), store.token(token.id)), ((replace(token, revoked_ns=2),), store.tokens()[0]), "the token")
         same(store.token(TokenId("tok_none")), None, "no such token")

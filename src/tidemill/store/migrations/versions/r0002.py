@@ -1,4 +1,4 @@
-"""The quota tree, what was taken lately of it, and reservations; limits of projects become queues of theirs."""
+"""The quota tree, what was taken lately of it, reservations, sites; limits of projects become queues of theirs."""
 
 from __future__ import annotations
 
@@ -40,6 +40,13 @@ def upgrade() -> None:
         sa.Column("version", LONG, nullable=False),
         sa.Column("body", TEXT, nullable=False),
     )
+
+    for name in ("sites", "outposts"):
+        op.create_table(
+            name,
+            sa.Column("id", TEXT, primary_key=True, nullable=False),
+            sa.Column("body", TEXT, nullable=False),
+        )
 
     projects = sa.table("projects", sa.column("id", TEXT), sa.column("body", TEXT))
     connection = op.get_bind()

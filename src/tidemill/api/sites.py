@@ -1,0 +1,237 @@
+"""Sites, the outposts that work their engines, and the conversation with those."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Annotated, Any, Final
+
+import msgspec
+from fastapi import Query
+from starlette.responses import Response
+
+from tidemill.api.answers import node_json
+from tidemill.api.bodies import body_of, json_answer, octets
+from tidemill.api.guard import Caller, Routes, blocking, durable, missing, unless_gone
+from tidemill.api.shapes import (
+    NAME,
+    JoiningOut,
+    JoiningSiteOut,
+    LeaveIn,
+    LeavingOut,
+    NodeOut,
+    NothingIn,
+    OutpostCallsOut,
+    OutpostIn,
+    OutpostOut,
+    PageOf,
+    SiteIn,
+    SiteOut,
+    SiteTokenIn,
+)
+from tidemill.catalog import carbon_intensity
+from tidemill.control.sites import SiteState
+from tidemill.control.steering import find_node
+from tidemill.errors import InvalidRequest
+from tidemill.model.fleet import Site, SiteKind
+from tidemill.model.ids import NodeId, SiteId
+from tidemill.model.tenant import Scope
+from tidemill.units import MILLI, parse_duration
+from tidemill.wire.outposts import OutpostCalls, OutpostReport
+
+routes = Routes("sites")
+REPORT_LIMIT: Final = 64 << 20
+_REPORT: Final = msgspec.json.Decoder(OutpostReport)
+_CALLS: Final = msgspec.json.Encoder()
+
+
+@routes.get("/v1/sites", allow=Scope.READ, answer=PageOf[SiteOut])
+async def list_sites(call: Caller) -> Response:
+    """List the sites, each with its outposts and how many machines it has."""
+
+    def page() -> dict[str, Any]:
+        return {"items": [_site_json(state) for state in call.plane.sites.states()], "next_cursor": ""}
+
+    return json_answer(await blocking(page))
+
+
+@routes.put("/v1/sites/{name}", allow=Scope.ADMIN, body=SiteIn, answer=SiteOut)
+async def put_site(call: Caller, name: str) -> Response:
+    """Add a site, or describe it anew."""
+    given = await body_of(call.request, SiteIn)
+    site = _site(name, given)
+
+    def put() -> dict[str, Any]:
+        call.plane.administer(call.identity)
+        call.plane.sites.put(site)
+        return next(_site_json(state) for state in call.plane.sites.states() if state.site.id == site.id)
+
+    return json_answer(await blocking(put))
+
+
+@routes.post("/v1/sites/{name}/tokens", allow=Scope.ADMIN, status=201, body=SiteTokenIn, answer=JoiningOut)
+async def make_joining_token(call: Caller, name: str) -> Response:
+    """Make a token with which machines join a site. It is shown this once."""
+    given = await body_of(call.request, SiteTokenIn)
+    lasts_ns = _duration(given.expires_in, "expires_in")
+
+    def make() -> dict[str, Any]:
+        call.plane.administer(call.identity)
+        site = call.plane.sites.find(name)
+        token, secret = call.plane.sites.joining_token(
+            call.identity, site, expires_ns=time.time_ns() + lasts_ns if lasts_ns else 0
+        )
+        return {"token": secret, "site": site.name, "expires_at_ns": token.expires_ns}
+
+    return json_answer(await blocking(make), 201)
+
+
+@routes.post("/v1/nodes/{name}/lost", allow=Scope.ADMIN, body=NothingIn, answer=NodeOut)
+async def declare_node_lost(call: Caller, name: str) -> Response:
+    """Say that a silent machine is gone for good: what it had is started elsewhere."""
+
+    def lose() -> Any:
+        call.plane.administer(call.identity)
+        node = find_node(call.plane.world, name)
+        call.plane.sites.declare_lost(node, by=call.identity.name)
+        return node_json(call.plane.world.nodes[node.id], call.plane.world)
+
+    return json_answer(await blocking(lose))
+
+
+@routes.get("/v1/joining", allow=Scope.JOIN, answer=JoiningSiteOut)
+async def joining(call: Caller) -> Response:
+    """Get the site that the token is for, and what a machine needs to know to join it."""
+
+    def answer() -> dict[str, Any]:
+        site = call.plane.sites.joined_site(call.identity)
+        return {"site": site.name, "engine": site.engine, "settings": call.plane.sites.joining_settings(site)}
+
+    return json_answer(await blocking(answer))
+
+
+@routes.post("/v1/outposts", allow=Scope.JOIN, status=201, body=OutpostIn, answer=OutpostOut)
+async def join(call: Caller) -> Response:
+    """Bring an outpost into the token's site. Harmless to repeat with the same key."""
+    given = await body_of(call.request, OutpostIn)
+
+    def make() -> dict[str, Any]:
+        outpost, site, secret = call.plane.sites.join(
+            call.identity, name=given.name, key=given.key, engine=given.engine
+        )
+        return {
+            "id": outpost.id,
+            "name": outpost.name,
+            "site": site.name,
+            "site_id": site.id,
+            "engine": site.engine,
+            "token": secret,
+        }
+
+    return json_answer(await blocking(make), 201)
+
+
+@routes.get("/v1/outposts/self/calls", allow=Scope.OUTPOST, answer=OutpostCallsOut)
+async def outpost_calls(
+    call: Caller,
+    after: Annotated[int, Query(ge=0, lt=2**53, description="Only calls numbered above that.")] = 0,
+    wait: Annotated[float, Query(ge=0, le=60, description="Seconds to wait for one.")] = 20,
+) -> Response:
+    """Wait for calls to carry out at the outpost."""
+    box = call.plane.sites.box(call.identity)
+    found = await unless_gone(call, box.fetch(after, wait))
+    calls = OutpostCalls(session=call.plane.sites.session, calls=tuple(found or ()))
+    return Response(_CALLS.encode(calls), media_type="application/json")
+
+
+@routes.post("/v1/outposts/self/report", allow=Scope.OUTPOST, body="application/json", answer=dict[str, str])
+async def outpost_report(call: Caller) -> Response:
+    """Answer calls, and tell what the outpost's machines have to tell."""
+    box = call.plane.sites.box(call.identity)
+    try:
+        report = _REPORT.decode(await octets(call.request, REPORT_LIMIT))
+    except msgspec.MsgspecError as error:
+        raise InvalidRequest(f"The report cannot be read: {error}.", field="body") from None
+    if report.session == call.plane.sites.session:
+        box.answer(report.answers)
+    facts = call.plane.sites.facts_of(box.outpost, report)
+    if facts:
+        await durable(call.plane.tell(facts))
+    return json_answer({})
+
+
+@routes.post("/v1/outposts/self/leave", allow=Scope.OUTPOST, body=LeaveIn, answer=LeavingOut)
+async def leave(call: Caller) -> Response:
+    """Drain the outpost's machines; once nothing runs there they leave. Ask again until nothing does."""
+    given = await body_of(call.request, LeaveIn)
+    outpost = call.plane.sites.outpost(call.identity)
+    running = await blocking(call.plane.sites.leave, outpost, by=call.identity.name, node_id=NodeId(given.node))
+    return json_answer({"running": list(running), "left": not running})
+
+
+@routes.delete("/v1/outposts/{outpost_id}", allow=Scope.ADMIN, answer=LeavingOut)
+async def remove_outpost(call: Caller, outpost_id: str) -> Response:
+    """Have an outpost leave, from here: its machines are drained, and once nothing runs there they are gone."""
+
+    def remove() -> dict[str, Any]:
+        call.plane.administer(call.identity)
+        for state in call.plane.sites.states():
+            for outpost, _ in state.outposts:
+                if outpost_id in (outpost.id, outpost.name):
+                    running = call.plane.sites.leave(outpost, by=call.identity.name)
+                    return {"running": list(running), "left": not running}
+        raise missing("outpost", outpost_id)
+
+    return json_answer(await blocking(remove))
+
+
+def _site(name: str, given: SiteIn) -> Site:
+    if not re.fullmatch(NAME, name):
+        mend = "Use up to 63 letters, digits, -, _ and dots."
+        raise InvalidRequest("A site cannot have that name.", field="name", value=name[:100], mend=mend)
+    try:
+        carbon = carbon_intensity(given.country)
+        is_given = given.carbon_g_per_kwh is not None
+        return Site(
+            id=SiteId(name),
+            name=name,
+            kind=SiteKind(given.kind),
+            engine=given.engine,
+            country=given.country,
+            pue_milli=round(given.pue * MILLI),
+            carbon_mg_per_kwh=round((given.carbon_g_per_kwh or 0) * MILLI) if is_given else carbon.mg_per_kwh,
+            carbon_source="given" if is_given else carbon.source,
+            lease_ns=_duration(given.lease, "lease"),
+        )
+    except ValueError as error:
+        raise InvalidRequest(str(error), field="site", value=name) from None
+
+
+def _duration(text: str, field: str) -> int:
+    if text in ("never", "none", ""):
+        return 0
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise InvalidRequest(str(error), field=field, value=text, mend="Write for example 30m, or none.") from None
+
+
+def _site_json(state: SiteState) -> dict[str, Any]:
+    site = state.site
+    return {
+        "id": site.id,
+        "name": site.name,
+        "kind": site.kind.value,
+        "engine": site.engine,
+        "country": site.country,
+        "pue": site.pue_milli / MILLI,
+        "carbon_g_per_kwh": site.carbon_mg_per_kwh / MILLI,
+        "carbon_source": site.carbon_source,
+        "lease_ns": site.lease_ns,
+        "nodes": len(state.nodes),
+        "silent": sum(node.state.value in ("silent", "lost") for node in state.nodes),
+        "outposts": [
+            {"id": outpost.id, "name": outpost.name, "engine": outpost.engine, "is_there": is_there}
+            for outpost, is_there in state.outposts
+        ],
+    }

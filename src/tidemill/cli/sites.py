@@ -1,0 +1,221 @@
+"""Machines and places: ``join``, ``leave``, ``site`` and ``lost``."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tidemill.cli.output import clock, count, emit, facts, note, paint, say, state, table
+from tidemill.cli.parsing import Json, group_of
+from tidemill.cli.ticker import Ticker
+from tidemill.errors import InvalidRequest
+from tidemill.sdk import connection
+from tidemill.sdk.client import Client
+from tidemill.units import format_duration
+
+_Home = Annotated[
+    Path | None,
+    typer.Option("--home", metavar="FOLDER", help="Of this machine's outpost; ~/.tidemill/outpost unless set."),
+]
+_Words = Annotated[list[str] | None, typer.Option("--label", metavar="NAME=VALUE", help="Repeatable.")]
+_SiteName = Annotated[str, typer.Argument(metavar="SITE", help="Its name; see tidemill site list.")]
+
+
+def join_command(
+    host: Annotated[str, typer.Argument(metavar="HOST", help="Of the control plane: 10.0.0.5, head:7070 or a URL.")],
+    token: Annotated[
+        str, typer.Option("--token", metavar="TOKEN", envvar="TIDEMILL_JOIN_TOKEN", help="From tidemill site token.")
+    ],
+    name: Annotated[
+        str, typer.Option("--name", metavar="NAME", help="Of this machine; its host name unless set.")
+    ] = "",
+    address: Annotated[
+        str, typer.Option("--address", metavar="IP", help="Where other machines reach this one; found unless set.")
+    ] = "",
+    label: _Words = None,
+    taint: Annotated[list[str] | None, typer.Option("--taint", metavar="KEY[=VALUE]", help="Repeatable.")] = None,
+    rack: Annotated[str, typer.Option("--rack", metavar="NAME", help="Where it stands.")] = "",
+    block: Annotated[str, typer.Option("--block", metavar="NAME", help="The block of racks.")] = "",
+    reserve_cpus: Annotated[float, typer.Option("--reserve-cpus", metavar="N", help="Cores kept from jobs.")] = 0.0,
+    home: _Home = None,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", "-f", help="Stay in this terminal, as a service does.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Make this machine part of a cloud. It only ever dials out to the control plane."""
+    from tidemill.outpost import joining, main
+    from tidemill.outpost.config import OutpostConfig
+
+    folder = _home(home)
+    url = joining.url_of(host)
+    asked = OutpostConfig(
+        control_url=url,
+        key="",
+        node_id="",
+        name=name or socket.gethostname(),
+        address=address or joining.own_address(url),
+        labels=tuple(sorted(_pair(each) for each in label or [])),
+        taints=tuple(taint or ()),
+        rack=rack,
+        block=block,
+        reserve_cpus=reserve_cpus,
+    )
+    with Ticker("joining", is_silent=json):
+        config = joining.join(folder, token, asked)
+        joining.stop_outpost(folder)
+        if not foreground:
+            joining.start_outpost(folder)
+    if json:
+        emit({"name": config.name, "site": config.site, "engine": config.engine, "home": str(folder)})
+    else:
+        say(paint(f"{config.name} is part of {config.site}", "green"))
+        facts([("control plane", url), ("address", config.address), ("home", str(folder))])
+        note("  tidemill leave takes it out again")
+    if foreground:
+        main.run(folder)
+
+
+def leave_command(
+    home: _Home = None,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="S", help="For its jobs to end; no limit unless set.")
+    ] = 0.0,
+    json: Json = False,
+) -> None:
+    """Take this machine out of its cloud: it is drained first, and nothing is lost."""
+    from tidemill.outpost import joining
+
+    with Ticker("leaving", is_silent=json) as ticker:
+        config = joining.leave(
+            _home(home), told=lambda running: ticker.say(f"{count(running, 'job')} to go"), patience_s=timeout
+        )
+    if json:
+        emit({"name": config.name, "site": config.site, "left": True})
+    else:
+        say(f"{config.name} has left {config.site}")
+
+
+def lost_command(
+    node: Annotated[str, typer.Argument(metavar="MACHINE", help="Its name; see tidemill nodes.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Say that a silent machine is gone for good: what it had is started elsewhere."""
+    if not yes and not json:
+        say(f"If {node} runs on somewhere, its jobs would run twice. Be sure that it is off.")
+        typer.confirm("Is it?", abort=True)
+    with Client() as client:
+        found = client.declare_lost(node)
+    if json:
+        emit(found.to_json())
+    else:
+        say(f"{state(found.state)} {found.name}: what it had is started elsewhere")
+
+
+def site_list(json: Json = False) -> None:
+    """The sites with their machines."""
+    with Client() as client:
+        sites = client.sites()
+    if json:
+        emit([site.to_json() for site in sites])
+        return
+    rows = [
+        (
+            site.name,
+            site.kind,
+            site.engine,
+            site.country,
+            str(site.nodes) + (f" ({site.silent} silent)" if site.silent else ""),
+            format_duration(site.lease_ns) if site.lease_ns else "none",
+            ", ".join(f"{one.get('name')}{'' if one.get('is_there') else ' (away)'}" for one in site.outposts),
+        )
+        for site in sites
+    ]
+    table(("name", "kind", "engine", "country", "machines", "lease", "outposts"), rows, flexible=6)
+
+
+def site_set(
+    name: _SiteName,
+    kind: Annotated[str, typer.Option("--kind", metavar="KIND", help="onprem, cloud or edge.")] = "onprem",
+    engine: Annotated[str, typer.Option("--engine", metavar="ENGINE", help="local, ray or slurm.")] = "local",
+    country: Annotated[str, typer.Option("--country", metavar="XXX", help="ISO 3166, three letters.")] = "",
+    pue: Annotated[float, typer.Option("--pue", metavar="N", help="Facility power over IT power.")] = 1.0,
+    carbon: Annotated[
+        float | None, typer.Option("--carbon", metavar="G", help="g CO2e per kWh; the country's unless set.")
+    ] = None,
+    lease: Annotated[
+        str,
+        typer.Option(
+            "--lease", metavar="TIME", help="A worker without a word from the control plane ends itself after this."
+        ),
+    ] = "none",
+    json: Json = False,
+) -> None:
+    """Add a site, or describe it anew."""
+    with Client() as client:
+        site = client.put_site(
+            name, kind=kind, engine=engine, country=country, pue=pue, carbon_g_per_kwh=carbon, lease=lease
+        )
+    if json:
+        emit(site.to_json())
+    else:
+        say(f"{site.name}: {site.kind}, engine {site.engine}")
+        note(f"  tidemill site token {site.name} makes the command with which machines join it")
+
+
+def site_token(
+    name: _SiteName,
+    expires_in: Annotated[str, typer.Option("--expires-in", metavar="TIME", help="Such as 1h, or never.")] = "1h",
+    json: Json = False,
+) -> None:
+    """Make a token with which machines join a site. It is shown this once."""
+    with Client() as client:
+        made = client.joining_token(name, expires_in=expires_in)
+        url = client.url
+    if json:
+        emit(made)
+        return
+    say(f"tidemill join {url.partition('://')[2] if url.startswith('http://') else url} --token {made['token']}")
+    until = f", until {clock(int(made['expires_at_ns']))}" if made["expires_at_ns"] else ""
+    note(f"run that on each machine of {made['site']}, with an address that it reaches this host by{until}")
+
+
+def site_remove(
+    outpost: Annotated[str, typer.Argument(metavar="OUTPOST", help="Its name or id; see tidemill site list.")],
+    json: Json = False,
+) -> None:
+    """Take an outpost out of its site from here: its machines are drained; asked again once nothing runs, they go."""
+    with Client() as client:
+        answer = client.remove_outpost(outpost)
+    if json:
+        emit(answer)
+    elif answer["left"]:
+        say(f"{outpost} is not part of the cloud any more")
+    else:
+        say(f"{outpost} is being drained: {count(len(answer['running']), 'job')} to go; ask again then")
+
+
+site_app = group_of(
+    "The places where work runs.",
+    list=site_list,
+    set=site_set,
+    token=site_token,
+    remove=site_remove,
+)
+
+
+def _home(given: Path | None) -> Path:
+    return given.expanduser().absolute() if given else connection.home() / "outpost"
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise InvalidRequest(
+            "A label is NAME=VALUE.", field="label", value=text, mend="Write for example --label disk=nvme."
+        )
+    return name, value

@@ -1,0 +1,427 @@
+"""The places where work runs: each with its engine, here or behind outposts that dial in, and what is heard of them.
+
+Commands go to the engine of their node's site. Every site is looked at on its own, so that one that is slow or cut off
+holds nothing else up.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Final
+
+from tidemill.control.enginework import EngineWork
+from tidemill.control.identity import Directory, Identity
+from tidemill.control.leases import Leases
+from tidemill.control.outposts import Mailbox, SiteEngine
+from tidemill.core.facts import LEFT, has_left
+from tidemill.core.world import World
+from tidemill.errors import Conflict, NotFound, TidemillError
+from tidemill.model.events import (
+    DeviceFailed,
+    DeviceRecovered,
+    Fact,
+    Marking,
+    NodeMarked,
+    NodeWentAway,
+    Sampled,
+    SiteSet,
+)
+from tidemill.model.fleet import Node, NodeState, Outpost, Site
+from tidemill.model.ids import (
+    JobId,
+    LaunchId,
+    NodeId,
+    OrganizationId,
+    OutpostId,
+    PrincipalId,
+    ProjectId,
+    SiteId,
+)
+from tidemill.model.job import Allocation
+from tidemill.model.plan import Command, LaunchSpec, Sight
+from tidemill.model.tenant import Principal, PrincipalKind, Scope, Token
+from tidemill.ports import Engine, Store
+from tidemill.wire.outposts import OutpostReport
+
+log = logging.getLogger(__name__)
+_LOOKED_AFTER_S: Final = 1.0
+_SITE_PREFIX: Final = "sys_site_"
+_MEMBERS: Final = ("ray",)
+"""Engines of outposts that are machines of a cluster, for which its head speaks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteState:
+    """A site as it is now: its outposts with whether each is there, and its nodes."""
+
+    site: Site
+    outposts: tuple[tuple[Outpost, bool], ...]
+    nodes: tuple[Node, ...]
+
+
+class Sites:
+    """All sites of an installation. ``home`` is the one of this machine, whose ``engine`` is in this process
+    unless it is None: then its outposts work it.
+
+    ``world`` gives the world for reading, ``build`` a launch spec, ``tell`` takes facts. ``monotonic`` is a clock in ns
+    that never jumps.
+    """
+
+    def __init__(
+        self,
+        home: Site,
+        engine: Engine | None,
+        store: Store,
+        directory: Directory,
+        *,
+        clock: Callable[[], int],
+        world: Callable[[], World],
+        build: Callable[[LaunchId], LaunchSpec],
+        tell: Callable[[Sequence[Fact]], Future[None]],
+        monotonic: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.home = home
+        self._store = store
+        self._directory = directory
+        self._clock = clock
+        self._world = world
+        self._build = build
+        self._tell = tell
+        self._own = engine
+        self.leases = Leases(monotonic)
+        self.session = secrets.token_hex(8)
+        """Names this object to outposts, whose calls are numbered anew with each."""
+        self._lock = threading.Lock()
+        self._sites: dict[SiteId, Site] = {site.id: site for site in store.sites()} | {home.id: home}
+        self._outposts: dict[OutpostId, Outpost] = {one.id: one for one in store.outposts()}
+        self._engines: dict[SiteId, SiteEngine] = {}
+        self.works: dict[SiteId, EngineWork] = {}
+        """The hands of each site."""
+        self._offers: dict[OutpostId, dict[str, str]] = {}
+        """What an outpost that heads a cluster tells those that join it."""
+        self._started = False
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="leases", daemon=True)
+        for site in self._sites.values():
+            self._open(site)
+        for outpost in self._outposts.values():
+            if not outpost.removed_ns and outpost.site_id in self._engines and outpost.engine not in _MEMBERS:
+                self._engines[outpost.site_id].add(outpost)
+
+    # ------------------------------------------------------------------ acting
+
+    def all(self) -> tuple[Site, ...]:
+        """Every site, the one of this machine first."""
+        rest = sorted((site for site in self._sites.values() if site.id != self.home.id), key=lambda site: site.name)
+        return (self.home, *rest)
+
+    def start(self) -> None:
+        """Begin to work and to watch, everywhere."""
+        with self._lock:
+            self._started = True
+            for work in self.works.values():
+                work.start()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Finish what was begun and stop watching; whatever runs goes on."""
+        self._closing.set()
+        for work in self.works.values():
+            work.close()
+        if self._own is not None:
+            self._own.close()
+
+    def obey(self, commands: Sequence[Command]) -> None:
+        """Have the commands carried out, each at its node's site, soon."""
+        if len(self.works) == 1:
+            next(iter(self.works.values())).obey(commands)
+            return
+        nodes = self._world().nodes
+        by_site: dict[SiteId, list[Command]] = {}
+        for command in commands:
+            node = nodes.get(command.node_id)
+            by_site.setdefault(node.site_id if node is not None else self.home.id, []).append(command)
+        for site_id, theirs in by_site.items():
+            if (work := self.works.get(site_id)) is not None:
+                work.obey(theirs)
+
+    def is_leased(self, node_id: NodeId) -> bool:
+        """Whether workers on that node hold a lease: those of this machine, which shares its fate with us, do not."""
+        node = self._world().nodes.get(node_id)
+        engine = self._engines.get(node.site_id) if node is not None else None
+        return engine is not None and not engine.is_own(node_id)
+
+    # ------------------------------------------------------------------ steering
+
+    def put(self, site: Site) -> Site:
+        """The site as it is from now on. Raises: Conflict for the one of this machine."""
+        if site.id == self.home.id:
+            raise Conflict(
+                "The site of the control plane's own machine is described in its config.yaml.",
+                field="site",
+                value=site.name,
+                mend="Set site_kind, country, pue, carbon_g_per_kwh and lease there, and start it again.",
+            )
+        self._store.put_site(site)
+        with self._lock:
+            self._sites[site.id] = site
+            if site.id not in self.works:
+                self._open(site)
+        self._tell([SiteSet(at_ns=self._clock(), site=site)]).result(timeout=30)
+        return site
+
+    def find(self, name: str) -> Site:
+        """The site of that name. Raises: NotFound."""
+        for site in self.all():
+            if name in (site.name, site.id):
+                return site
+        names = ", ".join(site.name for site in self.all())
+        raise NotFound(f"There is no site {name[:100]}.", field="site", value=name[:100], mend=f"Sites: {names}.")
+
+    def states(self) -> tuple[SiteState, ...]:
+        """Every site with what is there, the one of this machine first."""
+        nodes = sorted(self._world().nodes.copy().values(), key=lambda node: (node.name, node.id))
+        return tuple(
+            SiteState(
+                site=site,
+                outposts=tuple((box.outpost, box.is_there) for box in self._engines[site.id].boxes.values()),
+                nodes=tuple(node for node in nodes if node.site_id == site.id),
+            )
+            for site in self.all()
+        )
+
+    def joining_token(self, identity: Identity, site: Site, *, expires_ns: int) -> tuple[Token, str]:
+        """A token with which machines join that site, and its secret."""
+        principal = Principal(
+            id=PrincipalId(_SITE_PREFIX + site.id),
+            organization_id=identity.organization_id,
+            kind=PrincipalKind.SYSTEM,
+            name=f"site {site.name}",
+            created_ns=self._clock(),
+        )
+        return self._mint(principal, Scope.JOIN, name=f"join {site.name}", expires_ns=expires_ns)
+
+    def joined_site(self, identity: Identity) -> Site:
+        """The site that a joining token is for. Raises: NotFound."""
+        return self.find(identity.principal_id.removeprefix(_SITE_PREFIX))
+
+    def join(self, identity: Identity, *, name: str, key: str, engine: str) -> tuple[Outpost, Site, str]:
+        """The outpost of that name and its secret token; the same outpost for the same ``key``.
+
+        Raises: Conflict when another outpost of the site has the name.
+        """
+        return self.adopt(self.joined_site(identity), identity.organization_id, name=name, key=key, engine=engine)
+
+    def adopt(
+        self, site: Site, organization: OrganizationId, *, name: str, key: str, engine: str
+    ) -> tuple[Outpost, Site, str]:
+        """As ``join``, from this process."""
+        now = self._clock()
+        outpost_id = OutpostId(f"out_{key}")
+        with self._lock:
+            known = self._outposts.get(outpost_id)
+            for other in self._outposts.values():
+                if other.id != outpost_id and not other.removed_ns and (other.site_id, other.name) == (site.id, name):
+                    raise Conflict(
+                        f"Site {site.name} has an outpost {name} already.",
+                        field="name",
+                        value=name,
+                        mend="Choose another with --name, or remove that one: tidemill site remove.",
+                    )
+            outpost = Outpost(
+                id=outpost_id,
+                site_id=site.id,
+                name=name,
+                engine=engine,
+                created_ns=known.created_ns if known else now,
+            )
+            self._outposts[outpost_id] = outpost
+        for token in self._directory.all():
+            if token.principal_id == PrincipalId(outpost_id) and not token.revoked_ns:
+                self._revoke(token)
+        self._store.put_outpost(outpost)
+        principal = Principal(
+            id=PrincipalId(outpost_id),
+            organization_id=organization,
+            kind=PrincipalKind.SYSTEM,
+            name=f"outpost {name}",
+            created_ns=now,
+        )
+        _, secret = self._mint(principal, Scope.OUTPOST, name=f"outpost {name}", expires_ns=0)
+        if engine not in _MEMBERS:
+            self._engines[site.id].add(outpost)
+        return outpost, site, secret
+
+    def outpost(self, identity: Identity) -> Outpost:
+        """The outpost that asks. Raises: NotFound when it was removed."""
+        outpost = self._outposts.get(OutpostId(identity.principal_id))
+        if outpost is None or outpost.removed_ns or outpost.site_id not in self._engines:
+            raise NotFound("This outpost does not belong to the cloud any more.", field="outpost")
+        return outpost
+
+    def box(self, identity: Identity) -> Mailbox:
+        """The mailbox of the outpost that asks. Raises: NotFound when it was removed, or works no engine."""
+        outpost = self.outpost(identity)
+        box = self._engines[outpost.site_id].boxes.get(outpost.id)
+        if box is None:
+            raise NotFound("This outpost works no engine: its cluster's head does.", field="outpost")
+        return box
+
+    def facts_of(self, outpost: Outpost, report: OutpostReport) -> list[Fact]:
+        """What an outpost tells of its own machines; of others it has nothing to tell."""
+        if report.offer:
+            self._offers[outpost.id] = dict(report.offer)
+        mine = set(self._engines[outpost.site_id].nodes_of(outpost.id))
+        told: tuple[Sampled | DeviceFailed | DeviceRecovered, ...] = (
+            *report.sampled,
+            *report.failed,
+            *report.recovered,
+        )
+        return [fact for fact in sorted(told, key=lambda fact: fact.at_ns) if fact.node_id in mine]
+
+    def joining_settings(self, site: Site) -> dict[str, str]:
+        """What an outpost of that site needs beside its token, by the site's engine."""
+        found: dict[str, str] = {}
+        for outpost, is_there in next(state.outposts for state in self.states() if state.site.id == site.id):
+            if is_there:
+                found |= self._offers.get(outpost.id, {})
+        return found
+
+    def leave(self, outpost: Outpost, *, by: str, node_id: NodeId = NodeId("")) -> tuple[JobId, ...]:
+        """The ids of the jobs that still run on an outpost's nodes, which are being drained; with none left it is
+        removed, and its nodes with it. A machine of a cluster says which ``node_id`` it is."""
+        engine = self._engines[outpost.site_id]
+        mine = engine.nodes_of(outpost.id)
+        if node_id and outpost.engine in _MEMBERS and self._site_of(node_id) == outpost.site_id:
+            mine = (node_id,)
+        world = self._world()
+        now = self._clock()
+        marks: list[Fact] = [
+            NodeMarked(at_ns=now, node_id=node.id, marking=Marking.DRAIN, by=by, detail="it leaves")
+            for node in (world.nodes.get(node_id) for node_id in mine)
+            if node is not None and node.marking != Marking.DRAIN.value and node.state is not NodeState.LOST
+        ]
+        if marks:
+            self._tell(marks).result(timeout=30)
+        running = {world.allocations[launch].job_id for node in mine for launch in list(world.by_node.get(node, ()))}
+        if not running:
+            gone: list[Fact] = [NodeWentAway(at_ns=now, node_id=node, detail=LEFT) for node in mine]
+            self._tell(gone).result(timeout=30)
+            self._remove(outpost)
+        return tuple(sorted(running))
+
+    def declare_lost(self, node: Node, *, by: str) -> None:
+        """Somebody knows that nothing of ours runs on a silent machine any more.
+
+        Raises: Conflict while it answers.
+        """
+        if node.state is not NodeState.SILENT:
+            raise Conflict(
+                f"{node.name} is {node.state.value}, and what runs there is known.",
+                field="node",
+                value=node.name,
+                mend="Drain it instead; only a silent machine can be declared lost.",
+            )
+        self._tell([NodeWentAway(at_ns=self._clock(), node_id=node.id, detail=f"declared lost by {by}")]).result(30)
+
+    # ------------------------------------------------------------------ inside
+
+    def _open(self, site: Site) -> None:
+        own = self._own if site.id == self.home.id else None
+        engine = self._engines[site.id] = SiteEngine(site.id, own=own, site_of=self._site_of)
+        work = EngineWork(
+            engine,
+            self._store,
+            clock=self._clock,
+            live=lambda: self._live(site.id),
+            build=self._build,
+            tell=self._tell,
+            is_news=self._saw,
+        )
+        self.works[site.id] = work
+        if self._started:
+            work.start()
+
+    def _site_of(self, node_id: NodeId) -> SiteId | None:
+        node = self._world().nodes.get(node_id)
+        return node.site_id if node is not None else None
+
+    def _live(self, site_id: SiteId) -> dict[LaunchId, Allocation]:
+        world = self._world()
+        held = world.allocations.copy()
+        if len(self.works) == 1:
+            return held
+        nodes = world.nodes
+        return {launch: worker for launch, worker in held.items() if nodes[worker.node_id].site_id == site_id}
+
+    def _saw(self, sight: Sight) -> bool:
+        """Whether a look shows nodes that the world does not count on."""
+        self.leases.heard(sight.nodes)
+        nodes = self._world().nodes
+        away = (NodeState.SILENT, NodeState.LOST)
+        return any(
+            (node := nodes.get(seen)) is None or (node.state in away and not has_left(node)) for seen in sight.nodes
+        )
+
+    def _watch(self) -> None:
+        while not self._closing.wait(_LOOKED_AFTER_S):
+            try:
+                self.look_after()
+            except TidemillError as error:
+                log.warning("silent machines could not be looked after: %s", error)
+            except Exception:
+                log.exception("silent machines could not be looked after")
+
+    def look_after(self) -> None:
+        """Tell what follows from machines that were not heard of."""
+        world = self._world()
+        held = world.allocations.copy()
+        self.leases.keep(held)
+        nodes = [node for node in world.nodes.copy().values() if self.is_leased(node.id)]
+        facts = self.leases.overdue(nodes, world.sites, held, lambda worker: _grace(world, worker), now=self._clock())
+        if facts:
+            self._tell(facts).result(timeout=30)
+
+    def _mint(self, principal: Principal, scope: Scope, *, name: str, expires_ns: int) -> tuple[Token, str]:
+        token, secret = self._directory.mint(
+            None,
+            principal,
+            name=name,
+            scopes=(scope,),
+            project=ProjectId(""),
+            expires_ns=expires_ns,
+            now=self._clock(),
+        )
+        self._store.put_principal(principal)
+        self._store.put_token(token)
+        self._directory.remember(token, principal)
+        return token, secret
+
+    def _revoke(self, token: Token) -> None:
+        revoked = replace(token, revoked_ns=self._clock())
+        self._store.put_token(revoked)
+        principal = self._directory.principal(token.principal_id)
+        if principal is not None:
+            self._directory.remember(revoked, principal)
+
+    def _remove(self, outpost: Outpost) -> None:
+        removed = replace(outpost, removed_ns=self._clock())
+        self._store.put_outpost(removed)
+        with self._lock:
+            self._outposts[outpost.id] = removed
+        self._engines[outpost.site_id].remove(outpost.id)
+        for token in self._directory.all():
+            if token.principal_id == PrincipalId(outpost.id) and not token.revoked_ns:
+                self._revoke(token)
+
+
+def _grace(world: World, worker: Allocation) -> int:
+    job = world.jobs.get(worker.job_id)
+    workload = world.workloads.get(job.workload_id) if job is not None else None
+    return workload.spec.checkpoint_grace_ns if workload is not None else 0

@@ -1,0 +1,198 @@
+"""The process of an outpost: works this machine, or heads a cluster, for the control plane that it dials out to.
+
+What runs on its machines goes on when it ends, and is found again when it starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from tidemill.errors import Conflict, InvalidSetting, TidemillError
+from tidemill.model.events import Fact
+from tidemill.model.fleet import Node
+from tidemill.model.ids import NodeId, SiteId
+from tidemill.outpost.config import OutpostConfig, read_config
+from tidemill.outpost.link import Link, Removed
+from tidemill.ports import Engine
+from tidemill.runner.client import Channel
+from tidemill.units import MILLI, MINUTE_NS
+
+log = logging.getLogger(__name__)
+_RECHECK_NS: Final = 10 * MINUTE_NS
+_HOT_NS: Final = 2 * MINUTE_NS
+
+
+def run(home: Path, *, ready: Callable[[], None] = lambda: None) -> None:
+    """Nothing, when the outpost of that home was told to stop (SIGTERM, SIGINT) or was removed from its cloud.
+
+    Raises: NotFound, InvalidSetting, Conflict when it runs already.
+    """
+    config = read_config(home)
+    with locked(home):
+        write_endpoint(home, config)
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        match config.engine:
+            case "local":
+                _work_machine(home, config, stop, ready)
+            case "ray" | "ray-head":
+                from tidemill.outpost import ray
+
+                (ray.run_head if config.engine == "ray-head" else ray.run_member)(home, config, stop, ready)
+            case _:
+                raise InvalidSetting("There is no such engine.", field="engine", value=config.engine)
+
+
+def channel_of(config: OutpostConfig) -> Channel:
+    """A connection to the control plane as this outpost."""
+    return Channel(api_url=config.control_url, endpoint_file=None, token=config.token, prefix="/v1/outposts/self")
+
+
+def describe(config: OutpostConfig, home: Path) -> Node:
+    """This machine as a node of the outpost's site."""
+    from tidemill import telemetry
+
+    return telemetry.discover_node(
+        SiteId(config.site_id),
+        identity=NodeId(config.node_id),
+        name=config.name,
+        address=config.address,
+        disk=home,
+        reserve_cpu_milli=round(config.reserve_cpus * MILLI),
+        labels=config.labels,
+        taints=config.taints,
+        rack=config.rack,
+        block=config.block,
+        mig_dynamic=config.mig_dynamic,
+    )
+
+
+def machine(home: Path, config: OutpostConfig) -> tuple[Engine, Callable[[], list[Fact]]]:
+    """The engine of this machine, and what it has to tell since it was last asked."""
+    from tidemill import telemetry
+    from tidemill.engines.local import LocalEngine, LocalSettings
+
+    node_id = NodeId(config.node_id)
+    engine = LocalEngine(
+        home / "local",
+        endpoint_file=home / "endpoint.json",
+        node=lambda: describe(config, home),
+        settings=LocalSettings(address=config.address),
+        make_slice=telemetry.SliceMaker().make,
+    )
+    meters = telemetry.EnergyMeters(node_id)
+    health = telemetry.HealthWatcher(node_id, recheck_ns=_RECHECK_NS, hot_ns=_HOT_NS)
+
+    def facts() -> list[Fact]:
+        sampled = meters.sample()
+        told: list[Fact] = [sampled] if sampled is not None else []
+        return [*told, *health.health_facts(time.time_ns())]
+
+    return engine, facts
+
+
+def serve(link: Link, stop: threading.Event, ready: Callable[[], None]) -> None:
+    """Serve until told to stop, or removed."""
+
+    def end() -> None:
+        stop.wait()
+        link.close()
+
+    threading.Thread(target=end, name="stop", daemon=True).start()
+    ready()
+    try:
+        link.run()
+    except Removed as error:
+        log.warning("this machine does not belong to the cloud any more: %s", error)
+
+
+def write_endpoint(home: Path, config: OutpostConfig) -> None:
+    """Say where the control plane answers, for the runners here; replaced in one step."""
+    draft = home / "endpoint.new"
+    draft.write_text(json.dumps({"api_url": config.control_url}))
+    draft.replace(home / "endpoint.json")
+
+
+def _work_machine(home: Path, config: OutpostConfig, stop: threading.Event, ready: Callable[[], None]) -> None:
+    engine, facts = machine(home, config)
+    try:
+        serve(Link(engine, channel_of(config), api_url=config.control_url, facts=facts), stop, ready)
+    finally:
+        engine.close()
+
+
+@contextlib.contextmanager
+def locked(home: Path) -> Iterator[None]:
+    """Hold the outpost's lock. Raises: Conflict when another process has it."""
+    descriptor = os.open(home / "outpost.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Conflict(
+                "The outpost of this home runs already.",
+                field="home",
+                value=str(home),
+                mend="Use it, or have it leave: tidemill leave.",
+            ) from None
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def running_pid(home: Path) -> int:
+    """The process id of the outpost that runs in that home; zero when none does."""
+    try:
+        descriptor = os.open(home / "outpost.lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return 0
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(os.pread(descriptor, 20, 0) or b"0")
+    finally:
+        os.close(descriptor)
+    return 0
+
+
+def main() -> None:
+    """The background process: says through a pipe when it serves, or why it cannot."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("home", type=Path)
+    parser.add_argument("pipe", type=int, nargs="?", default=-1)
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    told: list[bool] = []
+
+    def tell(content: dict[str, Any]) -> None:
+        if given.pipe >= 0 and not told:
+            told.append(True)
+            os.set_inheritable(given.pipe, False)
+            with os.fdopen(given.pipe, "wb") as pipe:
+                pipe.write(json.dumps(content, default=str).encode())
+
+    try:
+        run(given.home, ready=lambda: tell({"ready": True}))
+    except TidemillError as error:
+        log.error("%s", error)
+        tell({"code": error.code, "detail": error.detail, "field": error.field, "mend": error.mend})
+        sys.exit(error.kind.exit_status)
+
+
+if __name__ == "__main__":
+    main()

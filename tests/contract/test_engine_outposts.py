@@ -1,0 +1,115 @@
+"""A site's engine keeps the contract when its machines are behind outposts: every call goes through a mailbox and back."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.adapters.local_bench import local_bench
+from tidemill.control.outposts import Mailbox, SiteEngine
+from tidemill.errors import EngineLost
+from tidemill.model.fleet import Outpost
+from tidemill.model.ids import NodeId, OutpostId, SiteId
+from tidemill.outpost.carrying import carry_out
+from tidemill.ports import Engine
+from tidemill.testing.engine import CHECKS, EngineBench
+from tidemill.wire.outposts import EngineAnswer, EngineCall
+
+SITE = SiteId("site_test")
+
+
+def outpost(name: str = "a") -> Outpost:
+    return Outpost(id=OutpostId(f"out_{name}"), site_id=SITE, name=name, engine="local", created_ns=0)
+
+
+class Fetcher:
+    """An outpost's side of a mailbox, in a thread of its own. Values go through JSON, as they do on the wire.
+
+    ``lose`` is asked for each call whether its answer gets lost; then the call is fetched once more.
+    """
+
+    def __init__(self, box: Mailbox, engine: Engine, lose: Callable[[EngineCall], bool] = lambda _: False) -> None:
+        self._box, self._engine, self._lose = box, engine, lose
+        self._closing = False
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self.thread.start()
+
+    async def _serve(self) -> None:
+        lost: set[int] = set()
+        while not self._closing:
+            for call in await self._box.fetch(0, 0.05):
+                read = msgspec.json.decode(msgspec.json.encode(call), type=EngineCall)
+                answer = await asyncio.to_thread(carry_out, self._engine, read)
+                if call.number not in lost and self._lose(call):
+                    lost.add(call.number)
+                    continue
+                self._box.answer([msgspec.json.decode(msgspec.json.encode(answer), type=EngineAnswer)])
+
+    def close(self) -> None:
+        self._closing = True
+        self.thread.join()
+
+
+class Served(SiteEngine):
+    """A site's engine with an outpost that serves it until it is closed."""
+
+    def __init__(self, engine: Engine, lose: Callable[[EngineCall], bool]) -> None:
+        super().__init__(SITE)
+        self._engine = engine
+        self._fetcher = Fetcher(self.add(outpost()), engine, lose)
+        while not next(iter(self.boxes.values())).is_there:
+            pass
+        self.observe()
+
+    def close(self) -> None:
+        self._fetcher.close()
+        self._engine.close()
+
+
+@pytest.fixture(params=["answers arrive", "every answer is lost once"])
+def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EngineBench]:
+    def lose(_: EngineCall) -> bool:
+        return request.param != "answers arrive"
+
+    with local_bench(tmp_path, sandbox="none") as made:
+        yield EngineBench(make=lambda: Served(made.make(), lose), control=made.control, output=made.output)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract(check: Callable[[EngineBench], None], bench: EngineBench) -> None:
+    check(bench)
+
+
+def test_nothing_is_said_of_an_outpost_that_does_not_answer(tmp_path: Path) -> None:
+    engine = SiteEngine(SITE, answer_s=0.05)
+    box = engine.add(outpost())
+    assert engine.observe().nodes == frozenset()
+    box.answer([])  # it is there, and then does not answer
+    assert engine.observe().nodes == frozenset()
+    with pytest.raises(EngineLost):
+        engine.forget(bench_launch(), node_id=NodeId("node_test"))
+
+
+def bench_launch() -> Any:
+    return "run_a-0-1-0"
+
+
+def test_an_outpost_speaks_for_its_own_machines_only() -> None:
+    """Not for those of another site, of this process, or of another outpost that is there."""
+    known = {NodeId("elsewhere"): SiteId("site_other"), NodeId("mine"): SITE}
+    engine = SiteEngine(SITE, site_of=known.get)
+    first, second = engine.add(outpost("a")), engine.add(outpost("b"))
+    claim: Any = engine._claim
+    first.answer([])
+    assert not claim(NodeId("elsewhere"), first)
+    assert claim(NodeId("mine"), first)
+    assert not claim(NodeId("mine"), second)
+    assert engine.nodes_of(OutpostId("out_a")) == (NodeId("mine"),)
+    first.asked_s = float("-inf")  # it is gone: another may work its machine
+    assert claim(NodeId("mine"), second)
