@@ -128,7 +128,7 @@ class _Loader(yaml.SafeLoader):
             own[key.value] = key.start_mark.line
             if isinstance(value, ScalarNode) and key.value in _AS_WRITTEN:
                 value.tag = "tag:yaml.org,2002:str"
-            if isinstance(value, MappingNode) and key.value == "envs":
+            if isinstance(value, MappingNode) and key.value in ("env", "envs"):
                 for _, inner in value.value:
                     if isinstance(inner, ScalarNode) and inner.tag != "tag:yaml.org,2002:null":
                         inner.tag = "tag:yaml.org,2002:str"
