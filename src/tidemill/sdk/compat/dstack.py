@@ -33,6 +33,7 @@ from tidemill.sdk.compat.mapping import (
     text,
     walk,
 )
+from tidemill.units import parse_size
 
 _KINDS: Final = {"task": "task", "dev-environment": "dev", "service": "service"}
 _SECRET: Final = re.compile(r"\$\{\{\s*secrets\.([A-Za-z_][A-Za-z0-9_]*)\s*\}\}")
@@ -322,12 +323,17 @@ def _disk(draft: Draft, name: str, value: Any) -> Said:
 
 
 def _shared_memory(draft: Draft, name: str, value: Any) -> Said:
-    size = size_text(value)
+    wanted = parse_size(size_text(value))
     if "image" not in draft.given:
         return Said("", "Without an image, shared memory is the machine's own.")
-    return Said(
-        "image: its shared memory", f"It may take as much as resources.memory, or 1 GB; ask for at least {size}."
-    )
+    memory = draft.given["resources"].get("memory")
+    held = parse_size(size_text(_least(memory, "memory")[0])) if memory is not None else 1 << 30
+    if wanted > held:
+        raise Refuse(
+            "Shared memory in an image is as large as resources.memory, or 1 GB without that.",
+            f"Ask for memory: {size_text(value)} or more.",
+        )
+    return Said("image: its shared memory", "As large as resources.memory, or 1 GB.")
 
 
 def _gpu(draft: Draft, name: str, value: Any) -> Said:

@@ -254,12 +254,10 @@ def run_text(body: Body, *, array: Indices | None) -> str:
     before = [
         AS_BASH,
         'export SLURM_SUBMIT_DIR="$PWD"',
-        # not exported: mpirun takes these for a sign that it may start its processes through Slurm
-        'SLURM_JOBID="$SLURM_JOB_ID" SLURM_NODELIST="$SLURM_JOB_NODELIST" SLURM_NPROCS="$SLURM_NTASKS"',
     ]
     if array is not None:
         before += _array_lines(array)
-    tools = [line for name, line in (("srun", _srun()), ("scontrol", _SCONTROL)) if name in body.text and body.is_shell]
+    tools = _tools(body) if body.is_shell else []
     if body.is_plain:
         return "\n".join([*before, *tools, body.text])
     end = _END
@@ -283,6 +281,14 @@ def _array_lines(array: Indices) -> list[str]:
         f"export SLURM_ARRAY_TASK_ID={here}",
         f"export SLURM_ARRAY_TASK_MIN={first} SLURM_ARRAY_TASK_MAX={last} SLURM_ARRAY_TASK_STEP={step or 1}",
     ]
+
+
+def _tools(body: Body) -> list[str]:
+    """Shell variables and functions that the script expects, as far as it names them."""
+    # not exported: mpirun takes these for a sign that it may start its processes through Slurm
+    older = {"SLURM_JOBID": "SLURM_JOB_ID", "SLURM_NODELIST": "SLURM_JOB_NODELIST", "SLURM_NPROCS": "SLURM_NTASKS"}
+    lines = [f'{name}="${now}"' for name, now in older.items() if name in body.text]
+    return lines + [text for name, text in (("srun", _srun()), ("scontrol", _SCONTROL)) if name in body.text]
 
 
 def _srun() -> str:

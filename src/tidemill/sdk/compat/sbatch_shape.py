@@ -84,9 +84,11 @@ class Shape:
             draft.put("resources.any_of", [{"gpus": one} for one in self.choices])
         if self.memory:
             draft.put("resources.memory", size_text(self.memory))
+        if "--ntasks-per-node" in self.given:
+            draft.environment["SLURM_NTASKS_PER_NODE"] = -(-self.tasks // self.nodes) if self.workers == 1 else 1
         if self.tasks_each > 1:
-            draft.environment |= {"SLURM_NTASKS": self.tasks, "SLURM_NTASKS_PER_NODE": self.tasks}
-            draft.environment |= {"SLURM_CPUS_PER_TASK": max(1, self.cpus // self.tasks)}
+            draft.environment["SLURM_NTASKS"] = self.tasks
+            draft.environment["SLURM_CPUS_PER_TASK"] = max(1, self.cpus // self.tasks)
 
     # --- counting ---
 
