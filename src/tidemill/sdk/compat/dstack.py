@@ -36,6 +36,17 @@ from tidemill.sdk.compat.mapping import (
 from tidemill.units import parse_size
 
 _KINDS: Final = {"task": "task", "dev-environment": "dev", "service": "service"}
+_OF: Final = {
+    **dict.fromkeys(("nodes",), ("task",)),
+    **dict.fromkeys(("ide", "version", "init", "inactivity_duration"), ("dev-environment",)),
+    **dict.fromkeys(("commands", "groups"), ("task", "service")),
+    **dict.fromkeys(("ports",), ("task", "dev-environment")),
+    **dict.fromkeys(
+        ("port", "gateway", "strip_prefix", "model", "https", "auth", "scaling", "rate_limits", "replicas", "probes"),
+        ("service",),
+    ),
+}
+"""Fields that are not those of all types."""
 _SECRET: Final = re.compile(r"\$\{\{\s*secrets\.([A-Za-z_][A-Za-z0-9_]*)\s*\}\}")
 _EXPRESSION: Final = re.compile(r"\$\{\{")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -60,7 +71,12 @@ def read(draft: Draft, given: Mapping[str, Any]) -> None:
             "Machines are named in config.yaml, not here.",
         )
         given = {name: value for name, value in given.items() if name != "type"}
-    walk(draft, FIELDS, given)
+    kind = given.get("type", "")
+    elsewhere = [name for name in given if kind and name in _OF and kind not in _OF[name]]
+    for name in elsewhere:
+        owners = " or ".join(f"type: {one}" for one in _OF[name])
+        draft.refuse(name, given[name], f"dstack has it not with type: {kind}.", f"Write {owners}, or take it out.")
+    walk(draft, FIELDS, {name: value for name, value in given.items() if name not in elsewhere})
     _finish(draft, given)
 
 

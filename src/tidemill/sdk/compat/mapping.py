@@ -184,17 +184,18 @@ class Draft:
         line = line or self.line_of(name)
         self.refused.append(Refused(field=name, value=shown(value), reason=reason, instead=instead, line=line))
 
-    def apply(self, name: str, value: Any, take: Taker, note: str = "") -> None:
+    def apply(self, name: str, value: Any, take: Taker, note: str = "", *, is_hidden: bool = False) -> None:
         """Have a rule take the field, and make the entry of what it says."""
         self._at = self.line_of(name)
+        seen = HIDDEN if is_hidden or _PRIVATE.search(name) else value
         try:
             said = take(self, name, value)
         except Refuse as refusal:
-            self.refuse(name, value, refusal.reason, refusal.instead)
+            self.refuse(name, seen, refusal.reason, refusal.instead)
             return
         if isinstance(said, str):
             said = Said(said)
-        self.tell(name, value, said.becomes, said.note or note)
+        self.tell(name, seen, said.becomes, said.note or note)
 
 
 Taker = Callable[[Any, str, Any], str | Said]
@@ -279,7 +280,7 @@ def walk(draft: Draft, rules: Mapping[str, Rule], given: Mapping[str, Any], pref
                 draft.tell(name, value, note="There is nothing in it.")
             walk(draft, rule.below, value, f"{name}.")
         elif rule.take is not None:
-            draft.apply(name, value, rule.take, rule.note)
+            draft.apply(name, value, rule.take, rule.note, is_hidden=rule.is_hidden and value is not None)
         elif rule.instead:
             draft.refuse(name, HIDDEN if rule.is_hidden else value, rule.note, rule.instead)
         elif rule.below is not None:
@@ -307,6 +308,7 @@ class Hidden:
 
 HIDDEN: Final = Hidden()
 _LONGEST: Final = 120
+_PRIVATE: Final = re.compile(r"PASSWORD|SECRET|(?<!MAX_)TOKEN(?!S|I)")
 
 
 def shown(value: Any) -> str:

@@ -37,7 +37,7 @@ from tidemill.sdk.compat.sbatch_values import (
     size_text,
 )
 
-_SHORT: Final = {
+SHORT: Final = {
     "A": "account",
     "a": "array",
     "b": "begin",
@@ -158,16 +158,26 @@ def _parsed(line: str) -> Iterator[tuple[str, str]]:
         word = words.pop(0)
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            name = _whole(name)
+            name, word = _whole(name), f"--{name}"
         elif word.startswith("-") and len(word) > 1:
-            name, value = _SHORT.get(word[1], word[1]), word[2:].removeprefix("=")
+            name, value = SHORT.get(word[1], word[1]), word[2:].removeprefix("=")
             equals = value
         else:
             yield word, ""
             continue
-        if not equals and name not in _FLAGS and name not in _OPTIONAL and words and f"--{name}" in FIELDS:
+        if not equals and words and f"--{name}" in FIELDS and needs_value(f"--{name}"):
             value = words.pop(0)
         yield f"--{name}" if f"--{name}" in FIELDS else word, value
+
+
+def takes_value(name: str) -> bool:
+    """Whether an option such as ``--nice`` can have a value."""
+    return name[2:] not in _FLAGS
+
+
+def needs_value(name: str) -> bool:
+    """Whether an option has a value always, so that the next word is it."""
+    return takes_value(name) and name[2:] not in _OPTIONAL
 
 
 def _whole(name: str) -> str:

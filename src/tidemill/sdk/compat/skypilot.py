@@ -145,7 +145,7 @@ def _named_secret(draft: Draft, variable: str, *, is_empty: bool) -> str:
 
 def _secrets(draft: Draft, name: str, value: Any) -> str:
     if not isinstance(value, list):
-        raise Refuse(f"{shown(value)} is not a list of names.", "Write a list of names, or NAME: null lines.")
+        raise Refuse("It is not a list of names.", "Write a list of names, or NAME: null lines.")
     words = []
     for one in value:
         if not isinstance(one, str):
@@ -544,6 +544,7 @@ FIELDS: Final[dict[str, Rule]] = {
         becomes="secrets",
         take=_secrets,
         example=["HF_TOKEN"],
+        is_hidden=True,
         below={
             ANY: Rule(becomes="secrets", take=_secret, takes_null=True, is_hidden=True),
         },
