@@ -6,7 +6,7 @@ results, or refused by name with the reason and the nearest equivalent; nothing 
 
 from __future__ import annotations
 
-from tidemill.sdk.compat.mapping import TITLES, Mapped, Refused, Surroundings, Tool, Translation
+from tidemill.sdk.compat.mapping import TITLES, Mapped, Refused, Surroundings, Tool, Translation, leaves
 from tidemill.sdk.compat.reading import Reading, load, parse, tables
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Surroundings",
     "Tool",
     "Translation",
+    "leaves",
     "load",
     "parse",
     "tables",

@@ -226,7 +226,9 @@ class Rule:
         """How the reference calls it."""
         if self.take is not None:
             return "mapped"
-        return "section" if self.below is not None else "refused" if self.instead else "noted"
+        if self.below is not None and not self.note:
+            return "section"
+        return "refused" if self.instead else "noted"
 
 
 def maps(
@@ -283,8 +285,8 @@ def walk(draft: Draft, rules: Mapping[str, Rule], given: Mapping[str, Any], pref
             draft.apply(name, value, rule.take, rule.note, is_hidden=rule.is_hidden and value is not None)
         elif rule.instead:
             draft.refuse(name, HIDDEN if rule.is_hidden else value, rule.note, rule.instead)
-        elif rule.below is not None:
-            known = ", ".join(name for name in rule.below if name != ANY)
+        elif rule.treatment == "section":
+            known = ", ".join(name for name in rule.below or () if name != ANY)
             draft.refuse(name, value, "It needs to be a section.", f"Its fields are {known}." if known else "")
         else:
             draft.tell(name, value, note=rule.note)

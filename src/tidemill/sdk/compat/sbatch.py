@@ -200,7 +200,8 @@ def _finish(draft: ScriptDraft, given: Mapping[str, str], body: sbatch_body.Body
     if "--requeue" not in given and "--no-requeue" not in given:
         draft.default("--requeue", "retry: {on: [node_lost, preempted], max: 3}", "Ours when nothing is said.")
     if draft.environment:
-        draft.spec["envs"] = {**draft.environment, **draft.spec.get("envs", {})}
+        told = {name: str(value) for name, value in draft.environment.items()}
+        draft.spec["envs"] = {**told, **draft.spec.get("envs", {})}
     array: Indices | None = None
     if "--array" in given and "array" in draft.spec:
         array = array_of(given["--array"])
