@@ -245,9 +245,9 @@ def compat_page() -> str:
     parts = [
         "# Files of other tools\n",
         "What becomes of each field of a SkyPilot task file, a dstack configuration and an sbatch script, as",
-        "[Work written for elsewhere](../compat.md) tells. *Mapped*: it becomes what is named. *Noted*: it is told of and left",
-        "out, because that cannot change results. *Refused*: the file is not run, and the nearest equivalent is told. A field",
-        "that is not in these tables is refused too. `*` stands for any name.\n",
+        "[Work written for elsewhere](../compat.md) tells. *Mapped*: it becomes what is named. *Noted*: it is told of",
+        "and left out, because that cannot change results. *Refused*: the file is not run, and what comes nearest",
+        "is told. A field that is not in these tables is refused too. `*` stands for any name.\n",
     ]
     for tool, rules in compat.tables().items():
         title = compat.TITLES[tool].partition(" ")[2]

@@ -33,9 +33,8 @@ def entries(found: compat.Translation) -> dict[str, Any]:
     return {one.field: one for one in (*found.mapped, *found.refused)}
 
 
-def read_by_us(found: compat.Translation) -> Any:
-    spec = {name: value for name, value in found.spec.items() if name != "workdir"}
-    return read_spec(spec, "example", now=NOW_NS)
+def read_by_us(spec: Mapping[str, Any]) -> Any:
+    return read_spec({name: value for name, value in spec.items() if name != "workdir"}, "example", now=NOW_NS)
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def test_each_documented_field_is_treated_as_the_table_says(tool, path, rule):
     assert entry.becomes or entry.note, "nothing is said of it"
     assert bool(entry.becomes) == (rule.take is not None and bool(rule.becomes)) or rule.treatment == "mapped"
     assert [one for one in found.refused if not one.field.startswith(name)] == []
-    read_by_us(found)
+    read_by_us(found.spec)
 
 
 @pytest.mark.parametrize("name", [name for name in sbatch.FIELDS if name.startswith("--")])
@@ -141,7 +140,7 @@ def test_each_option_of_sbatch_is_treated_as_the_table_says(name):
     assert entry.line == (3 if name in beside else 2)
     assert entry.becomes or entry.note
     assert found.refused == ()
-    read_by_us(found)
+    read_by_us(found.spec)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +248,7 @@ def test_no_field_of_a_file_is_dropped_in_silence(tool):
         assert untold(document, entries(found)) == []
         for one in found.refused:
             assert one.reason, one
+        assert all(one.reason for one in found.checked().refused)
 
     check()
 
@@ -259,6 +259,7 @@ def test_no_option_of_a_script_is_dropped_in_silence(script):
     text, names = script
     found = translated(Tool.SLURM, text)
     assert [name for name in names if name not in entries(found)] == []
+    assert all(one.reason for one in found.checked().refused)
     srun = [one for one in entries(found) if one.startswith("srun")]
     assert len(srun) == text.count("\nsrun")
 
@@ -297,7 +298,7 @@ def test_what_is_not_refused_can_be_run():
                 document = merged(document, nested(path, rule.example))
             found = translated(tool, document)
             if not found.refused and not {"image", "env"} <= found.spec.keys():
-                read_by_us(found)
+                read_by_us(found.spec)
                 good += 1
     assert good > 200
 

@@ -473,6 +473,15 @@ def test_refusals_end_the_command_with_2_and_say_where(tmp_path, capsys):
     assert "a.sh:3: --exclusive: Machines are shared" in capsys.readouterr().err
 
 
+def test_what_the_control_plane_would_refuse_is_refused_here_with_the_name_it_has_there(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("run: x\nnum_nodes: 1\nresources:\n  disk_size: 9999999TB\n")
+    assert tidemill("compat", str(tmp_path / "a.yaml")) == 2
+    assert "line 4, resources.disk_size" in capsys.readouterr().out
+    (tmp_path / "a.sh").write_text("#!/bin/sh\n#SBATCH -n 1\n#SBATCH --mem=9999999T\n#SBATCH --job-name=a\nx\n")
+    assert tidemill("compat", str(tmp_path / "a.sh")) == 2
+    assert "line 3, --mem" in capsys.readouterr().out
+
+
 def test_from_decides_and_is_checked(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("run: x\nresources: {memory: 32}\n")
     assert tidemill("compat", str(tmp_path / "a.yaml")) == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,9 @@ from tidemill.cli.output import clip, emit, note, paint, say, table
 from tidemill.cli.parsing import Json
 from tidemill.cli.running import read_file
 from tidemill.errors import ErrorKind
+
+if TYPE_CHECKING:
+    from tidemill.sdk.compat import Reading, Translation
 
 _WIDEST = 40
 _File = Annotated[str, typer.Argument(metavar="FILE", help="A file of another tool; - for standard input.")]
@@ -34,11 +37,11 @@ def compat_command(
     Examples: tidemill compat train.sky.yaml; tidemill compat job.sh --spec
     """
     reading = read_file(file, tool=tool, env=tuple(env or ()), is_said=False)
-    translation = reading.translation
+    translation = reading.translation.checked() if reading.translation is not None else None
     refused = translation.refused if translation is not None else ()
     status = ErrorKind.INVALID.exit_status if refused else 0
     if json:
-        emit(_as_json(reading))
+        emit(_as_json(reading, translation))
         return status
     if spec:
         if not refused:
@@ -85,8 +88,7 @@ def spec_yaml(spec: dict[str, Any]) -> str:
     return dumped
 
 
-def _as_json(reading: Any) -> dict[str, Any]:
-    translation = reading.translation
+def _as_json(reading: Reading, translation: Translation | None) -> dict[str, Any]:
     found: dict[str, Any] = {"file": reading.file.source, "tool": reading.tool.value, "doubt": reading.doubt}
     if translation is None:
         return {**found, "mapped": [], "refused": [], "spec": reading.file.spec}

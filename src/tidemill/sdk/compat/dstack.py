@@ -62,8 +62,8 @@ _OWN_MACHINES: Final = "A machine is never made or kept for a job."
 
 def read(draft: Draft, given: Mapping[str, Any]) -> None:
     """Fill the draft from a configuration's mapping."""
-    if given.get("type") not in _KINDS:
-        kind = given.get("type", "")
+    kind = given.get("type", "")
+    if not isinstance(kind, str) or kind not in _KINDS:
         draft.refuse(
             "type",
             kind,
@@ -71,8 +71,7 @@ def read(draft: Draft, given: Mapping[str, Any]) -> None:
             "Machines are named in config.yaml, not here.",
         )
         given = {name: value for name, value in given.items() if name != "type"}
-    kind = given.get("type", "")
-    elsewhere = [name for name in given if kind and name in _OF and kind not in _OF[name]]
+    elsewhere = [name for name in given if "type" in given and name in _OF and kind not in _OF[name]]
     for name in elsewhere:
         owners = " or ".join(f"type: {one}" for one in _OF[name])
         draft.refuse(name, given[name], f"dstack has it not with type: {kind}.", f"Write {owners}, or take it out.")

@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -85,8 +85,8 @@ class Surroundings:
 class Translation:
     """A file of another tool as a Tidemill spec.
 
-    ``spec`` is as its YAML would have it. ``lines`` has the line, in that file, behind each field of the spec.
-    ``folder`` is what relative paths of the spec count from.
+    ``spec`` is as its YAML would have it. ``lines`` has the line, in that file, behind each field of the spec, and
+    ``origins`` the name of the field there. ``folder`` is what relative paths of the spec count from.
     """
 
     tool: Tool
@@ -95,7 +95,33 @@ class Translation:
     mapped: tuple[Mapped, ...]
     refused: tuple[Refused, ...]
     lines: dict[str, int]
+    origins: dict[str, str]
     folder: Path
+
+    def checked(self) -> Translation:
+        """The same, with what the control plane would not accept of the spec among the refusals."""
+        from tidemill.wire import read_spec
+
+        if self.refused:
+            return self
+        try:
+            read_spec({name: value for name, value in self.spec.items() if name != "workdir"}, "unnamed")
+        except InvalidSpec as error:
+            alone = {"field": error.field, "value": error.value, "detail": error.detail, "mend": error.mend}
+            return replace(self, refused=tuple(map(self._refused, error.data.get("errors") or [alone])))
+        return self
+
+    def _refused(self, problem: Mapping[str, Any]) -> Refused:
+        name = str(problem["field"])
+        while name and name not in self.origins:
+            name = name.rpartition(".")[0]
+        return Refused(
+            field=self.origins.get(name) or str(problem["field"]),
+            value=shown(problem["value"]),
+            reason=str(problem["detail"]),
+            instead=str(problem["mend"]),
+            line=self.lines.get(name, 0),
+        )
 
     def error(self) -> InvalidSpec:
         """All refusals as one error, the first of them speaking."""
@@ -125,18 +151,19 @@ class Said:
 
 
 class Draft:
-    """A spec in the making, and the entries of what became of each field."""
+    """A spec in the making, and the entries of what became of each field; ``reading`` is the one that is being read."""
 
     def __init__(self, surroundings: Surroundings, lines: Mapping[str, int], given: Mapping[str, Any]) -> None:
         self.surroundings = surroundings
         self.given = given
         self.spec: dict[str, Any] = {}
         self.lines: dict[str, int] = {}
+        self.origins: dict[str, str] = {}
         self.mapped: list[Mapped] = []
         self.refused: list[Refused] = []
         self.before_run: list[str] = []
         self._foreign = lines
-        self._at = 0
+        self.reading = ""
 
     def beside(self) -> Draft:
         """An empty draft of the same file, for a part of it."""
@@ -149,8 +176,15 @@ class Draft:
         for section in sections:
             target = target.setdefault(section, {})
         target[last] = value
-        self.lines.setdefault(name, self._at)
+        self.trace(name)
         return f"{name}: {shown(value)}"
+
+    def trace(self, name: str) -> None:
+        """Remember that a field of the spec comes from the foreign field that is being read; nothing beside one."""
+        if not self.reading:
+            return
+        self.lines.setdefault(name, self.line_of(self.reading))
+        self.origins.setdefault(name, self.reading)
 
     def get(self, name: str, default: Any = None) -> Any:
         """A field of the spec as it stands."""
@@ -186,13 +220,15 @@ class Draft:
 
     def apply(self, name: str, value: Any, take: Taker, note: str = "", *, is_hidden: bool = False) -> None:
         """Have a rule take the field, and make the entry of what it says."""
-        self._at = self.line_of(name)
+        self.reading = name
         seen = HIDDEN if is_hidden or _PRIVATE.search(name) else value
         try:
             said = take(self, name, value)
         except Refuse as refusal:
             self.refuse(name, seen, refusal.reason, refusal.instead)
             return
+        finally:
+            self.reading = ""
         if isinstance(said, str):
             said = Said(said)
         self.tell(name, seen, said.becomes, said.note or note)
@@ -398,12 +434,14 @@ def label(draft: Draft, name: str, value: Any) -> str:
             "Labels have letters, digits, - _ . or / and up to 256 characters.",
         )
     draft.spec.setdefault("labels", {})[name] = text(value)
+    draft.trace(f"labels.{name}")
     return f"labels.{name}: {text(value)}"
 
 
 def place(draft: Draft, name: str, value: str) -> str:
     """Put a label that machines need to have."""
     draft.spec.setdefault("placement", {}).setdefault("labels", {})[name] = value
+    draft.trace(f"placement.labels.{name}")
     return f"placement.labels.{name}: {value}"
 
 

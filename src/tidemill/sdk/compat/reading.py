@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from tidemill.errors import InvalidRequest, InvalidSpec, NotFound
 from tidemill.sdk import specfile
-from tidemill.sdk.compat import dstack, sbatch, skypilot
+from tidemill.sdk.compat import skypilot
 from tidemill.sdk.compat.mapping import TITLES, Draft, Rule, Surroundings, Tool, Translation
 from tidemill.sdk.specfile import SpecFile
 
@@ -102,6 +102,8 @@ def parse(
             raise InvalidSpec(f"{source} is not a text file (UTF-8)") from error
         if "\0" in script:
             raise InvalidSpec(f"{source} is not a text file: it holds NUL octets")
+        from tidemill.sdk.compat import sbatch  # each tool is imported when a file is its
+
         return _translated(Tool.SLURM, sbatch.read(script, around), source, Path())
     parts = _documents(octets)
     first = specfile.parse(parts[0] if len(parts) > 1 else octets, source=source, folder=folder)
@@ -111,6 +113,8 @@ def parse(
         return Reading(tool=found, file=own, doubt=doubt)
     draft = Draft(around, first.lines, first.spec)
     if found is Tool.DSTACK:
+        from tidemill.sdk.compat import dstack
+
         dstack.read(draft, first.spec)
     elif found is Tool.SKYPILOT:
         skypilot.read(draft, first.spec)
@@ -149,6 +153,8 @@ def tool_of(spec: Mapping[str, Any], file_name: str = "") -> tuple[Tool, str]:
 
 def tables() -> dict[Tool, Mapping[str, Rule]]:
     """The fields of each tool."""
+    from tidemill.sdk.compat import dstack, sbatch
+
     return {Tool.SKYPILOT: skypilot.FIELDS, Tool.DSTACK: dstack.FIELDS, Tool.SLURM: sbatch.FIELDS}
 
 
@@ -185,6 +191,7 @@ def _translated(tool: Tool, draft: Draft, source: str, folder: Path) -> Reading:
         mapped=tuple(draft.mapped),
         refused=tuple(draft.refused),
         lines=draft.lines,
+        origins=draft.origins,
         folder=folder,
     )
     return Reading(tool=tool, file=SpecFile(draft.spec, source, folder, draft.lines), translation=translation)

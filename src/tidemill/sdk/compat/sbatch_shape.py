@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from tidemill.sdk.compat.mapping import Draft, Refuse, Said, Surroundings, gpu_request, number, shown
 from tidemill.sdk.compat.sbatch_body import Body
 from tidemill.sdk.compat.sbatch_values import Gpus, bytes_of, gpus_of, size_text
 
 Value = TypeVar("Value")
+
+
+_COUNTS: Final = ("--nodes", "--ntasks", "--ntasks-per-node", "--ntasks-per-gpu")
 
 
 @dataclass(slots=True)
@@ -73,22 +76,31 @@ class Shape:
 
     def put(self, draft: ScriptDraft) -> None:
         """Put the workers and what they hold."""
+        draft.reading = self._first(*_COUNTS)
         if self.workers > 1:
             draft.put("nodes", self._span() if self.nodes_least < self.nodes else self.workers)
             if self.nodes == 1:
                 draft.put("placement.within", "host")
+        draft.reading = self._first("--cpus-per-task", "--cpus-per-gpu", "--mincpus", *_COUNTS)
         draft.put("resources.cpus", self.cpus)
+        draft.reading = self._first("--gpus-per-task", "--gres", "--gpus-per-node", "--gpus")
         if self.gpus:
             draft.put("resources.gpus", self.gpus)
         if self.choices:
             draft.put("resources.any_of", [{"gpus": one} for one in self.choices])
+        draft.reading = self._first("--mem", "--mem-per-cpu", "--mem-per-gpu")
         if self.memory:
             draft.put("resources.memory", size_text(self.memory))
+        draft.reading = ""
         if "--ntasks-per-node" in self.given:
             draft.environment["SLURM_NTASKS_PER_NODE"] = -(-self.tasks // self.nodes) if self.workers == 1 else 1
         if self.tasks_each > 1:
             draft.environment["SLURM_NTASKS"] = self.tasks
             draft.environment["SLURM_CPUS_PER_TASK"] = max(1, self.cpus // self.tasks)
+
+    def _first(self, *names: str) -> str:
+        """The first of these options that is given; empty when none is."""
+        return next((name for name in names if name in self.given), "")
 
     # --- counting ---
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Final
 
-from tidemill.model.spec import MAX_ARRAY
 from tidemill.sdk.compat.mapping import Refuse, shown
 from tidemill.units import SECOND_NS, format_size
 
@@ -106,6 +105,8 @@ class Indices:
 
 def array_of(value: str) -> Indices:
     """The tasks of ``0-15``, ``0-15:4``, ``1,3,5-7`` and ``0-99%10``. Raises: Refuse."""
+    from tidemill.model.spec import MAX_ARRAY
+
     spans, percent, limit = value.strip().partition("%")
     mend = "Write for example 0-15, 1-9:2, 1,3,5 or 0-99%10."
     if percent and not limit.isdecimal():

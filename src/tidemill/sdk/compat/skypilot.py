@@ -56,26 +56,24 @@ def read(draft: Draft, given: Mapping[str, Any]) -> None:
 
 def _finish(draft: Draft) -> None:
     spec, given = draft.spec, draft.given
-    if "run" in spec:
-        spec["run"] = f"{AS_BASH}\n{spec['run']}"
-    elif "service" not in given:
+    section_ = given.get("resources")
+    resources: Mapping[str, Any] = section_ if isinstance(section_, Mapping) else {}
+    if "run" not in spec and "service" not in given:
         spec["kind"] = "dev"
         draft.default("run", "kind: dev", "A cluster without a program: a worker to attach to.")
+    if not {"cpus", "instance_type"} & resources.keys():
+        note = "SkyPilot takes a machine of 8 cores, or as many as come with the GPU."
+        draft.default("resources.cpus", "resources.cpus: 1", note)
+    if not {"job_recovery", "spot_recovery"} & resources.keys() and "service" not in given:
+        retry = "retry: {on: [node_lost, preempted], max: 3}"
+        draft.default("resources.job_recovery", retry, "Ours when nothing is said.")
     if "service" in spec and "port" not in spec["service"] and spec.get("ports"):
         spec["service"]["port"] = spec["ports"][0]
-    if spec.get("setup"):
-        spec["setup"] = f"{AS_BASH}\n{spec['setup']}"
-    resources = given.get("resources") if isinstance(given.get("resources"), Mapping) else {}
-    if not {"cpus", "instance_type"} & set(resources or ()):
-        draft.default(
-            "resources.cpus",
-            "resources.cpus: 1",
-            "SkyPilot takes a machine of 8 cores, or as many as come with the GPU.",
-        )
-    if "job_recovery" not in (resources or ()) and "spot_recovery" not in (resources or ()):
-        draft.default(
-            "resources.job_recovery", "retry: {on: [node_lost, preempted], max: 3}", "Ours when nothing is said."
-        )
+    for name in ("setup", "run"):
+        if spec.get(name):
+            # where SkyPilot puts the work folder
+            link = ['ln -sfn "$PWD" "$HOME/sky_workdir"'] if "sky_workdir" in spec[name] else []
+            spec[name] = "\n".join([AS_BASH, *link, spec[name]])
 
 
 # --- top level ---
@@ -303,7 +301,7 @@ def _exit_codes(draft: Draft, name: str, value: Any) -> str:
 def _retry(draft: Draft, *causes: str) -> str:
     retry = draft.spec.setdefault("retry", {"on": ["node_lost", "preempted"], "max": _RECOVERIES})
     retry["on"] = [*retry.get("on", ()), *(cause for cause in causes if cause not in retry.get("on", ()))]
-    draft.lines.setdefault("retry", draft.line_of("resources.job_recovery"))
+    draft.trace("retry")
     return f"retry.on: {shown(retry['on'])}"
 
 
