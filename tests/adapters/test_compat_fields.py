@@ -282,6 +282,22 @@ def test_a_reader_that_drops_a_field_would_be_found(monkeypatch):
         check()
 
 
+def test_a_reader_that_drops_an_option_would_be_found(monkeypatch):
+    whole = sbatch._parsed
+    monkeypatch.setattr(
+        sbatch, "_parsed", lambda line: ((name, value) for name, value in whole(line) if name != "--hint")
+    )
+
+    @settings(max_examples=400, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+    @given(scripts())
+    def check(script):
+        text, names = script
+        assert [name for name in names if name not in entries(translated(Tool.SLURM, text))] == []
+
+    with pytest.raises(AssertionError, match="--hint"):
+        check()
+
+
 def test_what_is_not_refused_can_be_run():
     """Documents of fields that are mapped become specs that the control plane accepts."""
     seed = random.Random(7)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cloud import Cloud
+from tests.cloud import Cloud, free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "compat"
 
@@ -109,6 +109,18 @@ def test_commands_of_dstack_end_at_the_first_that_fails(cloud, tmp_path):
     status, out, err = run(cloud, tmp_path, "run", ".dstack.yml", "--env", "GIVEN_HERE=on")
     assert status == 4, err
     assert out.splitlines() == ["kept yes on"]
+
+
+def test_a_service_of_skypilot_gets_ready_at_its_port(cloud, tmp_path):
+    port = free_port()
+    (tmp_path / "serve.yaml").write_text(
+        f"run: python3 -m http.server --bind 127.0.0.1 {port}\nresources: {{ports: {port}}}\n"
+        "service: {readiness_probe: /, replicas: 1}\n"
+    )
+    status, out, err = run(cloud, tmp_path, "run", "serve.yaml")
+    assert status == 0, err
+    assert f"ready serve at http://127.0.0.1:{port}" in out or f":{port}" in out
+    assert run(cloud, tmp_path, "stop", "serve")[0] == 0
 
 
 def test_what_is_refused_is_not_submitted_and_says_why(cloud, tmp_path):

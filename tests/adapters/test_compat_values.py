@@ -147,6 +147,28 @@ def test_candidates_become_alternatives_or_places():
     assert found.spec["resources"] == {"gpus": "H100:1"}
 
 
+def test_candidates_go_over_what_stands_beside_them_wherever_it_stands():
+    found = sky(
+        resources={
+            "any_of": [
+                {"accelerators": "H100:8", "cpus": 16, "use_spot": True, "labels": {"b": "2"}},
+                {"accelerators": "A100:8", "use_spot": True, "labels": {"b": "2"}},
+                {"cpus": 16, "memory": 64, "use_spot": True, "labels": {"b": "2"}},
+            ],
+            "accelerators": "L4:1", "cpus": 4, "use_spot": False, "labels": {"a": "1"}, "disk_size": 100,
+        }
+    )  # fmt: skip
+    assert refusals(found) == {}
+    assert found.spec["resources"] == {
+        "gpus": "H100:8", "cpus": 16, "disk": "100GB",
+        "any_of": [{"gpus": "A100:8", "cpus": 4}, {"gpus": "L4:1", "memory": "64GB"}],
+    }  # fmt: skip
+    assert found.spec["labels"] == {"a": "1", "b": "2"}
+    assert found.spec["capacity"] == "spot"
+    found = sky(resources={"any_of": [{"cpus": 1}], "ordered": [{"cpus": 2}]})
+    assert list(refusals(found)) == ["resources.ordered"]
+
+
 @pytest.mark.parametrize(
     ("candidates", "why"),
     [
@@ -433,9 +455,11 @@ def test_an_option_given_twice_and_one_below_the_first_command_are_told():
 
 
 def test_cut_short_and_commented_options_are_read():
-    found = script("--job=train --cpus-per-t 4   # so many", "-t10 -J'my job'")
+    found = script("--job=train --cpus-per-t 4   # don't ask", "-t10 -J'my job' --comment='a # b' -Qv")
     assert refusals(found) == {}
     assert (found.spec["name"], found.spec["resources"]["cpus"], found.spec["max_duration"]) == ("my-job", 4, "10m")
+    assert found.spec["labels"] == {"comment": "a # b"}
+    assert {"--quiet", "--verbose"} <= {one.field for one in found.mapped}
 
 
 # --- the command line ---

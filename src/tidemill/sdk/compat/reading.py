@@ -44,6 +44,8 @@ _OURS: Final = frozenset(
 _OUR_RESOURCES: Final = frozenset(("gpus", "disk", "prefer"))
 _OUR_SERVICE: Final = frozenset(("port", "readiness", "model"))
 _SHARED: Final = frozenset(("name", "workdir", "setup", "run", "envs", "resources", "secrets", "service", "inputs"))
+_COMMON_WORDS: Final = frozenset(("outputs", "config", "pool"))
+"""Alone they do not tell whose file it is: anybody may write them by mistake."""
 _SHARED_RESOURCES: Final = frozenset(("cpus", "memory", "any_of"))
 
 
@@ -135,7 +137,7 @@ def tool_of(spec: Mapping[str, Any], file_name: str = "") -> tuple[Tool, str]:
     if "type" in spec or file_name.endswith((".dstack.yml", ".dstack.yaml")):
         return Tool.DSTACK, ""
     resources, service = _section(spec, "resources"), _section(spec, "service")
-    foreign = _named(spec, skypilot.FIELDS, _SHARED, "")
+    foreign = _named(spec, skypilot.FIELDS, _SHARED | _COMMON_WORDS, "")
     foreign += _named(resources, skypilot.FIELDS["resources"].below or {}, _SHARED_RESOURCES, "resources.")
     foreign += _named(service, skypilot.FIELDS["service"].below or {}, frozenset(("replicas",)), "service.")
     foreign += ["secrets"] if isinstance(spec.get("secrets"), dict) else []

@@ -99,7 +99,7 @@ _FLAGS: Final = frozenset(
     )
 )
 _OPTIONAL: Final = frozenset(("exclusive", "get-user-env", "nice", "no-kill", "propagate"))
-_KEEP_TEXT: Final = re.compile(r"\s#.*$")
+_REMARK: Final = re.compile(r"\s#.*$")
 
 
 def read(script: str, surroundings: Surroundings) -> ScriptDraft:
@@ -150,17 +150,22 @@ def _options(script: str) -> tuple[list[tuple[str, str, int]], dict[str, int], l
 def _parsed(line: str) -> Iterator[tuple[str, str]]:
     """The options of one line, by their long names."""
     try:
-        words = shlex.split(_KEEP_TEXT.sub("", line), posix=True)
+        words = shlex.split(line)
     except ValueError:
-        yield line.strip(), ""
-        return
-    while words:
+        try:
+            words = shlex.split(_REMARK.sub("", line))
+        except ValueError:
+            words = [line.strip()]
+    while words and not words[0].startswith("#"):
         word = words.pop(0)
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name, word = _whole(name), f"--{name}"
         elif word.startswith("-") and len(word) > 1:
             name, value = SHORT.get(word[1], word[1]), word[2:].removeprefix("=")
+            if name in _FLAGS and value:
+                words.insert(0, f"-{value}")
+                value = ""
             equals = value
         else:
             yield word, ""

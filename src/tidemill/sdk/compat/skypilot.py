@@ -50,6 +50,11 @@ _IN_WORKDIR: Final = (
 
 def read(draft: Draft, given: Mapping[str, Any]) -> None:
     """Fill the draft from a task file's mapping."""
+    resources = given.get("resources")
+    if isinstance(resources, Mapping):
+        # candidates go over what stands beside them, wherever it stands
+        later = {name: value for name, value in resources.items() if name in ("any_of", "ordered")}
+        given = {**given, "resources": {**{name: resources[name] for name in resources if name not in later}, **later}}
     walk(draft, FIELDS, given)
     _finish(draft)
 
@@ -325,6 +330,8 @@ def _tier_of_network(draft: Draft, name: str, value: Any) -> Said:
 def _candidates(draft: Draft, name: str, value: Any) -> Said:
     if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
         raise Refuse(f"{shown(value)} is not a list of resources.", "Write a list of sections.")
+    if name.endswith("ordered") and "any_of" in draft.given["resources"]:
+        raise Refuse("There are candidates in any_of beside it.", "Keep one of both.")
     if draft.get("resources.any_of"):
         raise Refuse("Several accelerators are named beside it.", "Name each of them as a candidate of its own.")
     drafts = []
@@ -338,9 +345,6 @@ def _candidates(draft: Draft, name: str, value: Any) -> Said:
     _choose(draft, [inner.spec for inner in drafts])
     note = "They are tried in this order; SkyPilot tries the cheapest first." if name.endswith("any_of") else ""
     return Said("resources.any_of", note)
-
-
-_HARDWARE: Final = ("gpus", "cpus", "memory", "disk")
 
 
 def _choose(draft: Draft, specs: list[dict[str, Any]]) -> None:
@@ -363,20 +367,34 @@ def _choose(draft: Draft, specs: list[dict[str, Any]]) -> None:
             "Some candidates name a narrower place than others.", "Name places of one kind: clouds, regions, or zones."
         )
     for key, one in specs[0].items():
-        draft.spec[key] = one
+        _combine(draft.spec, key, one)
     for key in places[0]:
         place(draft, key, "|".join(dict.fromkeys(one[key] for one in places)))
     flat = [choice for one in hardware for choice in _unfolded(one)]
     unique = [one for index, one in enumerate(flat) if one not in flat[:index]]
-    usual = draft.spec.setdefault("resources", {})
-    usual.update(unique[0])
-    if unique[1:]:
-        usual["any_of"] = [
-            {**{key: usual[key] for key in _HARDWARE if key in unique[0] and key not in one}, **one}
-            for one in unique[1:]
-        ]
-    if not usual:
-        del draft.spec["resources"]
+    usual = {**_NOTHING, **draft.get("resources", {})}
+    first, rest = unique[0], unique[1:]
+    # an alternative is told by what differs from the first, which may not be what stands beside the candidates
+    others = [
+        {key: value for key, value in {**usual, **one}.items() if value != {**usual, **first}[key]} for one in rest
+    ]
+    resources = {**draft.get("resources", {}), **first, **({"any_of": others} if others else {})}
+    if resources:
+        draft.spec["resources"] = resources
+
+
+_NOTHING: Final = {"gpus": "none", "cpus": 1, "memory": "0GB", "disk": "0GB"}
+
+
+def _combine(spec: dict[str, Any], key: str, value: Any) -> None:
+    """Put what candidates have beside what is there: labels and ports are added, other things replaced."""
+    known = spec.get(key)
+    if isinstance(known, list) and isinstance(value, list):
+        spec[key] = [*known, *(one for one in value if one not in known)]
+    elif key == "labels" and isinstance(known, dict):
+        spec[key] = {**known, **value}
+    else:
+        spec[key] = value
 
 
 def _unfolded(hardware: dict[str, Any]) -> list[dict[str, Any]]:
