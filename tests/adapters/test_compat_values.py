@@ -409,6 +409,10 @@ def test_tasks_become_workers_when_srun_starts_them(options, body, nodes, resour
         ("-n 4", "srun a\nsrun b", "--ntasks", "line 4 (srun b) must happen once"),
         ("-n 4", "for i in 1 2; do srun a; done", "--ntasks", "must happen once"),
         ("-n 4", "cp a b; srun a", "--ntasks", "must happen once"),
+        ("-n 4", "export MASTER_ADDR=$(hostname)\nsrun a", "--ntasks", "line 3 (export MASTER_ADDR=$(hostname))"),
+        ("-n 4", "export PORT=$((20000 + RANDOM % 9000))\nsrun a", "--ntasks", "line 3"),
+        ("-n 4", "X=`shuf -i 1-9 -n 1`\nsrun a", "--ntasks", "line 3"),
+        ("-n 4", "echo hi | tee log | python prepare.py\nsrun a", "--ntasks", "line 3"),
         ("-n 2", "srun -n 1 a", "srun (line 3)", "a part of the job only"),
         ("-n 1", "srun --pty bash", "srun (line 3)", "Its option --pty"),
         ("-N 2 --gpus=3", SRUN, "--gpus", "not shared out evenly"),
@@ -426,6 +430,26 @@ def test_tasks_become_workers_when_srun_starts_them(options, body, nodes, resour
 )  # fmt: skip
 def test_what_slurm_does_otherwise_is_refused_by_name(options, body, field, why):
     assert why in refusals(script(options, body=body))[field]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        "export MASTER_PORT=$(expr 10000 + $(echo -n $SLURM_JOBID | tail -c 4))",
+        "export MASTER_PORT=$((10000 + SLURM_JOB_ID % 10000))",
+        "source ~/.bashrc && conda activate 'my env'",
+        'echo "started; on $(hostname) at $(date)"',
+        "nodes=( $( scontrol show hostnames $SLURM_JOB_NODELIST ) )",
+        "export A=1 B=2; ulimit -n 4096",
+        "set -euo pipefail",
+        "module purge",
+    ],
+)
+def test_settings_that_are_the_same_everywhere_are_run_in_each_worker(line):
+    found = script("-N 2", body=f"{line}\nsrun python train.py")
+    assert refusals(found) == {}
+    assert found.spec["nodes"] == 2
 
 
 def test_what_has_to_end_before_and_how():

@@ -447,12 +447,15 @@ _TRIES: Final = 1_000
 def _retry(draft: Draft, name: str, value: Any) -> Said:
     if not flag(value):
         return Said(draft.put("retry", {"max": 0}))
-    return Said(draft.put("retry", {"on": ["node_lost", "preempted", "error"], "max": _TRIES}))
+    return Said(
+        draft.put("retry", {"on": ["node_lost", "preempted", "error"], "max": _TRIES}),
+        "Here they are bounded by number; there they end after an hour.",
+    )
 
 
 def _retry_events(draft: Draft, name: str, value: Any) -> Said:
     events = value if isinstance(value, list) else [value]
-    if unknown := [one for one in events if one not in _CAUSES]:
+    if unknown := [one for one in events if not isinstance(one, str) or one not in _CAUSES]:
         raise Refuse(f"{shown(unknown[0])} is not an event.", "Events are no-capacity, interruption and error.")
     causes = [cause for event in events for cause in _CAUSES[event]]
     said = draft.put("retry", {"on": causes, "max": _TRIES} if causes else {"max": 0})

@@ -130,6 +130,50 @@ _SRUN_SHORT: Final = {
     "G": "gpus",
     "s": "oversubscribe",
 }
+_SHOWS: Final = frozenset(
+    ("echo", "printf", "hostname", "date", "nvidia-smi", "env", "printenv", "lscpu", "uname", "df", "free")
+)
+_SAME: Final = frozenset(
+    (
+        "scontrol",
+        "echo",
+        "printf",
+        "pwd",
+        "head",
+        "tail",
+        "cut",
+        "sed",
+        "awk",
+        "tr",
+        "wc",
+        "sort",
+        "uniq",
+        "expr",
+        "basename",
+        "dirname",
+        "realpath",
+        "readlink",
+        "cat",
+        "grep",
+        "which",
+        "seq",
+        "bc",
+        "id",
+        "whoami",
+        "command",
+        "nproc",
+        "xargs",
+        "paste",
+        "rev",
+    )
+)
+"""Commands that say the same in every worker of a job."""
+_SUBSTITUTION: Final = re.compile(r"\$\((?!\()([^()]*)\)|`([^`]*)`")
+_QUOTED: Final = re.compile(r"'[^']*'|\"[^\"]*\"")
+_SEPARATOR: Final = re.compile(r"&&|;|\|\||\|")
+_RANDOM: Final = re.compile(
+    r"\$\{?(?:RANDOM|SRANDOM|HOSTNAME|BASHPID|PPID|EPOCH\w+|SECONDS)\b|\bRANDOM\b|\$\$|/dev/u?random"
+)
 _END: Final = "END_OF_BATCH_SCRIPT"
 
 
@@ -213,14 +257,25 @@ def _lines(script: str) -> Iterator[tuple[int, str]]:
 
 
 def _prepares(line: str) -> bool:
-    """Whether a line only prepares: it does no harm, and is the same, in every worker."""
-    for part in re.split(r"&&|;|\|\|", line):
-        stripped = part.strip()
-        if not stripped or stripped.startswith("#") or _ASSIGNMENT.match(stripped):
-            continue
-        if stripped.split()[0] not in _PREPARES:
-            return False
-    return True
+    """Whether a line only prepares: it does no harm, and means the same, in every worker."""
+    plain, inside = _unfolded(line)
+    parts = [part.strip() for part in _SEPARATOR.split(_QUOTED.sub("text", plain))]
+    commands = [part for part in parts if part and not part.startswith("#") and not _ASSIGNMENT.match(part)]
+    if any(command.split()[0] not in _PREPARES for command in commands):
+        return False
+    if line.split()[:1] and line.split()[0] in _SHOWS:
+        return True
+    called = [part.split()[0] for found in inside for part in _SEPARATOR.split(found) if part.strip()]
+    return not _RANDOM.search(line) and all(name in _SAME for name in called)
+
+
+def _unfolded(line: str) -> tuple[str, list[str]]:
+    """The line with a word in place of each command whose output it puts in, and those commands."""
+    inside: list[str] = []
+    while match := _SUBSTITUTION.search(line):
+        inside.append(match[1] or match[2] or "")
+        line = f"{line[: match.start()]}value{line[match.end() :]}"
+    return line, inside
 
 
 def _step(number: int, line: str) -> Step:

@@ -151,7 +151,8 @@ class Shape:
             line, words = body.other[0] if body.other else (body.steps[1].line, body.steps[1].words)
             self.wrong[culprit] = Refuse(
                 f"Workers run the whole script, and line {line} ({shown(words)}) must happen once.",
-                "Keep the script to settings and one srun, and put the rest into a workload of its own (--dependency).",
+                "Keep to settings that are the same everywhere (MASTER_ADDR, MASTER_PORT are set) and one srun; put the"
+                " rest into a workload of its own (--dependency).",
             )
         else:
             self.workers = self.tasks
