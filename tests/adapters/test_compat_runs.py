@@ -123,6 +123,19 @@ def test_a_service_of_skypilot_gets_ready_at_its_port(cloud, tmp_path):
     assert run(cloud, tmp_path, "stop", "serve")[0] == 0
 
 
+def test_pip_has_an_environment_of_the_worker_to_install_into(cloud, tmp_path):
+    (tmp_path / "task.yaml").write_text(
+        "num_nodes: 1\nsetup: pip --version > version\nrun: |\n  cat version; command -v pip\n"
+        "  touch $(python -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))')/here.py && python -c 'import here'\n"
+        "  [ ~/sky_workdir/version -ef version ] && echo same folder\n"
+    )
+    status, out, err = run(cloud, tmp_path, "run", "task.yaml")
+    assert status == 0, err + out
+    assert "/scratch/python/lib/" in out.splitlines()[0] or "/python/lib/" in out.splitlines()[0]
+    assert out.splitlines()[1].endswith("/python/bin/pip")
+    assert out.splitlines()[2] == "same folder"
+
+
 def test_what_is_refused_is_not_submitted_and_says_why(cloud, tmp_path):
     (tmp_path / "task.yaml").write_text("run: echo hi\nnum_nodes: 1\nresources:\n  instance_type: p4d.24xlarge\n")
     status, out, err = run(cloud, tmp_path, "run", "task.yaml")

@@ -452,6 +452,12 @@ def test_settings_that_are_the_same_everywhere_are_run_in_each_worker(line):
     assert found.spec["nodes"] == 2
 
 
+def test_lines_that_call_modules_are_told_of():
+    told = {one.field: one for one in script("-n 1", body="module load cuda\npython x.py").mapped}
+    assert told["module (line 3)"].value == "module load cuda"
+    assert told["module (line 3)"].note
+
+
 def test_what_has_to_end_before_and_how():
     assert script("-d afterok:prepare:fetch,afterany:clean").spec["after"] == {
         "ok": ["prepare", "fetch"],

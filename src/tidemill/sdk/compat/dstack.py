@@ -24,6 +24,7 @@ from tidemill.sdk.compat.mapping import (
     name_text,
     noted,
     number,
+    own_python,
     place,
     port_number,
     refused,
@@ -96,7 +97,7 @@ def _finish(draft: Draft, given: Mapping[str, Any]) -> None:
         )
     if given.get("type") == "service" and "port" in spec.get("service", {}):
         _finish_service(draft, given)
-    before = [AS_BASH, 'export DSTACK_WORKING_DIR="$PWD" DSTACK_REPO_DIR="$PWD"', *draft.before_run]
+    before = [AS_BASH, 'export DSTACK_WORKING_DIR="$PWD" DSTACK_REPO_DIR="$PWD"', *own_python(draft), *draft.before_run]
     for name in ("run", "setup"):
         if spec.get(name):
             spec[name] = "\n".join([*before, spec[name]])

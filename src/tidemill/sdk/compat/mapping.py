@@ -465,3 +465,23 @@ def port_number(value: Any) -> int:
 
 AS_BASH: Final = 'set +eu; [ -z "${BASH_VERSION:-}" ] || set +o pipefail'
 """Our scripts end at the first command that fails, or variable that is not set; those of other tools go on."""
+_PIP: Final = re.compile(r"\bpip3?\b")
+_OWN_PYTHON: Final = (
+    'own="$TIDEMILL_SCRATCH_DIR/python"\n[ -d "$own" ] || python3 -m venv --system-site-packages "$own" || exit\n'
+    '. "$own/bin/activate"'
+)
+
+
+def own_python(draft: Draft) -> list[str]:
+    """Lines before scripts that call pip: elsewhere it changes a machine, here they get an environment of theirs.
+
+    In an image the scripts have that image to change, and there are no such lines.
+    """
+    scripts = f"{draft.get('setup', '')}\n{draft.get('run', '')}"
+    if draft.get("image") or not _PIP.search(scripts):
+        return []
+    note = (
+        "pip installs there, anew on each attempt; what env.packages of a Tidemill spec names is built once and kept."
+    )
+    draft.default("pip", "run: a Python environment of the worker", note)
+    return [_OWN_PYTHON]

@@ -11,7 +11,7 @@ from typing import Any, Final
 from tidemill.errors import InvalidRequest, InvalidSpec, NotFound
 from tidemill.sdk import specfile
 from tidemill.sdk.compat import skypilot
-from tidemill.sdk.compat.mapping import TITLES, Draft, Rule, Surroundings, Tool, Translation
+from tidemill.sdk.compat.mapping import TITLES, Draft, Mapped, Refused, Rule, Surroundings, Tool, Translation
 from tidemill.sdk.specfile import SpecFile
 
 _DIRECTIVE: Final = re.compile(rb"^#SBATCH\b", re.MULTILINE)
@@ -190,10 +190,15 @@ def _translated(tool: Tool, draft: Draft, source: str, folder: Path) -> Reading:
         tool=tool,
         source=source,
         spec=draft.spec,
-        mapped=tuple(draft.mapped),
-        refused=tuple(draft.refused),
+        mapped=tuple(sorted(draft.mapped, key=_line_of)),
+        refused=tuple(sorted(draft.refused, key=_line_of)),
         lines=draft.lines,
         origins=draft.origins,
         folder=folder,
     )
     return Reading(tool=tool, file=SpecFile(draft.spec, source, folder, draft.lines), translation=translation)
+
+
+def _line_of(entry: Mapped | Refused) -> float:
+    """Where the entry is in the file; defaults come last."""
+    return entry.line or float("inf")

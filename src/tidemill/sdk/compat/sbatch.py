@@ -126,6 +126,9 @@ def read(script: str, surroundings: Surroundings) -> ScriptDraft:
     draft.shape.put(draft)
     for step in body.steps:
         _step(draft, step)
+    for line, words in body.modules:
+        note = "Where the machine's shells have no modules, the line says so and the script goes on."
+        draft.tell(f"module (line {line})", words, "run", note, line=line)
     _finish(draft, given, body)
     return draft
 
@@ -262,7 +265,7 @@ def _qos(draft: ScriptDraft, name: str, value: Any) -> str:
     if value not in ("low", "normal", "high"):
         raise Refuse(
             "There are no qualities of service.",
-            "Write --priority in its place: tidemill run --priority high, or capacity in a spec.",
+            "Take it out; how urgent it is: tidemill run --priority high.",
         )
     draft.environment["SLURM_JOB_QOS"] = value
     return draft.put("priority", value)

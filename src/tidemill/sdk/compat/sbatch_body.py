@@ -190,13 +190,15 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Body:
-    """A batch script. ``interpreter`` is what its first line names; ``other`` are lines that do more than prepare."""
+    """A batch script. ``interpreter`` is what its first line names; ``other`` are lines that do more than
+    prepare, ``modules`` those that call environment modules."""
 
     text: str
     interpreter: tuple[str, ...]
     steps: tuple[Step, ...]
     launchers: tuple[tuple[int, str], ...]
     other: tuple[tuple[int, str], ...]
+    modules: tuple[tuple[int, str], ...] = ()
 
     @property
     def is_shell(self) -> bool:
@@ -217,8 +219,10 @@ def analysed(script: str) -> Body:
     body = Body(text=script, interpreter=words or ("/bin/bash",), steps=(), launchers=(), other=())
     if not body.is_shell:
         return body
-    steps, launchers, other = [], [], []
+    steps, launchers, other, modules = [], [], [], []
     for number, line in _lines(script):
+        if line.split()[0] in ("module", "ml"):
+            modules.append((number, line))
         if match := _STEP.search(line):
             steps.append(_step(number, line))
             if not _prepares(line[: match.end() - len("srun")].rstrip(" ;&|({")):
@@ -229,7 +233,12 @@ def analysed(script: str) -> Body:
         elif not _prepares(line):
             other.append((number, line))
     return Body(
-        text=script, interpreter=body.interpreter, steps=tuple(steps), launchers=tuple(launchers), other=tuple(other)
+        text=script,
+        interpreter=body.interpreter,
+        steps=tuple(steps),
+        launchers=tuple(launchers),
+        other=tuple(other),
+        modules=tuple(modules),
     )
 
 

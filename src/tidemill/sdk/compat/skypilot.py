@@ -23,6 +23,7 @@ from tidemill.sdk.compat.mapping import (
     name_text,
     noted,
     number,
+    own_python,
     place,
     port_number,
     refused,
@@ -74,11 +75,12 @@ def _finish(draft: Draft) -> None:
         draft.default("resources.job_recovery", retry, "Ours when nothing is said.")
     if "service" in spec and "port" not in spec["service"] and spec.get("ports"):
         spec["service"]["port"] = spec["ports"][0]
+    before = [AS_BASH, *own_python(draft)]
     for name in ("setup", "run"):
         if spec.get(name):
             # where SkyPilot puts the work folder
             link = ['ln -sfn "$PWD" "$HOME/sky_workdir"'] if "sky_workdir" in spec[name] else []
-            spec[name] = "\n".join([AS_BASH, *link, spec[name]])
+            spec[name] = "\n".join([*before, *link, spec[name]])
 
 
 # --- top level ---
