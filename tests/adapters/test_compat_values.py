@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tidemill.cli import main
-from tidemill.errors import InvalidRequest, InvalidSpec
+from tidemill.errors import InvalidRequest, InvalidSpec, NotFound, TooLarge
 from tidemill.sdk import compat, specfile
 from tidemill.sdk.compat import sbatch_values as values
 from tidemill.sdk.compat.mapping import Refuse, Tool
@@ -99,6 +99,16 @@ def test_several_documents_are_a_pipeline_and_refused():
 def test_a_yaml_mistake_is_told_with_its_line():
     with pytest.raises(InvalidSpec, match=r"file.yaml:3:"):
         reading("run: x\nnum_nodes: 2\nnum_nodes: 3\n")
+
+
+def test_what_is_no_file_of_text_is_told_as_that(tmp_path):
+    with pytest.raises(InvalidSpec, match="is a folder"):
+        compat.load(tmp_path)
+    with pytest.raises(NotFound):
+        compat.load(tmp_path / "none.sh")
+    for octets, error in ((b"\0", InvalidSpec), (b"\xff", InvalidSpec), (b"x" * 1_000_001, TooLarge)):
+        with pytest.raises(error):
+            compat.parse(b"#!/bin/sh\n#SBATCH -n1\n" + octets, source="a", folder=tmp_path)
 
 
 # --- SkyPilot ---

@@ -44,15 +44,19 @@ class SpecFile:
 
 def load(path: Path) -> SpecFile:
     """The workload in a file. Raises: NotFound, TooLarge, InvalidSpec with line, column and the line itself."""
+    return parse(octets_of(path), source=str(path), folder=path.parent)
+
+
+def octets_of(path: Path) -> bytes:
+    """What is in a file. Raises: NotFound, InvalidSpec."""
     try:
-        octets = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {path}") from error
     except IsADirectoryError as error:
         raise InvalidSpec(f"{path} is a folder", mend="Name the workload file in it.") from error
     except OSError as error:
         raise InvalidSpec(f"cannot read {path}: {error.strerror}") from error
-    return parse(octets, source=str(path), folder=path.parent)
 
 
 def parse(octets: bytes, *, source: str, folder: Path) -> SpecFile:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tidemill.errors import InvalidRequest, InvalidSpec, NotFound
+from tidemill.errors import InvalidRequest, InvalidSpec, TooLarge
 from tidemill.sdk import specfile
 from tidemill.sdk.compat import skypilot
 from tidemill.sdk.compat.mapping import TITLES, Draft, Mapped, Refused, Rule, Surroundings, Tool, Translation
@@ -76,12 +76,7 @@ class Reading:
 
 def load(path: Path, *, tool: Tool | None = None, surroundings: Surroundings | None = None) -> Reading:
     """The workload in a file; ``tool`` None: whose it looks to be. Raises: as ``specfile.load``."""
-    try:
-        octets = path.read_bytes()
-    except FileNotFoundError as error:
-        raise NotFound(f"there is no file {path}") from error
-    except OSError as error:
-        raise InvalidSpec(f"cannot read {path}: {error.strerror}") from error
+    octets = specfile.octets_of(path)
     return parse(octets, source=str(path), folder=path.parent, tool=tool, surroundings=surroundings)
 
 
@@ -97,7 +92,7 @@ def parse(
     around = surroundings or Surroundings(source=source)
     if tool is Tool.SLURM or (tool is None and is_batch_script(octets)):
         if len(octets) > specfile.MAX_BYTES:
-            raise InvalidSpec(f"{source} has {len(octets)} bytes; a script has at most {specfile.MAX_BYTES}")
+            raise TooLarge(f"{source} has {len(octets)} bytes; a script has at most {specfile.MAX_BYTES}")
         try:
             script = octets.decode("utf-8-sig")
         except UnicodeDecodeError as error:
