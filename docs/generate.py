@@ -238,6 +238,33 @@ def option(parameter: Any) -> tuple[str, str]:
     return _code(names), told.strip()
 
 
+def compat_page() -> str:
+    """What becomes of every documented field of other tools' files."""
+    from tidemill.sdk import compat
+
+    parts = [
+        "# Files of other tools\n",
+        "What becomes of each field of a SkyPilot task file, a dstack configuration and an sbatch script, as",
+        "[Work written for elsewhere](../compat.md) tells. *Mapped*: it becomes what is named. *Noted*: it is told of",
+        "and left out, because that cannot change results. *Refused*: the file is not run, and what comes nearest",
+        "is told. A field that is not in these tables is refused too. `*` stands for any name.\n",
+    ]
+    for tool, rules in compat.tables().items():
+        title = compat.TITLES[tool].partition(" ")[2]
+        parts.append(f"## {title[0].upper()}{title[1:]}\n")
+        rows = [
+            (_code(name), rule.treatment, _code(rule.becomes), " ".join(filter(None, _said_of(rule))))
+            for name, rule in compat.leaves(rules)
+        ]
+        parts.append(_table(("Field", "Treatment", "Becomes", "What to know"), rows))
+    return "\n".join(parts)
+
+
+def _said_of(rule: Any) -> tuple[str, ...]:
+    limits = f"{rule.limits[0].upper()}{rule.limits[1:]}" if rule.limits and " " in rule.limits else rule.limits
+    return rule.note, limits, rule.instead
+
+
 def rest_page() -> str:
     """Every route, with its parameters and answers."""
     parts = [
@@ -374,6 +401,7 @@ def metrics_page() -> str:
 PAGES: Mapping[str, Callable[[], str]] = {
     "spec": spec_page,
     "cli": cli_page,
+    "compat": compat_page,
     "rest": rest_page,
     "events": events_page,
     "reasons": reasons_page,

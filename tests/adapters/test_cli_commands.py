@@ -40,7 +40,7 @@ AS_JSON = [
     "project list", "artifact list", "artifact show gpt", "artifact create gpt --job hello --path model", "schema",
     "cp hello:model {tmp}/out", "artifact get gpt {tmp}/gpt", "queue", "share", "share set research --weight 2 --limit gpu=",
     "share apply {tmp}/tree.yaml", "reserve list", "reserve create night --nodes 2 --start 2h --for 4h --every 7d",
-    "reserve cancel night", "cordon box", "drain box --wait --reason disk", "resume box",
+    "reserve cancel night", "compat {tmp}/tree.yaml", "cordon box", "drain box --wait --reason disk", "resume box",
 ]  # fmt: skip
 
 

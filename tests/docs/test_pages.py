@@ -187,13 +187,14 @@ def test_data_in_blocks_is_what_it_claims_to_be(page: Path, tmp_path: Path) -> N
 
 def _check_yaml(block: Block, folder: Path) -> None:
     from tidemill.control.settings import load_settings
-    from tidemill.sdk.specfile import parse
+    from tidemill.sdk.compat import parse
     from tidemill.wire import read_spec
 
     for document in yaml.safe_load_all(block.body):
         assert isinstance(document, dict), f"{block}: a mapping is expected"
-        if {"run", "kind"} & document.keys():
-            spec = parse(block.body.encode(), source=str(block), folder=folder).spec
+        if {"run", "kind", "type"} & document.keys():
+            source = block.file_name or str(block)
+            spec = parse(block.body.encode(), source=source, folder=folder).accepted().spec
             read_spec({name: value for name, value in spec.items() if name != "workdir"}, "example")
         elif block.file_name.endswith("config.yaml"):
             (folder / "config.yaml").write_text(block.body)

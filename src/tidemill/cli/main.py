@@ -30,6 +30,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "run": ("work", "Run a workload file or a command"),
         "quote": ("work", "What a run would need, take and cost"),
         "stop": ("jobs", "Stop jobs, with their grace"),
+        "compat": ("compat", "What becomes of a file written for another tool"),
         "schema": ("schema", "The JSON Schema of workload files"),
     },
     "Look at work": {

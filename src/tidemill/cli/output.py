@@ -193,11 +193,12 @@ def show_error(error: TidemillError, *, lines: Any = None, source: str = "") -> 
 
     ``lines`` finds the line of a field in the file ``source``, where the spec came from one.
     """
+    source = source or str(error.data.get("source", ""))
     several = [item for item in error.data.get("errors") or () if isinstance(item, dict)]
     found = several or [{"field": error.field, "value": error.value, "detail": error.detail, "mend": error.mend}]
     for item in found:
         name = str(item.get("field") or "")
-        line = lines(name) if lines is not None and name else 0
+        line = item.get("line") or (lines(name) if lines is not None and name else 0)
         where = f"{source}:{line}: " if line else ""
         subject = f"{name}: " if name and name not in str(item.get("detail", ""))[: len(name) + 2] else ""
         value = item.get("value")

@@ -29,6 +29,7 @@ from tidemill.sdk.results import Job, JobUpdate, LogChunk, Workload
 from tidemill.units import format_duration, format_size
 
 if TYPE_CHECKING:
+    from tidemill.sdk.compat import Reading
     from tidemill.sdk.specfile import SpecFile
 
 INTERRUPTED = 130
@@ -41,6 +42,7 @@ class RunOptions:
     """What the command line says about a run; None and empty leave the file's word, or the default."""
 
     file: str = ""
+    tool: str | None = None
     command: tuple[str, ...] = ()
     gpus: str | None = None
     cpus: float | None = None
@@ -108,7 +110,7 @@ def read_request(options: RunOptions) -> Request:
     if options.command:
         spec: dict[str, Any] = {"run": _line(options.command), "name": _name_of(options.command)}
     elif options.file:
-        source = _load(options.file)
+        source = read_file(options.file, tool=options.tool, env=options.env).accepted()
         spec = dict(source.spec)
         spec.setdefault("name", _as_name(Path(options.file).resolve().stem))
     else:
@@ -121,15 +123,37 @@ def read_request(options: RunOptions) -> Request:
     return Request(spec, base / Path(folder).expanduser() if folder else None, source)
 
 
-def _load(file: str) -> SpecFile:
-    from tidemill.sdk import specfile
+def read_file(file: str, *, tool: str | None = None, env: tuple[str, ...] = (), is_said: bool = True) -> Reading:
+    """A workload file, whoever's it is; ``is_said`` tells people when it is not Tidemill's. Raises: TidemillError."""
+    from tidemill.sdk import compat
 
+    if tool is not None and tool not in [*compat.Tool]:
+        names = ", ".join(compat.Tool)
+        raise InvalidRequest(
+            "is not a tool whose files are read", field="--from", value=tool, mend=f"Tools are {names}."
+        )
+    chosen = compat.Tool(tool) if tool is not None else None
+    local = time.localtime()
+    around = compat.Surroundings(
+        source=file,
+        given=dict(_variable(item) for item in env),
+        environ=os.environ,
+        now_ns=time.time_ns(),
+        offset_s=local.tm_gmtoff,
+    )
     if file == "-":
-        return specfile.parse(sys.stdin.buffer.read(), source="standard input", folder=Path())
-    path = Path(file)
-    if not path.exists() and not file.endswith((".yaml", ".yml")):
-        raise InvalidRequest(f"there is no file {file}", mend=f"To run a command: tidemill run -- {file} …")
-    return specfile.load(path)
+        octets = sys.stdin.buffer.read()
+        reading = compat.parse(octets, source="standard input", folder=Path(), tool=chosen, surroundings=around)
+    else:
+        path = Path(file)
+        if not path.exists() and not file.endswith((".yaml", ".yml")):
+            raise InvalidRequest(f"there is no file {file}", mend=f"To run a command: tidemill run -- {file} …")
+        reading = compat.load(path, tool=chosen, surroundings=around)
+    if is_said and reading.translation is not None:
+        note(f"{file} is read as {reading.title}; tidemill compat {file} shows what became of each field")
+    elif is_said and reading.doubt:
+        note(f"{file} is read as {reading.title}: {reading.doubt}; --from decides")
+    return reading
 
 
 def _apply_flags(spec: dict[str, Any], options: RunOptions) -> None:

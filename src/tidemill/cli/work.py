@@ -9,7 +9,14 @@ import typer
 from tidemill.cli.parsing import InProject, Json, after_dashes
 from tidemill.cli.running import RunOptions, run
 
-_File = Annotated[str | None, typer.Argument(metavar="FILE", help="A workload file; - for standard input.")]
+_File = Annotated[
+    str | None,
+    typer.Argument(metavar="FILE", help="A workload file, of ours or of another tool; - for standard input."),
+]
+_From = Annotated[
+    str | None,
+    typer.Option("--from", metavar="TOOL", help="Whose file it is: skypilot, dstack, slurm or tidemill."),
+]
 _Gpus = Annotated[str | None, typer.Option("--gpus", metavar="GPUS", help="Of each worker: H100:8, 24GB+, 0.5, none.")]
 _Cpus = Annotated[float | None, typer.Option("--cpus", metavar="N", help="Cores for each worker.")]
 _Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="For each worker, such as 16GB.")]
@@ -51,6 +58,7 @@ _Retry = Annotated[int | None, typer.Option("--retry", metavar="N", help="Try ag
 def run_command(
     ctx: typer.Context,
     file: _File = None,
+    tool: _From = None,
     gpus: _Gpus = None,
     cpus: _Cpus = None,
     memory: _Memory = None,
@@ -88,6 +96,7 @@ def run_command(
     return run(
         RunOptions(
             file=file or "",
+            tool=tool,
             command=after_dashes(ctx),
             gpus=gpus,
             cpus=cpus,
@@ -122,6 +131,7 @@ def run_command(
 def quote_command(
     ctx: typer.Context,
     file: _File = None,
+    tool: _From = None,
     gpus: _Gpus = None,
     cpus: _Cpus = None,
     memory: _Memory = None,
@@ -136,6 +146,7 @@ def quote_command(
     return run(
         RunOptions(
             file=file or "",
+            tool=tool,
             command=after_dashes(ctx),
             gpus=gpus,
             cpus=cpus,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tidemill.model.fleet import Node
+from tidemill.model.ids import job_id, job_number
 from tidemill.model.job import Allocation, Attempt, Job, Workload
 from tidemill.model.spec import Kind
 from tidemill.units import MILLI
@@ -55,9 +56,25 @@ def worker_environment(
         "SKYPILOT_NUM_NODES": size,
         "SKYPILOT_NUM_GPUS_PER_NODE": gpus,
         "SKYPILOT_TASK_ID": job.id,
-        # Slurm
-        "SLURM_JOB_ID": job.id,
+        "SKYPILOT_SETUP_NODE_RANK": rank,
+        "SKYPILOT_SETUP_NODE_IPS": "\n".join(addresses),
+        "SKYPILOT_SETUP_NUM_GPUS_PER_NODE": gpus,
+        # dstack
+        "DSTACK_RUN_NAME": spec.name,
+        "DSTACK_NODES_NUM": size,
+        "DSTACK_NODE_RANK": rank,
+        "DSTACK_NODES_IPS": "\n".join(addresses),
+        "DSTACK_MASTER_NODE_IP": master,
+        "DSTACK_GPUS_PER_NODE": gpus,
+        "DSTACK_GPUS_NUM": str(len(worker.devices) * attempt.workers),
+        # Slurm; not its older names (SLURM_JOBID), by which MPI would take it that srun starts its processes
+        "SLURM_JOB_ID": str(job_number(job.id)),
         "SLURM_JOB_NAME": spec.name,
+        "SLURM_CLUSTER_NAME": "tidemill",
+        "SLURM_JOB_NUM_NODES": size,
+        "SLURM_CPUS_PER_TASK": cpus,
+        "SLURM_JOB_CPUS_PER_NODE": cpus,
+        "SLURMD_NODENAME": here.name,
         "SLURM_PROCID": rank,
         "SLURM_NTASKS": size,
         "SLURM_NNODES": size,
@@ -79,15 +96,22 @@ def worker_environment(
         "TIDEMILL_NODES": ",".join(addresses),
         "TIDEMILL_API_URL": api_url,
     }
+    if worker.devices:
+        variables |= {"SLURM_GPUS_PER_NODE": gpus, "SLURM_JOB_GPUS": ",".join(map(str, range(len(worker.devices))))}
+    if worker.memory_bytes:
+        variables["SLURM_MEM_PER_NODE"] = str(worker.memory_bytes >> 20)
+    if spec.kind is Kind.SERVICE:
+        variables["SKYPILOT_SERVE_REPLICA_ID"] = str(job.index + 1)
     if spec.kind is Kind.ARRAY:
         index, last = str(job.index), str(spec.array_size - 1)
         variables |= {
             "TIDEMILL_ARRAY_INDEX": index,
             "TIDEMILL_ARRAY_SIZE": str(spec.array_size),
-            "SLURM_ARRAY_JOB_ID": workload.id,
+            "SLURM_ARRAY_JOB_ID": str(job_number(job_id(workload.id, 0))),
             "SLURM_ARRAY_TASK_ID": index,
             "SLURM_ARRAY_TASK_COUNT": str(spec.array_size),
             "SLURM_ARRAY_TASK_MIN": "0",
             "SLURM_ARRAY_TASK_MAX": last,
+            "SLURM_ARRAY_TASK_STEP": "1",
         }
     return tuple((variables | dict(spec.envs)).items())

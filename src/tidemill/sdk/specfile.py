@@ -44,15 +44,19 @@ class SpecFile:
 
 def load(path: Path) -> SpecFile:
     """The workload in a file. Raises: NotFound, TooLarge, InvalidSpec with line, column and the line itself."""
+    return parse(octets_of(path), source=str(path), folder=path.parent)
+
+
+def octets_of(path: Path) -> bytes:
+    """What is in a file. Raises: NotFound, InvalidSpec."""
     try:
-        octets = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {path}") from error
     except IsADirectoryError as error:
         raise InvalidSpec(f"{path} is a folder", mend="Name the workload file in it.") from error
     except OSError as error:
         raise InvalidSpec(f"cannot read {path}: {error.strerror}") from error
-    return parse(octets, source=str(path), folder=path.parent)
 
 
 def parse(octets: bytes, *, source: str, folder: Path) -> SpecFile:
@@ -128,7 +132,7 @@ class _Loader(yaml.SafeLoader):
             own[key.value] = key.start_mark.line
             if isinstance(value, ScalarNode) and key.value in _AS_WRITTEN:
                 value.tag = "tag:yaml.org,2002:str"
-            if isinstance(value, MappingNode) and key.value == "envs":
+            if isinstance(value, MappingNode) and key.value in ("env", "envs"):
                 for _, inner in value.value:
                     if isinstance(inner, ScalarNode) and inner.tag != "tag:yaml.org,2002:null":
                         inner.tag = "tag:yaml.org,2002:str"
