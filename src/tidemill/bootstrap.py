@@ -37,12 +37,15 @@ def run_foreground(home: Path, overrides: Mapping[str, Any], *, ready: Any = Non
     ``ready`` is called once it answers. Raises: TidemillError when it cannot start; then nothing is left running.
     """
     from tidemill.api.app import close_streams, create_app
+    from tidemill.control.restoring import finish
     from tidemill.control.settings import load_settings
 
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    settings = load_settings(home, overrides)
+    load_settings(home, overrides)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_locked(home))
+        stack.enter_context(locked(home))
+        finish(home)
+        settings = load_settings(home, overrides)
         api_socket = stack.enter_context(_listening(settings.host, settings.port, "--port"))
         settings = replace(settings, port=api_socket.getsockname()[1])
         plane, reports = _build(settings)
@@ -387,8 +390,30 @@ def _end(pid: int) -> None:
             time.sleep(0.02)
 
 
+def backup(home: Path, path: Path, *, logs: bool = True, database: str = "") -> Any:
+    """The ``control.archive.Manifest`` of the new, verified backup at ``path``. The cloud may run, and goes on.
+
+    ``database`` is the address that it was started with, where ``config.yaml`` does not say. Raises: as
+    ``write_backup``.
+    """
+    from tidemill.control.archive import write_backup
+    from tidemill.control.settings import load_settings
+
+    settings = load_settings(home, {"database": database or None})
+    return write_backup(home, settings.database_url, path, logs=logs, now_ns=time.time_ns())
+
+
+def restore(path: Path, home: Path, *, database: str = "", is_replaced: bool = False) -> Any:
+    """What is in ``home`` now (``control.restoring.Restored``). Raises: as there; Conflict while a cloud runs in it."""
+    from tidemill.control import restoring
+
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with locked(home):
+        return restoring.restore(path, home, database=database, is_replaced=is_replaced, now_ns=time.time_ns())
+
+
 @contextlib.contextmanager
-def _locked(home: Path) -> Iterator[None]:
+def locked(home: Path) -> Iterator[None]:
     """Hold the home's lock. Raises: Conflict when another daemon has it."""
     descriptor = os.open(home / "control.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
