@@ -273,6 +273,20 @@ class StatusOut(TypedDict):
     gateway_url: str
     energy: str
     rate_card: str
+    strangers: int
+
+
+class StrangerOut(TypedDict):
+    """A launch that runs, or ran, and that the database has never heard of: it is newer than the backup restored.
+
+    With ``job_known`` it ends by itself when a newer attempt of that job gets the lease; else it is left alone.
+    """
+
+    launch: str
+    job: str
+    job_known: bool
+    state: str
+    seen_at_ns: int
 
 
 class FailingOut(TypedDict):

@@ -1,4 +1,4 @@
-"""Keeping an installation safe: ``backup``, ``backup verify``, ``restore``."""
+"""Keeping an installation safe: ``backup``, ``backup verify``, ``restore``, ``strangers``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
-from tidemill.cli.output import clock, count, emit, facts, note, paint, say
-from tidemill.cli.parsing import Json
+from tidemill.cli.output import clock, count, emit, facts, note, paint, say, table
+from tidemill.cli.parsing import Json, group_of
 from tidemill.cli.ticker import Ticker
 from tidemill.control.archive import Manifest
 from tidemill.errors import InvalidRequest
 from tidemill.sdk import connection
+from tidemill.sdk.client import Client
+from tidemill.sdk.results import Stranger
 from tidemill.units import format_size
 
 
@@ -55,6 +57,11 @@ def backup_command(
         return
     say(paint(f"{path.name} is {verb}", "green"))
     facts([("path", str(path)), *_rows(manifest), ("size", format_size(path.stat().st_size))])
+    if manifest.missing:
+        note(
+            f"  {count(len(manifest.missing), 'blob')} that work names was not in the home: {manifest.missing[0]}",
+            "yellow",
+        )
     if verb.startswith("written"):
         note("  it holds the key behind all tokens and secrets: keep it where nobody else reads it")
 
@@ -99,7 +106,52 @@ def restore_command(
     )
     for line in done.notes:
         note(f"  {line}")
-    note("  tidemill up adopts the jobs that run on; tidemill strangers shows what it has never heard of")
+    note("  tidemill up adopts the jobs that run on; tidemill strangers list shows what it has never heard of")
+
+
+def strangers_list(json: Json = False) -> None:
+    """Launches that are on the engine and that the database has never heard of."""
+    with Client() as client:
+        found = client.strangers()
+    if json:
+        emit([one.to_json() for one in found])
+    elif not found:
+        say("no strangers")
+    else:
+        rows = [(one.launch, one.state, _fate(one), clock(one.seen_at_ns)) for one in found]
+        table(("launch", "state", "what becomes of it", "seen"), rows)
+        note("  tidemill strangers end LAUNCH ends one")
+
+
+def strangers_end(
+    launches: Annotated[
+        list[str] | None, typer.Argument(metavar="LAUNCH…", help="Which to end.", show_default=False)
+    ] = None,
+    everyone: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    grace: Annotated[float, typer.Option("--grace", metavar="S", help="Before they are killed, in seconds.")] = 30.0,
+    json: Json = False,
+) -> None:
+    """End launches that the database has never heard of; what they wrote stays in their job's folders."""
+    if bool(launches) is everyone:
+        raise InvalidRequest("name launches, or all", field="LAUNCH", mend="tidemill strangers list shows them.")
+    with Client() as client:
+        named = [one.launch for one in client.strangers()] if everyone else launches or []
+        ended = [client.end_stranger(launch, grace_s=grace) for launch in named]
+    if json:
+        emit([one.to_json() for one in ended])
+    for one in () if json else ended:
+        say(f"{one.launch} is stopped" if one.state == "alive" else f"{one.launch} is forgotten")
+
+
+def _fate(one: Stranger) -> str:
+    if one.state != "alive":
+        return "nothing of it runs; kept until it is ended"
+    return "ends when its job is started again" if one.job_known else "is left alone until somebody ends it"
+
+
+strangers_app = group_of(
+    "Launches that are newer than the backup that was restored.", list=strangers_list, end=strangers_end
+)
 
 
 def _rows(manifest: Manifest) -> list[tuple[str, str]]:

@@ -68,6 +68,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Keep it safe": {
         "backup": ("backups", "Write a verified backup, or check one"),
         "restore": ("backups", "Put a backup into an empty or stopped home"),
+        "strangers": ("backups", "What runs and is newer than the backup restored"),
     },
 }
 """By heading, each command's module and what it does in a line."""

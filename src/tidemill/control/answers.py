@@ -84,6 +84,8 @@ class Status:
     energy: str
     rate_card: str
     gateway_url: str
+    strangers: int = 0
+    """Launches that the engine has and the store has never heard of."""
 
 
 def explain(world: World, job: Job, workload: Workload, stored: Reason | None, *, now: int, policy: Policy) -> Why:

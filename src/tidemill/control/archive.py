@@ -23,11 +23,12 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Final
 
@@ -50,13 +51,17 @@ _FULL: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a backup says of itself. ``files`` has the SHA-256 and the size in bytes of each member but this one."""
+    """What a backup says of itself. ``files`` has the SHA-256 and the size in bytes of each member but this one.
+
+    ``missing`` are blobs that rows name and the home did not have any more; found by trying it out, not written.
+    """
 
     version: str
     made_ns: int
     database: DatabaseCopy
     logs: bool
     files: dict[str, tuple[str, int]]
+    missing: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -133,7 +138,7 @@ def verify_backup(path: Path, *, scratch: Path | None = None) -> Manifest:
     with tempfile.TemporaryDirectory(prefix=".tidemill-verify-", dir=scratch) as folder:
         manifest = unpack(path, Path(folder), only="database/")
         rebuild(Path(folder) / "database", manifest, Path(folder) / "control.db")
-        return manifest
+        return replace(manifest, missing=_missing_blobs(Path(folder) / "control.db", manifest))
 
 
 def unpack(path: Path, folder: Path, *, only: str = "") -> Manifest:
@@ -142,15 +147,20 @@ def unpack(path: Path, folder: Path, *, only: str = "") -> Manifest:
     Raises: as ``verify_backup``; OSError when ``folder`` cannot take it.
     """
     seen: dict[str, tuple[str, int]] = {}
-    content = b""
-    for name, member in _members(path):
-        if content:
-            raise DamagedBackup("Something comes after the manifest.", field="member", value=name)
-        if name == MANIFEST:
-            content = member.read()
-            continue
-        target = folder / name if name.startswith(only) else None
-        seen[name] = _take(member, target)
+    content, last = b"", "its beginning"
+    try:
+        for name, member in _members(path):
+            last = name
+            if content:
+                raise DamagedBackup("Something comes after the manifest.", field="member", value=name)
+            if name == MANIFEST:
+                content = member.read()
+                continue
+            if name in seen:
+                raise DamagedBackup(f"{name} is there twice.", field="member", value=name)
+            seen[name] = _take(member, folder / name if name.startswith(only) else None)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DamagedBackup(f"It cannot be read at or after {last}: {error}.", field="member", value=last) from error
     if not content:
         raise DamagedBackup(
             "It ends before its manifest: it was not written to its end.", field="member", value=MANIFEST
@@ -169,6 +179,17 @@ def rebuild(tables: Path, manifest: Manifest, target: Path, *, now_ns: int | Non
     epoch = load(f"sqlite:///{target}", tables, manifest.database, now_ns=now_ns)
     check_sound(f"sqlite:///{target}")
     return epoch
+
+
+def _missing_blobs(database: Path, manifest: Manifest) -> tuple[str, ...]:
+    """Digests that rows of the SQLite file name and the backup has not."""
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        named = connection.execute(
+            "SELECT json_extract(body, '$.spec.workdir') FROM workloads"
+            " UNION SELECT json_extract(body, '$.digest') FROM artifacts"
+        )
+        digests = {str(digest).removeprefix("sha256:") for (digest,) in named if digest}
+    return tuple(sorted(one for one in digests if f"blobs/sha256/{one[:2]}/{one}" not in manifest.files))
 
 
 def check_sound(url: str) -> None:
@@ -286,28 +307,25 @@ class _Bytes:
 
 
 def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Name and content of each member, in order. Raises: DamagedBackup, NotFound."""
-    last = "its beginning"
+    """Name and content of each member, in order. Raises: DamagedBackup, NotFound; reading a content, as ``tarfile``."""
     try:
-        with path.open("rb") as file:
-            squeezed = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
-            source: Any = gzip.GzipFile(fileobj=file) if squeezed else file
-            with tarfile.open(fileobj=source, mode="r|") as archive:
-                for member in archive:
-                    last = member.name
-                    content = archive.extractfile(member) if member.isreg() else None
-                    if content is None or not _MEMBER.fullmatch(member.name):
-                        raise DamagedBackup("This does not belong into a backup.", field="member", value=member.name)
-                    yield member.name, content
-            while source.read(_BLOCK):
-                pass
+        file = path.open("rb")
     except FileNotFoundError as error:
         raise NotFound("There is no such backup.", field="path", value=str(path)) from error
     except IsADirectoryError as error:
         raise InvalidRequest("That is a folder.", field="path", value=str(path), mend="Name the file.") from error
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DamagedBackup(f"It cannot be read after {last}: {error}.", field="member", value=last) from error
+    with file:
+        is_squeezed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        source: Any = gzip.GzipFile(fileobj=file) if is_squeezed else file
+        with tarfile.open(fileobj=source, mode="r|") as archive:
+            for member in archive:
+                content = archive.extractfile(member) if member.isreg() else None
+                if content is None or not _MEMBER.fullmatch(member.name):
+                    raise DamagedBackup("This does not belong into a backup.", field="member", value=member.name)
+                yield member.name, content
+        while source.read(_BLOCK):  # the rest of it has a check of its own when it is compressed
+            pass
 
 
 def _take(member: IO[bytes], target: Path | None) -> tuple[str, int]:
