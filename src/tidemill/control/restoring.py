@@ -23,7 +23,7 @@ from tidemill.control.archive import Manifest, cannot, check_sound, rebuild, unp
 from tidemill.control.settings import load_settings
 from tidemill.errors import Conflict
 from tidemill.store import schema
-from tidemill.store.backup import load
+from tidemill.store.backup import load, revision_of
 from tidemill.store.connections import connect
 
 _STAGE: Final = "restoring"
@@ -139,7 +139,7 @@ def _is_due(plan: dict[str, Any]) -> bool:
     database = connect(plan["database"], patience_s=10)
     try:
         with database.reading() as connection:
-            epoch = connection.execute(select(schema.leadership.c.epoch)).scalar_one()
+            epoch = connection.execute(select(schema.leadership.c.epoch)).scalar_one() if revision_of(connection) else 0
         return bool(epoch >= plan["epoch"])
     finally:
         database.close()
