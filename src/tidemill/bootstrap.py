@@ -14,6 +14,7 @@ import http.client
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -485,8 +486,13 @@ def read_endpoint(home: Path) -> dict[str, Any]:
     return endpoint
 
 
-def start_daemon(home: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the cloud answers that now runs in the background. Raises: TidemillError as ``run_foreground`` does."""
+def start_daemon(
+    home: Path, overrides: Mapping[str, Any], *, python: str = sys.executable, timeout_s: float | None = None
+) -> dict[str, Any]:
+    """Where the cloud answers that now runs in the background, by that ``python``'s version of Tidemill.
+
+    Raises: TidemillError as ``run_foreground`` does; Unavailable when it is not ready in time, and then it is ended.
+    """
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     if is_running(home):
         raise Conflict(
@@ -496,7 +502,7 @@ def start_daemon(home: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
             mend="Use it, or end it with tidemill down.",
         )
     reading, writing = os.pipe()
-    command = [sys.executable, "-m", "tidemill.bootstrap", str(home), json.dumps(dict(overrides)), str(writing)]
+    command = [python, "-m", "tidemill.bootstrap", str(home), json.dumps(dict(overrides)), str(writing)]
     with (home / "control.log").open("ab") as output:
         process = subprocess.Popen(
             command,
@@ -509,6 +515,11 @@ def start_daemon(home: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         )
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
+        if timeout_s is not None and not select.select([pipe], [], [], timeout_s)[0]:
+            process.kill()
+            process.wait()
+            mend = f"See {home / 'control.log'}."
+            raise Unavailable(f"The control plane was not ready within {timeout_s:g} s.", mend=mend)
         answer = pipe.read()
     if answer == b"ready":
         return read_endpoint(home)
@@ -531,6 +542,25 @@ def _every_error(kind: type[TidemillError]) -> Iterator[type[TidemillError]]:
     yield kind
     for below in kind.__subclasses__():
         yield from _every_error(below)
+
+
+def command_of_daemon(home: Path) -> tuple[str, dict[str, Any]]:
+    """The python and the settings with which the cloud of this home was started in the background.
+
+    Raises: Unavailable when none runs, Conflict when it runs in the foreground, where somebody else has to start it.
+    """
+    if not is_running(home):
+        raise Unavailable("No cloud is running here.", field="home", value=str(home), mend="tidemill up starts one.")
+    pid = int(read_endpoint(home)["pid"])
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    if words[1:3] != ["-m", "tidemill.bootstrap"]:
+        raise Conflict(
+            "The cloud was not started in the background.",
+            field="home",
+            value=str(home),
+            mend="Take a backup, install the new version, and let what started it start it again.",
+        )
+    return words[0], json.loads(words[4])
 
 
 def stop_daemon(home: Path, *, stop_jobs: bool, timeout_s: float = 60.0) -> bool:

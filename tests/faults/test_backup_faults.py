@@ -19,6 +19,7 @@ from tests.cloud import Cloud, eventually
 from tests.faults.test_store_faults import PER_BATCH, environment, program, small_disk, strace
 from tests.postgres import Postgres
 from tidemill import bootstrap
+from tidemill.cli.main import run
 from tidemill.control.archive import verify_backup
 from tidemill.control.restoring import finish
 from tidemill.errors import StorageFull
@@ -42,8 +43,8 @@ def cloud(tmp_path: Path) -> Iterator[Cloud]:
     made.down()
 
 
-def task(run: str, **more: Any) -> dict[str, Any]:
-    return {"kind": "task", "name": "witness", "run": run, "resources": {"cpus": 0.05}} | more
+def task(command: str, **more: Any) -> dict[str, Any]:
+    return {"kind": "task", "name": "witness", "run": command, "resources": {"cpus": 0.05}} | more
 
 
 def journal_of(cloud: Cloud, job_id: str) -> list[str]:
@@ -125,7 +126,9 @@ def test_under_load_all_that_was_acknowledged_before_is_in_it(
 # An old backup
 
 
-def test_an_old_backup_leaves_newer_launches_alone(cloud: Cloud, tmp_path: Path) -> None:
+def test_an_old_backup_leaves_newer_launches_alone(
+    cloud: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of a job that the backup does not know: it runs to its end, is shown, and is ended by hand only."""
     bootstrap.backup(cloud.home, tmp_path / "b.tar")
     lost = [cloud.submit(task(WITNESS, name=f"newer-{number}")) for number in range(2)]
@@ -153,10 +156,19 @@ def test_an_old_backup_leaves_newer_launches_alone(cloud: Cloud, tmp_path: Path)
     eventually(lambda: journal_of(cloud, lost[0]) == ["start 1", "end 1"], within_s=10, what="it ran to its end")
     assert journal_of(cloud, lost[1]) == ["start 1"]
 
-    launches = {one["job"]: one["launch"] for one in strangers()}
     assert cloud.call("POST", "/v1/strangers/run_nobody-1-0/stop", {})[0] == 404
-    for job_id in lost:
-        assert cloud.call("POST", f"/v1/strangers/{launches[job_id]}/stop?grace=0", {})[0] == 202
+    assert cloud.call("GET", "/v1/strangers", token="tm_user_nobody")[0] == 401
+    monkeypatch.setenv("TIDEMILL_HOME", str(cloud.home))
+    for words, wanted in (
+        (["status"], "2 unknown here"),
+        (["doctor"], "2 on the engine that the database has never heard of"),
+        (["strangers", "list"], "is left alone until somebody ends it"),
+    ):
+        run(words)
+        assert wanted in capsys.readouterr().out
+    assert run(["strangers", "end"]) == 2
+    assert run(["strangers", "end", "--all", "--grace", "0"]) == 0
+    assert "is stopped" in capsys.readouterr().out
     eventually(lambda: not strangers(), within_s=20, what="they are gone and forgotten")
     assert journal_of(cloud, lost[1]) == ["start 1"]
 

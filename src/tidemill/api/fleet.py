@@ -79,6 +79,8 @@ async def status(call: Caller) -> Response:
             "energy": found.energy,
             "rate_card": found.rate_card,
             "strangers": found.strangers,
+            "workers": found.workers,
+            "heard": found.heard,
         }
 
     return json_answer(await blocking(answer))

@@ -258,7 +258,11 @@ class ReceiptOut(TypedDict):
 
 
 class StatusOut(TypedDict):
-    """The cloud at a glance."""
+    """The cloud at a glance.
+
+    ``workers`` run; of ``heard`` of them the runner was heard of since the control plane started. ``strangers`` are
+    launches that the database has never heard of.
+    """
 
     version: str
     state: str
@@ -274,6 +278,8 @@ class StatusOut(TypedDict):
     energy: str
     rate_card: str
     strangers: int
+    workers: int
+    heard: int
 
 
 class StrangerOut(TypedDict):

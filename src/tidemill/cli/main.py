@@ -68,6 +68,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Keep it safe": {
         "backup": ("backups", "Write a verified backup, or check one"),
         "restore": ("backups", "Put a backup into an empty or stopped home"),
+        "upgrade": ("upgrading", "Run the installed version in place of the one that runs"),
         "strangers": ("backups", "What runs and is newer than the backup restored"),
     },
 }

@@ -33,8 +33,18 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, Final
 
 from tidemill import __version__
-from tidemill.errors import Conflict, DamagedBackup, InvalidRequest, NotFound, StorageFull, TidemillError, Unavailable
+from tidemill.errors import (
+    Conflict,
+    DamagedBackup,
+    InvalidRequest,
+    InvalidSetting,
+    NotFound,
+    StorageFull,
+    TidemillError,
+    Unavailable,
+)
 from tidemill.store.backup import DatabaseCopy, check_revision, export, load
+from tidemill.store.schema import HEAD
 from tidemill.store.sql import SqlStore
 
 FORMAT: Final = 1
@@ -233,6 +243,12 @@ def _claimed(draft: Path, path: Path) -> Iterator[BinaryIO]:
 
 def _write(file: BinaryIO, home: Path, url: str, tables: Path, *, is_squeezed: bool, logs: bool, now_ns: int) -> None:
     database = export(url, tables)
+    if database.revision > HEAD:
+        raise InvalidSetting(
+            f"The database is of a later version of Tidemill (schema {database.revision}, this one knows {HEAD}).",
+            field="database",
+            mend="Use the tidemill of that version.",
+        )
     files: dict[str, tuple[str, int]] = {}
     with contextlib.ExitStack() as stack:
         sink: Any = file

@@ -512,6 +512,8 @@ class ControlPlane:
             counts[job.state.value] = counts.get(job.state.value, 0) + 1
         fleet = world.fleet
         nodes = tuple(world.nodes.copy().values())
+        runs = [one.id for one in world.allocations.copy().values() if one.state is AllocationState.ACTIVE]
+        has_runners = self._engine.capabilities.name != "simulated"
         free_gpu = int(fleet.gpu_free.clip(min=0).sum()) if fleet.gpu_free.size else 0
         return Status(
             version=__version__,
@@ -526,6 +528,8 @@ class ControlPlane:
             rate_card=self._rates.id,
             gateway_url=self.settings.gateway_url,
             strangers=len(self._work.strangers),
+            workers=len(runs),
+            heard=sum(launch in self.beats for launch in runs) if has_runners else len(runs),
         )
 
     def waiting(self, identity: Identity, *, project: ProjectId = ProjectId(""), limit: int) -> tuple[Queued, ...]:

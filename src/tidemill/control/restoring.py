@@ -28,8 +28,8 @@ from tidemill.store.connections import connect
 
 _STAGE: Final = "restoring"
 _READY: Final = "ready.json"
-_KEPT: Final = ("local", "control.lock", _STAGE)
-"""What of a home stays in its place."""
+_KEPT: Final = ("local", "control.lock", "backups", _STAGE)
+"""What of a home stays in its place. Upgrades put their backups into ``backups``."""
 _HARMLESS: Final = ("endpoint.json", "control.log", "gateway.log", "gateway.token", "config.yaml")
 """What of a home may be there though it counts as empty."""
 

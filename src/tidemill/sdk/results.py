@@ -291,6 +291,8 @@ class Status(Record):
     gateway_url: str = ""
     energy: str = ""
     strangers: int = 0
+    workers: int = 0
+    heard: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,8 +147,10 @@ def check_revision(revision: str, *, version: str) -> None:
         )
 
 
-def load(url: str, folder: Path, copy: DatabaseCopy, *, now_ns: int | None, aside: str = "") -> int:
-    """The newest epoch of the database at ``url``, which is now that of the copy, migrated to this version.
+def load(
+    url: str, folder: Path, copy: DatabaseCopy, *, now_ns: int | None, aside: str = "", is_migrated: bool = True
+) -> int:
+    """The newest epoch of the database at ``url``, which is now that of the copy, migrated unless said otherwise.
 
     All in one transaction. With ``now_ns`` epochs and fences jump (``jump``). ``aside`` is the schema of PostgreSQL
     into which tables that are there already are moved; without it they are refused.
@@ -163,7 +165,8 @@ def load(url: str, folder: Path, copy: DatabaseCopy, *, now_ns: int | None, asid
                 _read(connection, name, folder / f"{name}.jsonl", copy.tables.get(name, -1))
             if not database.is_sqlite:
                 _set_counters(connection)
-            upgrade(connection)
+            if is_migrated:
+                upgrade(connection)
             if now_ns is not None:
                 return jump(connection, now_ns=now_ns, above=before)
             return copy.epoch
