@@ -23,7 +23,7 @@ def backup_command(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PATH | verify PATH]",
+            metavar="[verify] [PATH]",
             help="The file to write, compressed when its name ends in gz; or the one to check.",
             show_default=False,
         ),
