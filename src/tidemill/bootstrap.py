@@ -394,12 +394,14 @@ def _end(pid: int) -> None:
 def backup(home: Path, path: Path, *, logs: bool = True, database: str = "") -> Any:
     """The ``control.archive.Manifest`` of the new, verified backup at ``path``. The cloud may run, and goes on.
 
-    ``database`` is the address that it was started with, where ``config.yaml`` does not say. Raises: as
-    ``write_backup``.
+    ``database`` is the address that it was started with, where neither ``config.yaml`` nor the running cloud says.
+    Raises: as ``write_backup``.
     """
     from tidemill.control.archive import write_backup
     from tidemill.control.settings import load_settings
 
+    with contextlib.suppress(TidemillError, OSError):
+        database = database or command_of_daemon(home)[1].get("database") or ""
     settings = load_settings(home, {"database": database or None})
     return write_backup(home, settings.database_url, path, logs=logs, now_ns=time.time_ns())
 

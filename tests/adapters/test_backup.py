@@ -203,6 +203,29 @@ def test_a_home_moves_to_postgresql_and_its_tables_are_kept_when_replaced(
     store.close()
 
 
+@pytest.mark.parametrize("into", ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def test_a_backup_of_a_released_version_is_migrated(tmp_path: Path, into: str, request: pytest.FixtureRequest) -> None:
+    from tests.contract.test_migrations import REVISIONS, check_answers, check_values, put_back, tables_of, told
+
+    home = tmp_path / "old"
+    make_home(home)
+    (home / "control.db").unlink()
+    url = f"sqlite:///{home / 'control.db'}"
+    put_back(url, REVISIONS[0])
+    before = {name: rows for name, rows in tables_of(url).items() if name != "alembic_version"}
+    assert bootstrap.backup(home, tmp_path / "b.tar").database.revision == REVISIONS[0]
+    server = request.getfixturevalue("postgres") if into == "postgresql" else None
+    given = server.url(server.database()) if server else ""
+    done = bootstrap.restore(tmp_path / "b.tar", tmp_path / "new", database=given)
+    after = tables_of(done.database)
+    assert after["alembic_version"] == [{"version_num": schema.HEAD}]
+    del before["leadership"]
+    check_values(before, after)
+    store = SqlStore(done.database)
+    check_answers(store, told(REVISIONS[0]), is_restored=True)
+    store.close()
+
+
 # Epochs and fences
 
 

@@ -160,6 +160,31 @@ def test_a_migration_that_fails_is_found_before_anything_is_stopped(cloud: Cloud
     assert cloud.call("GET", "/v1/healthz")[0] == 200
 
 
+KILLED = """
+import os, sys
+from pathlib import Path
+from tidemill import bootstrap
+from tidemill.cli.upgrading import upgrade
+bootstrap.start_daemon = lambda *_, **__: os._exit(9)
+upgrade(Path(sys.argv[1]), sys.argv[2], timeout_s=60)
+"""
+
+
+def test_an_upgrade_killed_before_the_new_version_started_is_finished_by_up(cloud: Cloud, tmp_path: Path) -> None:
+    python = version(tmp_path / "next", "99.0.0")
+    job_id = cloud.submit(task(WITNESS))
+    cloud.wait(job_id, "running")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(cloud.home), python], check=False)
+    assert done.returncode == 9
+    left = list((cloud.home / "backups").glob(".last-state-*"))
+    assert len(left) == 1
+    cloud.up()
+    assert cloud.job(job_id)["state"] == "running"
+    assert upgrade(cloud.home, python, timeout_s=60).after == "99.0.0"
+    assert not list((cloud.home / "backups").glob(".last-state-*"))
+    check_witness(cloud, job_id)
+
+
 def test_what_cannot_be_upgraded_is_said(cloud: Cloud, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="no Tidemill that it could run"):
         upgrade(cloud.home, "/bin/false", timeout_s=60)

@@ -225,6 +225,9 @@ class _LastState:
 
 @contextlib.contextmanager
 def _last_state(home: Path, url: str) -> Any:
+    for left in (home / "backups").glob(".last-state-*"):  # of one that was killed
+        if not Path(f"/proc/{left.name.rpartition('-')[2]}").exists():
+            _LastState(url, left).remove()
     folder = home / "backups" / f".last-state-{os.getpid()}"
     folder.mkdir(mode=0o700)
     state = _LastState(url, folder)
@@ -235,7 +238,8 @@ def _last_state(home: Path, url: str) -> Any:
 
 
 def _status(home: Path) -> Status:
-    token = (home / "admin.token").read_text().strip()
+    path = home / "admin.token"
+    token = path.read_text().strip() if path.exists() else None
     with Client(str(bootstrap.read_endpoint(home)["api_url"]), token, retry_for_s=5) as client:
         return client.status()
 
