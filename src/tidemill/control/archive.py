@@ -51,6 +51,7 @@ FORMAT: Final = 1
 HOME_FILES: Final = ("secret.key", "config.yaml", "admin.token")
 MANIFEST: Final = "manifest.json"
 _BLOCK: Final = 1 << 20
+_DRAFT: Final = ".tidemill-partial"
 _MEMBER: Final = re.compile(
     r"manifest\.json|database/[a-z_0-9]+\.jsonl|home/(?:secret\.key|config\.yaml|admin\.token)"
     r"|blobs/sha256/[0-9a-f]{2}/[0-9a-f]{64}|logs/[A-Za-z0-9][A-Za-z0-9_-]{0,127}/\d{1,19}/\d{1,9}\.(?:log|complete)",
@@ -118,16 +119,18 @@ def write_backup(home: Path, database_url: str, path: Path, *, logs: bool, now_n
         raise Conflict("There is a file of that name.", field="path", value=str(path), mend="Choose another name.")
     if not (home / "secret.key").exists():
         raise NotFound("There is no installation there.", field="home", value=str(home), mend="Set TIDEMILL_HOME.")
-    draft, tables = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.tables")
+    draft = path.with_name(f".{path.name}{_DRAFT}")
+    tables = _tables_of(draft)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
         with _claimed(draft, path) as file:
             try:
-                shutil.rmtree(tables, ignore_errors=True)
                 tables.mkdir(mode=0o700)
                 _write(file, home, database_url, tables, is_squeezed=path.name.endswith("gz"), logs=logs, now_ns=now_ns)
                 file.flush()
                 os.fsync(file.fileno())
-                manifest = verify_backup(draft, scratch=path.parent)
+                manifest = verify_backup(draft, scratch=tables)
                 draft.rename(path)
                 _sync(path.parent)
                 return manifest
@@ -227,10 +230,23 @@ def cannot(error: OSError, path: Path) -> TidemillError:
 # Writing
 
 
+def _tables_of(draft: Path) -> Path:
+    """The folder in which the rows lie while the draft is written."""
+    return draft.with_suffix(".tidemill-tables")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove drafts that killed ones left; nobody else holds those."""
+    for draft in folder.glob(f".*{_DRAFT}"):
+        with contextlib.suppress(OSError), draft.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(_tables_of(draft), ignore_errors=True)
+            draft.unlink()
+
+
 @contextlib.contextmanager
 def _claimed(draft: Path, path: Path) -> Iterator[BinaryIO]:
-    """The draft, empty, for us alone; what a killed one left is overwritten. Raises: Conflict."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The draft, empty, for us alone. Raises: Conflict."""
     with os.fdopen(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
