@@ -412,4 +412,4 @@ def test_a_start_finishes_what_a_killed_restoring_decided(tmp_path: Path) -> Non
         assert b"cloud" in status.stdout
         assert (home / "endpoint.json").exists()
     finally:
-        cloud.kill()
+        bootstrap.stop_daemon(home, stop_jobs=False)
