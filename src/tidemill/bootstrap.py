@@ -14,6 +14,7 @@ import http.client
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -37,12 +38,15 @@ def run_foreground(home: Path, overrides: Mapping[str, Any], *, ready: Any = Non
     ``ready`` is called once it answers. Raises: TidemillError when it cannot start; then nothing is left running.
     """
     from tidemill.api.app import close_streams, create_app
+    from tidemill.control.restoring import finish
     from tidemill.control.settings import load_settings
 
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    settings = load_settings(home, overrides)
+    load_settings(home, overrides)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_locked(home))
+        stack.enter_context(locked(home))
+        finish(home)
+        settings = load_settings(home, overrides)
         api_socket = stack.enter_context(_listening(settings.host, settings.port, "--port"))
         settings = replace(settings, port=api_socket.getsockname()[1])
         plane, reports = _build(settings)
@@ -447,8 +451,32 @@ def _end(pid: int) -> None:
             time.sleep(0.02)
 
 
+def backup(home: Path, path: Path, *, logs: bool = True, database: str = "") -> Any:
+    """The ``control.archive.Manifest`` of the new, verified backup at ``path``. The cloud may run, and goes on.
+
+    ``database`` is the address that it was started with, where neither ``config.yaml`` nor the running cloud says.
+    Raises: as ``write_backup``.
+    """
+    from tidemill.control.archive import write_backup
+    from tidemill.control.settings import load_settings
+
+    with contextlib.suppress(TidemillError, OSError):
+        database = database or command_of_daemon(home)[1].get("database") or ""
+    settings = load_settings(home, {"database": database or None})
+    return write_backup(home, settings.database_url, path, logs=logs, now_ns=time.time_ns())
+
+
+def restore(path: Path, home: Path, *, database: str = "", is_replaced: bool = False) -> Any:
+    """What is in ``home`` now (``control.restoring.Restored``). Raises: as there; Conflict while a cloud runs in it."""
+    from tidemill.control import restoring
+
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with locked(home):
+        return restoring.restore(path, home, database=database, is_replaced=is_replaced, now_ns=time.time_ns())
+
+
 @contextlib.contextmanager
-def _locked(home: Path) -> Iterator[None]:
+def locked(home: Path) -> Iterator[None]:
     """Hold the home's lock. Raises: Conflict when another daemon has it."""
     descriptor = os.open(home / "control.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -520,8 +548,13 @@ def read_endpoint(home: Path) -> dict[str, Any]:
     return endpoint
 
 
-def start_daemon(home: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the cloud answers that now runs in the background. Raises: TidemillError as ``run_foreground`` does."""
+def start_daemon(
+    home: Path, overrides: Mapping[str, Any], *, python: str = sys.executable, timeout_s: float | None = None
+) -> dict[str, Any]:
+    """Where the cloud answers that now runs in the background, by that ``python``'s version of Tidemill.
+
+    Raises: TidemillError as ``run_foreground`` does; Unavailable when it is not ready in time, and then it is ended.
+    """
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     if is_running(home):
         raise Conflict(
@@ -531,7 +564,7 @@ def start_daemon(home: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
             mend="Use it, or end it with tidemill down.",
         )
     reading, writing = os.pipe()
-    command = [sys.executable, "-m", "tidemill.bootstrap", str(home), json.dumps(dict(overrides)), str(writing)]
+    command = [python, "-m", "tidemill.bootstrap", str(home), json.dumps(dict(overrides)), str(writing)]
     with (home / "control.log").open("ab") as output:
         process = subprocess.Popen(
             command,
@@ -544,6 +577,11 @@ def start_daemon(home: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         )
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
+        if timeout_s is not None and not select.select([pipe], [], [], timeout_s)[0]:
+            process.kill()
+            process.wait()
+            mend = f"See {home / 'control.log'}."
+            raise Unavailable(f"The control plane was not ready within {timeout_s:g} s.", mend=mend)
         answer = pipe.read()
     if answer == b"ready":
         return read_endpoint(home)
@@ -566,6 +604,25 @@ def _every_error(kind: type[TidemillError]) -> Iterator[type[TidemillError]]:
     yield kind
     for below in kind.__subclasses__():
         yield from _every_error(below)
+
+
+def command_of_daemon(home: Path) -> tuple[str, dict[str, Any]]:
+    """The python and the settings with which the cloud of this home was started in the background.
+
+    Raises: Unavailable when none runs, Conflict when it runs in the foreground, where somebody else has to start it.
+    """
+    if not is_running(home):
+        raise Unavailable("No cloud is running here.", field="home", value=str(home), mend="tidemill up starts one.")
+    pid = int(read_endpoint(home)["pid"])
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    if words[1:3] != ["-m", "tidemill.bootstrap"]:
+        raise Conflict(
+            "The cloud was not started in the background.",
+            field="home",
+            value=str(home),
+            mend="Take a backup, install the new version, and let what started it start it again.",
+        )
+    return words[0], json.loads(words[4])
 
 
 def stop_daemon(home: Path, *, stop_jobs: bool, timeout_s: float = 60.0) -> bool:

@@ -160,6 +160,13 @@ class StorageFull(TidemillError):
     kind = ErrorKind.STORAGE_FULL
 
 
+class DamagedBackup(TidemillError):
+    """The backup is not whole, or not as it was written."""
+
+    code = "damaged_backup"
+    kind = ErrorKind.INVALID
+
+
 class EngineRefused(TidemillError):
     """The engine refused the command; the same command would be refused again."""
 

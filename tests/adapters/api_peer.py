@@ -69,7 +69,9 @@ class PuppetEngine:
         self._seen[launch_id] = ObservedState.GONE
 
     def observe(self) -> Sight:
-        seen = tuple(Observation(launch_id=launch, state=state) for launch, state in list(self._seen.items()))
+        here = self._nodes[0].id
+        listed = list(self._seen.items())
+        seen = tuple(Observation(launch_id=launch, node_id=here, state=state) for launch, state in listed)
         return Sight(nodes=frozenset(node.id for node in self._nodes), launches=seen)
 
     def lose(self, launch_id: LaunchId) -> None:

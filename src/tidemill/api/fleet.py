@@ -19,9 +19,20 @@ from tidemill.api.follow import PING, PING_S, event_stream, rung, sse
 from tidemill.api.guard import OPEN, Call, Caller, Routes, blocking
 from tidemill.api.jobs import Cursor, Limit, ProjectName
 from tidemill.api.refs import find_job
-from tidemill.api.shapes import EventOut, Health, LedgerLineOut, NodeOut, PageOf, StatusOut, UsageOut
+from tidemill.api.shapes import (
+    EventOut,
+    Health,
+    LedgerLineOut,
+    NodeOut,
+    NothingIn,
+    PageOf,
+    StatusOut,
+    StrangerOut,
+    UsageOut,
+)
+from tidemill.control.enginework import Stranger
 from tidemill.core.facts import has_left
-from tidemill.model.ids import JobId, ProjectId
+from tidemill.model.ids import JobId, LaunchId, ProjectId
 from tidemill.model.tenant import Scope
 from tidemill.ports import StoredEvent
 
@@ -68,9 +79,43 @@ async def status(call: Caller) -> Response:
             "gateway_url": found.gateway_url,
             "energy": found.energy,
             "rate_card": found.rate_card,
+            "strangers": found.strangers,
+            "workers": found.workers,
+            "heard": found.heard,
         }
 
     return json_answer(await blocking(answer))
+
+
+@routes.get("/v1/strangers", allow=Scope.ADMIN, answer=PageOf[StrangerOut])
+async def list_strangers(call: Caller) -> Response:
+    """List launches that are on the engine and that the database has never heard of: after an old backup was restored.
+
+    Those whose job is known end when a newer attempt of it gets the lease; the others are left alone.
+    """
+    found = call.plane.strangers(call.identity)
+    return json_answer({"items": [_stranger(one) for one in found], "next_cursor": ""})
+
+
+@routes.post("/v1/strangers/{launch_id}/stop", allow=Scope.ADMIN, status=202, body=NothingIn, answer=StrangerOut)
+async def stop_stranger(
+    call: Caller,
+    launch_id: str,
+    grace: Annotated[float, Query(ge=0, le=86_400, description="Seconds that its worker gets to end.")] = 30,
+) -> Response:
+    """End a launch that the database has never heard of; it is forgotten once it is gone."""
+    found = call.plane.end_stranger(call.identity, LaunchId(launch_id), grace_ns=int(grace * 1e9))
+    return json_answer(_stranger(found), 202)
+
+
+def _stranger(one: Stranger) -> StrangerOut:
+    return {
+        "launch": one.launch_id,
+        "job": one.job_id,
+        "job_known": one.is_job_known,
+        "state": one.state.value,
+        "seen_at_ns": one.seen_ns,
+    }
 
 
 @routes.get("/v1/nodes", allow=Scope.READ, answer=PageOf[NodeOut])

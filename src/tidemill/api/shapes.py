@@ -259,7 +259,11 @@ class ReceiptOut(TypedDict):
 
 
 class StatusOut(TypedDict):
-    """The cloud at a glance."""
+    """The cloud at a glance.
+
+    ``workers`` run; of ``heard`` of them the runner was heard of since the control plane started. ``strangers`` are
+    launches that the database has never heard of.
+    """
 
     version: str
     state: str
@@ -274,6 +278,22 @@ class StatusOut(TypedDict):
     gateway_url: str
     energy: str
     rate_card: str
+    strangers: int
+    workers: int
+    heard: int
+
+
+class StrangerOut(TypedDict):
+    """A launch that runs, or ran, and that the database has never heard of: it is newer than the backup restored.
+
+    With ``job_known`` it ends by itself when a newer attempt of that job gets the lease; else it is left alone.
+    """
+
+    launch: str
+    job: str
+    job_known: bool
+    state: str
+    seen_at_ns: int
 
 
 class FailingOut(TypedDict):

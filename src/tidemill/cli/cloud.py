@@ -127,11 +127,17 @@ def status_command(json: Json = False) -> None:
             *machine_rows(nodes, status),
             ("free", free),
             ("jobs", jobs or "none"),
+            ("strangers", _strangers(status.strangers)),
             ("energy", status.energy),
             ("OpenAI", f"{status.gateway_url}/v1" if status.gateway_url else ""),
             ("home", str(connection.home()) if client.is_local and not os.environ.get("TIDEMILL_API_URL") else ""),
         ]
     )
+
+
+def _strangers(number: int) -> str:
+    """What to say of launches that the database has never heard of; empty when there are none."""
+    return paint(f"{number} unknown here: tidemill strangers list", "yellow") if number else ""
 
 
 def nodes_command(json: Json = False) -> None:

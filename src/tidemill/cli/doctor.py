@@ -155,3 +155,10 @@ def _control_plane() -> Iterator[Finding]:
         yield Finding("cloud", "broken", error.detail, error.mend)
     else:
         yield Finding("cloud", "ok", f"{client.url}, version {status.version}")
+        if status.strangers:
+            detail = (
+                f"{status.strangers} on the engine that the database has never heard of (an old backup was restored)"
+            )
+            yield Finding(
+                "strangers", "note", detail, "tidemill strangers list shows them, tidemill strangers end ends them"
+            )

@@ -72,6 +72,12 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "token": ("access", "Credentials for people and programs"),
         "project": ("access", "Who shares a quota"),
     },
+    "Keep it safe": {
+        "backup": ("backups", "Write a verified backup, or check one"),
+        "restore": ("backups", "Put a backup into an empty or stopped home"),
+        "upgrade": ("upgrading", "Run the installed version in place of the one that runs"),
+        "strangers": ("backups", "What runs and is newer than the backup restored"),
+    },
 }
 """By heading, each command's module and what it does in a line."""
 

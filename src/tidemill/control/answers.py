@@ -84,6 +84,11 @@ class Status:
     energy: str
     rate_card: str
     gateway_url: str
+    strangers: int = 0
+    """Launches that the engine has and the store has never heard of."""
+    workers: int = 0
+    heard: int = 0
+    """Of the workers that run, those whose runner this control plane has heard of since it started."""
 
 
 def explain(world: World, job: Job, workload: Workload, stored: Reason | None, *, now: int, policy: Policy) -> Why:

@@ -11,12 +11,13 @@ import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from zlib import crc32
 
 from tidemill.errors import Conflict, EngineLost, EngineRefused, NotFound, TidemillError
 from tidemill.model.events import Exited, Fact, LaunchRefused, NeverLaunched, NodeJoined, Vanished
-from tidemill.model.ids import LaunchId
+from tidemill.model.ids import JobId, LaunchId, NodeId, job_of_launch
 from tidemill.model.job import Allocation, AllocationState, Cause
 from tidemill.model.plan import Command, Forget, Launch, LaunchSpec, Observation, ObservedState, Sight, Stop
 from tidemill.ports import Engine, Store
@@ -26,12 +27,27 @@ _LANES = 4
 _CLEANED_AT_ONCE = 16
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stranger:
+    """A launch that the engine has and the store has never heard of: a restored backup is older than it is.
+
+    ``is_job_known`` says that its job is known; then it ends when a newer attempt of that job gets the lease.
+    """
+
+    launch_id: LaunchId
+    job_id: JobId
+    is_job_known: bool
+    node_id: NodeId
+    state: ObservedState
+    seen_ns: int
+
+
 class EngineWork:
     """The hands of the control plane on one engine.
 
     ``live`` gives the allocations that are not released, ``build`` the launch spec of one of them (raising
-    NotFound when it is over), ``tell`` takes facts. ``is_news`` is told of every look, and
-    says whether it is time to ask for the nodes.
+    NotFound when it is over), ``tell`` takes facts, ``met`` each stranger once. ``is_news`` is told of every look, and
+    says whether it is time to ask for the nodes. ``elsewhere`` gives the strangers of other engines.
     """
 
     def __init__(
@@ -44,6 +60,8 @@ class EngineWork:
         build: Callable[[LaunchId], LaunchSpec],
         tell: Callable[[Sequence[Fact]], object],
         is_news: Callable[[Sight], bool] = lambda _: False,
+        met: Callable[[Stranger], object] = lambda _: None,
+        elsewhere: Callable[[], Iterable[Stranger]] = tuple,
         observe_every_s: float = 0.5,
         nodes_every_s: float = 30.0,
     ) -> None:
@@ -54,13 +72,18 @@ class EngineWork:
         self._build = build
         self._tell = tell
         self._is_news = is_news
+        self._met = met
+        self._elsewhere = elsewhere
         self._observe_every_s = observe_every_s
         self._nodes_every_s = nodes_every_s
         self._lanes: list[queue.SimpleQueue[Command | None]] = [queue.SimpleQueue() for _ in range(_LANES)]
         self._in_flight: Counter[LaunchId] = Counter()
         self._begun: set[LaunchId] = set()
         self._lock = threading.Lock()
-        self._stranger: set[LaunchId] = set()
+        self._strangers: dict[LaunchId, Stranger] = {}
+        self._unwanted: set[LaunchId] = set()
+        """Strangers that somebody had ended."""
+        self._has_looked = False
         self._strays: set[LaunchId] = set()
         """What the engine knew at the last look and the world did not: the turn that ends it may not be stored yet."""
         self._closing = threading.Event()
@@ -91,6 +114,23 @@ class EngineWork:
         for command in commands:
             self._lanes[crc32(command.launch_id.encode()) % _LANES].put(command)
 
+    @property
+    def strangers(self) -> tuple[Stranger, ...]:
+        """What the engine had at the last look and the store has never heard of, by launch."""
+        return tuple(sorted(self._strangers.copy().values(), key=lambda one: one.launch_id))
+
+    def end_stranger(self, launch: LaunchId, *, grace_ns: int) -> Stranger:
+        """The stranger, which is stopped, and forgotten once it is gone. Raises: NotFound."""
+        found = self._strangers.get(launch)
+        if found is None:
+            raise NotFound(
+                "No such launch is unknown here.", field="launch", value=launch, mend="See tidemill strangers list."
+            )
+        self._unwanted.add(launch)
+        if found.state is ObservedState.ALIVE:
+            self.obey([Stop(launch_id=launch, node_id=found.node_id, grace_ns=grace_ns)])
+        return found
+
     def work_off(self, lane: int) -> bool:
         """Whether a command waited in that lane, which is then carried out. Not after ``start``."""
         try:
@@ -110,7 +150,7 @@ class EngineWork:
         live = self._live()
         with self._lock:
             self._begun = {launch for launch, count in self._in_flight.items() if count > 0}
-        sight = self._engine.observe()
+        sight = self._observe(live)
         observed = {observation.launch_id: observation for observation in sight.launches}
         with self._lock:
             busy = self._begun.copy()
@@ -124,10 +164,43 @@ class EngineWork:
         if facts:
             self._tell(facts)
         strays = {launch for launch in observed if launch not in live and launch not in busy}
-        for launch in sorted(strays & self._strays)[:_CLEANED_AT_ONCE]:
+        quiet = self._strangers.keys() - self._unwanted
+        for launch in sorted((strays & self._strays) - quiet)[:_CLEANED_AT_ONCE]:
             self._clean_up(observed[launch])
         self._strays = strays
         return sight
+
+    def _observe(self, live: Mapping[LaunchId, Allocation]) -> Sight:
+        """What the engine has; strangers among it are found at the first look, and kept up to date."""
+        sight = self._engine.observe()
+        observed = {observation.launch_id: observation for observation in sight.launches}
+        for launch, known in list(self._strangers.items()):
+            seen = observed.get(launch)
+            if seen is None and known.node_id in sight.nodes:
+                del self._strangers[launch]
+                self._unwanted.discard(launch)
+            elif seen is not None and known.state is not seen.state:
+                self._strangers[launch] = replace(known, state=seen.state)
+        if not self._has_looked:
+            for launch in [launch for launch in observed if launch not in live]:
+                if self._store.allocation(launch) is None:
+                    self._meet(observed[launch])
+            self._has_looked = True
+        return sight
+
+    def _meet(self, seen: Observation) -> None:
+        job = job_of_launch(seen.launch_id)
+        stranger = Stranger(
+            launch_id=seen.launch_id,
+            job_id=job,
+            is_job_known=self._store.job(job) is not None,
+            node_id=seen.node_id,
+            state=seen.state,
+            seen_ns=self._clock(),
+        )
+        self._strangers[stranger.launch_id] = stranger
+        log.warning("%s is on the engine and unknown here; it is left alone", stranger.launch_id)
+        self._met(stranger)
 
     def _compare(self, held: Allocation, seen: Observation | None) -> Fact | None:
         now = self._clock()
@@ -151,15 +224,16 @@ class EngineWork:
         """A launch that nobody holds: forgotten when it is over, ended when it was released, else left alone.
 
         One that the store has never heard of belongs to a newer state than the store's (an old backup was
-        restored): it is reported and not touched.
+        restored): it is reported and not touched, until somebody has it ended.
         """
         launch = seen.launch_id
-        if launch in self._stranger:
+        if launch in self._strangers:
+            if launch in self._unwanted and seen.state is not ObservedState.ALIVE:
+                self.obey([Forget(launch_id=launch, node_id=seen.node_id)])
             return
         stored = self._store.allocation(launch)
         if stored is None:
-            self._stranger.add(launch)
-            log.warning("%s runs on the engine and is unknown here; it is left alone", launch)
+            self._meet(seen)
         elif stored.state is AllocationState.RELEASED:
             if seen.state is not ObservedState.ALIVE:
                 self.obey([Forget(launch_id=launch, node_id=stored.node_id)])
@@ -195,9 +269,21 @@ class EngineWork:
                 if self._in_flight[command.launch_id] <= 0:
                     del self._in_flight[command.launch_id]
 
+    def _is_held_back(self, launch: LaunchId) -> bool:
+        """Whether a stranger of the same job is alive: it has to be gone first, so that no work runs twice."""
+        if not self._has_looked:
+            self._observe(self._live())
+        strangers = (*self._strangers.copy().values(), *self._elsewhere())
+        if not strangers:
+            return False
+        job = job_of_launch(launch)
+        return any(one.job_id == job and one.state is ObservedState.ALIVE for one in strangers)
+
     def _carry_out(self, command: Command) -> None:
         try:
             match command:
+                case Launch() if self._is_held_back(command.launch_id):
+                    log.debug("%s: an older launch of its job is not gone yet", command)
                 case Launch():
                     self._engine.launch(self._build(command.launch_id))
                 case Stop():

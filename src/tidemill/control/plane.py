@@ -20,6 +20,7 @@ from tidemill import __version__
 from tidemill.control.answers import Receipt, Status, Why, mend_for, receipt_of
 from tidemill.control.blobs import BlobStore
 from tidemill.control.driver import Driver, world_from
+from tidemill.control.enginework import Stranger
 from tidemill.control.forecast import quote, why
 from tidemill.control.identity import Directory, Identity
 from tidemill.control.launching import build_launch, find_input
@@ -85,6 +86,7 @@ from tidemill.model.ids import (
     ReservationId,
     TokenId,
     WorkloadId,
+    job_of_launch,
     queue_id,
     sortable_id,
 )
@@ -181,6 +183,7 @@ class ControlPlane:
             world=lambda: self.world,
             build=self._build_launch,
             tell=self._turns.put,
+            met=self._let_stranger_in,
         )
         self._recorder: Recorder | None = None
         self._in_flight: dict[tuple[str, str], tuple[str, Future[tuple[Workload, ...]]]] = {}
@@ -517,6 +520,8 @@ class ControlPlane:
             counts[job.state.value] = counts.get(job.state.value, 0) + 1
         fleet = world.fleet
         nodes = tuple(world.nodes.copy().values())
+        runs = [one.id for one in world.allocations.copy().values() if one.state is AllocationState.ACTIVE]
+        has_runners = self._engine is None or self._engine.capabilities.name != "simulated"
         free_gpu = int(fleet.gpu_free.clip(min=0).sum()) if fleet.gpu_free.size else 0
         return Status(
             version=__version__,
@@ -530,6 +535,9 @@ class ControlPlane:
             energy=self._energy_evidence,
             rate_card=self._rates.id,
             gateway_url=self.settings.gateway_url,
+            strangers=len(self.sites.strangers()),
+            workers=len(runs),
+            heard=sum(launch in self.beats for launch in runs) if has_runners else len(runs),
         )
 
     def waiting(self, identity: Identity, *, project: ProjectId = ProjectId(""), limit: int) -> tuple[Queued, ...]:
@@ -687,7 +695,9 @@ class ControlPlane:
         held = self.world.allocations.get(launch_id)
         if held is None:
             stored = self.store.allocation(launch_id)
-            if stored is not None and stored.fence == fence and stored.cause is Cause.COMPLETED:
+            if stored is None:
+                self._check_superseded(launch_id, fence)
+            elif stored.fence == fence and stored.cause is Cause.COMPLETED:
                 return Directive(stop=True, grace_ns=0)
             raise Fenced("This launch is over.", field="launch", value=launch_id)
         if held.fence != fence:
@@ -697,6 +707,33 @@ class ControlPlane:
         job = self.world.jobs.get(held.job_id)
         workload = self.world.workloads.get(job.workload_id) if job is not None else None
         return Directive(stop=True, grace_ns=workload.spec.checkpoint_grace_ns if workload else 0)
+
+    def _check_superseded(self, launch_id: LaunchId, fence: int) -> None:
+        """Raises: Unavailable for a stranger, which is to go on, unless a newer attempt of its job has the lease."""
+        attempt = self.world.attempts.get(job_of_launch(launch_id))
+        if attempt is None or attempt.number <= fence:
+            raise Unavailable("This launch is not known here.", field="launch", value=launch_id)
+
+    def _let_stranger_in(self, stranger: Stranger) -> None:
+        """Let the runner of a known job's launch ask what to do: it is told when a newer attempt has the lease."""
+        row = self.store.job(stranger.job_id)
+        if row is not None:
+            self.directory.launch_tokens(
+                stranger.launch_id,
+                organization=row.workload.organization_id,
+                project=row.workload.project_id,
+                principal=row.workload.principal_id,
+            )
+
+    def strangers(self, identity: Identity) -> tuple[Stranger, ...]:
+        """What the engine has and the store has never heard of. Raises: Forbidden."""
+        administer(identity)
+        return self.sites.strangers()
+
+    def end_stranger(self, identity: Identity, launch_id: LaunchId, *, grace_ns: int) -> Stranger:
+        """The stranger, which is stopped and then forgotten. Raises: Forbidden, NotFound."""
+        administer(identity)
+        return self.sites.end_stranger(launch_id, grace_ns=grace_ns)
 
     # -- artifacts and the gateway --------------------------------------------------------------------------------
 

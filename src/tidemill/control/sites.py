@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Final
 
-from tidemill.control.enginework import EngineWork
+from tidemill.control.enginework import EngineWork, Stranger
 from tidemill.control.identity import Directory, Identity
 from tidemill.control.leases import Leases
 from tidemill.control.outposts import Mailbox, SiteEngine
@@ -69,8 +69,8 @@ class Sites:
     """All sites of an installation. ``home`` is the one of this machine, whose ``engine`` is in this process
     unless it is None: then its outposts work it.
 
-    ``world`` gives the world for reading, ``build`` a launch spec, ``tell`` takes facts. ``monotonic`` is a clock in ns
-    that never jumps.
+    ``world`` gives the world for reading, ``build`` a launch spec; ``tell`` takes facts, ``met`` each stranger.
+    ``monotonic`` is a clock in ns that never jumps.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Sites:
         world: Callable[[], World],
         build: Callable[[LaunchId], LaunchSpec],
         tell: Callable[[Sequence[Fact]], Future[None]],
+        met: Callable[[Stranger], object] = lambda _: None,
         monotonic: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.home = home
@@ -93,6 +94,7 @@ class Sites:
         self._world = world
         self._build = build
         self._tell = tell
+        self._met = met
         self._own = engine
         self.leases = Leases(monotonic)
         self.session = secrets.token_hex(8)
@@ -316,6 +318,16 @@ class Sites:
             self._remove(outpost)
         return tuple(sorted(running))
 
+    def strangers(self, *, but: SiteId = SiteId("")) -> tuple[Stranger, ...]:
+        """What engines have and the store has never heard of, by site and launch; those of one site left out."""
+        works = sorted(self.works.copy().items())
+        return tuple(stranger for site_id, work in works if site_id != but for stranger in work.strangers)
+
+    def end_stranger(self, launch: LaunchId, *, grace_ns: int) -> Stranger:
+        """The stranger, which is stopped, and forgotten once it is gone. Raises: NotFound."""
+        works = [work for work in self.works.values() if any(one.launch_id == launch for one in work.strangers)]
+        return (works or [self.works[self.home.id]])[0].end_stranger(launch, grace_ns=grace_ns)
+
     def declare_lost(self, node: Node, *, by: str) -> None:
         """Somebody knows that nothing of ours runs on a silent machine any more.
 
@@ -343,6 +355,8 @@ class Sites:
             build=self._build,
             tell=self._tell,
             is_news=self._saw,
+            met=self._met,
+            elsewhere=lambda: self.strangers(but=site.id),
         )
         self.works[site.id] = work
         if self._started:

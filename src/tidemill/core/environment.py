@@ -83,7 +83,7 @@ def worker_environment(
         "SLURM_JOB_NODELIST": ",".join(addresses),
         "SLURM_CPUS_ON_NODE": cpus,
         "SLURM_GPUS_ON_NODE": gpus,
-        "SLURM_RESTART_COUNT": str(attempt.number - 1),
+        "SLURM_RESTART_COUNT": str(attempt.number - job.fence_base - 1),
         # Tidemill
         "TIDEMILL_WORKLOAD_ID": workload.id,
         "TIDEMILL_JOB_ID": job.id,

@@ -19,7 +19,8 @@ SERVICE_PORTS = range(30_000, 32_768)
 
 def start(world: World, job: Job, placed: Placed, out: Outcome) -> None:
     """Lease the places, whose room is taken already, to a new attempt of the job."""
-    number = job.attempts + 1
+    attempts = job.attempts + 1
+    number = job.fence_base + attempts
     places = placed.places
     attempt = Attempt(
         id=attempt_id(job.id, number),
@@ -36,7 +37,7 @@ def start(world: World, job: Job, placed: Placed, out: Outcome) -> None:
     world.add(world.attempts, job.id, attempt)
     world.set(world.workers, attempt.id, ())
     _lease(world, job, attempt, places, 0, out)
-    world.update(world.jobs, job.id, job, state=apply(JOB, job.state, "placed"), attempts=number)
+    world.update(world.jobs, job.id, job, state=apply(JOB, job.state, "placed"), attempts=attempts)
     world.drop(world.reasons, job.id)
     world.line_up(job.project_id, -1)
     _remember_growable(world, job, len(places))

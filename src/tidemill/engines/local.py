@@ -309,12 +309,13 @@ class LocalEngine:
         """What is seen of a launch; ``lost`` when its runner is gone without a word, ``idle`` when not started."""
         launch_id = LaunchId(folder.path.name)
         if processes.is_locked(folder.lock):
-            return Observation(launch_id=launch_id, state=ObservedState.ALIVE)
+            return Observation(launch_id=launch_id, node_id=self.node_id, state=ObservedState.ALIVE)
         if gone := read_json(folder.gone):
-            return _gone(launch_id, gone)
+            return _gone(launch_id, self.node_id, gone)
         if ended := read_json(folder.exit):
             return Observation(
                 launch_id=launch_id,
+                node_id=self.node_id,
                 state=ObservedState.EXITED,
                 exit_code=int(ended["exit_code"]),
                 cause=str(ended["cause"]),
@@ -325,7 +326,11 @@ class LocalEngine:
         if folder.claimed.exists():
             return "lost"
         if not folder.spec.exists():
-            return _gone(launch_id, {"detail": "stopped before it was launched"}) if folder.stop.exists() else "idle"
+            return (
+                _gone(launch_id, self.node_id, {"detail": "stopped before it was launched"})
+                if folder.stop.exists()
+                else "idle"
+            )
         return self._look_unclaimed(folder)
 
     def _look_unclaimed(self, folder: LaunchFolder) -> str:
@@ -369,7 +374,10 @@ class LocalEngine:
         launch_id = LaunchId(folder.path.name)
         if alive or groups.pids():
             return Observation(
-                launch_id=launch_id, state=ObservedState.ALIVE, detail="its runner is gone; being killed"
+                launch_id=launch_id,
+                node_id=self.node_id,
+                state=ObservedState.ALIVE,
+                detail="its runner is gone; being killed",
             )
         runner = read_json(folder.runner)
         rebooted = runner is not None and runner["boot_id"] != self._boot_id
@@ -381,15 +389,16 @@ class LocalEngine:
         groups.remove()
         with suppress(OSError):
             write_json(folder.gone, record)
-        return _gone(launch_id, record)
+        return _gone(launch_id, self.node_id, record)
 
     def _groups(self, folder: LaunchFolder) -> cgroup.Groups:
         return cgroup.from_json(cgroup.plan(self.mark(folder.path.name), self._hierarchies))
 
 
-def _gone(launch_id: LaunchId, record: dict[str, Any]) -> Observation:
+def _gone(launch_id: LaunchId, node_id: NodeId, record: dict[str, Any]) -> Observation:
     return Observation(
         launch_id=launch_id,
+        node_id=node_id,
         state=ObservedState.GONE,
         detail=str(record.get("detail", "")),
         cpu_used_ns=int(record.get("cpu_used_ns", 0)),

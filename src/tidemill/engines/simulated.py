@@ -117,12 +117,12 @@ class SimulatedEngine:
             machines.launch(spec, self._clock())
             self._after(after)
 
-    def stop(self, launch_id: LaunchId, *, node_id: NodeId, grace_ns: int) -> None:  # noqa: ARG002 - ids are enough
+    def stop(self, launch_id: LaunchId, *, node_id: NodeId, grace_ns: int) -> None:
         """Have a worker end; remembered when it is unknown, so that a late launch of it is not started."""
         with self._machines.lock:
             machines = self._now()
             after = self._before("stop", launch_id)
-            machines.stop(launch_id, grace_ns, self._clock())
+            machines.stop(launch_id, node_id, grace_ns, self._clock())
             self._after(after)
 
     def observe(self) -> Sight:
@@ -213,6 +213,7 @@ class _Worker:
     """One launch. ``spec`` None: it was stopped before it was launched. ``seen`` is as the engine's list shows it."""
 
     launch_id: LaunchId
+    node_id: NodeId
     spec: LaunchSpec | None
     state: ObservedState = ObservedState.ALIVE
     started_ns: int = 0
@@ -238,6 +239,7 @@ class _Worker:
         is_over = self.state is ObservedState.EXITED
         self.seen = Observation(
             launch_id=self.launch_id,
+            node_id=self.node_id,
             state=self.state,
             exit_code=self.exit_code if is_over else None,
             cause=self.cause if is_over else "",
@@ -311,18 +313,18 @@ class _Machines:
         """Have a worker, if its id is new."""
         if spec.launch_id in self.workers:
             return
-        worker = self.workers[spec.launch_id] = _Worker(spec.launch_id, spec)
+        worker = self.workers[spec.launch_id] = _Worker(spec.launch_id, spec.node_id, spec)
         self.starts[spec.launch_id] += 1
         self._hold(spec, +1)
         self.facts.append(Prepared(at_ns=now, launch_id=spec.launch_id, fence=spec.fence))
         self._plan(worker, now + self._start_delay_ns, is_end=False)
 
-    def stop(self, launch_id: LaunchId, grace_ns: int, now: int) -> None:
+    def stop(self, launch_id: LaunchId, node_id: NodeId, grace_ns: int, now: int) -> None:
         """Have it end within the grace; not later than an earlier stop, or the worker itself, would have it."""
         worker = self.workers.get(launch_id)
         if worker is None:
             gone = "stopped before it was launched"
-            self.workers[launch_id] = _Worker(launch_id, None, state=ObservedState.GONE, detail=gone)
+            self.workers[launch_id] = _Worker(launch_id, node_id, None, state=ObservedState.GONE, detail=gone)
         elif worker.state is ObservedState.ALIVE and worker.spec is not None:
             needs = self._ending(worker.spec).stop_takes_ns if worker.started_ns else 0
             ends = now + min(needs, grace_ns)

@@ -53,6 +53,11 @@ def launch_id(attempt: AttemptId, rank: int) -> LaunchId:
     return LaunchId(f"run_{attempt.partition('_')[2]}-{rank}")
 
 
+def job_of_launch(launch: LaunchId) -> JobId:
+    """The id of the job that a launch's id is made of; whatever the id looks like."""
+    return JobId(f"job_{launch.partition('_')[2].rsplit('-', 2)[0]}")
+
+
 def queue_id(project: ProjectId) -> QueueId:
     """The id of a project's own queue."""
     return QueueId(f"que_{project.partition('_')[2] or project}")

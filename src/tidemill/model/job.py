@@ -139,6 +139,8 @@ class Job(Struct, frozen=True, kw_only=True, gc=False):
     """How often it was displaced."""
     waiting_since_ns: int = 0
     """When it began to wait again after an attempt; zero: it has waited since it was submitted."""
+    fence_base: int = 0
+    """The number after which those of its attempts are counted: zero, and large after a backup was restored."""
 
 
 class Attempt(Struct, frozen=True, kw_only=True, gc=False):

@@ -163,9 +163,10 @@ class ObservedState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """What an engine's own list says of one launch."""
+    """What an engine's own list says of one launch on that node."""
 
     launch_id: LaunchId
+    node_id: NodeId
     state: ObservedState
     exit_code: int | None = None
     cause: str = ""

@@ -28,6 +28,7 @@ from tidemill.sdk.results import (
     Share,
     SiteInfo,
     Status,
+    Stranger,
     TokenInfo,
     Why,
     Workload,
@@ -308,6 +309,15 @@ class Client:
     def resume(self, node: str, reason: str = "") -> NodeInfo:
         """The machine, open to work again; what its devices were failing of is forgotten."""
         return self._mark(node, "resume", reason)
+
+    def strangers(self) -> tuple[Stranger, ...]:
+        """Launches that the engine has and the database has never heard of."""
+        return tuple(self._list("/v1/strangers", Stranger, {}))
+
+    def end_stranger(self, launch: str, *, grace_s: float = 30) -> Stranger:
+        """The launch, which is stopped with that grace and then forgotten."""
+        path = f"/v1/strangers/{segment(launch)}/stop"
+        return Stranger.from_json(self._http.post(path, {}, grace=grace_s))
 
     def _mark(self, node: str, marking: str, reason: str) -> NodeInfo:
         path = f"/v1/nodes/{segment(node)}/mark"

@@ -290,6 +290,23 @@ class Status(Record):
     jobs: Mapping[str, int] = field(default_factory=dict)
     gateway_url: str = ""
     energy: str = ""
+    strangers: int = 0
+    workers: int = 0
+    heard: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stranger(Record):
+    """A launch on the engine that the database has never heard of: it is newer than the backup that was restored.
+
+    With ``job_known`` it ends by itself when a newer attempt of that job gets the lease.
+    """
+
+    launch: str = ""
+    job: str = ""
+    job_known: bool = False
+    state: str = ""
+    seen_at_ns: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
