@@ -5,8 +5,8 @@ try: it ends only when every worker is confirmed gone, so between the decision t
 its devices are still taken and nothing else may start in its place. An *allocation* is the lease of one worker's
 share of a node. It goes forward only: late or repeated reports of a worker that is being drained change nothing.
 A *node* that is lost comes back by joining: ready, under the cordon or
-drain that still stands, or as a suspect when it was lost too often. A *rental* is written down before the cloud is asked
-for the instance, and is over only when the cloud confirms that there is none.
+drain that still stands, or as a suspect when it was lost too often. A *rental* is written down before the cloud is
+asked for the instance, and is over only when the cloud confirms that there is none.
 
 States say where a thing is; why it is there is its ``cause``, stored beside the state. ``apply`` is the only way
 from one state to the next. An event that has no row here is a mistake of the caller and changes nothing.
