@@ -14,6 +14,7 @@ from tidemill.model.cloud import (
     NoCapacity,
     Offer,
     ProvisionRequest,
+    Rental,
 )
 from tidemill.model.events import LogEntry
 from tidemill.model.fleet import Node
@@ -191,6 +192,9 @@ class Store(Protocol):
         self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId(""), idle: bool = False
     ) -> LedgerTotals:
         """Exact sums of a job's or a project's lines, or of idle time when ``idle``; of all lines otherwise."""
+
+    def rentals(self, *, since_ns: int = 0) -> tuple[Rental, ...]:
+        """Rented instances that are not over, and those that ended at ``since_ns`` or later, by id."""
 
     def idempotent(self, principal_id: PrincipalId, key: str) -> IdempotencyRecord | None: ...
 
