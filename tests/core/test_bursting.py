@@ -279,7 +279,7 @@ def test_what_a_month_cost_is_counted_from_its_beginning() -> None:
                launched_ns=begins - HOUR_NS, ended_ns=begins + HOUR_NS, **kept),
         Rental(id=RentalId("b"), state=RentalState.OVER, created_ns=begins, expires_ns=0, ended_ns=NOW, **kept),
         Rental(id=RentalId("c"), state=RentalState.WANTED, created_ns=NOW - HOUR_NS, expires_ns=0, **kept),
-        Rental(id=RentalId("d"), state=RentalState.JOINED, created_ns=0, expires_ns=0, launched_ns=NOW + HOUR_NS, **kept),
+        Rental(id=RentalId("d"), state=RentalState.JOINED, created_ns=NOW + HOUR_NS, expires_ns=0, launched_ns=NOW + HOUR_NS, **kept),
     ]  # fmt: skip
     assert [spent_this_month([one], BY_SECOND, now=NOW) for one in rentals] == [USD_MICRO, 0, USD_MICRO, 16_667]
 

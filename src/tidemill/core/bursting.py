@@ -233,14 +233,14 @@ def month_of(now: int) -> tuple[int, int]:
 def spent_this_month(rentals: Iterable[Rental], billing: Billing, *, now: int) -> int:
     """What rentals cost since the month of ``now`` began, at the most that each may cost, in micro-USD.
 
-    One that the cloud may have but has not named counts from when it was wanted.
+    Each counts from when it was wanted, so that one clock counts all of it; one that never was costs nothing.
     """
     begins, _ = month_of(now)
     spent = 0
     for rental in rentals:
         if rental.state is RentalState.OVER and not rental.launched_ns:
             continue
-        since = rental.launched_ns or rental.created_ns
+        since = rental.created_ns
         until = rental.ended_ns if rental.state is RentalState.OVER else max(now, since)
         if until > begins:
             spent += cost_micro(rental.offer.most_micro_per_hour, until - max(since, begins), billing)

@@ -170,6 +170,7 @@ class Rental:
     instance_id: str = ""
     launched_ns: int = 0
     node_id: NodeId = NodeId("")
+    joined_ns: int = 0
     cause: str = ""
     ended_ns: int = 0
     cost_micro: int = 0
