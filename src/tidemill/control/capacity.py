@@ -34,18 +34,18 @@ from tidemill.core.rentals import (
     Machine,
     Patience,
     Presence,
+    RentalEvent,
     Sighting,
     Stopwatch,
     boots_of,
     compare,
+    entry_of,
     mark,
-    note,
 )
 from tidemill.core.world import World
 from tidemill.errors import CloudLost, CloudRefused, Fenced, TidemillError
 from tidemill.model.cloud import (
     Instance,
-    InstanceState,
     Market,
     NoCapacity,
     Offer,
@@ -113,6 +113,7 @@ class _Memory:
     """Offers that are left out, until an instant of the clock that never jumps."""
     offers: tuple[Offer, ...] = ()
     offers_at: int = -1
+    strangers: set[str] = field(default_factory=set)
 
 
 class Capacity:
@@ -192,6 +193,7 @@ class Capacity:
             elapsed=elapsed,
         )
         self._memory.watch.next_round()
+        self._tell_of_strangers(found, seen.scope)
         decision, spent = self._decide(rentals, found, view, now=now, elapsed=elapsed)
         wanted = [self._wish(rent, seen.scope, now=now) for rent in decision.rent]
         marks = self._apply(found, decision, now=now, elapsed=elapsed)
@@ -199,7 +201,7 @@ class Capacity:
             self._tell(found.facts)
         self._commit(
             [*found.changes, *(Change(assumed=None, after=rental) for rental in wanted)],
-            [*found.log, *(note("InstanceWanted", rental, now=now) for rental in wanted)],
+            [*found.log, *(entry_of(RentalEvent.WANTED, rental, now=now) for rental in wanted)],
         )
         kept: dict[str, Rental] = found.rentals | {str(rental.id): rental for rental in wanted}
         self._status = CapacityStatus(
@@ -214,6 +216,13 @@ class Capacity:
         for rental in kept.values():
             if rental.state is RentalState.WANTED and rental.scope == seen.scope:
                 self._rent(rental)
+
+    def _tell_of_strangers(self, found: Found, scope: str) -> None:
+        """Log once what was rented in another account or region: it is left alone, and may cost."""
+        for rental in found.rentals.values():
+            if rental.scope != scope and rental.id not in self._memory.strangers:
+                self._memory.strangers.add(rental.id)
+                log.warning("%s was rented in %s and this is %s; it is left alone", rental.id, rental.scope, scope)
 
     # What to do
 
@@ -275,7 +284,7 @@ class Capacity:
         for close in decision.close:
             rental = found.rentals[close.rental_id]
             if rental.state is RentalState.JOINED and not rental.cause:
-                rental = found.change(rental, "InstanceClosed", now=now, cause=close.reason.code)
+                rental = found.change(rental, RentalEvent.CLOSED, now=now, cause=close.reason.code)
                 marks.append(mark(rental, now=now))
         for release in decision.release:
             rental = found.rentals[release.rental_id]
@@ -283,7 +292,7 @@ class Capacity:
                 self._memory.held_until[rental.offer.id] = elapsed + self._settings.refused_ns
             cause = rental.cause or release.reason.code
             if rental.state in (RentalState.WANTED, RentalState.BOOTING, RentalState.JOINED):
-                rental = found.move(rental, "given_up", "InstanceGivenUp", now=now, cause=cause)
+                rental = found.move(rental, "given_up", RentalEvent.GIVEN_UP, now=now, cause=cause)
                 found.end += [rental.instance_id] if rental.instance_id else []
         return marks
 
@@ -313,36 +322,30 @@ class Capacity:
             node_name=rental.node_name,
             user_data=self._script(rental),
         )
-        values: dict[str, Any] = {}
         try:
             answer = self._provisioner.provision(request)
         except CloudLost as error:
             log.warning("%s: %s", rental.id, error)
-            return
         except CloudRefused as error:
             log.error("%s cannot be rented: %s", rental.offer.id, error)
             self._memory.held_until[rental.offer.id] = elapsed + settings.refused_ns
-            event, type_, values = "refused", "InstanceRefused", {"cause": "Refused"}
-            body = {"detail": str(error)}
+            self._give_up(rental, "Refused", str(error))
         else:
-            body = {}
             if isinstance(answer, NoCapacity):
                 self._memory.held_until[rental.offer.id] = elapsed + settings.no_capacity_ns
-                event, type_, values = "refused", "InstanceRefused", {"cause": "NoCapacity"}
-                body = {"detail": answer.detail}
+                self._give_up(rental, "NoCapacity", answer.detail)
             else:
-                event, type_ = "provisioned", "InstanceRented"
-                values = {"instance_id": answer.id, "launched_ns": answer.launched_ns}
-                if answer.state is InstanceState.GONE:
-                    log.warning("%s ended before it was known: %s", answer.id, answer.detail)
-        found = Found()
-        if event == "refused":
-            values |= {"ended_ns": max(self._clock(), 1)}
-        after = found.move(rental, event, type_, now=self._clock(), **values)
-        entry = note(type_, after, now=self._clock(), **body)
-        self._commit(found.changes, [entry])
-        if after.state is RentalState.OVER:
-            self._ended(after)
+                found, now = Found(), self._clock()
+                named = {"instance_id": answer.id, "launched_ns": answer.launched_ns}
+                found.move(rental, "provisioned", RentalEvent.RENTED, now=now, **named)
+                self._commit(found.changes, found.log)
+
+    def _give_up(self, rental: Rental, cause: str, detail: str) -> None:
+        """Write down that there is no instance of a rental, and never was one."""
+        found, now = Found(), self._clock()
+        after = found.move(rental, "refused", RentalEvent.REFUSED, now=now, cause=cause, ended_ns=max(now, 1))
+        self._commit(found.changes, [entry_of(RentalEvent.REFUSED, after, now=now, detail=detail)])
+        self._ended(after)
 
     def _run(self) -> None:
         while not self._closing.is_set():

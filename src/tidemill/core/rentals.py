@@ -32,6 +32,23 @@ _HERE: Final = (InstanceState.PENDING, InstanceState.RUNNING, InstanceState.STOP
 _UP: Final = (InstanceState.PENDING, InstanceState.RUNNING)
 
 
+class RentalEvent(StrEnum):
+    """What the event log tells of rentals."""
+
+    WANTED = "InstanceWanted"
+    RENTED = "InstanceRented"
+    REFUSED = "InstanceRefused"
+    JOINED = "InstanceJoined"
+    INTERRUPTED = "InstanceInterrupted"
+    CLOSED = "InstanceClosed"
+    GIVEN_UP = "InstanceGivenUp"
+    ENDED = "InstanceEnded"
+
+
+EVENT_BODY: Final = ("rental", "offer", "node", "instance", "cause", "detail")
+"""What is told with each of them."""
+
+
 class Presence(StrEnum):
     """Whether a machine is there, as the world knows."""
 
@@ -114,16 +131,16 @@ class Found:
     end: list[str] = field(default_factory=list)
     orphans: list[Instance] = field(default_factory=list)
 
-    def move(self, rental: Rental, event: str, type_: str, *, now: int, **values: object) -> Rental:
+    def move(self, rental: Rental, event: str, told: RentalEvent, *, now: int, **values: object) -> Rental:
         """The rental after an event of its life."""
-        return self.change(rental, type_, now=now, state=apply(RENTAL, rental.state, event), **values)
+        return self.change(rental, told, now=now, state=apply(RENTAL, rental.state, event), **values)
 
-    def change(self, rental: Rental, type_: str, *, now: int, **values: object) -> Rental:
+    def change(self, rental: Rental, told: RentalEvent, *, now: int, **values: object) -> Rental:
         """The rental with other values, as a change that is logged."""
         after: Rental = replace(rental, version=rental.version + 1, **values)  # type: ignore[arg-type]
         self.rentals[rental.id] = after
         self.changes.append(Change(assumed=rental.version, after=after))
-        self.log.append(note(type_, after, now=now))
+        self.log.append(entry_of(told, after, now=now))
         return after
 
 
@@ -172,16 +189,10 @@ def compare(
     return found
 
 
-def note(type_: str, rental: Rental, *, now: int, **body: str | int) -> LogEntry:
+def entry_of(told: RentalEvent, rental: Rental, *, now: int, detail: str = "") -> LogEntry:
     """A line of the event log about a rental."""
-    told: dict[str, str | int | bool | None] = {
-        "rental": rental.id,
-        "offer": rental.offer.id,
-        "node": rental.node_name,
-        "instance": rental.instance_id,
-        "cause": rental.cause,
-    }
-    return LogEntry(at_ns=now, type=type_, body=tuple((told | body).items()))
+    values = (rental.id, rental.offer.id, rental.node_name, rental.instance_id, rental.cause, detail)
+    return LogEntry(at_ns=now, type=told.value, body=tuple(zip(EVENT_BODY, values, strict=True)))
 
 
 def boots_of(rentals: Iterable[Rental]) -> Mapping[str, int]:
@@ -207,9 +218,9 @@ def _meet(rental: Rental, instance: Instance, found: Found, *, now: int) -> Rent
     """The rental with the cloud's name of its instance, when that was not written down."""
     named = {"instance_id": instance.id, "launched_ns": instance.launched_ns}
     if rental.state is RentalState.WANTED:
-        return found.move(rental, "provisioned", "InstanceRented", now=now, **named)
+        return found.move(rental, "provisioned", RentalEvent.RENTED, now=now, **named)
     if rental.state is RentalState.LEAVING and not rental.instance_id:
-        return found.move(rental, "found", "InstanceRented", now=now, **named)
+        return found.move(rental, "found", RentalEvent.RENTED, now=now, **named)
     return rental
 
 
@@ -233,9 +244,9 @@ def _progress(
     if instance is None or rental.state is RentalState.LEAVING:
         return rental
     if instance.state not in _UP:
-        return found.move(rental, "given_up", "InstanceGivenUp", now=now, cause=rental.cause or "EndedByCloud")
+        return found.move(rental, "given_up", RentalEvent.GIVEN_UP, now=now, cause=rental.cause or "EndedByCloud")
     if rental.state is RentalState.BOOTING and machine is not None and machine.presence is Presence.THERE:
-        return found.move(rental, "joined", "InstanceJoined", now=now, node_id=machine.node_id, joined_ns=now)
+        return found.move(rental, "joined", RentalEvent.JOINED, now=now, node_id=machine.node_id, joined_ns=now)
     return rental
 
 
@@ -247,7 +258,7 @@ def _over(rental: Rental, machine: Machine | None, found: Found, *, billing: Bil
         found.facts.append(NodeWentAway(at_ns=now, node_id=rental.node_id, detail=detail))
     lasted = max(now - rental.created_ns, 0)
     cost = cost_micro(rental.offer.most_micro_per_hour, lasted, billing) if rental.launched_ns else 0
-    return found.move(rental, "gone", "InstanceEnded", now=now, cause=cause, ended_ns=max(now, 1), cost_micro=cost)
+    return found.move(rental, "gone", RentalEvent.ENDED, now=now, cause=cause, ended_ns=max(now, 1), cost_micro=cost)
 
 
 def _look_after(
@@ -263,13 +274,13 @@ def _look_after(
 ) -> Rental:
     """A machine that joined: emptied when the cloud wants it back, closed when it is to go, given up when lost."""
     if notice is not None and rental.cause not in EMPTIED:
-        rental = found.change(rental, "InstanceInterrupted", now=now, cause=INTERRUPTED)
+        rental = found.change(rental, RentalEvent.INTERRUPTED, now=now, cause=INTERRUPTED)
         found.marks.append(mark(rental, now=now, until_ns=notice.ends_ns))
     elif rental.cause and machine is not None and machine.presence is Presence.THERE and not machine.is_closed:
         found.marks.append(mark(rental, now=now, until_ns=notice.ends_ns if notice is not None else 0))
     is_lost = machine is not None and machine.presence is Presence.LOST
     if is_lost and watch.lasts_ns("lost", rental.id, elapsed=elapsed) >= patience.lost_ns:
-        return found.move(rental, "given_up", "InstanceGivenUp", now=now, cause=rental.cause or "MachineLost")
+        return found.move(rental, "given_up", RentalEvent.GIVEN_UP, now=now, cause=rental.cause or "MachineLost")
     return rental
 
 
