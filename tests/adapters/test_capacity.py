@@ -389,6 +389,24 @@ def test_a_refusal_is_told_and_not_repeated_at_once(burst: Burst, aws: Aws) -> N
     assert "quota" in str(dict(refused.body)["detail"])
 
 
+def test_a_refusal_after_a_lost_answer_is_not_taken_for_the_last_word(burst: Burst, aws: Aws) -> None:
+    """The first request made an instance; then the credentials were withdrawn."""
+    burst.wait("j1")
+    aws.door.faults["RunInstances"] = ["after"]
+    burst.round()
+    (made,) = aws.living()
+    burst.cloud.instances = lambda: ()  # type: ignore[method-assign] - the list is behind
+    aws.door.faults["DescribeInstances"] = ["UnauthorizedOperation"]
+    burst.round()
+    assert burst.states() == ["leaving Refused"]
+    del burst.cloud.instances
+    burst.round()
+    assert not aws.living()
+    burst.round()
+    assert burst.states() == ["over Refused"]
+    assert burst.rentals()[0].instance_id == made
+
+
 def test_what_has_our_tag_and_no_rental_is_ended_after_a_while(burst: Burst, aws: Aws) -> None:
     offer = burst.cloud.offers()[0]
 
@@ -529,7 +547,7 @@ def asks_before_it_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     def late(self: Capacity, changes: Any, entries: Any) -> None:
         for change in changes:
             if change.assumed is None:
-                self._rent(change.after)
+                self._rent(change.after, is_first=True)
         commit(self, changes, entries)
 
     monkeypatch.setattr(Capacity, "_commit", late)
@@ -537,7 +555,7 @@ def asks_before_it_stores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forgets_who_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rentals_module, "_by_rental", lambda instances: {one.id: one for one in instances})
-    monkeypatch.setattr(Capacity, "_rent", lambda *_: None)
+    monkeypatch.setattr(Capacity, "_rent", lambda *_, **__: None)
 
 
 def takes_missing_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:

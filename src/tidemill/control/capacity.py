@@ -215,7 +215,7 @@ class Capacity:
         self._end(found)
         for rental in kept.values():
             if rental.state is RentalState.WANTED and rental.scope == seen.scope:
-                self._rent(rental)
+                self._rent(rental, is_first=rental.id not in found.rentals)
 
     def _tell_of_strangers(self, found: Found, scope: str) -> None:
         """Log once what was rented in another account or region: it is left alone, and may cost."""
@@ -312,7 +312,7 @@ class Capacity:
             except (CloudLost, CloudRefused) as error:
                 log.warning("%s could not be ended and is tried again: %s", instance_id, error)
 
-    def _rent(self, rental: Rental) -> None:
+    def _rent(self, rental: Rental, *, is_first: bool) -> None:
         """Ask for the instance of a rental that is stored; when the answer is lost, it is asked for again."""
         settings, elapsed = self._settings, self._elapsed()
         request = ProvisionRequest(
@@ -329,23 +329,28 @@ class Capacity:
         except CloudRefused as error:
             log.error("%s cannot be rented: %s", rental.offer.id, error)
             self._memory.held_until[rental.offer.id] = elapsed + settings.refused_ns
-            self._give_up(rental, "Refused", str(error))
+            self._give_up(rental, "Refused", str(error), is_first=is_first)
         else:
             if isinstance(answer, NoCapacity):
                 self._memory.held_until[rental.offer.id] = elapsed + settings.no_capacity_ns
-                self._give_up(rental, "NoCapacity", answer.detail)
+                self._give_up(rental, "NoCapacity", answer.detail, is_first=is_first)
             else:
                 found, now = Found(), self._clock()
                 named = {"instance_id": answer.id, "launched_ns": answer.launched_ns}
                 found.move(rental, "provisioned", RentalEvent.RENTED, now=now, **named)
                 self._commit(found.changes, found.log)
 
-    def _give_up(self, rental: Rental, cause: str, detail: str) -> None:
-        """Write down that there is no instance of a rental, and never was one."""
+    def _give_up(self, rental: Rental, cause: str, detail: str, *, is_first: bool) -> None:
+        """Write down that a rental was refused. When it was asked for before, that time may have made an instance:
+        then it is over only once the list has had none for a while."""
         found, now = Found(), self._clock()
-        after = found.move(rental, "refused", RentalEvent.REFUSED, now=now, cause=cause, ended_ns=max(now, 1))
+        if is_first:
+            after = found.move(rental, "refused", RentalEvent.REFUSED, now=now, cause=cause, ended_ns=max(now, 1))
+        else:
+            after = found.move(rental, "given_up", RentalEvent.REFUSED, now=now, cause=cause)
         self._commit(found.changes, [entry_of(RentalEvent.REFUSED, after, now=now, detail=detail)])
-        self._ended(after)
+        if is_first:
+            self._ended(after)
 
     def _run(self) -> None:
         while not self._closing.is_set():

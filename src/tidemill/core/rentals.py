@@ -180,7 +180,7 @@ def compare(
             notice = notices.get(instance.id)
             rental = _look_after(rental, machine, notice, found, watch, patience, now=now, elapsed=elapsed)
         if rental.state is RentalState.LEAVING and instance is not None and instance.state in _HERE:
-            found.end.append(instance.id)
+            _see_off(rental, instance, machine, found, now=now)
         if rental.state is not RentalState.OVER:
             found.rented.append(_rented(rental, machine, watch, now=now, elapsed=elapsed))
     for instance in seen.instances:
@@ -252,10 +252,10 @@ def _progress(
 
 def _over(rental: Rental, machine: Machine | None, found: Found, *, billing: Billing, cause: str, now: int) -> Rental:
     """The rental, which is over: what it cost is known, and that nothing runs on its machine."""
-    if machine is not None and machine.presence is not Presence.LOST and rental.node_id:
+    if machine is not None and machine.presence is not Presence.LOST:
         # One that was asked to go, and had nothing to do, has not failed.
         detail = "shut down" if cause != "EndedByCloud" else f"the cloud ended {rental.instance_id}"
-        found.facts.append(NodeWentAway(at_ns=now, node_id=rental.node_id, detail=detail))
+        found.facts.append(NodeWentAway(at_ns=now, node_id=machine.node_id, detail=detail))
     lasted = max(now - rental.created_ns, 0)
     cost = cost_micro(rental.offer.most_micro_per_hour, lasted, billing) if rental.launched_ns else 0
     return found.move(rental, "gone", RentalEvent.ENDED, now=now, cause=cause, ended_ns=max(now, 1), cost_micro=cost)
@@ -282,6 +282,16 @@ def _look_after(
     if is_lost and watch.lasts_ns("lost", rental.id, elapsed=elapsed) >= patience.lost_ns:
         return found.move(rental, "given_up", RentalEvent.GIVEN_UP, now=now, cause=rental.cause or "MachineLost")
     return rental
+
+
+def _see_off(rental: Rental, instance: Instance, machine: Machine | None, found: Found, *, now: int) -> None:
+    """Have the instance of a rental that was given up ended. Its machine may have joined all the same, and work."""
+    if machine is None or machine.presence is Presence.LOST:
+        found.end.append(instance.id)
+    elif not machine.is_closed:
+        found.marks.append(replace(mark(rental, now=now), node_id=machine.node_id))
+    elif not machine.running:
+        found.end.append(instance.id)
 
 
 def mark(rental: Rental, *, now: int, until_ns: int = 0) -> NodeMarked:
