@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -400,6 +401,12 @@ def test_without_credentials_it_says_so(aws: Aws, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(CloudRefused) as caught:
         aws.provisioner().instances()
     assert caught.value.field == "credentials"
+
+
+def test_without_boto3_it_says_which_extra_to_install(aws: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(InvalidSetting, match=r"pip install 'tidemill\[aws\]'"):
+        aws.provisioner()
 
 
 def test_a_cloud_that_is_down_is_lost(aws: Aws) -> None:
