@@ -56,6 +56,8 @@ def _text(node: ast.AST | None) -> str:
 
 def event_names() -> dict[str, tuple[str, ...]]:
     """Every type of the event log with the fields of its body, as the code writes them."""
+    from tidemill.core.rentals import EVENT_BODY, RentalEvent
+
     found: dict[str, dict[str, None]] = {}
     for _, tree in _trees("core", "control"):
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
@@ -70,6 +72,8 @@ def event_names() -> dict[str, tuple[str, ...]]:
                 continue
             for event in filter(None, types):
                 found.setdefault(event, {}).update(dict.fromkeys(body))
+    for told in RentalEvent:
+        found[told.value] = dict.fromkeys(EVENT_BODY)
     return {event: tuple(body) for event, body in found.items()}
 
 
@@ -315,6 +319,7 @@ def events_page() -> str:
         ("An attempt", lifecycle.ATTEMPT),
         ("An allocation: the lease of one worker's share of a machine", lifecycle.ALLOCATION),
         ("A node", lifecycle.NODE),
+        ("A rental: one instance of a cloud", lifecycle.RENTAL),
     ):
         parts.append(f"## {title}\n\n```mermaid\n{lifecycle.diagram(table)}\n```\n")
     from tidemill.model.job import Cause

@@ -181,6 +181,20 @@ class EngineLost(TidemillError):
     kind = ErrorKind.UNAVAILABLE
 
 
+class CloudRefused(TidemillError):
+    """The cloud refused what it was asked; the same request would be refused again."""
+
+    code = "cloud_refused"
+    kind = ErrorKind.INVALID
+
+
+class CloudLost(TidemillError):
+    """The cloud did not answer, or put us off; the request may be repeated under the same client token."""
+
+    code = "cloud_lost"
+    kind = ErrorKind.UNAVAILABLE
+
+
 class IllegalTransition(TidemillError):
     """An event does not apply in this state."""
 

@@ -7,6 +7,15 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from tidemill.model.artifact import Artifact
+from tidemill.model.cloud import (
+    Billing,
+    Instance,
+    InterruptionNotice,
+    NoCapacity,
+    Offer,
+    ProvisionRequest,
+    Rental,
+)
 from tidemill.model.events import LogEntry
 from tidemill.model.fleet import Node, Outpost, Site
 from tidemill.model.ids import ArtifactId, JobId, LaunchId, NodeId, PrincipalId, ProjectId, TokenId, WorkloadId
@@ -184,6 +193,9 @@ class Store(Protocol):
     ) -> LedgerTotals:
         """Exact sums of a job's or a project's lines, or of idle time when ``idle``; of all lines otherwise."""
 
+    def rentals(self, *, since_ns: int = 0) -> tuple[Rental, ...]:
+        """Rented instances that are not over, and those that ended at ``since_ns`` or later, by id."""
+
     def idempotent(self, principal_id: PrincipalId, key: str) -> IdempotencyRecord | None: ...
 
     def put_organization(self, organization: Organization) -> None:
@@ -281,3 +293,42 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go without touching what runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProvisionerCapabilities:
+    """What a cloud can do. ``notices`` says whether ``interruptions`` ever has any."""
+
+    name: str
+    spot: bool
+    notices: bool
+    billing: Billing
+
+
+class Provisioner(Protocol):
+    """Where machines are rented. Renting and ending is all it does: no retries, no waiting, no memory of its own.
+
+    Raises, from any method: ``CloudRefused`` when the same call would be refused again (it names the field and the
+    mend), ``CloudLost`` when it is not known whether it was carried out, or the cloud puts us off; then call again.
+    """
+
+    @property
+    def capabilities(self) -> ProvisionerCapabilities: ...
+
+    def scope(self) -> str:
+        """The account and place that it rents in, in one word: lists of two scopes say nothing about each other."""
+
+    def offers(self) -> tuple[Offer, ...]:
+        """All that could be rented, with its price now; what has no known price is left out."""
+
+    def provision(self, request: ProvisionRequest) -> Instance | NoCapacity:
+        """The instance of that client token: rented now, or before, also when it has ended since."""
+
+    def release(self, instance_id: str) -> None:
+        """Have an instance ended, its disks with it; harmless twice, and when it is unknown."""
+
+    def instances(self) -> tuple[Instance, ...]:
+        """Every instance with our installation's tag, from the cloud's own list; never from what it was told."""
+
+    def interruptions(self) -> tuple[InterruptionNotice, ...]:
+        """Which of our instances the cloud is about to take back, as far as it tells."""

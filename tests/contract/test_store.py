@@ -204,6 +204,13 @@ class KeepsTheFirstQueue(MemoryStore):
         return seq
 
 
+class ForgetsWhatItRented(MemoryStore):
+    """Gives only what is booting or there: what may or may not have been asked for is forgotten."""
+
+    def rentals(self, *, since_ns: int = 0) -> Any:
+        return tuple(one for one in super().rentals(since_ns=since_ns) if one.instance_id)
+
+
 class ForgetsBadLuck(MemoryStore):
     def load(self) -> Snapshot:
         return replace(super().load(), unlucky=())
@@ -234,7 +241,7 @@ class CountsForTheDead(MemoryStore):
 
 
 BROKEN = [IgnoresVersions, StoresHalf, ForgetsTheEpoch, BooksTwice, KeepsReasons, MarksGoBack]
-BROKEN_POLICIES = [LoadsWhatWasCancelled, ForgetsUsage, KeepsTheFirstQueue]
+BROKEN_POLICIES = [LoadsWhatWasCancelled, ForgetsUsage, KeepsTheFirstQueue, ForgetsWhatItRented]
 """What histories do not touch."""
 BROKEN_LUCK = [ForgetsBadLuck, CountsOnlyFailures, CountsAllThatEnded, CountsForTheDead]
 

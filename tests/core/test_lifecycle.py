@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tidemill.core.lifecycle import ALLOCATION, ATTEMPT, JOB, NODE, apply, diagram, is_terminal, may
+from tidemill.core.lifecycle import ALLOCATION, ATTEMPT, JOB, NODE, RENTAL, apply, diagram, is_terminal, may
 from tidemill.errors import IllegalTransition
+from tidemill.model.cloud import RentalState
 from tidemill.model.fleet import NodeState
 from tidemill.model.job import AllocationState, AttemptState, JobState
 
@@ -18,6 +19,7 @@ TABLES: dict[str, tuple[Mapping[tuple[Any, str], Any], type[StrEnum], StrEnum]] 
     "attempt": (ATTEMPT, AttemptState, AttemptState.STARTING),
     "allocation": (ALLOCATION, AllocationState, AllocationState.RESERVED),
     "node": (NODE, NodeState, NodeState.READY),
+    "rental": (RENTAL, RentalState, RentalState.WANTED),
 }
 
 
@@ -45,7 +47,7 @@ def test_every_state_can_be_reached(name: str) -> None:
     assert reachable(table, first) == set(states)
 
 
-@pytest.mark.parametrize("name", ["job", "attempt", "allocation"])
+@pytest.mark.parametrize("name", ["job", "attempt", "allocation", "rental"])
 def test_every_state_can_end(name: str) -> None:
     table, states, _ = TABLES[name]
     for state in states:

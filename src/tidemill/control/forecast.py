@@ -155,7 +155,20 @@ def likely_start(copy: Copy, jobs: Sequence[JobId], *, submitted: Sequence[Workl
     return _run(copy, jobs, submitted, Pace.LIKELY)
 
 
+def likely_starts(copy: Copy, jobs: Sequence[JobId], *, horizon_ns: int = HORIZON_NS) -> dict[JobId, int]:
+    """The likely instant at which each of these jobs starts; those not within the horizon are not in it."""
+    return _starts(copy, jobs, (), Pace.LIKELY, horizon_ns)
+
+
 def _run(copy: Copy, jobs: Sequence[JobId], submitted: Sequence[Workload], pace: Pace) -> int | None:
+    starts = _starts(copy, jobs, submitted, pace, HORIZON_NS)
+    return max(starts.values(), default=copy.now) if len(starts) == len(set(jobs)) else None
+
+
+def _starts(
+    copy: Copy, jobs: Sequence[JobId], submitted: Sequence[Workload], pace: Pace, horizon_ns: int
+) -> dict[JobId, int]:
+    """When jobs start, until all have; those that ended without, or do not within the horizon, are left out."""
     world = world_from(
         copy.snapshot,
         sites=copy.world.sites.values(),
@@ -168,26 +181,26 @@ def _run(copy: Copy, jobs: Sequence[JobId], submitted: Sequence[Workload], pace:
     driver = Driver(world, copy.policy)
     thought = _Thought(world, copy.policy, pace, copy.now)
     facts: list[Fact] = [Submitted(at_ns=copy.now, workload=workload) for workload in submitted]
-    waiting = set(jobs)
+    waiting, starts = set(jobs), dict[JobId, int]()
     now = copy.now
     for _ in range(_TURNS):
         plan = driver.step(facts, now=now)
         driver.accepted()
         for one in list(waiting):
             job = world.jobs.get(one)
-            if job is None:
-                return None  # it ended without having started
-            if job.state is not JobState.QUEUED:
+            if job is None or job.state is not JobState.QUEUED:
                 waiting.discard(one)
+                if job is not None:
+                    starts[one] = now
         if not waiting:
-            return now
+            break
         thought.obey(plan, now)
         upcoming = thought.next_ns(plan.wake_ns)
-        if upcoming is None or upcoming > copy.now + HORIZON_NS:
-            return None
+        if upcoming is None or upcoming > copy.now + horizon_ns:
+            break
         now = max(now, upcoming)
         facts = thought.happens(now)
-    return None
+    return starts
 
 
 class _Thought:

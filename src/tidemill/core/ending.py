@@ -12,7 +12,7 @@ from tidemill.core.meter import meters_held
 from tidemill.core.outcome import Outcome
 from tidemill.core.world import World
 from tidemill.model.ids import JobId
-from tidemill.model.job import Allocation, Attempt, AttemptState, Cause, Job, JobState
+from tidemill.model.job import Allocation, AllocationState, Attempt, AttemptState, Cause, Job, JobState
 from tidemill.model.plan import Forget, Stop
 from tidemill.model.policy import Policy
 from tidemill.model.spec import RetryOn, WorkloadSpec
@@ -59,9 +59,19 @@ def release(
 
 
 def end_attempt(
-    world: World, attempt: Attempt, cause: Cause, out: Outcome, *, detail: str = "", exit_code: int | None = None
+    world: World,
+    attempt: Attempt,
+    cause: Cause,
+    out: Outcome,
+    *,
+    detail: str = "",
+    exit_code: int | None = None,
+    until_ns: int = 0,
 ) -> None:
-    """Decide that an attempt ends, for the first cause given, and stop the workers that are still there."""
+    """Decide that an attempt ends, for the first cause given, and stop the workers that are still there.
+
+    They have their checkpoint grace, or what of it is left before ``until_ns``, when a machine of theirs goes.
+    """
     if not may(ATTEMPT, attempt.state, "ending"):
         return
     world.update(
@@ -75,14 +85,14 @@ def end_attempt(
     )
     world.drop(world.growable, attempt.job_id)
     for worker in world.workers_of(attempt):
-        drain(world, worker, out)
+        drain(world, worker, out, until_ns=until_ns)
 
 
-def drain(world: World, worker: Allocation, out: Outcome) -> None:
+def drain(world: World, worker: Allocation, out: Outcome, *, until_ns: int = 0) -> None:
     """Ask one worker to stop within its checkpoint grace; it holds what it has until it is gone."""
     if not may(ALLOCATION, worker.state, "drained"):
         return
-    grace = world.workloads[world.jobs[worker.job_id].workload_id].spec.checkpoint_grace_ns
+    grace = _grace(world, worker, out, until_ns)
     world.update(
         world.allocations,
         worker.id,
@@ -96,13 +106,30 @@ def drain(world: World, worker: Allocation, out: Outcome) -> None:
     world.set_timer(out.now + grace + out.policy.stop_margin_ns, "stop_again", worker.id)
 
 
-def displace(world: World, job_id: JobId, out: Outcome, *, by: str) -> None:
+def hasten(world: World, attempt: Attempt, out: Outcome, *, until_ns: int) -> None:
+    """Leave the workers of an attempt that are being stopped no longer a grace than until ``until_ns``."""
+    for worker in world.workers_of(attempt):
+        if worker.state is not AllocationState.DRAINING:
+            continue
+        grace = _grace(world, worker, out, until_ns)
+        if out.now + grace < worker.drain_ns + _grace(world, worker, out, 0):
+            world.mark_row(worker.id, "gone", out.now + grace)
+            out.commands.append(Stop(launch_id=worker.id, node_id=worker.node_id, grace_ns=grace))
+
+
+def _grace(world: World, worker: Allocation, out: Outcome, until_ns: int) -> int:
+    """How long a worker has to save its work. Before a machine goes some of the time is left to tell how it ended."""
+    grace = world.workloads[world.jobs[worker.job_id].workload_id].spec.checkpoint_grace_ns
+    return min(grace, max(until_ns - out.now - out.policy.stop_margin_ns, 0)) if until_ns else grace
+
+
+def displace(world: World, job_id: JobId, out: Outcome, *, by: str, until_ns: int = 0) -> None:
     """End a job's attempt so that its room can be given to somebody with a better claim; the job queues again."""
     attempt = world.attempts[job_id]
     job = world.jobs[job_id]
     lost = out.now - max(attempt.checkpoint_ns, attempt.started_ns) if attempt.started_ns else 0
     out.note("Preempted", job, attempt=attempt.number, by=by, since_checkpoint_s=lost // 1_000_000_000)
-    end_attempt(world, attempt, Cause.PREEMPTED, out, detail=by)
+    end_attempt(world, attempt, Cause.PREEMPTED, out, detail=by, until_ns=until_ns)
 
 
 def shed(world: World, worker: Allocation, out: Outcome, *, by: str) -> None:

@@ -380,9 +380,11 @@ def _node_marked(fact: NodeMarked, world: World, out: Outcome) -> None:
             state_cause="",
         )
         out.note("NodeResumed", node=node.name, by=fact.by)
+    elif node.marking == fact.marking.value:
+        if fact.until_ns and fact.marking is Marking.DRAIN:
+            _clear_node(world, node, out, by=cause, until_ns=fact.until_ns)
+        return
     else:
-        if node.marking == fact.marking.value:
-            return
         state = node.state
         if state not in (NodeState.LOST, NodeState.SILENT) and may(NODE, state, event):
             state = apply(NODE, state, event)
@@ -390,13 +392,17 @@ def _node_marked(fact: NodeMarked, world: World, out: Outcome) -> None:
         out.note("NodeCordoned" if fact.marking is Marking.CORDON else "NodeDrained", node=node.name, detail=cause)
     world.refresh_readiness()
     if fact.marking is Marking.DRAIN:
-        _clear_node(world, node, out, by=cause)
+        _clear_node(world, node, out, by=cause, until_ns=fact.until_ns)
 
 
-def _clear_node(world: World, node: Node, out: Outcome, *, by: str) -> None:
-    """Displace everything that runs on a node."""
+def _clear_node(world: World, node: Node, out: Outcome, *, by: str, until_ns: int = 0) -> None:
+    """Displace everything that runs on a node, in time for ``until_ns`` unless that is zero."""
     for job in dict.fromkeys(world.allocations[launch].job_id for launch in world.by_node.get(node.id, ())):
-        ending.displace(world, job, out, by=by)
+        if until_ns:
+            ending.hasten(world, world.attempts[job], out, until_ns=until_ns)
+            if world.attempts[job].state is AttemptState.ENDING:
+                continue
+        ending.displace(world, job, out, by=by, until_ns=until_ns)
 
 
 @_take.register

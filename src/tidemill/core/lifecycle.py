@@ -1,4 +1,4 @@
-"""★ The lives of a job, an attempt, an allocation and a node, as literal tables.
+"""★ The lives of a job, an attempt, an allocation, a node and a rental, as literal tables.
 
 Theory. A *job* wants to end well; it is queued, has attempts, and ends in one of three ways. An *attempt* is one
 try: it ends only when every worker is confirmed gone, so between the decision to end it (``ENDING``) and its end
@@ -6,7 +6,8 @@ its devices are still taken and nothing else may start in its place. An *allocat
 share of a node. It goes forward only: late or repeated reports of a worker that is being drained change nothing.
 A *node* that falls silent may still run what it has; it is lost only
 when that can be known to be over. One that is lost or silent comes back by joining: ready, under the cordon or
-drain that still stands, or as a suspect when it was lost too often.
+drain that still stands, or as a suspect when it was lost too often. A *rental* is written down before the cloud is
+asked for the instance, and is over only when the cloud confirms that there is none.
 
 States say where a thing is; why it is there is its ``cause``, stored beside the state. ``apply`` is the only way
 from one state to the next. An event that has no row here is a mistake of the caller and changes nothing.
@@ -19,6 +20,7 @@ from enum import StrEnum
 from typing import Final, TypeVar
 
 from tidemill.errors import IllegalTransition
+from tidemill.model.cloud import RentalState
 from tidemill.model.fleet import NodeState
 from tidemill.model.job import AllocationState, AttemptState, JobState
 
@@ -93,8 +95,28 @@ NODE: Final[Table[NodeState]] = {
     (NodeState.LOST, "drained"): NodeState.DRAINING,
 }
 
+RENTAL: Final[Table[RentalState]] = {
+    (RentalState.WANTED, "provisioned"): RentalState.BOOTING,
+    (RentalState.WANTED, "refused"): RentalState.OVER,
+    (RentalState.WANTED, "given_up"): RentalState.LEAVING,
+    (RentalState.BOOTING, "joined"): RentalState.JOINED,
+    (RentalState.BOOTING, "given_up"): RentalState.LEAVING,
+    (RentalState.BOOTING, "gone"): RentalState.OVER,
+    (RentalState.JOINED, "given_up"): RentalState.LEAVING,
+    (RentalState.JOINED, "gone"): RentalState.OVER,
+    (RentalState.LEAVING, "found"): RentalState.LEAVING,
+    (RentalState.LEAVING, "gone"): RentalState.OVER,
+}
+
 TERMINAL: Final = frozenset(
-    {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, AttemptState.ENDED, AllocationState.RELEASED}
+    {
+        JobState.SUCCEEDED,
+        JobState.FAILED,
+        JobState.CANCELLED,
+        AttemptState.ENDED,
+        AllocationState.RELEASED,
+        RentalState.OVER,
+    }
 )
 
 

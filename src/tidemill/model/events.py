@@ -189,13 +189,18 @@ class Marking(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeMarked:
-    """Somebody cordoned, drained or resumed a node. Resuming also clears what its devices were failing of."""
+    """Somebody cordoned, drained or resumed a node. Resuming also clears what its devices were failing of.
+
+    ``until_ns`` is when the machine goes, whatever runs there then: a drain leaves no job a longer grace. Zero: it
+    stays.
+    """
 
     at_ns: int
     node_id: NodeId
     marking: Marking
     by: str = ""
     detail: str = ""
+    until_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,8 @@ LaunchId = NewType("LaunchId", str)
 ArtifactId = NewType("ArtifactId", str)
 QueueId = NewType("QueueId", str)
 ReservationId = NewType("ReservationId", str)
+RentalId = NewType("RentalId", str)
+"""One instance rented from a cloud: the client token of renting it."""
 
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
 

@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from msgspec import Struct
 
+from tidemill.model.cloud import Rental
 from tidemill.model.events import LogEntry
 from tidemill.model.fleet import Node
 from tidemill.model.ids import JobId, LaunchId, NodeId, ProjectId
@@ -47,7 +48,7 @@ class Change(Struct, frozen=True, kw_only=True, gc=False):
     """A new value of one thing, and the version of it that the turn assumed (None: it did not exist)."""
 
     assumed: int | None
-    after: Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation
+    after: Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rental
 
 
 class Launch(Struct, frozen=True, kw_only=True, gc=False):

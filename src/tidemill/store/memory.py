@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol, TypeVar
 from tidemill.core.lifecycle import is_terminal
 from tidemill.errors import Fenced, Stale
 from tidemill.model.artifact import Artifact
+from tidemill.model.cloud import Rental
 from tidemill.model.fleet import Node, Outpost, Site
 from tidemill.model.ids import (
     ArtifactId,
@@ -255,6 +256,10 @@ class MemoryStore:
             evidence=Evidence.MEASURED if all_measured else Evidence.ESTIMATED,
             lines=len(lines),
         )
+
+    def rentals(self, *, since_ns: int = 0) -> tuple[Rental, ...]:
+        """Rented instances that are not over, and those that ended at ``since_ns`` or later, by id."""
+        return self._sorted(Rental, lambda it: not it.ended_ns or it.ended_ns >= since_ns, key=lambda it: it.id)
 
     def idempotent(self, principal_id: PrincipalId, key: str) -> IdempotencyRecord | None:
         return self._all.idempotency.get((principal_id, key))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tidemill.errors import Stale
+from tidemill.model.cloud import Rental
 from tidemill.model.fleet import Node
 from tidemill.model.ids import NodeId
 from tidemill.model.job import Allocation, Attempt, Job, Workload
@@ -18,8 +19,18 @@ from tidemill.ports import Batch
 from tidemill.store.codec import encode
 
 Row = dict[str, Any]
-Thing = Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation
-THINGS: Final[tuple[type[Thing], ...]] = (Workload, Job, Attempt, Allocation, Node, Queue, QueueUsage, Reservation)
+Thing = Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rental
+THINGS: Final[tuple[type[Thing], ...]] = (
+    Workload,
+    Job,
+    Attempt,
+    Allocation,
+    Node,
+    Queue,
+    QueueUsage,
+    Reservation,
+    Rental,
+)
 LOW_BITS: Final = 32
 LOW_MASK: Final = (1 << LOW_BITS) - 1
 
@@ -165,6 +176,10 @@ def _reservation(it: Reservation) -> Row:
     return {"id": it.id, "cancelled_ns": it.cancelled_ns, "version": it.version, "body": encode(it)}
 
 
+def _rental(it: Rental) -> Row:
+    return {"id": it.id, "state": it.state.value, "ended_ns": it.ended_ns, "version": it.version, "body": encode(it)}
+
+
 _ROWS: Final[dict[type[Thing], Callable[[Any], Row]]] = {
     Workload: _workload,
     Job: _job,
@@ -174,6 +189,7 @@ _ROWS: Final[dict[type[Thing], Callable[[Any], Row]]] = {
     Queue: _plain,
     QueueUsage: _plain,
     Reservation: _reservation,
+    Rental: _rental,
 }
 
 

@@ -115,6 +115,18 @@ reservations = Table(
     _long("version"),
     _text("body"),
 )
+rentals = Table(
+    "rentals",
+    metadata,
+    _text("id", primary_key=True),
+    _text("state"),
+    _long("ended_ns"),
+    _long("version"),
+    _text("body"),
+    Index("ix_rentals_ended", "ended_ns"),
+)
+"""``ended_ns`` is zero until the cloud confirms that there is nothing more."""
+
 events = Table(
     "events",
     metadata,

@@ -40,6 +40,7 @@ from sqlalchemy.exc import DBAPIError
 from tidemill.core.lifecycle import is_terminal
 from tidemill.errors import Fenced, InvalidSetting, Stale, TidemillError, Unavailable
 from tidemill.model.artifact import Artifact
+from tidemill.model.cloud import Rental
 from tidemill.model.events import LogEntry
 from tidemill.model.fleet import Node, Outpost, Site
 from tidemill.model.ids import ArtifactId, JobId, LaunchId, NodeId, PrincipalId, ProjectId, TokenId, WorkloadId
@@ -75,6 +76,7 @@ _TABLES: Final[dict[type[Thing], Table]] = {
     Queue: schema.queues,
     QueueUsage: schema.queue_usage,
     Reservation: schema.reservations,
+    Rental: schema.rentals,
 }
 _NEWEST: Final = (schema.workloads.c.submitted_ns, schema.workloads.c.id, schema.jobs.c.position)
 _JOB_ROWS: Final = select(schema.jobs.c.body, schema.jobs.c.reason, schema.workloads.c.body, *_NEWEST).join(
@@ -106,6 +108,7 @@ _UPDATES: Final[dict[type[Thing], Executable]] = {
     Queue: _guarded(schema.queues, "version", "body"),
     QueueUsage: _guarded(schema.queue_usage, "version", "body"),
     Reservation: _guarded(schema.reservations, "cancelled_ns", "version", "body"),
+    Rental: _guarded(schema.rentals, "state", "ended_ns", "version", "body"),
 }
 _REASON: Final = (
     update(schema.jobs)
@@ -454,6 +457,12 @@ class SqlStore:
             evidence=Evidence.MEASURED if all_measured else Evidence.ESTIMATED,
             lines=count,
         )
+
+    def rentals(self, *, since_ns: int = 0) -> tuple[Rental, ...]:
+        """Rented instances that are not over, and those that ended at ``since_ns`` or later, by id."""
+        rentals = schema.rentals.c
+        wanted = (rentals.ended_ns == 0) | (rentals.ended_ns >= since_ns)
+        return self._all(Rental, select(rentals.body).where(wanted).order_by(rentals.id))
 
     def idempotent(self, principal_id: PrincipalId, key: str) -> IdempotencyRecord | None:
         records = schema.idempotency.c

@@ -7,15 +7,18 @@ from typing import Any, Final
 
 from tidemill.errors import TidemillError
 from tidemill.model.artifact import Artifact
+from tidemill.model.cloud import Market, Offer, Rental, RentalState
 from tidemill.model.events import LogEntry
 from tidemill.model.fleet import Device, Node, NodeState
 from tidemill.model.ids import (
     ArtifactId,
     DeviceId,
+    JobId,
     NodeId,
     OrganizationId,
     PrincipalId,
     ProjectId,
+    RentalId,
     ReservationId,
     SiteId,
     WorkloadId,
@@ -208,7 +211,23 @@ def a_note(job: Job | None = None, name: str = "Submitted", **body: str | int | 
     )  # fmt: skip
 
 
-def new(*things: Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation) -> tuple[Change, ...]:
+def a_rental(number: int) -> Rental:
+    """An instance that is wanted for a job."""
+    offer = Offer(
+        id="g/a/spot", instance_type="g", region="r", zone="a", market=Market.SPOT, cpu_milli=4_000,
+        memory_bytes=1 << 34,
+        price_micro_per_hour=5, most_micro_per_hour=7, gpu_model="T4", gpu_count=1, gpu_memory_bytes=1 << 34,
+        labels=(("region", "r"),),
+    )  # fmt: skip
+    return Rental(
+        id=RentalId(f"ren_{number}"), site_id=SiteId("burst"), scope="c/1/r", offer=offer, node_name=f"burst-{number}",
+        state=RentalState.WANTED, version=1, created_ns=NOW, expires_ns=NOW + HOUR_NS, jobs=(JobId("job_1"),),
+    )  # fmt: skip
+
+
+def new(
+    *things: Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rental,
+) -> tuple[Change, ...]:
     """Changes that insert these."""
     return tuple(Change(assumed=None, after=thing) for thing in things)
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from tidemill.errors import Fenced, InvalidRequest, Stale
 from tidemill.model.artifact import Artifact
+from tidemill.model.cloud import RentalState
 from tidemill.model.fleet import NodeState, Outpost, Site, SiteKind
 from tidemill.model.ids import (
     JobId,
@@ -51,6 +52,7 @@ from tidemill.testing.samples import (
     a_queue,
     a_reason,
     a_record,
+    a_rental,
     a_reservation,
     a_usage,
     a_workload,
@@ -351,6 +353,25 @@ def check_policies_are_loaded(open_store: OpenStore) -> None:
         same(found.queue_usages, (usages[1], usages[2], more), "the usages")
         same(found.reservations, (booked[2], booked[0]), "the reservations that stand")
         raises(Stale, it.commit, changes=new(booked[1]))
+
+
+def check_rentals_are_kept(open_store: OpenStore) -> None:
+    """Rented instances are found while they are not over, and after that by when they ended."""
+    with _Session(open_store) as it:
+        rentals = [a_rental(number) for number in (3, 1, 2)]
+        it.commit(changes=new(*rentals))
+        raises(Stale, it.commit, changes=new(rentals[0]))
+        same(it.store.rentals(), (rentals[1], rentals[2], rentals[0]), "all rentals, by id")
+        booted = replace(rentals[0], version=2, state=RentalState.BOOTING, instance_id="i-1", launched_ns=NOW)
+        over = replace(rentals[1], version=2, state=RentalState.OVER, ended_ns=NOW, cost_micro=9)
+        it.commit(changes=[Change(assumed=1, after=thing) for thing in (booted, over)])
+        same(it.store.rentals(since_ns=NOW), (over, rentals[2], booted), "one that ended is found by when it did")
+        same(it.store.rentals(since_ns=NOW + 1), (rentals[2], booted), "and is not when that is too long ago")
+        raises(Stale, it.commit, changes=[Change(assumed=1, after=replace(booted, version=2))])
+        older = it.epoch
+        it.epoch = it.store.lead(holder="another")
+        raises(Fenced, it.store.commit, Batch(epoch=older, changes=new(a_rental(4))))
+        same(len(it.store.rentals()), 3, "what an older leader wants is not stored")
 
 
 def check_reasons_stay_while_a_job_waits(open_store: OpenStore) -> None:
@@ -669,6 +690,7 @@ CHECKS: Final[tuple[Callable[[OpenStore], None], ...]] = (
     check_load_is_what_is_not_over,
     check_load_counts_jobs_that_ended_badly,
     check_policies_are_loaded,
+    check_rentals_are_kept,
     check_reasons_stay_while_a_job_waits,
     check_lists_filter,
     check_pages_are_stable,

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from msgspec import Struct
 
 from tidemill.model.artifact import Artifact
+from tidemill.model.cloud import Rental
 from tidemill.model.events import LogEntry
 from tidemill.model.fleet import Device, Level, Node
 from tidemill.model.job import Allocation, Attempt, DeviceShare, Job, Workload
@@ -33,6 +34,7 @@ from tidemill.model.spec import (
 from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
 from tidemill.ports import IdempotencyRecord
 from tidemill.testing.history import Step
+from tidemill.testing.samples import a_rental
 
 TEXTS: Final = st.text(st.characters(codec="utf-8"), max_size=20)
 """Any text that can be written as UTF-8."""
@@ -161,6 +163,7 @@ def values() -> st.SearchStrategy[Any]:
         queues(),
         _built(QueueUsage, taken=_tuples(st.tuples(TEXTS, st.floats(allow_nan=False, allow_infinity=False)))),
         reservations(),
+        _built(Rental, offer=st.just(a_rental(1).offer)),
         _built(LogEntry, body=_tuples(st.tuples(TEXTS, st.none() | st.booleans() | NUMBERS | TEXTS))),
         _built(LedgerLine, usage=_built(UsageInterval)),
         _built(Reason),

@@ -47,6 +47,16 @@ def upgrade() -> None:
             sa.Column("id", TEXT, primary_key=True, nullable=False),
             sa.Column("body", TEXT, nullable=False),
         )
+    # What was rented from clouds.
+    op.create_table(
+        "rentals",
+        sa.Column("id", TEXT, primary_key=True, nullable=False),
+        sa.Column("state", TEXT, nullable=False),
+        sa.Column("ended_ns", LONG, nullable=False),
+        sa.Column("version", LONG, nullable=False),
+        sa.Column("body", TEXT, nullable=False),
+    )
+    op.create_index("ix_rentals_ended", "rentals", ["ended_ns"])
 
     projects = sa.table("projects", sa.column("id", TEXT), sa.column("body", TEXT))
     connection = op.get_bind()
