@@ -1,10 +1,10 @@
-"""From submitting a command to the first line of its own output: Tidemill, Ray jobs, and a bare subprocess.
+"""From submitting a command to the first line of its own output: Tidemill, Tidemill on Ray, Ray jobs, a subprocess.
 
 Each round runs every contender once, in turn, with the same command; what is measured ends when a line that is
 exactly the command's marker can be read. ``cli`` rows start a command line (``tidemill run -- COMMAND``, ``ray job
 submit -- COMMAND``) and read its standard output; ``sdk`` rows submit and read the log from a Python client that is
-connected already. Ray runs here too, from its own environment in ``.bench/ray``, installed on first use. Both
-clouds are idle and warm. The last line is JSON.
+connected already. ``tidemill_ray`` is a cloud whose machine is a Ray cluster's (``engine: ray``); the other Ray is one
+of its own, from an environment in ``.bench/ray``, installed on first use. All are idle and warm. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -103,6 +103,21 @@ def tidemill_sdk(home: Home) -> Measure:
         raise RuntimeError("the job ended without its line")
 
     return measure
+
+
+@contextlib.contextmanager
+def cloud_on_ray() -> Iterator[Home]:
+    """A cloud whose one machine is a Ray cluster's, once that is there."""
+    from tidemill.sdk.client import Client
+
+    with cloud(engine="ray", ray_port=free_port()) as home:
+        client = Client(home.url, home.token)
+        deadline = time.monotonic() + _LIMIT_S
+        while not any(node.state == "ready" for node in client.nodes()):
+            if time.monotonic() > deadline:
+                raise RuntimeError("the machines of the Ray cluster do not join")
+            time.sleep(0.2)
+        yield home
 
 
 @contextlib.contextmanager
@@ -216,6 +231,11 @@ def main() -> None:
         }
         sdk: dict[str, Measure] = {"tidemill sdk": tidemill_sdk(home)}
         if not given.no_ray:
+            on_ray = stack.enter_context(cloud_on_ray())
+            contenders["tidemill_ray cli"] = lambda marker, command: first_line(
+                [str(PROGRAMS / "tidemill"), "run", "--", *command], marker, on_ray.environment
+            )
+            sdk["tidemill_ray sdk"] = tidemill_sdk(on_ray)
             contenders["ray cli"], sdk["ray sdk"] = stack.enter_context(ray_head(cores))
         contenders |= {"bare": lambda marker, command: first_line(command, marker, None), **sdk}
         taken: dict[tuple[str, str], list[float]] = {(kind, name): [] for kind in kinds for name in contenders}
@@ -236,12 +256,13 @@ def _report(taken: dict[tuple[str, str], list[float]], runs: int) -> None:
     rows, result = [], {}
     for (kind, name), values in taken.items():
         middle, worst = median(values), percentile(values, 99)
-        rival = taken.get((kind, name.replace("ray", "tidemill"))) if name.startswith("ray") else None
-        times = f"{middle / median(rival):.1f} x tidemill" if rival else ""
+        rival = taken.get((kind, f"tidemill_{name}")) if name.startswith("ray") else None
+        times = f"{middle / median(rival):.1f} x tidemill on ray" if rival else ""
         rows.append((f"{kind}: {name}", f"{middle * 1000:.1f} ms", f"{worst * 1000:.1f} ms", times))
         prefix = ("" if kind == "echo" else f"{kind}_") + name.replace(" cli", "").replace(" ", "_")
         result |= {f"{prefix}_p50_s": round(middle, 5), f"{prefix}_p99_s": round(worst, 5)}
     table(("", "median", "p99", ""), rows)
+    result |= {"ray_job_p50_s": result["ray_p50_s"]} if "ray_p50_s" in result else {}
     figures: dict[str, Any] = {**result, "runs": runs, "ray": RAY.partition("==")[2], "machine": about}
     print(json.dumps(figures))
 

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import fcntl
 import gc
+import hashlib
 import http.client
 import json
 import logging
@@ -173,8 +174,20 @@ def _build(settings: Any) -> tuple[Any, _Reports]:
         energy_evidence="measured" if sample() is not None else "estimated",
         on_fenced=lambda: os.kill(os.getpid(), signal.SIGTERM),
     )
+    if settings.cloud:
+        _rent(settings, plane, pepper)
     reports.tell = plane.tell
     return plane, reports
+
+
+def _rent(settings: Any, plane: Any, pepper: bytes) -> None:
+    """Have the control plane rent machines. Raises: InvalidSetting, CloudRefused."""
+    from tidemill.clouds.ec2 import Ec2
+    from tidemill.control.cloudsettings import cloud_settings
+
+    found = cloud_settings(settings.cloud)
+    installation = hashlib.sha256(b"installation" + pepper).hexdigest()[:24]
+    plane.rent(Ec2(found.ec2, installation=installation), found)
 
 
 def _engine(settings: Any, site_id: Any) -> tuple[Any, Callable[[], Any], _Reports]:

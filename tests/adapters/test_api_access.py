@@ -72,7 +72,7 @@ def test_the_policies_are_these() -> None:
         "read": 20,
         "exec": 3,
         "runner": 8,
-        "admin": 16,
+        "admin": 17,
         "gateway": 1,
         "join": 2,
         "outpost": 3,
@@ -82,7 +82,7 @@ def test_the_policies_are_these() -> None:
         "PUT /v1/queues", "PUT /v1/queues/{name}", "POST /v1/reservations", "DELETE /v1/reservations/{name}",
         "POST /v1/nodes/{node}/mark", "GET /v1/turns", "PUT /v1/sites/{name}", "POST /v1/sites/{name}/tokens",
         "POST /v1/nodes/{name}/lost", "DELETE /v1/outposts/{outpost_id}",
-        "GET /v1/strangers", "POST /v1/strangers/{launch_id}/stop",
+        "GET /v1/strangers", "GET /v1/rentals", "POST /v1/strangers/{launch_id}/stop",
     }  # fmt: skip
 
 

@@ -359,6 +359,42 @@ class SiteOut(TypedDict):
     outposts: list[OutpostStateOut]
 
 
+class RentalOut(TypedDict):
+    """A machine that is or was rented. ``cost_micro`` is what it cost, once it is over; ``jobs`` those it is for."""
+
+    id: str
+    site: str
+    state: str
+    machine: str
+    instance: str
+    type: str
+    market: str
+    micro_per_hour: int
+    cost_micro: int
+    cause: str
+    jobs: list[str]
+    created_at_ns: int
+    ended_at_ns: int
+
+
+class NotRentedOut(TypedDict):
+    """A waiting job for which nothing is rented, and why."""
+
+    job: str
+    code: str
+    sentence: str
+
+
+class RentingOut(TypedDict):
+    """What is rented: as of the last look. ``spent_micro`` is this month's; ``problem`` says why it could not look."""
+
+    items: list[RentalOut]
+    next_cursor: str
+    spent_micro: int
+    not_rented: list[NotRentedOut]
+    problem: str
+
+
 class JoiningOut(TypedDict):
     """A token that lets machines join a site, shown this once."""
 

@@ -25,14 +25,17 @@ from tidemill.api.shapes import (
     OutpostIn,
     OutpostOut,
     PageOf,
+    RentingOut,
     SiteIn,
     SiteOut,
     SiteTokenIn,
 )
 from tidemill.catalog import carbon_intensity
+from tidemill.control.capacity import CapacityStatus
 from tidemill.control.sites import SiteState
 from tidemill.control.steering import find_node
 from tidemill.errors import InvalidRequest
+from tidemill.model.cloud import Rental
 from tidemill.model.fleet import Site, SiteKind
 from tidemill.model.ids import NodeId, SiteId
 from tidemill.model.tenant import Scope
@@ -84,6 +87,27 @@ async def make_joining_token(call: Caller, name: str) -> Response:
         return {"token": secret, "site": site.name, "expires_at_ns": token.expires_ns}
 
     return json_answer(await blocking(make), 201)
+
+
+@routes.get("/v1/rentals", allow=Scope.ADMIN, answer=RentingOut)
+async def list_rentals(call: Caller) -> Response:
+    """List what is rented from a cloud, what it cost this month, and for which jobs nothing is rented and why."""
+
+    def answer() -> dict[str, Any]:
+        call.plane.administer(call.identity)
+        renting = call.plane.renting
+        status = renting.status if renting is not None else CapacityStatus()
+        return {
+            "items": [_rental_json(rental) for rental in status.rentals],
+            "next_cursor": "",
+            "spent_micro": status.spent_micro,
+            "not_rented": [
+                {"job": job, "code": reason.code, "sentence": reason.sentence} for job, reason in status.refused
+            ],
+            "problem": status.problem,
+        }
+
+    return json_answer(await blocking(answer))
 
 
 @routes.post("/v1/nodes/{name}/lost", allow=Scope.ADMIN, body=NothingIn, answer=NodeOut)
@@ -214,6 +238,24 @@ def _duration(text: str, field: str) -> int:
         return parse_duration(text)
     except ValueError as error:
         raise InvalidRequest(str(error), field=field, value=text, mend="Write for example 30m, or none.") from None
+
+
+def _rental_json(rental: Rental) -> dict[str, Any]:
+    return {
+        "id": rental.id,
+        "site": rental.site_id,
+        "state": rental.state.value,
+        "machine": rental.node_name,
+        "instance": rental.instance_id,
+        "type": rental.offer.instance_type,
+        "market": rental.offer.market.value,
+        "micro_per_hour": rental.offer.price_micro_per_hour,
+        "cost_micro": rental.cost_micro,
+        "cause": rental.cause,
+        "jobs": list(rental.jobs),
+        "created_at_ns": rental.created_ns,
+        "ended_at_ns": rental.ended_ns,
+    }
 
 
 def _site_json(state: SiteState) -> dict[str, Any]:

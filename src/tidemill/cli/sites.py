@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from tidemill.cli.output import clock, count, emit, facts, note, paint, say, state, table
+from tidemill.cli.output import age, clock, count, emit, facts, note, paint, say, state, table
 from tidemill.cli.parsing import Json, group_of
 from tidemill.cli.ticker import Ticker
 from tidemill.errors import InvalidRequest
 from tidemill.sdk import connection
 from tidemill.sdk.client import Client
-from tidemill.units import format_duration
+from tidemill.units import format_duration, format_usd
 
 _Home = Annotated[
     Path | None,
@@ -199,11 +199,39 @@ def site_remove(
         say(f"{outpost} is being drained: {count(len(answer['running']), 'job')} to go; ask again then")
 
 
+def site_rented(json: Json = False) -> None:
+    """The machines that are rented from a cloud, what they cost, and for which jobs nothing is rented."""
+    with Client() as client:
+        found = client.rentals()
+    if json:
+        emit(found)
+        return
+    rows = [
+        (
+            str(one["machine"]),
+            state(str(one["state"])),
+            str(one["type"]),
+            str(one["market"]),
+            f"{format_usd(int(one['micro_per_hour']))}/h",
+            age(int(one["created_at_ns"])),
+            str(one["cause"]),
+        )
+        for one in found["items"]
+    ]
+    table(("machine", "state", "type", "market", "price", "age", "cause"), rows, flexible=6)
+    say(f"{format_usd(int(found['spent_micro']))} this month")
+    for one in found["not_rented"]:
+        note(f"nothing for {one['job']}: {one['sentence']}")
+    if found["problem"]:
+        note(str(found["problem"]))
+
+
 site_app = group_of(
     "The places where work runs.",
     list=site_list,
     set=site_set,
     token=site_token,
+    rented=site_rented,
     remove=site_remove,
 )
 

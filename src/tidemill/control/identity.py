@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import threading
@@ -169,8 +170,11 @@ class Directory:
         project: ProjectId,
         expires_ns: int,
         now: int,
+        entropy: bytes = b"",
     ) -> tuple[Token, str]:
         """A new token and its secret, shown this once. A granter gives at most what it has, for at most as long.
+
+        The same ``entropy`` gives the same secret; without it, it is random.
 
         Raises: Forbidden when it asks for more.
         """
@@ -186,7 +190,7 @@ class Directory:
                 raise Forbidden("A token of one project cannot grant access beyond it.", field="project", value=project)
             if granter.expires_ns:
                 expires_ns = min(expires_ns or granter.expires_ns, granter.expires_ns)
-        secret = tokens.mint("user", secrets.token_bytes(32))
+        secret = tokens.mint("user", entropy or secrets.token_bytes(32))
         token = Token(
             id=TokenId(sortable_id("tok", now=now, entropy=secrets.randbits(40))),
             principal_id=principal.id,
@@ -200,6 +204,10 @@ class Directory:
             expires_ns=expires_ns,
         )
         return token, secret
+
+    def derived(self, subject: str) -> bytes:
+        """Entropy that belongs to ``subject`` and to nobody who does not have this installation's key."""
+        return hashlib.blake2b(subject.encode(), key=self.pepper[:64], digest_size=32, person=b"tidemill").digest()
 
     def remember(self, token: Token, principal: Principal) -> None:
         """Let a stored token be used from now on, or see that it was revoked."""

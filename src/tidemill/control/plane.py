@@ -19,6 +19,7 @@ import msgspec
 from tidemill import __version__
 from tidemill.control.answers import Receipt, Status, Why, mend_for, receipt_of
 from tidemill.control.blobs import BlobStore
+from tidemill.control.cloudsettings import CloudSettings
 from tidemill.control.driver import Driver, world_from
 from tidemill.control.enginework import Stranger
 from tidemill.control.forecast import quote, why
@@ -26,6 +27,7 @@ from tidemill.control.identity import Directory, Identity
 from tidemill.control.launching import build_launch, find_input
 from tidemill.control.logs import LogStore
 from tidemill.control.relay import Relay
+from tidemill.control.renting import Renting
 from tidemill.control.settings import Settings
 from tidemill.control.sites import Sites
 from tidemill.control.steering import (
@@ -97,7 +99,7 @@ from tidemill.model.queue import Queue
 from tidemill.model.reservation import Reservation
 from tidemill.model.spec import SECRET_NAME, Dependency, WorkloadSpec
 from tidemill.model.tenant import Project, Scope, Token
-from tidemill.ports import Engine, IdempotencyRecord, JobFilter, Store
+from tidemill.ports import Engine, IdempotencyRecord, JobFilter, Provisioner, Store
 from tidemill.wire import instant_text
 from tidemill.wire.requests import QueueIn, ReservationIn
 
@@ -185,6 +187,9 @@ class ControlPlane:
             tell=self._turns.put,
             met=self._let_stranger_in,
         )
+        self.renting: Renting | None = None
+        """What rents machines, when this installation does."""
+        self._epoch = epoch
         self._recorder: Recorder | None = None
         self._in_flight: dict[tuple[str, str], tuple[str, Future[tuple[Workload, ...]]]] = {}
         self._lock = threading.Lock()
@@ -214,11 +219,15 @@ class ControlPlane:
             nodes = self._engine.nodes()
             self._turns.put([NodeJoined(at_ns=now, node=node) for node in nodes]).result(timeout=60)
         self.sites.start()
+        if self.renting is not None:
+            self.renting.start()
         self._sampler.start()
 
     def close(self) -> None:
         """Stop acting. With nothing running, the machines leave, so that no time counts while they are away."""
         self._closing.set()
+        if self.renting is not None:
+            self.renting.close()
         self.sites.close()
         world = self.world
         if not world.allocations:
@@ -229,6 +238,19 @@ class ControlPlane:
                 self._closing.set()
         self._turns.close()
         self.logs.shut()
+
+    def rent(self, provisioner: Provisioner, settings: CloudSettings) -> None:
+        """Have machines rented from there, from ``start`` on."""
+        self.renting = Renting(
+            provisioner,
+            settings,
+            store=self.store,
+            turns=self._turns,
+            sites=self.sites,
+            policy=self.settings.policy,
+            epoch=self._epoch,
+            clock=self._clock,
+        )
 
     def watch(self, callback: Callable[[int], None]) -> Callable[[], None]:
         """Have ``callback`` called with the newest event's number after each commit; returns how to stop it."""
@@ -440,8 +462,10 @@ class ControlPlane:
 
     def must_look(self, project: Project, specs: Sequence[WorkloadSpec]) -> bool:
         """Whether submitting these waits for the store or for a turn, so that it is not for an event loop."""
-        return self._is_capped(project) or any(
-            spec.inputs or spec.secrets or spec.workdir or spec.after or spec.group for spec in specs
+        return (
+            self.renting is not None
+            or self._is_capped(project)
+            or any(spec.inputs or spec.secrets or spec.workdir or spec.after or spec.group for spec in specs)
         )
 
     def checkpointed(self, identity: Identity, job_id: JobId, detail: str) -> Future[None]:
@@ -906,7 +930,7 @@ class ControlPlane:
             submitted_ns=now,
         )
         never = why_refused(self.world, asked)
-        if never is not None:
+        if never is not None and not (self.renting is not None and self.renting.may_serve(spec)):
             raise Infeasible(
                 never.sentence, field=never.subject, value=never.needed, mend=mend_for(never), reason=never.code
             )

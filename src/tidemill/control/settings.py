@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import yaml
 
+from tidemill.control.cloudsettings import cloud_settings
 from tidemill.errors import InvalidSetting
 from tidemill.model.policy import Policy
 from tidemill.units import parse_duration, parse_size
@@ -27,7 +28,8 @@ class Settings:
 
     ``lease`` is how long a worker on another machine of this site runs on without a word from the control plane.
     ``address`` is where other machines reach this one; ``ray_port`` and ``ray_redis`` (host:port of a Redis that keeps
-    what the cluster's head knows) are for the engine ``ray``.
+    what the cluster's head knows) are for the engine ``ray``. ``cloud`` says what is rented and when, as
+    ``control.cloudsettings`` reads it.
 
     ``labels``, ``taints``, ``rack`` and ``block`` say what this machine is to those who place work. ``mig_dynamic``
     lists GPUs, by number or UUID, whose MIG slices Tidemill may make and unmake; ``all`` means each in MIG mode. A
@@ -57,6 +59,7 @@ class Settings:
     address: str = ""
     ray_port: int = 6379
     ray_redis: str = ""
+    cloud: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     taints: tuple[str, ...] = ()
     rack: str = ""
@@ -210,6 +213,9 @@ def _checked(name: str, value: Any, default: object) -> Any:
                 if parse_duration(value) <= 0 and name in _NEVER_ZERO:
                     raise ValueError("it has to be longer than nothing")
                 return value if isinstance(value, str) else f"{value}s"
+            case "cloud":
+                cloud_settings(value)
+                return dict(value)
             case "lease":
                 if value != "none" and parse_duration(value) <= 0:
                     raise ValueError("it has to be longer than nothing, or none")

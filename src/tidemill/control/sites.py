@@ -21,7 +21,8 @@ from tidemill.control.leases import Leases
 from tidemill.control.outposts import Mailbox, SiteEngine
 from tidemill.core.facts import LEFT, has_left
 from tidemill.core.world import World
-from tidemill.errors import Conflict, NotFound, TidemillError
+from tidemill.errors import Conflict, Forbidden, NotFound, TidemillError
+from tidemill.model.cloud import Rental
 from tidemill.model.events import (
     DeviceFailed,
     DeviceRecovered,
@@ -209,15 +210,59 @@ class Sites:
         )
         return self._mint(principal, Scope.JOIN, name=f"join {site.name}", expires_ns=expires_ns)
 
+    def rental_token(self, rental: Rental) -> str:
+        """The token with which the machine of a rental joins, the same each time; worthless once that is over."""
+        organization = self._store.organizations()[0].id
+        principal = Principal(
+            id=PrincipalId(f"{_SITE_PREFIX}{rental.site_id}/{rental.node_name}"),
+            organization_id=organization,
+            kind=PrincipalKind.SYSTEM,
+            name=f"machine {rental.node_name}",
+            created_ns=rental.created_ns,
+        )
+        token, secret = self._directory.mint(
+            None,
+            principal,
+            name=f"join as {rental.node_name}",
+            scopes=(Scope.JOIN,),
+            project=ProjectId(""),
+            expires_ns=rental.expires_ns,
+            now=rental.created_ns,
+            entropy=self._directory.derived(f"rental:{rental.id}"),
+        )
+        known = {one.hash for one in self._directory.all()}
+        if token.hash not in known:
+            self._store.put_principal(principal)
+            self._store.put_token(token)
+            self._directory.remember(token, principal)
+        return secret
+
+    def end_rental(self, rental: Rental) -> None:
+        """A rental is over: its token opens nothing, and its machine is no part of the cloud any more."""
+        own = PrincipalId(f"{_SITE_PREFIX}{rental.site_id}/{rental.node_name}")
+        for token in self._directory.all():
+            if token.principal_id == own and not token.revoked_ns:
+                self._revoke(token)
+        for outpost in list(self._outposts.values()):
+            if not outpost.removed_ns and (outpost.site_id, outpost.name) == (rental.site_id, rental.node_name):
+                self._remove(outpost)
+        node = self._world().nodes.get(rental.node_id)
+        if node is not None and not has_left(node):
+            gone = NodeWentAway(at_ns=self._clock(), node_id=node.id, detail=LEFT)
+            self._tell([gone]).result(timeout=30)
+
     def joined_site(self, identity: Identity) -> Site:
         """The site that a joining token is for. Raises: NotFound."""
-        return self.find(identity.principal_id.removeprefix(_SITE_PREFIX))
+        return self.find(identity.principal_id.removeprefix(_SITE_PREFIX).partition("/")[0])
 
     def join(self, identity: Identity, *, name: str, key: str, engine: str) -> tuple[Outpost, Site, str]:
         """The outpost of that name and its secret token; the same outpost for the same ``key``.
 
         Raises: Conflict when another outpost of the site has the name.
         """
+        only = identity.principal_id.partition("/")[2]
+        if only and name != only:
+            raise Forbidden(f"This token is for {only} alone.", field="name", value=name, mend=f"Join as {only}.")
         return self.adopt(self.joined_site(identity), identity.organization_id, name=name, key=key, engine=engine)
 
     def adopt(
@@ -280,10 +325,11 @@ class Sites:
         if report.offer:
             self._offers[outpost.id] = dict(report.offer)
         mine = set(self._engines[outpost.site_id].nodes_of(outpost.id))
-        told: tuple[Sampled | DeviceFailed | DeviceRecovered, ...] = (
+        told: tuple[Sampled | DeviceFailed | DeviceRecovered | NodeMarked, ...] = (
             *report.sampled,
             *report.failed,
             *report.recovered,
+            *(fact for fact in report.interrupted if fact.marking is Marking.DRAIN),
         )
         return [fact for fact in sorted(told, key=lambda fact: fact.at_ns) if fact.node_id in mine]
 

@@ -312,7 +312,11 @@ def _change_node(world: World, before: Node, after: Node) -> None:
 @_take.register
 def _node_went_away(fact: NodeWentAway, world: World, out: Outcome) -> None:
     node = world.nodes.get(fact.node_id)
-    if node is None or node.state is NodeState.LOST:
+    if node is None:
+        return
+    if node.state is NodeState.LOST:
+        if fact.detail == LEFT and node.state_cause != LEFT:
+            world.update(world.nodes, node.id, node, marking="", state_cause=LEFT)
         return
     for launch in list(world.by_node.get(node.id, ())):
         held = world.allocations[launch]

@@ -28,11 +28,11 @@ from tidemill.core.feasible import (
 )
 from tidemill.core.fleetarrays import FleetArrays, Free, Ints
 from tidemill.core.score import BLOCK_BITS, NEVER, TIE_BITS, Score, Tide, Want
-from tidemill.model.fleet import Level
+from tidemill.model.fleet import SPOT_TAINT, Level
 from tidemill.model.ids import NodeId
 from tidemill.model.job import DeviceShare
 from tidemill.model.resources import GpuRequest, Resources
-from tidemill.model.spec import WorkloadSpec
+from tidemill.model.spec import Tier, WorkloadSpec
 from tidemill.units import MILLI
 
 _WIDER: Final = (Level.NVLINK, Level.HOST, Level.RACK, Level.BLOCK, Level.SITE)
@@ -105,10 +105,9 @@ class Placed:
 def gang_of(spec: WorkloadSpec) -> Gang:
     """What a job of the workload needs placed together."""
     where = spec.placement
+    tolerated = (*where.tolerations, SPOT_TAINT) if spec.tier is Tier.SPOT else where.tolerations
     return Gang(
-        choices=tuple(
-            Shape(resources, bool(spec.image), where.labels, where.tolerations) for resources in spec.choices
-        ),
+        choices=tuple(Shape(resources, bool(spec.image), where.labels, tolerated) for resources in spec.choices),
         workers=spec.nodes,
         smallest=spec.smallest,
         within=where.within,

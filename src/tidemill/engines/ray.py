@@ -127,7 +127,7 @@ class RayEngine:
         told: list[Fact] = []
         for _, reply in self._replies(lambda agent: agent.facts.remote()):
             report = _REPORTS.decode(reply)
-            told += [*report.sampled, *report.failed, *report.recovered]
+            told += [*report.sampled, *report.failed, *report.recovered, *report.interrupted]
         return tuple(told)
 
     def close(self) -> None:

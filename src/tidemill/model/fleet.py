@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from tidemill.model.ids import DeviceId, NodeId, OutpostId, SiteId
 from tidemill.units import MILLI
+
+SPOT_TAINT: Final = "market=spot"
+"""Of rented machines that the cloud may take back: only work tolerates it that may be displaced."""
 
 
 class SiteKind(StrEnum):

@@ -84,6 +84,7 @@ def machine(home: Path, config: OutpostConfig) -> tuple[Engine, Callable[[], lis
     """The engine of this machine, and what it has to tell since it was last asked."""
     from tidemill import telemetry
     from tidemill.engines.local import LocalEngine, LocalSettings
+    from tidemill.telemetry.interruption import InterruptionWatcher
 
     node_id = NodeId(config.node_id)
     engine = LocalEngine(
@@ -95,13 +96,25 @@ def machine(home: Path, config: OutpostConfig) -> tuple[Engine, Callable[[], lis
     )
     meters = telemetry.EnergyMeters(node_id)
     health = telemetry.HealthWatcher(node_id, recheck_ns=_RECHECK_NS, hot_ns=_HOT_NS)
+    notices = InterruptionWatcher(node_id) if is_in_cloud() else None
 
     def facts() -> list[Fact]:
         sampled = meters.sample()
         told: list[Fact] = [sampled] if sampled is not None else []
-        return [*told, *health.health_facts(time.time_ns())]
+        now = time.time_ns()
+        interrupted = notices.interruption_facts(now) if notices is not None else []
+        return [*told, *health.health_facts(now), *interrupted]
 
     return engine, facts
+
+
+def is_in_cloud() -> bool:
+    """Whether this machine is an instance of Amazon's, by what its firmware says."""
+    for name in ("sys_vendor", "board_vendor"):
+        with contextlib.suppress(OSError):
+            if "Amazon EC2" in Path(f"/sys/class/dmi/id/{name}").read_text():
+                return True
+    return False
 
 
 def serve(link: Link, stop: threading.Event, ready: Callable[[], None]) -> None:

@@ -462,6 +462,10 @@ class Client:
         given = {key: value for key, value in described.items() if value is not None}
         return SiteInfo.from_json(self._http.call("PUT", f"/v1/sites/{segment(name)}", body=given).json())
 
+    def rentals(self) -> dict[str, Any]:
+        """``items``, the machines; ``spent_micro`` this month; ``not_rented``, jobs with why not; ``problem``."""
+        return dict(self._http.get("/v1/rentals"))
+
     def joining_token(self, site: str, *, expires_in: str = "1h") -> dict[str, Any]:
         """``token``, with which machines join that site, shown this once; ``site`` and ``expires_at_ns``."""
         return dict(self._http.post(f"/v1/sites/{segment(site)}/tokens", {"expires_in": expires_in}))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from tidemill.errors import Conflict, EngineLost, EngineRefused, TidemillError
-from tidemill.model.events import DeviceFailed, DeviceRecovered, Fact, Sampled
+from tidemill.model.events import DeviceFailed, DeviceRecovered, Fact, NodeMarked, Sampled
 from tidemill.model.fleet import Node
 from tidemill.model.ids import LaunchId, NodeId
 from tidemill.model.plan import LaunchSpec, Observation
@@ -55,7 +55,8 @@ _ERRORS: Final[dict[str, type[TidemillError]]] = {kind.code: kind for kind in (E
 class OutpostReport:
     """What an outpost posts: answers to calls of one session, and facts about its machines.
 
-    ``offer`` is what machines need to know that join the cluster which it heads.
+    ``interrupted`` are drains of its own machines, which their cloud is about to take back. ``offer`` is what machines
+    need to know that join the cluster which it heads.
     """
 
     session: str = ""
@@ -63,6 +64,7 @@ class OutpostReport:
     sampled: tuple[Sampled, ...] = ()
     failed: tuple[DeviceFailed, ...] = ()
     recovered: tuple[DeviceRecovered, ...] = ()
+    interrupted: tuple[NodeMarked, ...] = ()
     offer: tuple[tuple[str, str], ...] = ()
 
 
@@ -73,6 +75,7 @@ def report_of(facts: Iterable[Fact]) -> OutpostReport:
         sampled=tuple(fact for fact in facts if isinstance(fact, Sampled)),
         failed=tuple(fact for fact in facts if isinstance(fact, DeviceFailed)),
         recovered=tuple(fact for fact in facts if isinstance(fact, DeviceRecovered)),
+        interrupted=tuple(fact for fact in facts if isinstance(fact, NodeMarked)),
     )
 
 
