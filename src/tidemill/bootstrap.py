@@ -198,7 +198,7 @@ def _engine(settings: Any, site_id: Any) -> tuple[Any, Callable[[], Any], _Repor
         engine = _simulated(settings, site_id)
         return engine, lambda: None, _Reports(engine.facts, every_s=0.005)
     from tidemill import telemetry
-    from tidemill.engines.local import LocalEngine
+    from tidemill.engines.local import LocalEngine, LocalSettings
     from tidemill.units import parse_duration
 
     def node() -> Any:
@@ -216,6 +216,7 @@ def _engine(settings: Any, site_id: Any) -> tuple[Any, Callable[[], Any], _Repor
         settings.home / "local",
         endpoint_file=settings.home / "endpoint.json",
         node=node,
+        settings=LocalSettings(volumes=settings.volume_root),
         make_slice=telemetry.SliceMaker().make,
     )
     node_id = node().id
@@ -277,6 +278,7 @@ def _start_head(settings: Any, plane: Any) -> None:
         rack=settings.rack,
         block=settings.block,
         mig_dynamic=settings.mig_dynamic,
+        volumes=str(settings.volume_root),
     )
     if not wanted.token:
         organization = plane.store.organizations()[0].id

@@ -243,7 +243,7 @@ def output_path(call: Call, job: Job, path: str) -> Path:
             "The job's output folder has nothing there.",
             field="path",
             value=path,
-            mend="Write to $TIDEMILL_OUTPUT_DIR in the job.",
+            mend=call.plane.where_output_is(job),
         )
     return found
 

@@ -39,6 +39,12 @@ def join_command(
     taint: Annotated[list[str] | None, typer.Option("--taint", metavar="KEY[=VALUE]", help="Repeatable.")] = None,
     rack: Annotated[str, typer.Option("--rack", metavar="NAME", help="Where it stands.")] = "",
     block: Annotated[str, typer.Option("--block", metavar="NAME", help="The block of racks.")] = "",
+    volumes: Annotated[
+        Path | None,
+        typer.Option(
+            "--volumes", metavar="FOLDER", help="Shared with the other machines: checkpoints and outputs of jobs."
+        ),
+    ] = None,
     reserve_cpus: Annotated[float, typer.Option("--reserve-cpus", metavar="N", help="Cores kept from jobs.")] = 0.0,
     home: _Home = None,
     foreground: Annotated[
@@ -63,6 +69,7 @@ def join_command(
         rack=rack,
         block=block,
         reserve_cpus=reserve_cpus,
+        volumes=_volumes(volumes),
     )
     with Ticker("joining", is_silent=json):
         config = joining.join(folder, token, asked)
@@ -238,6 +245,15 @@ site_app = group_of(
 
 def _home(given: Path | None) -> Path:
     return given.expanduser().absolute() if given else connection.home() / "outpost"
+
+
+def _volumes(given: Path | None) -> str:
+    if given is None:
+        return ""
+    if not given.is_absolute() or not given.is_dir():
+        mend = "Mount the shared folder first, and write its whole path."
+        raise InvalidRequest("There is no such folder on this machine.", field="volumes", value=str(given), mend=mend)
+    return str(given)
 
 
 def _pair(text: str) -> tuple[str, str]:

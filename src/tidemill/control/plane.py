@@ -776,10 +776,7 @@ class ControlPlane:
             raise InvalidRequest("The path leaves the job's output folder.", field="path", value=path)
         if not folder.exists():
             raise NotFound(
-                "The job's output folder has nothing there.",
-                field="path",
-                value=path,
-                mend="Write to $TIDEMILL_OUTPUT_DIR in the job; see tidemill cp JOB:. for what it has.",
+                "The job's output folder has nothing there.", field="path", value=path, mend=self.where_output_is(job)
             )
         digest, size = self.blobs.pack(folder)
         now = self._clock()
@@ -795,6 +792,17 @@ class ControlPlane:
                 job_id=job.id,
             )
         )
+
+    def where_output_is(self, job: Job) -> str:
+        """What to do when an output is not found here: it may be on the machine on which the job ran."""
+        ran_on = {worker.node_id for worker in self.store.allocations(job.id)}
+        names = sorted(
+            self.world.nodes[one].name for one in ran_on if one in self.world.nodes and self.sites.is_leased(one)
+        )
+        if names and not self.settings.volumes:
+            shared = "Have machines share a folder for outputs: the setting volumes, and tidemill join --volumes."
+            return f"It ran on {', '.join(names)}, whose folders are not seen from here. {shared}"
+        return "Write to $TIDEMILL_OUTPUT_DIR in the job; see tidemill cp JOB:. for what it has."
 
     def gateway_feed(self) -> tuple[str, dict[str, Any]]:
         """Everything the gateway needs: token hashes and where each model's ready replicas are, and its version."""

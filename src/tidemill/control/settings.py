@@ -29,7 +29,7 @@ class Settings:
     ``lease`` is how long a worker on another machine of this site runs on without a word from the control plane.
     ``address`` is where other machines reach this one; ``ray_port`` and ``ray_redis`` (host:port of a Redis that keeps
     what the cluster's head knows) are for the engine ``ray``. ``cloud`` says what is rented and when, as
-    ``control.cloudsettings`` reads it.
+    ``control.cloudsettings`` reads it. ``volumes`` is a folder that machines share, for checkpoints and outputs.
 
     ``labels``, ``taints``, ``rack`` and ``block`` say what this machine is to those who place work. ``mig_dynamic``
     lists GPUs, by number or UUID, whose MIG slices Tidemill may make and unmake; ``all`` means each in MIG mode. A
@@ -59,6 +59,7 @@ class Settings:
     address: str = ""
     ray_port: int = 6379
     ray_redis: str = ""
+    volumes: str = ""
     cloud: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     taints: tuple[str, ...] = ()
@@ -117,8 +118,8 @@ class Settings:
 
     @property
     def volume_root(self) -> Path:
-        """Where the local engine keeps the checkpoint and output folders of jobs."""
-        return self.home / "local" / "volumes"
+        """Where the checkpoint and output folders of jobs are."""
+        return Path(self.volumes) if self.volumes else self.home / "local" / "volumes"
 
     @property
     def lease_ns(self) -> int:
@@ -213,6 +214,10 @@ def _checked(name: str, value: Any, default: object) -> Any:
                 if parse_duration(value) <= 0 and name in _NEVER_ZERO:
                     raise ValueError("it has to be longer than nothing")
                 return value if isinstance(value, str) else f"{value}s"
+            case "volumes":
+                if value and not Path(str(value)).is_absolute():
+                    raise ValueError("a folder that machines share has the same whole path on each")
+                return str(value)
             case "cloud":
                 cloud_settings(value)
                 return dict(value)

@@ -58,7 +58,8 @@ class LocalSettings:
 
     ``spool_cap_bytes`` limits output that waits to be sent, ``linger_ns`` how long a runner goes on trying to
     deliver after its worker ended, ``beat_ns`` is the time between two heartbeats. ``address`` is where others reach
-    the ports of workers here.
+    the ports of workers here. ``volumes`` is where checkpoint and output folders of jobs are: in the engine's own
+    folder unless it is given, as it is where machines share a file system.
     """
 
     sandbox: str = "auto"
@@ -67,6 +68,7 @@ class LocalSettings:
     beat_ns: int = 2 * SECOND_NS
     max_pids: int = _MAX_PIDS
     address: str = "127.0.0.1"
+    volumes: Path | None = None
 
 
 class LocalEngine:
@@ -274,6 +276,7 @@ class LocalEngine:
             "mark": self.mark(spec.launch_id),
             "pids": self._settings.max_pids,
             "address": self._settings.address,
+            "volumes": str(self._settings.volumes or self.root / "volumes"),
             "spool_cap_bytes": self._settings.spool_cap_bytes,
             "linger_s": self._settings.linger_ns / SECOND_NS,
             "beat_s": self._settings.beat_ns / SECOND_NS,

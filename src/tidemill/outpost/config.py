@@ -39,6 +39,7 @@ class OutpostConfig:
     rack: str = ""
     block: str = ""
     mig_dynamic: tuple[str, ...] = ()
+    volumes: str = ""
     settings: tuple[tuple[str, str], ...] = ()
 
     @property

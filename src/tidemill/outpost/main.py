@@ -91,7 +91,7 @@ def machine(home: Path, config: OutpostConfig) -> tuple[Engine, Callable[[], lis
         home / "local",
         endpoint_file=home / "endpoint.json",
         node=lambda: describe(config, home),
-        settings=LocalSettings(address=config.address),
+        settings=LocalSettings(address=config.address, volumes=Path(config.volumes) if config.volumes else None),
         make_slice=telemetry.SliceMaker().make,
     )
     meters = telemetry.EnergyMeters(node_id)

@@ -391,7 +391,8 @@ class Runner:
 
     def _make_folders(self) -> None:
         project, job = str(self.spec["project_id"]), str(self.spec["job_id"])
-        volume = self.root / "volumes" / project / job
+        volumes = self.settings.get("volumes") or self.root / "volumes"
+        volume = Path(str(volumes)) / project / job
         self.folders = {
             "home": self.folder.home,
             "cache": self.root / "cache" / project / "home",
