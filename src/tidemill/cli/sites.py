@@ -21,6 +21,7 @@ _Home = Annotated[
     typer.Option("--home", metavar="FOLDER", help="Of this machine's outpost; ~/.tidemill/outpost unless set."),
 ]
 _Words = Annotated[list[str] | None, typer.Option("--label", metavar="NAME=VALUE", help="Repeatable.")]
+_SLURM = ("partition", "account", "qos", "reservation", "constraint", "python")
 _SiteName = Annotated[str, typer.Argument(metavar="SITE", help="Its name; see tidemill site list.")]
 
 
@@ -43,6 +44,12 @@ def join_command(
         Path | None,
         typer.Option(
             "--volumes", metavar="FOLDER", help="Shared with the other machines: checkpoints and outputs of jobs."
+        ),
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--slurm", metavar="NAME=VALUE", help="partition, account, qos, reservation, constraint or python."
         ),
     ] = None,
     reserve_cpus: Annotated[float, typer.Option("--reserve-cpus", metavar="N", help="Cores kept from jobs.")] = 0.0,
@@ -70,6 +77,7 @@ def join_command(
         block=block,
         reserve_cpus=reserve_cpus,
         volumes=_volumes(volumes),
+        settings=tuple(sorted(_slurm(each) for each in slurm or [])),
     )
     with Ticker("joining", is_silent=json):
         config = joining.join(folder, token, asked)
@@ -245,6 +253,14 @@ site_app = group_of(
 
 def _home(given: Path | None) -> Path:
     return given.expanduser().absolute() if given else connection.home() / "outpost"
+
+
+def _slurm(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    if name not in _SLURM or not value:
+        mend = f"Write NAME=VALUE; names are {', '.join(_SLURM)}."
+        raise InvalidRequest("Slurm sites have no such setting.", field="slurm", value=text, mend=mend)
+    return name, value
 
 
 def _volumes(given: Path | None) -> str:

@@ -475,7 +475,7 @@ class _Books:
         there = self._for.get(job.id, ())
         least = 1 if there else -(-smallest // each)
         for count in range(least, min(smallest, max(self.policy.max_instances, least)) + 1):
-            fresh = [machine_of(offer, f"{_FRESH}{number:05d}") for number in range(count)]
+            fresh = [machine_of(offer, f"{_FRESH}would-be-{number:05d}") for number in range(count)]
             fleet = self._laid([self._coming[name] for name in there] + fresh)
             if place_gang(fleet, job.gang, score=self._score, take=False) is not None:
                 return count

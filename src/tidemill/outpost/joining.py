@@ -82,7 +82,8 @@ def join(home: Path, token: str, asked: OutpostConfig) -> OutpostConfig:
     config = _with_identity(home, asked)
     channel = Channel(api_url=config.control_url, endpoint_file=None, token=token, prefix="/v1")
     found = _joining(channel)
-    settings = tuple(sorted((str(name), str(value)) for name, value in dict(found["settings"]).items()))
+    told = {str(name): str(value) for name, value in dict(found["settings"]).items()}
+    settings = tuple(sorted({**dict(asked.settings), **told}.items()))
     config = replace(config, engine=str(found["engine"]), site=str(found["site"]), settings=settings)
     write_config(home, config)  # before the control plane is asked, so that the key is never lost
     body = {"name": config.name, "key": config.key, "engine": config.engine}

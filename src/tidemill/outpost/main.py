@@ -48,6 +48,8 @@ def run(home: Path, *, ready: Callable[[], None] = lambda: None) -> None:
         match config.engine:
             case "local":
                 _work_machine(home, config, stop, ready)
+            case "slurm":
+                _work_centre(home, config, stop, ready)
             case "ray" | "ray-head":
                 from tidemill.outpost import ray
 
@@ -145,6 +147,20 @@ def _work_machine(home: Path, config: OutpostConfig, stop: threading.Event, read
         serve(Link(engine, channel_of(config), api_url=config.control_url, facts=facts), stop, ready)
     finally:
         engine.close()
+
+
+def _work_centre(home: Path, config: OutpostConfig, stop: threading.Event, ready: Callable[[], None]) -> None:
+    """Work the Slurm cluster that this machine submits to. The home is on a file system that its nodes share."""
+    from tidemill.engines.slurm import SlurmEngine, SlurmSettings
+
+    given: dict[str, Any] = {
+        name: value for name, value in config.settings if name in SlurmSettings.__dataclass_fields__
+    }
+    settings = SlurmSettings(**given)
+    endpoint = home / "endpoint.json"
+    engine = SlurmEngine(home / "slurm", site_id=SiteId(config.site_id), endpoint_file=endpoint, settings=settings)
+    engine.nodes()
+    serve(Link(engine, channel_of(config), api_url=config.control_url), stop, ready)
 
 
 @contextlib.contextmanager

@@ -327,7 +327,11 @@ class Runner:
     def _stop(self, grace_ns: int | None) -> None:
         """Ask the worker to end, and set the moment at which it is killed; a later one never extends it."""
         if grace_ns is None:
-            grace_ns = int((read_json(self.folder.stop) or {}).get("grace_ns", self.spec.get("grace_ns") or 0))
+            told = read_json(self.folder.stop)
+            grace_ns = int((told or {}).get("grace_ns", self.spec.get("grace_ns") or 0))
+            scheduler = self.settings.get("scheduler")
+            if told is None and scheduler and self._fault is None:  # a signal that the control plane did not send
+                self._fault = Outcome(STOPPED, "node_lost", f"{scheduler} ended the job that it ran in")
         kill_at_s = time.monotonic() + grace_ns / _SECOND_NS
         if not self._stopping.is_set():
             self._stopping.set()

@@ -1,0 +1,406 @@
+"""The engine of centres that keep Slurm: Tidemill admits, budgets and routes; Slurm places, and starts the runner.
+
+Each launch is an ``sbatch`` job of its own, a gang one job of as many nodes: all or nothing is Slurm's then. What it
+knows is in ``launches/``, on a file system that the nodes share, and in Slurm's own lists:
+
+=============================================  ==========================================================
+the runner holds the launch's lock             ALIVE
+``exit.json``                                  EXITED
+Slurm has the job, waiting or running          ALIVE, with Slurm's reason
+Slurm ended the job, or has it no more         GONE, with how Slurm says that it ended
+written down, and Slurm never had the job      not carried out: no observation
+stopped before it was launched                 GONE; the folder stays, so that a late launch finds it
+=============================================  ==========================================================
+
+``sbatch`` is not idempotent and its answer can be lost, so a job bears the name of its launch, and is looked for by
+that name before it is submitted. Source: slurm-wlm 22.05; https://slurm.schedmd.com.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from tidemill import catalog
+from tidemill.errors import Conflict, EngineLost, EngineRefused
+from tidemill.model.fleet import Device, Node, NodeState
+from tidemill.model.ids import DeviceId, LaunchId, NodeId, SiteId
+from tidemill.model.plan import LaunchSpec, Observation, ObservedState, Sight
+from tidemill.ports import EngineCapabilities
+from tidemill.runner import processes
+from tidemill.runner.folders import LaunchFolder, read_json, sync_folder, write_json
+from tidemill.units import MILLI, MINUTE_NS, SECOND_NS
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_GRES: Final = re.compile(r"gpu(?::(?P<type>[^:()=,]+))?[:=](?P<count>\d+)")
+_ASKED_S: Final = 30.0
+_SOURCE: Final = Path(__file__).parents[2]
+_START: Final = "import sys; sys.path.append(sys.argv.pop(1)); from tidemill.runner.slurmstep import main; main()"
+_LIVE: Final = frozenset({"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STAGE_OUT", "SIGNALING"})
+_AWAY: Final = ("DOWN", "FAIL", "NO_RESPOND", "POWERED_DOWN", "UNKNOWN", "FUTURE")
+_MARGIN_NS: Final = 2 * MINUTE_NS
+_BACKSTOP_S: Final = 10.0
+_UNREACHABLE: Final = ("Unable to contact slurm controller", "Connection refused", "timed out", "Socket timed out")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SlurmSettings:
+    """How jobs are submitted: empty words are left to Slurm's own defaults. ``linger_ns`` and ``beat_ns`` are the
+    runner's. ``python`` is the interpreter on the nodes; this one's unless given."""
+
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    reservation: str = ""
+    constraint: str = ""
+    python: str = ""
+    linger_ns: int = 24 * 3600 * SECOND_NS
+    beat_ns: int = 2 * SECOND_NS
+    spool_cap_bytes: int = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """A job as ``squeue`` lists it."""
+
+    id: str
+    name: str
+    state: str
+    reason: str
+
+
+class SlurmEngine:
+    """Starts workers through ``sbatch`` of the cluster that this machine submits to. Keeps the contract of engines.
+
+    ``root`` is a folder that the nodes share, this engine's and nobody else's. ``endpoint_file`` tells runners where
+    the control plane is. Raises, from its methods: EngineLost when Slurm does not answer.
+    """
+
+    def __init__(
+        self, root: Path, *, site_id: SiteId, endpoint_file: Path, settings: SlurmSettings | None = None
+    ) -> None:
+        self.root = root.resolve()
+        self._site_id = site_id
+        self._endpoint_file = endpoint_file
+        self._settings = settings or SlurmSettings()
+        self._launches = self.root / "launches"
+        self._launches.mkdir(mode=0o700, parents=True, exist_ok=True)
+        accounts = self.root / "accounts"
+        accounts.mkdir(exist_ok=True)
+        self._submitting = threading.Lock()
+        self._nodes: frozenset[NodeId] = frozenset()
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """What this engine can do: the nodes and devices are Slurm's choice."""
+        return EngineCapabilities(name="slurm", images=False, exec=True, places=False)
+
+    def nodes(self) -> tuple[Node, ...]:
+        """The cluster's nodes that are up, with the GPUs that are configured there."""
+        found = tuple(self._list_nodes())
+        self._nodes = frozenset(node.id for node in found)
+        return found
+
+    def used_elsewhere(self) -> dict[NodeId, tuple[int, int]]:
+        """Milli-CPU and memory (bytes) that jobs of others hold on each node."""
+        ours = {job.id for job in self._jobs() if self._folder_of(job.name) is not None}
+        used: dict[NodeId, tuple[int, int]] = {}
+        for line in self._ask("squeue", "-h", "-a", "-t", "running", "-o", "%A|%N|%C|%m|%D").splitlines():
+            job, names, cpus, memory, count = line.split("|")
+            if job in ours:
+                continue
+            for name in self._ask("scontrol", "show", "hostnames", names).split():
+                held = used.get(self._node_id(name), (0, 0))
+                share = int(cpus) * MILLI // max(int(count), 1)
+                used[self._node_id(name)] = (held[0] + share, held[1] + _memory(memory))
+        return used
+
+    def launch(self, spec: LaunchSpec) -> None:
+        """Have that worker's job submitted; nothing more when its launch id was before, even if it ended."""
+        folder = self._folder(spec.launch_id)
+        if spec.image:
+            raise EngineRefused(
+                "Slurm sites run no container images yet.", field="image", value=spec.image, mend="Use env:."
+            )
+        try:
+            if folder.claimed.exists() or folder.gone.exists() or (folder.stop.exists() and not folder.spec.exists()):
+                return
+            if read_json(folder.spec) is None:
+                folder.path.mkdir(mode=0o700, exist_ok=True)
+                settings = self._runner_settings(spec)
+                write_json(folder.spec, {**dataclasses.asdict(spec), "runner": settings}, durable=True)
+                sync_folder(self._launches)
+        except OSError as error:
+            raise EngineLost(f"the launch could not be written down: {error.strerror}: {error.filename}") from error
+        gang = [self._folder(_sibling(spec.launch_id, rank)) for rank in range(max(len(spec.gang), 1))]
+        if not spec.gang:
+            gang = [folder]
+        if all(one.spec.exists() for one in gang):
+            with self._submitting:
+                self._submit(spec, gang)
+
+    def stop(self, launch_id: LaunchId, *, node_id: NodeId, grace_ns: int) -> None:  # noqa: ARG002 - ids are enough
+        """Have a worker signalled, and killed with all it started after the grace; remembered when unknown."""
+        folder = self._folder(launch_id)
+        if folder.gone.exists():
+            return
+        try:
+            folder.path.mkdir(mode=0o700, exist_ok=True)
+            before = read_json(folder.stop)
+            if before is None or grace_ns < before["grace_ns"]:
+                write_json(folder.stop, {"grace_ns": grace_ns, "at_ns": time.time_ns()}, durable=True)
+                sync_folder(self._launches)
+        except OSError as error:
+            raise EngineLost(f"the stop could not be written down: {error.strerror}") from error
+        if not folder.spec.exists():
+            return
+        for job in self._jobs_named(self._name(launch_id)):
+            since_s = (time.time_ns() - int((read_json(folder.stop) or {}).get("at_ns", 0))) / SECOND_NS
+            if job.state == "PENDING" or (not grace_ns and since_s > _BACKSTOP_S):
+                self._ask("scancel", job.id)
+            elif job.state in _LIVE:
+                self._ask("scancel", "--batch", "--signal=TERM", job.id)
+
+    def observe(self) -> Sight:
+        """Every launch that it has not forgotten, from its folders and Slurm's list."""
+        if not self._nodes:
+            self.nodes()
+        jobs = {job.name: job for job in self._jobs()}
+        folders = [LaunchFolder(path) for path in sorted(self._launches.iterdir()) if not path.name.startswith(".")]
+        seen = [found for folder in folders if (found := self._look(folder, jobs)) is not None]
+        return Sight(nodes=self._nodes, launches=tuple(seen))
+
+    def forget(self, launch_id: LaunchId, *, node_id: NodeId) -> None:  # noqa: ARG002 - ids are enough
+        """Drop what is kept of a launch that is gone. Raises: Conflict while anything of it lives."""
+        folder = self._folder(launch_id)
+        if not folder.path.exists():
+            return
+        seen = self._look(folder, {job.name: job for job in self._jobs()})
+        if seen is not None and seen.state is ObservedState.ALIVE:
+            raise Conflict(f"{launch_id} still runs")
+        doomed = self._launches / f".forgotten-{launch_id}-{time.monotonic_ns()}"
+        with suppress(FileNotFoundError):
+            folder.path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let go without touching what runs."""
+
+    # ------------------------------------------------------------------ submitting
+
+    def _submit(self, spec: LaunchSpec, gang: Sequence[LaunchFolder]) -> None:
+        name = self._name(spec.launch_id)
+        record = gang[0].path / "slurm.json"
+        if record.exists():
+            return
+        if known := self._jobs_named(name):
+            write_json(record, {"job": known[0].id, "name": name}, durable=True)
+            return
+        command = [sys.executable if not self._settings.python else self._settings.python, "-I", "-c", _START]
+        words = [*command, str(_SOURCE), *(str(folder.path) for folder in gang)]
+        if len(gang) > 1:
+            words = [
+                "srun",
+                f"--nodes={len(gang)}",
+                f"--ntasks={len(gang)}",
+                "--overlap",
+                "--kill-on-bad-exit=0",
+                *words,
+            ]
+        script = "#!/bin/sh\nexec " + shlex.join(words) + "\n"
+        answer = self._ask("sbatch", *self._options(spec, name, len(gang)), input_text=script)
+        write_json(record, {"job": answer.strip().partition(";")[0], "name": name}, durable=True)
+
+    def _options(self, spec: LaunchSpec, name: str, nodes: int) -> Iterator[str]:
+        yield from ("--parsable", f"--job-name={name}", f"--comment={spec.job_id}", "--no-requeue", "--export=NIL")
+        yield from (f"--nodes={nodes}", "--ntasks-per-node=1", "--output=/dev/null", f"--chdir={self.root}")
+        yield f"--cpus-per-task={max(1, math.ceil(spec.cpu_milli / MILLI))}"
+        if spec.memory_bytes:
+            yield f"--mem={math.ceil(spec.memory_bytes / 2**20)}M"
+        if spec.devices:
+            kinds = {device.split("/")[1] for device, _ in spec.devices if device.count("/") == 2}
+            kind = f"{kinds.pop()}:" if len(kinds) == 1 and kinds != {""} else ""
+            yield f"--gres=gpu:{kind}{len(spec.devices)}"
+        if spec.max_duration_ns:
+            yield f"--time={math.ceil((spec.max_duration_ns + spec.grace_ns + _MARGIN_NS) / MINUTE_NS)}"
+        if spec.grace_ns:
+            yield f"--signal=B:TERM@{math.ceil(spec.grace_ns / SECOND_NS)}"
+        for option in ("partition", "account", "qos", "reservation", "constraint"):
+            if value := getattr(self._settings, option):
+                yield f"--{option}={value}"
+
+    def _runner_settings(self, spec: LaunchSpec) -> dict[str, Any]:
+        """What the runner needs to know; limits and walls are Slurm's own."""
+        return {
+            "boot_id": "",
+            "root": str(self.root),
+            "endpoint_file": str(self._endpoint_file),
+            "uv": shutil.which("uv") or "",
+            "python": self._settings.python or getattr(sys, "_base_executable", "") or sys.executable,
+            "bwrap": "",
+            "scheduler": "Slurm",
+            "sandbox_reason": "Slurm's own limits hold",
+            "container": None,
+            "groups": {},
+            "mark": f"slurm-{spec.launch_id}",
+            "pids": 0,
+            "spool_cap_bytes": self._settings.spool_cap_bytes,
+            "linger_s": self._settings.linger_ns / SECOND_NS,
+            "beat_s": self._settings.beat_ns / SECOND_NS,
+        }
+
+    # ------------------------------------------------------------------ observing
+
+    def _look(self, folder: LaunchFolder, jobs: dict[str, _Job]) -> Observation | None:
+        launch_id = LaunchId(folder.path.name)
+        spec = read_json(folder.spec)
+        node_id = NodeId(str((spec or {}).get("node_id", "")))
+
+        def seen(state: ObservedState, **more: Any) -> Observation:
+            return Observation(launch_id=launch_id, node_id=node_id, state=state, **more)
+
+        if processes.is_locked(folder.lock):
+            return seen(ObservedState.ALIVE)
+        if ended := read_json(folder.exit):
+            return seen(
+                ObservedState.EXITED,
+                exit_code=int(ended["exit_code"]),
+                cause=str(ended["cause"]),
+                detail=str(ended["detail"]),
+                cpu_used_ns=int(ended["cpu_used_ns"]),
+                ended_ns=int(ended["ended_ns"]),
+            )
+        if gone := read_json(folder.gone):
+            return seen(ObservedState.GONE, detail=str(gone["detail"]), ended_ns=int(gone["ended_ns"]))
+        if spec is None:
+            return seen(ObservedState.GONE, detail="stopped before it was launched") if folder.stop.exists() else None
+        name = self._name(launch_id)
+        job = jobs.get(name)
+        if job is not None and job.state in _LIVE:
+            return seen(ObservedState.ALIVE, detail=f"Slurm job {job.id} is {job.state.lower()}: {job.reason}")
+        first = self._folder(_sibling(launch_id, 0)) if spec.get("gang") else folder
+        if job is None and not (first.path / "slurm.json").exists():
+            return None
+        how = f"ended as {job.state.lower()}: {job.reason}" if job is not None else "is not known to Slurm any more"
+        record = {"detail": f"its Slurm job {how}", "ended_ns": time.time_ns()}
+        with suppress(OSError):
+            write_json(folder.gone, record)
+        return seen(ObservedState.GONE, **record)
+
+    def _jobs(self) -> tuple[_Job, ...]:
+        return tuple(self._listed())
+
+    def _jobs_named(self, name: str) -> list[_Job]:
+        return list(self._listed(f"--name={name}"))
+
+    def _listed(self, *options: str) -> Iterator[_Job]:
+        form = "%A|%j|%T|%r"
+        for line in self._ask("squeue", "-h", "-a", "-t", "all", "-o", form, *options).splitlines():
+            number, name, state, reason = line.split("|", 3)
+            yield _Job(id=number, name=name, state=state, reason=reason)
+
+    def _list_nodes(self) -> Iterator[Node]:
+        for line in self._ask("scontrol", "--oneliner", "show", "node").splitlines():
+            said = dict(word.split("=", 1) for word in line.split() if "=" in word)
+            state = said.get("State", "UNKNOWN")
+            if not said.get("NodeName") or any(word in state.replace("*", "+NO_RESPOND").split("+") for word in _AWAY):
+                continue
+            yield self._node(said, is_draining="DRAIN" in state)
+
+    def _node(self, said: dict[str, str], *, is_draining: bool) -> Node:
+        """A node as ``scontrol`` tells of it. The type of its gres is taken for the first model that answers to it."""
+        name = said["NodeName"]
+        devices: list[Device] = []
+        for found in _GRES.finditer(said.get("Gres", "")):
+            kind = found["type"] or ""
+            spec = next((one for one in catalog.devices() if catalog.matches_request(one.model, kind)), None)
+            spec = spec or catalog.derived_device(kind or "gpu", 0, power_mw=0)
+            devices += [
+                Device(
+                    id=DeviceId(f"{name}/{kind}/{index}"),
+                    index=index,
+                    model=spec.model,
+                    reported=kind,
+                    memory_bytes=spec.memory_bytes,
+                    idle_mw=spec.idle_mw,
+                    busy_mw=spec.busy_mw,
+                )
+                for index in range(len(devices), len(devices) + int(found["count"]))
+            ]
+        return Node(
+            id=self._node_id(name),
+            site_id=self._site_id,
+            name=name,
+            state=NodeState.READY,
+            version=1,
+            boot_id=said.get("BootTime", ""),
+            address=said.get("NodeAddr", name),
+            cpu_milli=int(said.get("CPUTot", "1")) * MILLI,
+            memory_bytes=max(1, int(said.get("RealMemory", "1"))) * 2**20,
+            disk_bytes=int(said.get("TmpDisk", "0")) * 2**20,
+            devices=tuple(devices),
+            taints=("slurm=draining",) if is_draining else (),
+        )
+
+    def _node_id(self, name: str) -> NodeId:
+        return NodeId(f"node_{self._site_id}_{name}")
+
+    # ------------------------------------------------------------------ names and calls
+
+    def _folder(self, launch_id: str) -> LaunchFolder:
+        if not _NAME.fullmatch(launch_id):
+            raise EngineRefused(f"{launch_id!r} cannot be the name of a folder")
+        return LaunchFolder(self._launches / launch_id)
+
+    def _name(self, launch_id: str) -> str:
+        """What the Slurm job of a launch is called: a gang's is called after its first rank."""
+        spec = read_json(self._folder(launch_id).spec) or {}
+        return f"tidemill-{_sibling(launch_id, 0) if spec.get('gang') else launch_id}"
+
+    def _folder_of(self, name: str) -> LaunchFolder | None:
+        folder = LaunchFolder(self._launches / name.removeprefix("tidemill-"))
+        return folder if name.startswith("tidemill-") and folder.path.exists() else None
+
+    def _ask(self, *command: str, input_text: str | None = None) -> str:
+        """What the command printed. Raises: EngineLost, EngineRefused as Slurm says."""
+        try:
+            done = subprocess.run(
+                command, input=input_text, capture_output=True, text=True, timeout=_ASKED_S, check=False
+            )
+        except FileNotFoundError:
+            raise EngineRefused(
+                f"{command[0]} is not installed here.", field="engine", value="slurm",
+                mend="Run the outpost where jobs are submitted from.",
+            ) from None  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise EngineLost(f"{command[0]} did not answer within {_ASKED_S:g} s") from None
+        said = done.stderr.strip().removeprefix(f"{command[0]}: error: ")
+        if not done.returncode:
+            return done.stdout
+        if command[0] != "sbatch" or any(sign in said for sign in _UNREACHABLE):
+            raise EngineLost(f"{command[0]}: {said}")
+        raise EngineRefused(
+            f"Slurm refused it: {said}", field="slurm", mend="See the site's partition, account and qos."
+        )
+
+
+def _sibling(launch_id: str, rank: int) -> LaunchId:
+    """The launch of another rank of the same attempt."""
+    return LaunchId(f"{launch_id.rpartition('-')[0]}-{rank}")
+
+
+def _memory(text: str) -> int:
+    units: dict[str, int] = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    found = re.fullmatch(r"([\d.]+)([KMGT]?)[nc]?", text)
+    return int(float(found[1]) * units.get(found[2], 2**20)) if found else 0

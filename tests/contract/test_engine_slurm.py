@@ -1,0 +1,199 @@
+"""The Slurm engine keeps the contract of engines, on a real cluster of three nodes."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from tests.slurm import NODES, Slurm, slurm_cluster, why_not
+from tidemill.engines.slurm import SlurmEngine, SlurmSettings
+from tidemill.errors import EngineLost, EngineRefused
+from tidemill.model.ids import LaunchId, NodeId, SiteId
+from tidemill.model.plan import GangPlace, ObservedState
+from tidemill.testing.engine import BEGIN, CHECKS, EngineBench, eventually, observed, state
+from tidemill.testing.peer import RecordingControlPlane
+from tidemill.units import SECOND_NS
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
+SITE = SiteId("centre")
+
+
+@dataclass
+class Centre:
+    """The cluster, the engine's folder, and the peer of its runners."""
+
+    slurm: Slurm
+    folder: Path
+    control: RecordingControlPlane
+    numbers: Iterator[int] = field(default_factory=count)
+
+    def engine(self, **settings: str) -> SlurmEngine:
+        return SlurmEngine(
+            self.folder / "engine", site_id=SITE, endpoint_file=self.folder / "endpoint.json",
+            settings=SlurmSettings(beat_ns=SECOND_NS // 5, linger_ns=30 * SECOND_NS, **settings),
+        )  # fmt: skip
+
+    @property
+    def bench(self) -> EngineBench:
+        volumes = self.folder / "engine" / "volumes"
+        return EngineBench(
+            make=self.engine, control=self.control, node_id=NodeId("node_centre_n1"), _numbers=self.numbers,
+            output=lambda spec: volumes / spec.project_id / spec.job_id / "output",
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
+    folder = tmp_path_factory.mktemp("slurm")
+    (folder / "cluster").mkdir()
+    control = RecordingControlPlane(folder / "endpoint.json")
+    control.start()
+    with slurm_cluster(folder / "cluster") as slurm, pytest.MonkeyPatch.context() as patch:
+        for name, value in slurm.environment.items():
+            patch.setenv(name, value)
+        yield Centre(slurm, folder, control)
+    control.stop()
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract(check: Callable[[EngineBench], None], centre: Centre) -> None:
+    check(centre.bench)
+
+
+def test_nodes_are_those_of_the_cluster_with_their_gpus(centre: Centre) -> None:
+    nodes = centre.engine().nodes()
+    assert [node.name for node in nodes] == list(NODES)
+    assert {node.cpu_milli for node in nodes} == {4_000}
+    assert [len(node.devices) for node in nodes] == [2, 2, 2]
+    assert all(device.model.startswith("H100") for node in nodes for device in node.devices)
+    centre.slurm.run("scontrol", "update", "nodename=n3", "state=down", "reason=test")
+    assert [node.name for node in centre.engine().nodes()] == ["n1", "n2"]
+    centre.slurm.run("scontrol", "update", "nodename=n3", "state=resume")
+
+
+def test_a_gang_is_one_job_whose_ranks_are_slurms_nodes(centre: Centre) -> None:
+    engine, bench = centre.engine(), centre.bench
+    places = tuple(
+        GangPlace(node_id=NodeId(f"node_centre_n{at}"), cpu_milli=1_000, gpu_milli=0, memory_bytes=0)
+        for at in (1, 2, 3)
+    )
+    script = (
+        BEGIN
+        + "echo rank $TIDEMILL_RANK node $SLURMD_NODENAME of $SLURM_JOB_NODELIST at $TIDEMILL_NODES\n"
+        + "[ $TIDEMILL_RANK != 0 ] || srun -n 3 -N 3 sh -c 'echo task $SLURM_PROCID of $SLURM_NTASKS on $SLURMD_NODENAME'"
+    )
+    variables = (("TIDEMILL_NODES", "x,y,z"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1"))
+    specs = [
+        bench.spec(
+            script, launch_id=LaunchId(f"run_gang-0-1-{rank}"),
+            rank=rank, world_size=3, gang=places,
+            environment_variables=(*variables, ("TIDEMILL_RANK", str(rank))),
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    for spec in specs[:2]:
+        engine.launch(spec)
+    assert centre.slurm.run("squeue", "-h", "-o", "%j") == "", "all or nothing: it is submitted when all are there"
+    engine.launch(specs[2])
+    nodes = set()
+    for rank, spec in enumerate(specs):
+        centre.control.wait_for_event(spec.launch_id, "exited")
+        log = bytes(centre.control.record(spec.launch_id).log).decode()
+        assert f"rank {rank} node " in log
+        assert "of n[1-3] at 127.0.0.1,127.0.0.1,127.0.0.1" in log
+        nodes.add(log.split("node ")[1].split()[0])
+    assert nodes == set(NODES)
+    first = bytes(centre.control.record(specs[0].launch_id).log).decode()
+    assert sorted(line for line in first.splitlines() if line.startswith("task")) == [
+        f"task {at} of 3 on n{at + 1}" for at in range(3)
+    ]
+
+
+def test_devices_are_those_that_slurm_gives(centre: Centre) -> None:
+    engine, bench = centre.engine(), centre.bench
+    spec = bench.spec("echo devices $CUDA_VISIBLE_DEVICES", devices=(("n1/h100/0", 1_000), ("n1/h100/1", 1_000)))
+    engine.launch(spec)
+    centre.control.wait_for_event(spec.launch_id, "exited")
+    assert bytes(centre.control.record(spec.launch_id).log).strip() == b"devices 0,1"
+
+
+def test_what_somebody_else_cancels_is_gone_with_slurms_word_for_it(centre: Centre) -> None:
+    engine, bench = centre.engine(), centre.bench
+    spec = bench.spec(BEGIN + "sleep 600")
+    engine.launch(spec)
+    eventually(lambda: bench.starts(spec) == 1, what="it runs")
+    centre.slurm.run("scancel", f"--name=tidemill-{spec.launch_id}")
+    eventually(lambda: state(engine, spec.launch_id) is ObservedState.EXITED, what="it is gone")
+    seen = observed(engine, spec.launch_id)
+    assert seen is not None
+    assert (seen.cause, seen.detail) == ("node_lost", "Slurm ended the job that it ran in")
+    engine.forget(spec.launch_id, node_id=spec.node_id)
+
+
+def test_work_that_waits_in_slurm_is_alive_with_slurms_reason(centre: Centre) -> None:
+    engine, bench = centre.engine(), centre.bench
+    spec = bench.spec("true", cpu_milli=4_000)
+    holders = [centre.slurm.run("sbatch", "--parsable", "--exclusive", "--wrap=sleep 600").strip() for _ in NODES]
+    eventually(lambda: centre.slurm.run("squeue", "-h", "-t", "running", "-o", "%A").split() != [], what="others run")
+    engine.launch(spec)
+    seen = observed(engine, spec.launch_id)
+    assert seen is not None
+    assert (seen.state, "pending" in seen.detail) == (ObservedState.ALIVE, True)
+    eventually(lambda: len(engine.used_elsewhere()) == 3, what="what others use is seen")
+    assert {cpu for cpu, _ in engine.used_elsewhere().values()} == {4_000}
+    engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=0)
+    eventually(lambda: state(engine, spec.launch_id) is ObservedState.GONE, what="it is gone")
+    centre.slurm.run("scancel", *holders)
+
+
+def test_jobs_run_on_while_the_controller_is_away_and_nothing_is_concluded(centre: Centre) -> None:
+    engine, bench = centre.engine(), centre.bench
+    spec = bench.spec(BEGIN + "sleep 600")
+    engine.launch(spec)
+    eventually(lambda: bench.starts(spec) == 1, what="it runs")
+    centre.slurm.kill_controller()
+    try:
+        with pytest.raises(EngineLost):
+            engine.observe()
+    finally:
+        centre.slurm.start_controller()
+    eventually(lambda: state(engine, spec.launch_id) is ObservedState.ALIVE, timeout_s=30, what="it is found again")
+    engine.launch(spec)
+    time.sleep(0.5)
+    assert bench.starts(spec) == 1
+    engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=0)
+    eventually(lambda: state(engine, spec.launch_id) is not ObservedState.ALIVE, what="it is over")
+
+
+def test_a_lost_answer_of_sbatch_makes_no_second_job(
+    centre: Centre, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sbatch submits, and its answer never comes: the job is found by its name."""
+    real = subprocess.run(["which", "sbatch"], check=True, capture_output=True, text=True).stdout.strip()
+    wrapper = tmp_path / "sbatch"
+    wrapper.write_text(f'#!/bin/sh\n{real} "$@" > /dev/null\necho "sbatch: error: Socket timed out" >&2\nexit 1\n')
+    wrapper.chmod(0o755)
+    engine, bench = centre.engine(), centre.bench
+    spec = bench.spec(BEGIN)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path), prepend=":")
+        with pytest.raises(EngineLost):
+            engine.launch(spec)
+    engine.launch(spec)
+    centre.control.wait_for_event(spec.launch_id, "exited")
+    assert bench.starts(spec) == 1
+    names = centre.slurm.run("squeue", "-h", "-t", "all", "-o", "%j").split()
+    assert names.count(f"tidemill-{spec.launch_id}") == 1
+
+
+def test_what_slurm_refuses_is_refused_with_its_words(centre: Centre) -> None:
+    with pytest.raises(EngineRefused, match="partition"):
+        centre.engine(partition="nowhere").launch(centre.bench.spec("true"))
+    with pytest.raises(EngineRefused, match="container images"):
+        centre.engine().launch(centre.bench.spec("true", image="python:3.12"))

@@ -1,0 +1,157 @@
+"""A real Slurm cluster for tests: slurmctld and three slurmd on this machine, each with two GPUs that are stand-ins."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.cloud import free_port
+
+NODES = ("n1", "n2", "n3")
+_PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "srun", "scontrol")
+
+
+def why_not() -> str:
+    """Why no cluster can be started here; empty when one can."""
+    missing = [name for name in _PROGRAMS if not _program(name)]
+    if missing:
+        return f"not installed: {', '.join(missing)} (Debian's slurm-wlm and munge)"
+    return "" if os.geteuid() == 0 else "slurmd starts jobs as root only"
+
+
+def _program(name: str) -> str:
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin") or ""
+
+
+@dataclass
+class Slurm:
+    """The cluster. ``folder`` has its configuration; ``environment`` makes Slurm's commands talk to it."""
+
+    folder: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def run(self, *command: str, text: str | None = None) -> str:
+        """What a command printed. Raises: CalledProcessError."""
+        done = subprocess.run(
+            command, input=text, env={**os.environ, **self.environment}, check=True, capture_output=True, text=True,
+            timeout=60,
+        )  # fmt: skip
+        return done.stdout
+
+    def start_controller(self) -> None:
+        self.run(_program("slurmctld"), "-f", str(self.folder / "slurm.conf"))
+
+    def kill_controller(self) -> None:
+        """kill -9 of slurmctld, and of nothing else."""
+        os.kill(int((self.folder / "ctld.pid").read_text()), signal.SIGKILL)
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def slurm_cluster(folder: Path) -> Iterator[Slurm]:
+    """A cluster whose nodes are idle; afterwards nothing of it runs."""
+    for name in ("state", "spool", "log", "dev", "munge"):
+        (folder / name).mkdir()
+    (folder / "munge").chmod(0o700)
+    key = folder / "munge" / "key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o600)
+    made = Slurm(folder)
+    _write_configuration(folder)
+    try:
+        munge = folder / "munge"
+        words = [
+            f"--{name}={munge / kind}"
+            for name, kind in (
+                ("socket", "sock"),
+                ("key-file", "key"),
+                ("pid-file", "pid"),
+                ("log-file", "log"),
+                ("seed-file", "seed"),
+            )
+        ]
+        subprocess.run([_program("munged"), "--force", *words], check=True, capture_output=True)
+        made.start_controller()
+        for node in NODES:
+            (folder / "spool" / node).mkdir()
+            made.run(_program("slurmd"), "-N", node, "-f", str(folder / "slurm.conf"))
+        until = time.monotonic() + 30
+        while made.run("sinfo", "-h", "-o", "%T %D").split() != ["idle", str(len(NODES))]:
+            if time.monotonic() > until:
+                raise RuntimeError(made.run("sinfo", "-N", "-l"))
+            time.sleep(0.05)
+        yield made
+    finally:
+        _end_all_of(folder)
+
+
+def _write_configuration(folder: Path) -> None:
+    host = socket.gethostname().partition(".")[0]
+    ports = [free_port() for _ in NODES]
+    nodes = "\n".join(
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=2000 Gres=gpu:h100:2 State=UNKNOWN"
+        for node, port in zip(NODES, ports, strict=True)
+    )
+    (folder / "slurm.conf").write_text(f"""
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/sock
+CredType=cred/munge
+SlurmctldPort={free_port()}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/ctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/log/ctld
+SlurmdLogFile={folder}/log/slurmd-%n
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+SlurmdParameters=config_overrides
+ReturnToService=2
+MpiDefault=none
+KillWait=5
+MinJobAge=300
+SlurmdTimeout=30
+GresTypes=gpu
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+""")
+    lines = []
+    for at, node in enumerate(NODES):
+        for number in (2 * at, 2 * at + 1):
+            os.mknod(folder / "dev" / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))  # as /dev/null is
+        lines.append(f"NodeName={node} Name=gpu Type=h100 File={folder}/dev/gpu[{2 * at}-{2 * at + 1}]")
+    (folder / "gres.conf").write_text("\n".join(lines) + "\n")
+
+
+def _end_all_of(folder: Path) -> None:
+    for _ in range(3):
+        found = []
+        for process in psutil.process_iter(["cmdline", "name"]):
+            with contextlib.suppress(psutil.Error):
+                text = " ".join(process.info["cmdline"] or ())
+                own = process.environ() if process.info["name"].startswith(("slurm", "munged")) else {}
+                if process.pid != os.getpid() and (str(folder) in text or str(folder) in own.get("SLURM_CONF", "")):
+                    process.kill()
+                    found.append(process)
+        if not found:
+            return
+        psutil.wait_procs(found, timeout=5)
