@@ -159,7 +159,8 @@ def test_an_old_backup_leaves_newer_launches_alone(
     def strangers() -> list[dict[str, Any]]:
         return list(cloud.call("GET", "/v1/strangers")[1]["items"])
 
-    found = eventually(strangers, within_s=10, what="strangers are seen")
+    eventually(lambda: len(strangers()) == len(lost), within_s=20, what="strangers are seen")
+    found = strangers()
     assert sorted(one["job"] for one in found) == sorted(lost)
     assert {one["job_known"] for one in found} == {False}
     assert {one["state"] for one in found} == {"alive"}
