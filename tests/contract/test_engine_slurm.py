@@ -139,7 +139,10 @@ def test_what_somebody_else_cancels_is_gone_with_slurms_word_for_it(centre: Cent
 def test_work_that_waits_in_slurm_is_alive_with_slurms_reason(centre: Centre) -> None:
     engine, bench = centre.engine(), centre.bench
     spec = bench.spec("true", cpu_milli=4_000)
-    holders = [centre.slurm.run("sbatch", "--parsable", "--exclusive", "--wrap=sleep 600").strip() for _ in NODES]
+    holders = [
+        centre.slurm.run("sbatch", "--parsable", "--exclusive", "--output=/dev/null", "--wrap=sleep 600").strip()
+        for _ in NODES
+    ]
     eventually(lambda: centre.slurm.run("squeue", "-h", "-t", "running", "-o", "%A").split() != [], what="others run")
     engine.launch(spec)
     seen = observed(engine, spec.launch_id)
