@@ -217,6 +217,10 @@ def test_joining_again_is_the_same_machine_and_another_cloud_is_refused(joined: 
     config = joining.join(home, joined.token(), replace(before, name="renamed"))
     assert (config.node_id, config.outpost_id, config.name) == (before.node_id, before.outpost_id, "renamed")
     assert config.token != before.token
+    assert before.key not in str(joined.cloud.call("GET", "/v1/sites")[1]), "whoever reads ids learns no keys"
+    joined.cloud.call("PUT", "/v1/sites/other", {})
+    with pytest.raises(Conflict, match="belongs to site local"):
+        joining.join(home, joined.token("other"), before)
     with pytest.raises(Conflict, match="part of the cloud"):
         joining.join(home, joined.token(), replace(before, control_url="http://127.0.0.1:9"))
     with pytest.raises(Unauthorized):

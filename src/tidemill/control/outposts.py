@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as TooLate
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -236,7 +235,7 @@ class SiteEngine:
     def _await(self, box: Mailbox, waiting: _Waiting, within_s: float | None = None) -> EngineAnswer:
         try:
             answer = waiting.answer.result(self._answer_s if within_s is None else within_s)
-        except TooLate:
+        except TimeoutError:
             box.drop(waiting)
             raise EngineLost(f"{box.outpost.name} did not answer in time") from None
         raise_for(answer)

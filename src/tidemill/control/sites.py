@@ -6,6 +6,7 @@ holds nothing else up.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 import threading
@@ -270,9 +271,15 @@ class Sites:
     ) -> tuple[Outpost, Site, str]:
         """As ``join``, from this process."""
         now = self._clock()
-        outpost_id = OutpostId(f"out_{key}")
+        outpost_id = OutpostId(f"out_{hashlib.sha256(key.encode()).hexdigest()[:24]}")  # ids are shown, keys are not
         with self._lock:
             known = self._outposts.get(outpost_id)
+            if known is not None and known.site_id != site.id and not known.removed_ns:
+                raise Conflict(
+                    f"This outpost belongs to site {known.site_id}.",
+                    field="key",
+                    mend="Have it leave first: tidemill leave.",
+                )
             for other in self._outposts.values():
                 if other.id != outpost_id and not other.removed_ns and (other.site_id, other.name) == (site.id, name):
                     raise Conflict(

@@ -143,9 +143,8 @@ class SlurmEngine:
                 sync_folder(self._launches)
         except OSError as error:
             raise EngineLost(f"the launch could not be written down: {error.strerror}: {error.filename}") from error
-        gang = [self._folder(_sibling(spec.launch_id, rank)) for rank in range(max(len(spec.gang), 1))]
-        if not spec.gang:
-            gang = [folder]
+        ranks = range(len(spec.gang))
+        gang = [self._folder(_sibling(spec.launch_id, rank)) for rank in ranks] or [folder]
         if all(one.spec.exists() for one in gang):
             with self._submitting:
                 self._submit(spec, gang)
