@@ -96,7 +96,8 @@ def test_a_gang_runs_on_machines_that_joined_and_they_leave_again(joined: Joined
         read_config(home)
     joined.join("second")
     joined.cloud.wait(job, "running")
-    assert sorted(joined.begun(job)) == ["begin 0", "begin 0", "begin 1", "begin 1"]
+    twice = ["begin 0", "begin 0", "begin 1", "begin 1"]
+    eventually(lambda: sorted(joined.begun(job)) == twice, within_s=30, what="both began again")
 
 
 def test_workers_outlive_outpost_and_control_plane(joined: Joined) -> None:
