@@ -69,7 +69,7 @@ def test_the_policies_are_these() -> None:
         "read|job": 2,
         "submit|job": 1,
         "job": 1,
-        "read": 20,
+        "read": 21,
         "exec": 3,
         "runner": 8,
         "admin": 17,

@@ -26,6 +26,7 @@ from tidemill.api.shapes import (
     NodeOut,
     NothingIn,
     PageOf,
+    ReplicaOut,
     StatusOut,
     StrangerOut,
     UsageOut,
@@ -85,6 +86,16 @@ async def status(call: Caller) -> Response:
         }
 
     return json_answer(await blocking(answer))
+
+
+@routes.get("/v1/replicas", allow=Scope.READ, answer=PageOf[ReplicaOut])
+async def list_replicas(call: Caller) -> Response:
+    """List the control planes that stand in for each other, the one that leads first; none where there is only one."""
+    found = sorted(call.plane.replicas(), key=lambda one: (not one.leads, one.id))
+    items: list[ReplicaOut] = [
+        {"id": one.id, "api_url": one.api_url, "leads": one.leads, "quiet_ms": one.quiet_ms} for one in found
+    ]
+    return json_answer({"items": items, "next_cursor": ""})
 
 
 @routes.get("/v1/strangers", allow=Scope.ADMIN, answer=PageOf[StrangerOut])
