@@ -48,6 +48,13 @@ async def health() -> Response:
     return json_answer({"status": "ok", "version": __version__})
 
 
+@routes.get("/v1/readyz", allow=OPEN, answer=Health)
+async def ready(call: Caller) -> Response:
+    """Tell that requests can be served: the database answers, and this control plane leads. Needs no token."""
+    await blocking(call.plane.check_serves)
+    return json_answer({"status": "ready", "version": __version__})
+
+
 @routes.get("/v1/status", allow=Scope.READ, answer=StatusOut)
 async def status(call: Caller) -> Response:
     """Get the state of the cloud. Jobs are those that the caller may see and that are not over."""

@@ -270,6 +270,11 @@ class ControlPlane:
         if self._candidate is not None and not self._candidate.is_sure():
             raise Unavailable("The database does not confirm that this control plane leads.", mend="Try again.")
 
+    def check_serves(self) -> None:
+        """Raises: Unavailable when requests cannot be served at the moment."""
+        self.check_leads()
+        self.store.organizations()
+
     def watch(self, callback: Callable[[int], None]) -> Callable[[], None]:
         """Have ``callback`` called with the newest event's number after each commit; returns how to stop it."""
         return self._turns.watch(callback)

@@ -119,6 +119,7 @@ def machine(home: Path, config: OutpostConfig) -> tuple[Engine, Callable[[], lis
         settings=LocalSettings(address=config.address, volumes=Path(config.volumes) if config.volumes else None),
         make_slice=telemetry.SliceMaker().make,
     )
+    engine.guard()
     meters = telemetry.EnergyMeters(node_id)
     health = telemetry.HealthWatcher(node_id, recheck_ns=_RECHECK_NS, hot_ns=_HOT_NS)
     notices = InterruptionWatcher(node_id) if is_in_cloud() else None
