@@ -1,0 +1,139 @@
+"""The auditor: holds the workers' own journal, the database and the API's answers against each other."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.faults.suite.journal import Life
+
+TERMINAL = ("succeeded", "failed", "cancelled")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What was found. ``acknowledged`` maps a job that was answered with 2xx to its name; ``stopped`` were told to stop.
+
+    ``jobs`` are as the API shows them. ``books`` are (node, meter, from, to, milli, launch). ``running`` are launch ids
+    of processes that live. ``capacity`` is the CPUs of a machine in milli. ``unsound`` is what the store says of itself.
+    ``may_restart`` are jobs of which a worker was killed on purpose, ``may_run`` those that are meant to run on.
+    """
+
+    lives: Sequence[Life]
+    acknowledged: Mapping[str, str]
+    stopped: frozenset[str] = frozenset()
+    jobs: Mapping[str, Mapping[str, Any]]
+    books: Sequence[tuple[str, str, int, int, int, str]]
+    running: frozenset[str] = frozenset()
+    capacity: int
+    unsound: Sequence[str] = ()
+    may_restart: frozenset[str] = field(default_factory=frozenset)
+    may_run: frozenset[str] = field(default_factory=frozenset)
+
+
+def violations(found: Evidence) -> list[str]:
+    """Every promise that is broken, in words that begin with its number; empty when all hold."""
+    return [
+        *_started_once(found),
+        *_within_capacity(found),
+        *_acknowledged_is_there(found),
+        *_nothing_without_owner(found),
+        *_never_restarted_by_us(found),
+        *_books(found),
+        *(f"I7: {sentence}" for sentence in found.unsound),
+        *_progress(found),
+    ]
+
+
+def _started_once(found: Evidence) -> Iterable[str]:
+    """I1: at most one live worker for each rank of a job."""
+    for launch, count in Counter(life.launch for life in found.lives).items():
+        if count > 1:
+            yield f"I1: {launch} was started {count} times"
+    by_rank: dict[tuple[str, int], list[Life]] = defaultdict(list)
+    for life in found.lives:
+        by_rank[life.job, life.rank].append(life)
+    for mine in by_rank.values():
+        for before, after in zip(mine, mine[1:], strict=False):
+            if before.launch != after.launch and after.began_ns < before.last_ns:
+                late = (before.last_ns - after.began_ns) / 1e9
+                yield f"I1: {after.launch} began {late:.2f} s before the last sign of {before.launch}"
+
+
+def _within_capacity(found: Evidence) -> Iterable[str]:
+    """I2: what lives on a machine at one time fits into it."""
+    changes: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for life in found.lives:
+        changes[str(life.home)] += [(life.began_ns, life.milli), (life.last_ns, -life.milli)]
+    for home, mine in changes.items():
+        held = most = 0
+        for _, milli in sorted(mine, key=lambda change: (change[0], change[1])):
+            held += milli
+            most = max(most, held)
+        if most > found.capacity:
+            yield f"I2: {most} milli-CPUs lived at once on {home}, which has {found.capacity}"
+
+
+def _acknowledged_is_there(found: Evidence) -> Iterable[str]:
+    """I3: what was answered with 2xx is there."""
+    for job_id, name in found.acknowledged.items():
+        job = found.jobs.get(job_id)
+        if job is None or job["name"] != name:
+            yield f"I3: {job_id} ({name}) was acknowledged and is not there"
+    for job_id in found.stopped:
+        job = found.jobs.get(job_id)
+        if job is None or job["state"] not in (*TERMINAL, "stopping"):
+            yield f"I3: the stop of {job_id} was acknowledged and forgotten"
+
+
+def _nothing_without_owner(found: Evidence) -> Iterable[str]:
+    """I4: nothing lives whose job is over or unknown."""
+    for launch in sorted(found.running):
+        job = found.jobs.get("job_" + launch.removeprefix("run_").rsplit("-", 2)[0])
+        if job is None or job["state"] in TERMINAL:
+            yield f"I4: {launch} lives, and its job is {job['state'] if job else 'unknown'}"
+
+
+def _never_restarted_by_us(found: Evidence) -> Iterable[str]:
+    """I5: no job is tried again of which nothing was killed."""
+    for job_id, job in found.jobs.items():
+        if job_id not in found.may_restart and job["attempts"] > 1:
+            yield f"I5: {job_id} was healthy and was started {job['attempts']} times"
+
+
+def _books(found: Evidence) -> Iterable[str]:
+    """I6: no stretch of a meter is booked twice, and a job that is over paid for what it held."""
+    by_meter: dict[tuple[str, str], list[tuple[int, int, int]]] = defaultdict(list)
+    paid: Counter[str] = Counter()
+    for node, meter, start, end, milli, launch in found.books:
+        by_meter[node, meter].append((start, end, milli))
+        if meter == "cpu" and launch:
+            paid[launch] += end - start
+    for (node, meter), stretches in by_meter.items():
+        changes: Counter[int] = Counter()
+        for start, end, milli in stretches:
+            changes[start] += milli
+            changes[end] -= milli
+        total, totals = 0, set()
+        for at in sorted(changes):
+            total += changes[at]
+            totals.add(total)
+        if len(totals - {0}) > 1:
+            yield f"I6: {meter} of {node} is booked as {sorted(totals)} milli at different times"
+    for job_id, job in found.jobs.items():
+        if job["state"] not in TERMINAL:
+            continue
+        for worker in job["workers"]:
+            held = worker["released_at_ns"] - worker["held_at_ns"]
+            launch = worker["launch"]
+            if paid[launch] != held:
+                yield f"I6: {launch} held its place for {held} ns and paid for {paid[launch]}"
+
+
+def _progress(found: Evidence) -> Iterable[str]:
+    """I8: everything comes to its end."""
+    for job_id, job in found.jobs.items():
+        if job["state"] not in TERMINAL and job_id not in found.may_run:
+            yield f"I8: {job_id} is {job['state']} still"

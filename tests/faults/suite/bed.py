@@ -1,0 +1,255 @@
+"""A cloud on either store, machines that joined it, and a record of everything that it acknowledged."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.cloud import Cloud, eventually
+from tests.faults.suite import audit, journal
+from tests.postgres import Postgres
+from tidemill.outpost import joining
+from tidemill.outpost.config import OutpostConfig
+from tidemill.store.sql import SqlStore
+
+GONE_WITHIN_S = 30.0
+
+
+class Bed:
+    """One cloud under test. Whatever is submitted or stopped through it has to be there in the end."""
+
+    def __init__(self, folder: Path, store: str, url: str, **settings: Any) -> None:
+        self.folder = folder
+        self.store = store
+        self.url = url or f"sqlite:///{folder / 'head' / 'control.db'}"
+        self.cloud = Cloud(folder / "head", **({"database": url} if url else {}), **settings)
+        self.machines: dict[str, Path] = {}
+        self.acknowledged: dict[str, str] = {}
+        self.stopped: set[str] = set()
+        self.killed: set[str] = set()
+        """Jobs of which something was killed on purpose, which so may be tried again."""
+
+    # Doing things
+
+    def up(self, *, env: dict[str, str] | None = None, under: tuple[str, ...] = ()) -> float:
+        """Start the control plane; how many seconds that took."""
+        began = time.monotonic()
+        with _environment(env or {}):
+            self.cloud.up(under=under)
+        return time.monotonic() - began
+
+    def witness(
+        self, name: str, *, lines: int = 20, pause: float = 0.05, cpus: float = 0.1, **more: Any
+    ) -> dict[str, Any]:
+        """The spec of a job that writes down when it lives, and prints numbered lines."""
+        body = journal.LINES.format(lines=lines, pause=pause)
+        return self._spec(name, body, cpus) | more
+
+    def service(
+        self, name: str, *, chunks: int = 40, pause: float = 0.1, cpus: float = 0.1, **more: Any
+    ) -> dict[str, Any]:
+        """The spec of a service whose answers are streams."""
+        body = journal.SERVE.format(chunks=chunks, pause=pause)
+        return self._spec(name, body, cpus) | {
+            "ports": [{"name": "http"}], "service": {"port": "http", "readiness": {"path": "/"}}, **more,
+        }  # fmt: skip
+
+    def _spec(self, name: str, body: str, cpus: float) -> dict[str, Any]:
+        script = journal.WITNESS.format(milli=round(cpus * 1000), body=body)
+        return {"name": name, "run": f"exec python3 - <<'END'\n{script}\nEND", "resources": {"cpus": cpus}}
+
+    def submit(self, spec: dict[str, Any], *, key: str = "") -> str:
+        """The id of the job, which was acknowledged. Raises: OSError, HTTPException when no answer came."""
+        job_id = self.cloud.submit(spec, key=key)
+        self.acknowledged[job_id] = spec["name"]
+        return job_id
+
+    def submit_surely(self, spec: dict[str, Any], *, key: str, within_s: float = 60) -> str:
+        """As ``submit``, asked again with the same key, with the control plane started again, until it answers."""
+        until = time.monotonic() + within_s
+        while True:
+            try:
+                status, body = self.cloud.call("POST", "/v1/workloads", {"spec": spec}, key=key)
+                if status == 201:
+                    job_id = str(body["jobs"][0]["id"])
+                    self.acknowledged[job_id] = spec["name"]
+                    return job_id
+                assert status == 503, (status, body)
+            except (OSError, http.client.HTTPException):
+                self.revive()
+            assert time.monotonic() < until, f"{key} was not taken"
+
+    def stop(self, job_id: str) -> bool:
+        """Whether the stop of a job was acknowledged."""
+        try:
+            status, _ = self.cloud.call("POST", f"/v1/jobs/{job_id}/stop")
+        except (OSError, http.client.HTTPException):
+            return False
+        if status == 202:
+            self.stopped.add(job_id)
+        return status == 202
+
+    def revive(self) -> bool:
+        """Whether the control plane had ended, and was started again."""
+        process = self.cloud.process
+        if process is None or process.poll() is None:
+            return False
+        self.up()
+        return True
+
+    def join(self, name: str, *, through: str = "", site: str = "local", **described: Any) -> Path:
+        """The home of a machine that joined, ready; ``through`` is another address of the control plane."""
+        status, made = self.cloud.call("POST", f"/v1/sites/{site}/tokens", {})
+        assert status == 201, made
+        home = self.folder / name
+        asked = OutpostConfig(
+            control_url=through or f"http://127.0.0.1:{self.cloud.port}", key="", node_id="", name=name,
+            address="127.0.0.1", **described,
+        )  # fmt: skip
+        joining.join(home, made["token"], asked)
+        joining.start_outpost(home)
+        self.machines[name] = home
+        eventually(lambda: self.node(name).get("state") == "ready", within_s=60, what=f"{name} is ready")
+        return home
+
+    # Looking
+
+    def node(self, name: str) -> dict[str, Any]:
+        nodes = self.cloud.call("GET", "/v1/nodes")[1]["items"]
+        return next((dict(node) for node in nodes if node["name"] == name), {})
+
+    def lives(self, job_id: str = "") -> list[journal.Life]:
+        """What workers wrote down, of one job or of all."""
+        found = journal.lives([self.cloud.home, *self.machines.values()])
+        return [life for life in found if life.job == job_id or not job_id]
+
+    def finish(self, *job_ids: str, within_s: float = 60) -> None:
+        """Wait until those jobs are over."""
+        for job_id in job_ids:
+            self.cloud.wait(job_id, within_s=within_s)
+
+    def audit(self, *, may_run: Sequence[str] = ()) -> None:
+        """Raises: AssertionError with every promise that is broken."""
+        jobs = self._jobs()
+        over = {job_id for job_id, job in jobs.items() if job["state"] in audit.TERMINAL}
+        until = time.monotonic() + GONE_WITHIN_S
+        while any(_job_of(launch) not in jobs or _job_of(launch) in over for launch in self.running()):
+            if time.monotonic() > until:
+                break
+            time.sleep(0.1)
+        store = SqlStore(self.url)
+        try:
+            unsound = store.integrity()
+        finally:
+            store.close()
+        found = audit.violations(
+            audit.Evidence(
+                lives=self.lives(), acknowledged=self.acknowledged, stopped=frozenset(self.stopped), jobs=jobs,
+                books=self.cloud.books(), running=frozenset(self.running()), capacity=(os.cpu_count() or 1) * 1000,
+                unsound=unsound, may_restart=frozenset(self.killed), may_run=frozenset(may_run),
+            )
+        )  # fmt: skip
+        assert not found, "; ".join(found)
+
+    def running(self) -> list[str]:
+        """The launches of which a process lives on this machine, and that are of this bed."""
+        roots = [str(home).encode() for home in (self.cloud.home, *self.machines.values())]
+        found: set[str] = set()
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            with contextlib.suppress(OSError):
+                variables = dict(
+                    part.split(b"=", 1) for part in (entry / "environ").read_bytes().split(b"\0") if b"=" in part
+                )
+                launch = variables.get(b"TIDEMILL_LAUNCH_ID")
+                if launch and any(root in value for value in variables.values() for root in roots):
+                    found.add(launch.decode())
+        return sorted(found)
+
+    def _jobs(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        cursor = ""
+        while True:
+            status, page = self.cloud.call("GET", f"/v1/jobs?limit=500&cursor={cursor}")
+            assert status == 200, page
+            for item in page["items"]:
+                job = self.cloud.job(item["id"])
+                stem = job["id"].removeprefix("job_")
+                for worker in job["workers"]:
+                    worker["launch"] = f"run_{stem}-{worker['attempt']}-{worker['rank']}"
+                found[job["id"]] = job
+            cursor = page["next_cursor"]
+            if not cursor:
+                return found
+
+    def close(self) -> None:
+        """End everything."""
+        with contextlib.suppress(Exception):
+            self.cloud.down()
+        for home in self.machines.values():
+            joining.stop_outpost(home)
+
+
+class Beds:
+    """Makes beds on one store, and clears them away."""
+
+    def __init__(self, store: str, postgres: Postgres | None = None) -> None:
+        self.store = store
+        self.postgres = postgres
+        self._folder = Path(tempfile.mkdtemp(prefix="tm-faults-"))
+        self._made: list[Bed] = []
+
+    def make(self, *, starts: bool = True, **settings: Any) -> Bed:
+        """A new cloud, which runs unless told otherwise."""
+        folder = self._folder / str(len(self._made))
+        folder.mkdir()
+        url = self.postgres.url(self.postgres.database()) if self.postgres is not None else ""
+        bed = Bed(folder, self.store, url, **settings)
+        self._made.append(bed)
+        if starts:
+            bed.up()
+        return bed
+
+    def folder(self, name: str) -> Path:
+        """A folder for whatever else a case needs."""
+        made = self._folder / name
+        made.mkdir()
+        return made
+
+    def close(self) -> None:
+        """End everything and leave nothing."""
+        for bed in self._made:
+            bed.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _job_of(launch: str) -> str:
+    return "job_" + launch.removeprefix("run_").rsplit("-", 2)[0]
+
+
+@contextlib.contextmanager
+def _environment(given: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def told(value: object) -> str:
+    """JSON in one line, for figures."""
+    return json.dumps(value, separators=(", ", ": "))

@@ -1,0 +1,246 @@
+"""Cases 1 to 6: the control plane, or a machine's agent, is killed at any step of a launch."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.cloud import eventually
+from tests.faults.suite.bed import Bed, Beds
+from tests.faults.suite.killing import KillAtCommit, kill_at_send
+from tests.faults.suite.registry import case
+from tidemill.outpost import joining
+from tidemill.outpost.main import running_pid
+
+READY_S = 10.0
+AGENT_S = 15.0
+
+
+def _runs_after_restart(bed: Bed, job_id: str) -> float:
+    """Seconds from the restart until the job's worker was started, by its own journal."""
+    began_ns = time.monotonic_ns()
+    bed.up()
+    lives = eventually(lambda: bed.lives(job_id), within_s=READY_S + 20, what="its worker began")
+    return max(0.0, (lives[0].began_ns - began_ns) / 1e9)
+
+
+@case(
+    1,
+    "kill -9 of the control plane right after a submission is acknowledged",
+    "it runs <= 10 s after the restart; 1 start",
+)
+def acknowledged(beds: Beds) -> str:
+    bed = beds.make()
+    took = []
+    for at in range(3):
+        job_id = bed.submit(bed.witness(f"w{at}"))
+        bed.cloud.kill()
+        took.append(_runs_after_restart(bed, job_id))
+        bed.finish(job_id)
+        assert len(bed.lives(job_id)) == 1
+    bed.audit()
+    assert max(took) <= READY_S, took
+    return f"runs {max(took):.1f} s after the restart at most, of {len(took)}; 1 start each"
+
+
+@case(
+    2,
+    "kill -9 between the commit of an allocation and its launch",
+    "the same allocation is used, or freed, <= 10 s; I2; 1 start",
+)
+def allocated(beds: Beds) -> str:
+    bed = beds.make(starts=False)
+    killer = KillAtCommit(bed.folder)
+    took = []
+    for nth in (1, 2):
+        bed.up(env=killer.env)
+        killer.arm(nth)
+        try:
+            job_id = bed.submit(bed.witness(f"w{nth}"), key=f"k{nth}")
+        except (OSError, http.client.HTTPException):
+            job_id = ""
+        assert bed.cloud.process is not None
+        assert bed.cloud.process.wait(timeout=20) == -signal.SIGKILL, "it was to die at that commit"
+        killer.disarm()
+        began = time.monotonic()
+        bed.up()
+        job_id = job_id or bed.submit(bed.witness(f"w{nth}"), key=f"k{nth}")
+        eventually(lambda: bed.lives(job_id), within_s=READY_S + 20, what="its worker began")  # noqa: B023
+        took.append(time.monotonic() - began)
+        bed.finish(job_id)
+        assert [life.attempt for life in bed.lives(job_id)] == [1]
+        bed.cloud.kill()
+    bed.up()
+    bed.audit()
+    assert max(took) <= READY_S, took
+    return f"started {max(took):.1f} s after the restart at most; attempt 1 each, 1 start"
+
+
+@case(
+    3,
+    "kill -9 after a launch was sent, before what came of it is stored",
+    "adopted by its launch id; 1 start, 0 restarts",
+)
+def sent(beds: Beds) -> str:
+    bed = beds.make(starts=False)
+    killer = KillAtCommit(bed.folder)
+    adopted = 0
+    for nth in (-2, -3, -4):
+        bed.up(env=killer.env)
+        killer.arm(nth)
+        spec, key = bed.witness(f"w{nth}", lines=60), f"k{nth}"
+        job_id = bed.submit_surely(spec, key=key)
+        eventually(lambda: bed.revive() or bed.lives(job_id), within_s=30, what="it died, or the job began")  # noqa: B023
+        killer.disarm()
+        bed.revive()
+        bed.finish(job_id)
+        job = bed.cloud.job(job_id)
+        assert (job["state"], job["attempts"], len(bed.lives(job_id))) == ("succeeded", 1, 1), job
+        adopted += 1
+        bed.cloud.kill()
+    bed.up()
+    bed.audit()
+    return f"{adopted} of {adopted} adopted, 1 start each, 0 restarts"
+
+
+@case(
+    4,
+    "1 to 3 at every commit, and at sends, of submit, launch, ready, stop, delete",
+    "all invariants at each; no manual step",
+)
+def everywhere(beds: Beds) -> str:
+    bed = beds.make(starts=False)
+    killer = KillAtCommit(bed.folder)
+    killed: dict[str, int] = {"before a commit": 0, "after a commit": 0, "at a send": 0}
+    for sign, what in ((-1, "before a commit"), (1, "after a commit")):
+        for nth in range(1, 40):
+            bed.up(env=killer.env)
+            killer.arm(sign * nth)
+            died = _life_of_a_service(bed, f"{'ba'[sign > 0]}{nth}", disarm=killer.disarm)
+            killer.disarm()
+            bed.cloud.kill()
+            killed[what] += died
+            if not died:
+                break
+    for nth in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89):
+        bed.up()
+        with kill_at_send(bed.cloud.pid, nth):
+            killed["at a send"] += _life_of_a_service(bed, f"s{nth}")
+        bed.cloud.kill()
+    bed.up()
+    bed.audit()
+    assert min(killed.values()) >= 4, killed
+    return ", ".join(f"{count} kills {what}" for what, count in killed.items())
+
+
+def _life_of_a_service(bed: Bed, name: str, *, disarm: object = None) -> bool:
+    """Whether the control plane died while a service was submitted, became ready, was stopped, and was gone."""
+    died = False
+    spec = bed.service(name, cpus=0.05)
+    until = time.monotonic() + 60
+
+    def look(state: str, job_id: str) -> bool:
+        nonlocal died
+        if bed.revive():
+            died = True
+            if callable(disarm):
+                disarm()
+        try:
+            return bool(bed.cloud.job(job_id)["state"] == state)
+        except (OSError, http.client.HTTPException, AssertionError):
+            return False
+
+    process = bed.cloud.process
+    job_id = bed.submit_surely(spec, key=name)
+    died = bed.cloud.process is not process
+    if died and callable(disarm):
+        disarm()
+    eventually(lambda: look("running", job_id), within_s=40, what=f"{name} runs")
+    while not bed.stop(job_id):
+        died |= bed.revive()
+        assert time.monotonic() < until
+    eventually(lambda: look("cancelled", job_id), within_s=40, what=f"{name} is gone")
+    return died or bed.cloud.process is not process
+
+
+@case(5, "kill -9 of a machine's agent just after it started a worker", "adopted, or ended, <= 15 s; 1 lives")
+def agent_after_start(beds: Beds) -> str:
+    bed = beds.make(engine="none")
+    home = bed.join("second")
+    took = []
+    for delay_ms in (0, 2, 5, 10, 20, 40, 80, 160):
+        job_id = bed.submit(bed.witness(f"w{delay_ms}", lines=30))
+        time.sleep(delay_ms / 1000)
+        os.kill(running_pid(home), signal.SIGKILL)
+        eventually(lambda: not running_pid(home), within_s=10, what="it is gone")
+        began = time.monotonic()
+        joining.start_outpost(home)
+        bed.cloud.wait(job_id, "running", "succeeded", within_s=AGENT_S + 20)
+        took.append(time.monotonic() - began)
+        bed.finish(job_id)
+        assert len(bed.lives(job_id)) == 1
+    bed.audit()
+    assert max(took) <= AGENT_S, took
+    return f"known to run {max(took):.1f} s after the agent was back at most, of {len(took)}; 1 life each"
+
+
+@case(
+    6,
+    "kill -9 of the agent, and of the control plane, under a service with 10 open streams",
+    "streams unbroken; adopted; 0 restarts",
+)
+def agent_under_streams(beds: Beds) -> str:
+    bed = beds.make(engine="none")
+    home = bed.join("second")
+    chunks = 80
+    job_id = bed.submit(bed.service("streams", chunks=chunks, pause=0.1))
+    bed.cloud.wait(job_id, "running")
+    eventually(lambda: bed.cloud.job(job_id)["endpoint"], within_s=30, what="it is ready")
+    begun = threading.Barrier(11)
+    with ThreadPoolExecutor(10) as pool:
+        streams = [pool.submit(_stream, bed, begun) for _ in range(10)]
+        begun.wait(timeout=30)
+        os.kill(running_pid(home), signal.SIGKILL)
+        bed.cloud.kill()
+        time.sleep(1)
+        joining.start_outpost(home)
+        bed.up()
+        got = [stream.result(timeout=60) for stream in streams]
+    whole = [number for number in range(chunks)]
+    assert all(each == whole for each in got), [len(each) for each in got]
+    assert bed.cloud.job(job_id)["attempts"] == 1
+    assert len(bed.lives(job_id)) == 1
+    bed.stop(job_id)
+    bed.finish(job_id)
+    bed.audit()
+    return f"10 of 10 streams whole ({chunks} chunks each), 0 restarts"
+
+
+def _stream(bed: Bed, begun: threading.Barrier) -> list[int]:
+    """The numbers of the chunks that came through the gateway."""
+    numbers: list[int] = []
+    until = time.monotonic() + 20
+    while True:
+        connection = http.client.HTTPConnection("127.0.0.1", bed.cloud.gateway_port, timeout=60)
+        body = json.dumps({"model": "streams", "stream": True, "prompt": "x"})
+        connection.request("POST", "/v1/completions", body, {
+            "Authorization": f"Bearer {bed.cloud.token}", "Content-Type": "application/json",
+        })  # fmt: skip
+        answer = connection.getresponse()
+        if answer.status == 200:
+            break
+        answer.read()
+        connection.close()
+        assert time.monotonic() < until, answer.status
+        time.sleep(0.2)
+    for line in answer:
+        if line.startswith(b"data: {"):
+            if not numbers:
+                begun.wait(timeout=30)
+            numbers.append(json.loads(line[6:])["number"])
+    return numbers
