@@ -204,6 +204,7 @@ def _build(settings: Any, candidate: Any) -> tuple[Any, _Reports]:
     ``candidate`` is what leads where there are several; None: there is one.
     """
     from tidemill import catalog
+    from tidemill.control.clock import SteadyClock
     from tidemill.control.identity import Directory, read_pepper
     from tidemill.control.plane import ControlPlane
     from tidemill.control.vault import Vault
@@ -229,7 +230,8 @@ def _build(settings: Any, candidate: Any) -> tuple[Any, _Reports]:
     )
     directory = Directory(pepper, principals=store.principals(), known=store.tokens())
     _first_admin(settings.common, store, directory)
-    engine, sample, reports = _engine(settings, site.id)
+    clock = SteadyClock()
+    engine, sample, reports = _engine(settings, site.id, clock)
     plane = ControlPlane(
         settings=settings,
         store=store,
@@ -238,7 +240,7 @@ def _build(settings: Any, candidate: Any) -> tuple[Any, _Reports]:
         rates=catalog.rate_card(settings.rates),
         directory=directory,
         vault=Vault(pepper),
-        clock=time.time_ns,
+        clock=clock,
         sample=sample,
         energy_evidence="measured" if sample() is not None else "estimated",
         on_fenced=candidate.depose if candidate is not None else lambda: os.kill(os.getpid(), signal.SIGTERM),
@@ -261,13 +263,13 @@ def _rent(settings: Any, plane: Any, pepper: bytes) -> None:
     plane.rent(Ec2(found.ec2, installation=installation), found)
 
 
-def _engine(settings: Any, site_id: Any) -> tuple[Any, Callable[[], Any], _Reports]:
+def _engine(settings: Any, site_id: Any, clock: Callable[[], int]) -> tuple[Any, Callable[[], Any], _Reports]:
     """What starts workers, what reads the energy meters of its machines, and what else they have to tell."""
     if settings.engine in ("ray", "none"):
-        return None, lambda: None, _Reports(lambda _: (), every_s=60.0)
+        return None, lambda: None, _Reports(lambda _: (), clock, every_s=60.0)
     if settings.engine == "simulated":
-        engine = _simulated(settings, site_id)
-        return engine, lambda: None, _Reports(engine.facts, every_s=0.005)
+        engine = _simulated(settings, site_id, clock)
+        return engine, lambda: None, _Reports(engine.facts, clock, every_s=0.005)
     from tidemill import telemetry
     from tidemill.engines.local import LocalEngine, LocalSettings
     from tidemill.units import parse_duration
@@ -294,10 +296,10 @@ def _engine(settings: Any, site_id: Any) -> tuple[Any, Callable[[], Any], _Repor
     health = telemetry.HealthWatcher(
         node_id, recheck_ns=parse_duration(settings.device_recheck), hot_ns=parse_duration(settings.device_hot)
     )
-    return engine, telemetry.EnergyMeters(node_id).sample, _Reports(health.health_facts, every_s=5.0)
+    return engine, telemetry.EnergyMeters(node_id).sample, _Reports(health.health_facts, clock, every_s=5.0)
 
 
-def _simulated(settings: Any, site_id: Any) -> Any:
+def _simulated(settings: Any, site_id: Any, clock: Callable[[], int]) -> Any:
     from tidemill.engines.simulated import Ending, SimulatedEngine, fleet, script
     from tidemill.units import parse_duration
 
@@ -309,7 +311,7 @@ def _simulated(settings: Any, site_id: Any) -> Any:
     otherwise = parse_duration(settings.simulated_duration)
     return SimulatedEngine(
         nodes,
-        clock=time.time_ns,
+        clock=clock,
         duration=lambda spec: script(spec, default_ns=otherwise)[0],
         ending=lambda spec: Ending(exit_code=script(spec, default_ns=otherwise)[1]),
         start_delay_ns=0,
@@ -376,11 +378,12 @@ def _stop_head(home: Path) -> None:
 class _Reports:
     """Tells the control plane what its machines have to tell by themselves, in order and until it is taken.
 
-    ``facts`` gives what there is since it was last asked, at an instant in ns; it is asked every ``every_s``.
+    ``facts`` gives what there is since it was last asked, at an instant of ``clock`` in ns, every ``every_s``.
     """
 
-    def __init__(self, facts: Callable[[int], Iterable[Any]], *, every_s: float) -> None:
+    def __init__(self, facts: Callable[[int], Iterable[Any]], clock: Callable[[], int], *, every_s: float) -> None:
         self._facts = facts
+        self._clock = clock
         self._every_s = every_s
         self.tell: Callable[[Any], Any] = list
         self._closing = threading.Event()
@@ -400,7 +403,7 @@ class _Reports:
         waiting: list[Any] = []
         while not self._closing.wait(self._every_s):
             try:
-                waiting = waiting or list(self._facts(time.time_ns()))
+                waiting = waiting or list(self._facts(self._clock()))
                 if waiting:
                     self.tell(waiting).result(timeout=60)
                 waiting = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from starlette.responses import Response
@@ -58,7 +57,7 @@ async def list_tokens(call: Caller) -> Response:
 async def create_token(call: Caller) -> Response:
     """Make a token. The secret is in this answer only."""
     given = await body_of(call.request, TokenIn)
-    expires_ns = _expiry(given.expires_in)
+    expires_ns = _expiry(given.expires_in, now=call.plane.now())
     project = call.project(given.project).id if given.project else ProjectId("")
     if not project and call.identity.project_ids:
         project = call.identity.project_ids[0]
@@ -104,7 +103,7 @@ async def put_secret(call: Caller, name: str, project: ProjectName = "") -> Resp
     """Store a secret, or replace its value."""
     given = await body_of(call.request, SecretIn)
     await blocking(call.plane.put_secret, call.project(project), name, given.value)
-    return json_answer({"name": name, "updated_at_ns": time.time_ns()})
+    return json_answer({"name": name, "updated_at_ns": call.plane.now()})
 
 
 @routes.delete("/v1/secrets/{name}", allow=Scope.SUBMIT, status=204)
@@ -115,7 +114,7 @@ async def delete_secret(call: Caller, name: str, project: ProjectName = "") -> R
     return Response(status_code=204)
 
 
-def _expiry(given: str | int) -> int:
+def _expiry(given: str | int, *, now: int) -> int:
     if given in ("never", "", 0):
         return 0
     try:
@@ -128,7 +127,7 @@ def _expiry(given: str | int) -> int:
         raise InvalidRequest(
             "A token lives up to 10 years.", field="expires_in", value=given, mend="Write for example 90d, or never."
         )
-    return time.time_ns() + length
+    return now + length
 
 
 def _own_tokens(call: Call) -> list[Token]:

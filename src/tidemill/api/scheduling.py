@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -41,7 +40,7 @@ async def list_waiting(
 
     def page() -> dict[str, Any]:
         wanted = call.project(project).id if project else ProjectId("")
-        now = time.time_ns()
+        now = call.plane.now()
         found = call.plane.waiting(call.identity, project=wanted, limit=limit)
         names = {one.id: one.name for one in call.plane.projects(call.identity)}
         items = []
@@ -149,7 +148,7 @@ def _reservation(call: Call, reservation: Reservation) -> ReservationOut:
     nodes = call.plane.world.nodes
     project = call.project_name(reservation.project_id) if reservation.project_id else ""
     names = [nodes[node].name if node in nodes else node for node in reservation.node_ids]
-    return reservation_json(reservation, project=project, nodes=names, now=time.time_ns())
+    return reservation_json(reservation, project=project, nodes=names, now=call.plane.now())
 
 
 @routes.post("/v1/nodes/{node}/mark", allow=Scope.ADMIN, body=MarkIn, answer=NodeOut)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -82,7 +81,7 @@ async def make_joining_token(call: Caller, name: str) -> Response:
         call.plane.administer(call.identity)
         site = call.plane.sites.find(name)
         token, secret = call.plane.sites.joining_token(
-            call.identity, site, expires_ns=time.time_ns() + lasts_ns if lasts_ns else 0
+            call.identity, site, expires_ns=call.plane.now() + lasts_ns if lasts_ns else 0
         )
         return {"token": secret, "site": site.name, "expires_at_ns": token.expires_ns}
 

@@ -103,7 +103,8 @@ class EngineWork:
         for lane in self._lanes:
             lane.put(None)
         for thread in self._threads:
-            thread.join(timeout=10)
+            if thread.is_alive():
+                thread.join(timeout=10)
 
     def obey(self, commands: Sequence[Command]) -> None:
         """Have the commands carried out, soon."""

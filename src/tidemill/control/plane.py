@@ -220,6 +220,10 @@ class ControlPlane:
         """The number of the newest event."""
         return self._turns.last_seq
 
+    def now(self) -> int:
+        """The time of day in ns since 1970, as this control plane keeps it."""
+        return self._clock()
+
     def start(self) -> None:
         """Join the engine's machines and begin to take turns and act on them."""
         self._turns.start()

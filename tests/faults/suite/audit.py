@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ def _started_once(found: Evidence) -> Iterable[str]:
     for life in found.lives:
         by_rank[life.job, life.rank].append(life)
     for mine in by_rank.values():
-        for before, after in zip(mine, mine[1:], strict=False):
+        for before, after in itertools.pairwise(mine):
             if before.launch != after.launch and after.began_ns < before.last_ns:
                 late = (before.last_ns - after.began_ns) / 1e9
                 yield f"I1: {after.launch} began {late:.2f} s before the last sign of {before.launch}"
@@ -122,7 +123,7 @@ def _books(found: Evidence) -> Iterable[str]:
             totals.add(total)
         if len(totals - {0}) > 1:
             yield f"I6: {meter} of {node} is booked as {sorted(totals)} milli at different times"
-    for job_id, job in found.jobs.items():
+    for job in found.jobs.values():
         if job["state"] not in TERMINAL:
             continue
         for worker in job["workers"]:

@@ -211,7 +211,7 @@ def agent_under_streams(beds: Beds) -> str:
         joining.start_outpost(home)
         bed.up()
         got = [stream.result(timeout=60) for stream in streams]
-    whole = [number for number in range(chunks)]
+    whole = list(range(chunks))
     assert all(each == whole for each in got), [len(each) for each in got]
     assert bed.cloud.job(job_id)["attempts"] == 1
     assert len(bed.lives(job_id)) == 1

@@ -73,12 +73,13 @@ ssize_t recv(int file, void *data, size_t size, int flags) {
 
 
 @cache
-def _shim() -> Path:
+def built(source: str) -> Path:
+    """A library of that C source, to be loaded before others. Raises: Skipped without a compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise Skipped("no C compiler to build the shim with: apt install gcc")
     folder = Path(tempfile.mkdtemp(prefix="tm-shim-"))
-    (folder / "shim.c").write_text(SHIM)
+    (folder / "shim.c").write_text(source)
     subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "shim.so", folder / "shim.c", "-ldl"], check=True)
     return folder / "shim.so"
 
@@ -88,7 +89,7 @@ class KillAtCommit:
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "kill-at"
-        self.env = {"LD_PRELOAD": str(_shim()), "KILL_AT_COMMIT": str(self._file)}
+        self.env = {"LD_PRELOAD": str(built(SHIM)), "KILL_AT_COMMIT": str(self._file)}
 
     def arm(self, nth: int) -> None:
         """Just after the nth commit from now on, or just before it when ``nth`` is negative."""

@@ -1,1 +1,312 @@
-"""Cases to come."""
+"""Cases 15, 18, 19, 20: what clients see when requests repeat, and when the database or the disk fails."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import sqlite3
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tests.cloud import eventually
+from tests.faults.suite.bed import Bed, Beds
+from tests.faults.suite.registry import Skipped, case
+
+BACK_S = 5.0
+
+
+def ask(
+    bed: Bed,
+    method: str,
+    path: str,
+    body: Any = None,
+    *,
+    key: str = "",
+    token: str | None = None,
+    timeout_s: float = 30,
+) -> tuple[int, dict[str, str], Any]:
+    """Status, headers in lower case, and body. Raises: OSError, HTTPException without an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", bed.cloud.port, timeout=timeout_s)
+    headers = {"Authorization": f"Bearer {bed.cloud.token if token is None else token}"}
+    headers |= {"Idempotency-Key": key} if key else {}
+    headers |= {"Content-Type": "application/json"} if body is not None else {}
+    try:
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        answer = connection.getresponse()
+        content = answer.read()
+        told = {name.lower(): value for name, value in answer.getheaders()}
+        return answer.status, told, json.loads(content) if content.startswith((b"{", b"[")) else content
+    finally:
+        connection.close()
+
+
+@case(
+    15,
+    "100 submissions at once with one Idempotency-Key, half of them given up and repeated",
+    "1 job, identical answers; another body: 422",
+)
+def one_key(beds: Beds) -> str:
+    bed = beds.make()
+    spec = bed.witness("once", lines=2)
+
+    def submit(number: int) -> str:
+        if number % 2:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                ask(bed, "POST", "/v1/workloads", {"spec": spec}, key="key", timeout_s=0.002)
+        status, _, body = ask(bed, "POST", "/v1/workloads", {"spec": spec}, key="key")
+        assert status == 201, body
+        return json.dumps(body["jobs"][0]["id"]) + body["id"]
+
+    with ThreadPoolExecutor(100) as pool:
+        answers = set(pool.map(submit, range(100)))
+    assert len(answers) == 1, answers
+    listed = bed.cloud.call("GET", "/v1/jobs?name=once")[1]["items"]
+    assert len(listed) == 1
+    bed.acknowledged[listed[0]["id"]] = "once"
+    status, _, body = ask(bed, "POST", "/v1/workloads", {"spec": bed.witness("twice")}, key="key")
+    assert (status, body["code"]) == (422, "idempotency_mismatch"), body
+    bed.finish(listed[0]["id"])
+    bed.audit()
+    return "100 answers, 1 job; another body: 422"
+
+
+class Load:
+    """Submissions and questions, about ``rate`` a second together, and what was answered."""
+
+    def __init__(self, bed: Bed, rate: int, *, threads: int = 8) -> None:
+        self.statuses: Counter[int | str] = Counter()
+        self.without_hint = 0
+        self.last_good_s = 0.0
+        self._bed = bed
+        self._pause_s = threads / rate
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(at,)) for at in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, at: int) -> None:
+        number = 0
+        while not self._stop.wait(self._pause_s):
+            number += 1
+            name = f"load-{at}-{number}"
+            try:
+                if number % 4:
+                    status, headers, _ = ask(self._bed, "GET", "/v1/jobs?limit=5")
+                else:
+                    spec = {"name": name, "run": "true", "resources": {"cpus": 0.01}}
+                    status, headers, body = ask(self._bed, "POST", "/v1/workloads", {"spec": spec}, key=name)
+                    if status == 201:
+                        self._bed.acknowledged[body["jobs"][0]["id"]] = name
+            except (OSError, http.client.HTTPException) as error:
+                self.statuses[type(error).__name__] += 1
+                continue
+            self.statuses[status] += 1
+            self.without_hint += status == 503 and "retry-after" not in headers
+            if status in (200, 201):
+                self.last_good_s = time.monotonic()
+
+
+def _shown(statuses: Counter[int | str]) -> str:
+    return ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items(), key=str))
+
+
+def _back(bed: Bed, since: float) -> float:
+    """Seconds from then until a submission is taken again."""
+
+    def look() -> bool:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            spec = bed.witness(f"back{time.monotonic_ns()}", lines=1, cpus=0.01)
+            status, _, body = ask(bed, "POST", "/v1/workloads", {"spec": spec})
+            if status == 201:
+                bed.acknowledged[body["jobs"][0]["id"]] = spec["name"]
+            return status == 201
+        return False
+
+    eventually(look, within_s=30, what="submissions are taken again")
+    return time.monotonic() - since
+
+
+@case(
+    18,
+    "the database crashes and is started again under load; its file is locked for 10 s",
+    "nothing acknowledged is lost; 503 with Retry-After, never 401 or 404; back <= 5 s",
+)
+def database_away(beds: Beds) -> str:
+    bed = beds.make()
+    held = bed.submit(bed.witness("held", lines=500))
+    bed.cloud.wait(held, "running")
+    load = Load(bed, 100)
+    time.sleep(3)
+    if beds.postgres is not None:
+        beds.postgres.stop("immediate")
+        time.sleep(3)
+        beds.postgres.start()
+    else:
+        with contextlib.closing(sqlite3.connect(bed.cloud.home / "control.db", isolation_level=None)) as locker:
+            locker.execute("PRAGMA busy_timeout=10000")
+            locker.execute("BEGIN EXCLUSIVE")
+            time.sleep(11)
+            locker.execute("ROLLBACK")
+    took = _back(bed, time.monotonic())
+    time.sleep(2)
+    load.stop()
+    assert set(load.statuses) <= {200, 201, 503}, load.statuses
+    assert load.statuses[200] > 50, load.statuses
+    assert load.statuses[201] > 10, load.statuses
+    assert load.statuses[503] > 0, load.statuses
+    assert not load.without_hint
+    assert took <= BACK_S, took
+    bed.finish(*bed.acknowledged, within_s=180)
+    assert bed.cloud.job(held)["attempts"] == 1
+    bed.audit()
+    return f"{_shown(load.statuses)}; back after {took:.1f} s"
+
+
+@case(
+    19,
+    "no connection to the database is left; the row that every commit takes is locked",
+    "503, not ready but alive; back <= 5 s; no line of the books lost",
+    stores=("postgres",),
+)
+def connections_exhausted(beds: Beds) -> str:
+    import psycopg
+
+    assert beds.postgres is not None
+    bed = beds.make()
+    held = bed.submit(bed.witness("held", lines=700))
+    bed.cloud.wait(held, "running")
+    database = bed.url.replace("postgresql+psycopg://", "postgresql://")
+    with contextlib.ExitStack() as stack:
+        with _own_connection(beds.postgres.url("postgres")) as boss:
+            with contextlib.suppress(psycopg.OperationalError):
+                for _ in range(500):
+                    stack.enter_context(psycopg.connect(database, connect_timeout=5))
+            name = database.rsplit("/", 1)[1].partition("?")[0]
+            boss.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND state IS DISTINCT FROM 'idle in"
+                " transaction' AND application_name = '' AND pid <> pg_backend_pid() AND backend_start < now() - interval '2 s'",
+                [name],
+            )
+        stack.enter_context(contextlib.suppress(psycopg.OperationalError))
+        with contextlib.suppress(psycopg.OperationalError):
+            for _ in range(50):
+                stack.enter_context(psycopg.connect(database, connect_timeout=5))
+        statuses: Counter[int | str] = Counter()
+        for number in range(5):
+            spec = bed.witness(f"none{number}", lines=1)
+            statuses[ask(bed, "POST", "/v1/workloads", {"spec": spec}, timeout_s=60)[0]] += 1
+        readiness, liveness = ask(bed, "GET", "/v1/readyz", timeout_s=60)[0], ask(bed, "GET", "/v1/healthz")[0]
+    took = _back(bed, time.monotonic())
+    assert set(statuses) <= {503, 201}, statuses
+    assert (readiness, liveness) == (503, 200), (readiness, liveness)
+    with psycopg.connect(database) as locker:
+        locker.execute("SELECT * FROM leadership FOR UPDATE")
+        blocked = ask(bed, "POST", "/v1/workloads", {"spec": bed.witness("blocked", lines=1)}, timeout_s=60)[0]
+        locker.rollback()
+    again = _back(bed, time.monotonic())
+    assert blocked == 503, blocked
+    assert max(took, again) <= BACK_S, (took, again)
+    for item in bed.cloud.call("GET", "/v1/jobs?limit=100")[1]["items"]:
+        bed.finish(item["id"], within_s=90)
+    assert bed.cloud.job(held)["attempts"] == 1
+    bed.audit()
+    return (
+        f"exhausted: {_shown(statuses)}, ready {readiness}, alive {liveness}; back after {took:.1f} and {again:.1f} s"
+    )
+
+
+@contextlib.contextmanager
+def _own_connection(url: str) -> Iterator[Any]:
+    """A connection of the server's own user, made before there is none left."""
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        yield connection
+
+
+@case(
+    20,
+    "no space on the disk of the database and of logs; the disk fails",
+    "507 or 503, reads go on; sound; back without a restart",
+)
+def full_disk(beds: Beds) -> str:
+    if os.geteuid() != 0:
+        raise Skipped("needs root, to mount a small disk")
+    bed = beds.make(starts=False)
+    home = bed.cloud.home
+    home.mkdir(mode=0o700)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48m,mode=700", "tmpfs", str(home)], capture_output=True
+    )
+    if mounted.returncode:
+        raise Skipped(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        bed.up()
+        first = bed.submit(bed.witness("first", lines=3))
+        bed.finish(first)
+        fill = home / "fill"
+        _fill(fill)
+        statuses: Counter[int | str] = Counter()
+        for number in range(12):
+            status, _, body = ask(bed, "POST", "/v1/workloads", {"spec": bed.witness(f"full{number}", lines=1)})
+            statuses[status] += 1
+            if status == 201:
+                bed.acknowledged[body["jobs"][0]["id"]] = f"full{number}"
+        upload = _upload(bed)
+        reads = [ask(bed, "GET", path)[0] for path in ("/v1/jobs", f"/v1/jobs/{first}", "/v1/healthz", "/v1/nodes")]
+        fill.unlink()
+        took = _back(bed, time.monotonic())
+        assert reads == [200] * 4, reads
+        if beds.store == "sqlite":
+            assert statuses[507] > 0, statuses
+        assert set(statuses) <= {201, 503, 507}, statuses
+        assert upload in (503, 507), upload
+        assert took <= BACK_S, took
+        bed.finish(*bed.acknowledged)
+        bed.audit()
+        return f"{_shown(statuses)}, an upload {upload}, reads 200; back {took:.1f} s after there was space, no restart"
+    finally:
+        bed.close()
+        subprocess.run(["umount", "-l", str(home)], check=False)
+
+
+def _fill(path: Path) -> None:
+    """Leave no byte."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 20))
+    with path.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(512))
+
+
+def _upload(bed: Bed) -> int:
+    """The status of sending a blob of 4 MiB, as a work folder is sent."""
+    import hashlib
+
+    content = os.urandom(4 << 20)
+    digest = hashlib.sha256(content).hexdigest()
+    connection = http.client.HTTPConnection("127.0.0.1", bed.cloud.port, timeout=30)
+    try:
+        connection.request(
+            "PUT", f"/v1/blobs/sha256:{digest}", content,
+            {"Authorization": f"Bearer {bed.cloud.token}", "Content-Type": "application/octet-stream"},
+        )  # fmt: skip
+        return connection.getresponse().status
+    except OSError:
+        return 507  # it hung up in the middle of what it could not take
+    finally:
+        connection.close()
