@@ -43,7 +43,8 @@ _BACKSTOP_S: Final = 30
 """So long after its grace the kubelet ends a pod whose runner did not."""
 _REPEATED_S: Final = 10.0
 _KILL_S: Final = 5
-_METADATA: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json"
+_METADATA: Final = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+_METADATA_LIST: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 _NOT_OVER: Final = "status.phase!=Succeeded,status.phase!=Failed"
 
 
@@ -109,11 +110,9 @@ class ApiServer:
             headers["Content-Type"] = f"application/{patch}+json" if method == "PATCH" else "application/json"
         try:
             method, url, headers, sent, _ = self._client.param_serialize(
-                method, path, query_params=list((query or {}).items()), header_params=headers,
-                body=None if body is None else json.dumps(body), auth_settings=["BearerToken"],
+                method, path, query_params=list((query or {}).items()), header_params=headers, body=body,
+                auth_settings=["BearerToken"],
             )  # fmt: skip
-            if method != "PATCH":
-                sent = None if body is None else body
             response: Any = self._client.call_api(method, url, headers, sent, _request_timeout=_ANSWER_S)
             content = response.read()
         except Exception as error:
@@ -237,7 +236,7 @@ class KubernetesEngine:
         self._pace()
         try:
             labels = pods.selector(self._site_id)
-            records = list(self._api.everything(self._path("secrets"), labels=labels, accept=_METADATA))
+            records = list(self._api.everything(self._path("secrets"), labels=labels, accept=_METADATA_LIST))
             ours = list(self._api.everything(self._path("pods"), labels=labels))
             documents = self._read_nodes()
             seen = clusterview.observations(records, ours, self._heard_of(documents), now_s=time.time())

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from tidemill.errors import EngineRefused
+from tidemill.errors import EngineRefused, InvalidSetting
 from tidemill.model.ids import LaunchId
 from tidemill.model.plan import LaunchSpec
 from tidemill.units import MILLI, SECOND_NS
@@ -111,6 +111,33 @@ class KubernetesSettings:
     beat_ns: int = 2 * SECOND_NS
     look_ns: int = 2 * SECOND_NS
     spool_cap_bytes: int = 1 << 30
+
+
+SETTINGS: Final = (
+    "namespace", "queue", "image", "volumes", "select", "service_account", "priority_class", "runtime_class",
+    "kubeconfig", "context", "api_url", "user", "host_network",
+)  # fmt: skip
+"""Those that a person sets."""
+
+
+def settings_of(given: Mapping[str, str]) -> KubernetesSettings:
+    """The settings from words. Raises: InvalidSetting that names the one that cannot be used."""
+    for name, value in given.items():
+        if name not in SETTINGS:
+            mend = f"Settings are {', '.join(SETTINGS)}."
+            raise InvalidSetting("Kubernetes sites have no such setting.", field=name, value=value, mend=mend)
+    words: dict[str, Any] = {name: value for name, value in given.items() if name not in ("user", "host_network")}
+    if "user" in given:
+        if not given["user"].isdecimal() or not 0 < int(given["user"]) < 2**31:
+            raise InvalidSetting(
+                "Workers run as a user that is not root.", field="user", value=given["user"], mend="Write its number."
+            )
+        words["user"] = int(given["user"])
+    if "host_network" in given:
+        if given["host_network"] not in ("yes", "no"):
+            raise InvalidSetting("This is yes or no.", field="host_network", value=given["host_network"])
+        words["host_network"] = given["host_network"] == "yes"
+    return KubernetesSettings(**words)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
