@@ -25,7 +25,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Final
 
 from tidemill import catalog
-from tidemill.engines.pods import CONTAINER, DEVICES, GPU_RESOURCES, LAUNCH, NODE, STARTED, STOPPED
+from tidemill.engines.pods import CONTAINER, DEVICES, GPU_RESOURCES, LAUNCH, NODE, STARTED, STOP, STOPPED
 from tidemill.model.fleet import Device, Node, NodeState
 from tidemill.model.ids import DeviceId, LaunchId, NodeId, SiteId
 from tidemill.model.plan import Observation, ObservedState
@@ -49,7 +49,8 @@ _BLOCKS: Final = (
 )  # fmt: skip
 _DULL: Final = ("beta.kubernetes.io/", "feature.node.kubernetes.io/", "node.alpha.kubernetes.io/")
 _HARMFUL: Final = ("NoSchedule", "NoExecute")
-_SETTLED_S: Final = 120.0
+_SETTLED_S: Final = 60.0
+"""A kubelet that is heard of for so long after a pod was deleted by force has heard of that, too."""
 _TERMINAL: Final = ("Succeeded", "Failed")
 
 
@@ -120,11 +121,6 @@ def is_over(pod: Mapping[str, Any], *, now_s: float) -> bool:
     return bool(forced) and now_s - moment_s(str(deleted)) > _SETTLED_S
 
 
-def has_begun(pod: Mapping[str, Any]) -> bool:
-    """Whether a container of it was started, as far as is known."""
-    return any("running" in state or "terminated" in state for state in _states(pod))
-
-
 def waiting_for(pod: Mapping[str, Any]) -> str:
     """What keeps the pod from running, in Kubernetes' words; empty when it runs."""
     if pod["metadata"].get("deletionTimestamp"):
@@ -163,6 +159,9 @@ def _ended(launch_id: LaunchId, node_id: NodeId, pod: Mapping[str, Any]) -> Obse
             cpu_used_ns=int(word.get("cpu_used_ns") or 0),
             ended_ns=int(word.get("ended_ns") or 0) or ended_ns,
         )
+    if reason == "DeadlineExceeded" and _annotation(pod, STOP):
+        how = "it was stopped, and did not end by itself" if terminated else "it was stopped before it began"
+        return seen(ObservedState.GONE, detail=how)
     if reason == "DeadlineExceeded":
         return seen(ObservedState.EXITED, exit_code=code or 143, cause="timed_out", detail=_said(reason, message))
     if terminated.get("reason") == "OOMKilled" and not reason:

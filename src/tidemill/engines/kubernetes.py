@@ -346,10 +346,10 @@ class KubernetesEngine:
             pod, now_s = self._api.ask("PATCH", path, change)
             if started:
                 self._lower_deadline(pod, stop, since_s=now_s - clusterview.moment_s(started))
-        if is_repeated and clusterview.has_begun(pod):
+        if is_repeated:
             self._delete("pods", _name(pod), grace_s=_KILL_S, uid=pod["metadata"]["uid"])
-        elif not clusterview.has_begun(pod) and not pod["metadata"].get("deletionTimestamp"):
-            version = str(pod["metadata"]["resourceVersion"])
+        elif not pod["spec"].get("nodeName") and not pod["metadata"].get("deletionTimestamp"):
+            version = str(pod["metadata"]["resourceVersion"])  # if it gets a node meanwhile, that node's runner ends it
             self._delete("pods", _name(pod), uid=pod["metadata"]["uid"], version=version)
 
     def _lower_deadline(self, pod: Document, stop: Mapping[str, Any], *, since_s: float) -> None:
