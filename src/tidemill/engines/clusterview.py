@@ -25,7 +25,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Final
 
 from tidemill import catalog
-from tidemill.engines.pods import CONTAINER, DEVICES, GPU_RESOURCES, LAUNCH, NODE, STARTED, STOP, STOPPED
+from tidemill.engines.pods import CONTAINER, DEVICES, FINALIZER, GPU_RESOURCES, LAUNCH, NODE, STARTED, STOP, STOPPED
 from tidemill.model.fleet import Device, Node, NodeState
 from tidemill.model.ids import DeviceId, LaunchId, NodeId, SiteId
 from tidemill.model.plan import Observation, ObservedState
@@ -72,6 +72,8 @@ def observations(
     known: set[str] = set()
     for pod in pods:
         launch = _annotation(pod, LAUNCH)
+        if is_over(pod, now_s=now_s) and FINALIZER not in (pod["metadata"].get("finalizers") or ()):
+            continue  # forgotten; it goes when its node, or somebody else's finalizer, lets it
         known.add(launch)
         if launch and (found := observation(pod, heard, now_s=now_s)) is not None:
             seen[launch] = found

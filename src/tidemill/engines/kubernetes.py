@@ -15,6 +15,7 @@ Source: Kubernetes 1.20 to 1.37, https://kubernetes.io/docs/reference/kubernetes
 
 from __future__ import annotations
 
+import dataclasses
 import email.utils
 import json
 import logging
@@ -203,7 +204,7 @@ class KubernetesEngine:
         """Have that worker's pod made; nothing more when its launch id was launched before, even if it ended."""
         settings = self._settings
         pods.refuse(spec)
-        self._refuse_address(spec)
+        spec = self._seen_from_pods(spec)
         try:
             chosen = None if settings.queue else self._chosen(spec.node_id)
             self._have_runner()
@@ -266,13 +267,19 @@ class KubernetesEngine:
 
     # ------------------------------------------------------------------ launching
 
-    def _refuse_address(self, spec: LaunchSpec) -> None:
-        host = urlsplit(spec.api_url).hostname or ""
+    def _seen_from_pods(self, spec: LaunchSpec) -> LaunchSpec:
+        """The launch with the control plane's address as it is from pods. Raises: EngineRefused for a loopback."""
+        url = self._settings.api_url or spec.api_url
+        host = urlsplit(url).hostname or ""
         if not self._settings.host_network and (host == "localhost" or host.startswith("127.") or host == "::1"):
             raise EngineRefused(
-                f"Pods cannot reach the control plane at {spec.api_url}.", field="api_url", value=spec.api_url,
-                mend="Join with an address that pods reach, or set --kubernetes api_url=URL.",
+                f"Pods cannot reach the control plane at {url}.", field="api_url", value=url,
+                mend="Join with an address that pods reach, or with --kubernetes api_url=URL.",
             )  # fmt: skip
+        variables = dict(spec.environment_variables)
+        if "TIDEMILL_API_URL" in variables:
+            variables["TIDEMILL_API_URL"] = url
+        return dataclasses.replace(spec, api_url=url, environment_variables=tuple(variables.items()))
 
     def _chosen(self, node_id: NodeId) -> pods.Chosen:
         name = clusterview.node_name_of(self._site_id, node_id)

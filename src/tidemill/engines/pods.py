@@ -90,7 +90,8 @@ class KubernetesSettings:
     only a guess. ``image`` is what jobs without an image of their own run in. ``volumes`` is a PersistentVolumeClaim
     that all nodes can mount: checkpoints and outputs; without one they end with their pod. ``select`` selects nodes by
     their labels. ``host_network`` puts pods on their node's own network. ``user`` is whom workers run as.
-    ``kubeconfig`` and ``context`` say which cluster it is. ``linger_ns``, ``beat_ns`` and ``spool_cap_bytes`` are the
+    ``api_url`` is where pods reach the control plane, if not where the outpost does. ``kubeconfig`` and ``context`` say
+    which cluster it is. ``linger_ns``, ``beat_ns`` and ``spool_cap_bytes`` are the
     runner's; ``look_ns`` is the least time between two looks.
     """
 
