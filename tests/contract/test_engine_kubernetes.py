@@ -398,20 +398,20 @@ def test_a_cluster_joins_and_runs_what_is_submitted(cluster: Cluster, tmp_path: 
     """Through the real control plane, a real outpost, and the command line's own steps."""
     cloud = Cloud(tmp_path / "head")
     cloud.up()
-    home = tmp_path / "outpost"
+    home, site = tmp_path / "outpost", f"cluster{next(cluster.numbers)}"
     try:
-        assert cloud.call("PUT", "/v1/sites/cluster", {"engine": "kubernetes"})[0] == 200
+        assert cloud.call("PUT", f"/v1/sites/{site}", {"engine": "kubernetes"})[0] == 200
         given = os.environ.get("TIDEMILL_TEST_KUBERNETES", "")
         asked = OutpostConfig(
             control_url=f"http://127.0.0.1:{cloud.port}", key="", node_id="", name="platform", address="127.0.0.1",
             settings=tuple(_kubernetes([given])),
         )  # fmt: skip
-        joining.join(home, str(cloud.call("POST", "/v1/sites/cluster/tokens", {})[1]["token"]), asked)
+        joining.join(home, str(cloud.call("POST", f"/v1/sites/{site}/tokens", {})[1]["token"]), asked)
         joining.start_outpost(home)
 
         def there() -> list[dict[str, Any]]:
             nodes = cloud.call("GET", "/v1/nodes")[1]["items"]
-            return [node for node in nodes if node["site"] == "cluster" and node["state"] == "ready"]
+            return [node for node in nodes if node["site"] == site and node["state"] == "ready"]
 
         node = within(there, within_s=60, what="the cluster's nodes are there")[0]
         spec = {
@@ -429,9 +429,9 @@ def test_a_cluster_joins_and_runs_what_is_submitted(cluster: Cluster, tmp_path: 
         assert f"on {node['name']}".encode() in (log if isinstance(log, bytes) else str(log).encode())
         held = cloud.submit({**spec, "name": "held", "run": "sleep 600"})
         cloud.wait(held, "running", within_s=90)
-        assert cloud.call("POST", f"/v1/jobs/{held}/cancel", {})[0] in (200, 202)
+        assert cloud.call("POST", f"/v1/jobs/{held}/stop", {})[0] in (200, 202)
         assert cloud.wait(held, within_s=60)["state"] == "cancelled"
-        within(lambda: not _launches(cluster, "cluster"), within_s=60, what="nothing is left in the cluster")
+        within(lambda: not _launches(cluster, site), within_s=60, what="nothing is left in the cluster")
     finally:
         cloud.down()
         joining.stop_outpost(home)

@@ -17,6 +17,7 @@ Source: Kubernetes API conventions; "Pod Lifecycle".
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -398,7 +399,7 @@ def quantity(text: str) -> int:
     >>> quantity("1Gi"), quantity("500M"), quantity("1500m"), quantity("2e3"), quantity("many")
     (1073741824, 500000000, 2, 2000, 0)
     """
-    return -int(-_number(text) // 1)
+    return math.ceil(_number(text))
 
 
 def quantity_milli(text: str) -> int:
@@ -407,7 +408,7 @@ def quantity_milli(text: str) -> int:
     >>> quantity_milli("2"), quantity_milli("250m"), quantity_milli("0.5"), quantity_milli("100n")
     (2000, 250, 500, 1)
     """
-    return -int(-_number(text) * MILLI // 1)
+    return math.ceil(_number(text) * MILLI)
 
 
 def _number(text: str) -> Decimal:
