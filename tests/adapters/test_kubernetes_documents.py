@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from tests.contract.test_engine_simulated import launch_spec
 from tidemill.cli.sites import _kubernetes
 from tidemill.engines import clusterview, pods
+from tidemill.engines.kubernetes import ApiServer, KubernetesEngine
 from tidemill.engines.pods import Chosen, KubernetesSettings
-from tidemill.errors import EngineRefused, InvalidRequest, InvalidSetting
-from tidemill.model.ids import LaunchId, NodeId
+from tidemill.errors import EngineLost, EngineRefused, InvalidRequest, InvalidSetting
+from tidemill.model.ids import LaunchId, NodeId, SiteId
 from tidemill.model.plan import GangPlace, LaunchSpec, ObservedState
 from tidemill.model.spec import Port
 from tidemill.runner import podstep
@@ -268,14 +269,14 @@ def test_a_launch_gets_what_the_pod_knows() -> None:
     content = json.loads(base64.b64decode(secret["data"]["spec.json"]))
     pod = {
         "PATH": "/opt/conda/bin:/usr/bin", "MODE": "image", "HF_HOME": "/models", "HOSTNAME": "pod", "HOME": "/root",
-        "KUBERNETES_SERVICE_HOST": "10.96.0.1", "TIDEMILL_POD_IP": "10.1.2.3",
+        "KUBERNETES_SERVICE_HOST": "10.96.0.1", "POD_IP": "10.1.2.3",
         "NVIDIA_VISIBLE_DEVICES": "GPU-a,GPU-b",
     }  # fmt: skip
     made = podstep.placed(content, pod)
     variables = dict(made["environment_variables"])
     assert variables["MODE"] == "job", "what the job sets wins over its image"
     assert (variables["HF_HOME"], variables["PATH"]) == ("/models", "/opt/conda/bin:/usr/bin")
-    assert not {"HOME", "HOSTNAME", "KUBERNETES_SERVICE_HOST", "TIDEMILL_POD_IP"} & variables.keys()
+    assert not {"HOME", "HOSTNAME", "KUBERNETES_SERVICE_HOST", "POD_IP"} & variables.keys()
     name = pods.gang_name("run_06bq-0-1-0")
     assert variables["MASTER_ADDR"] == f"rank-0.{name}.tidemill.svc"
     assert variables["TIDEMILL_NODES"] == f"rank-0.{name}.tidemill.svc,rank-1.{name}.tidemill.svc"
@@ -586,3 +587,31 @@ def test_settings_are_read_and_what_is_wrong_is_named() -> None:
         with pytest.raises(InvalidSetting) as caught:
             _kubernetes([wrong])
         assert caught.value.field == wrong.partition("=")[0]
+
+
+def test_without_the_client_it_is_said_which_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    with pytest.raises(InvalidSetting, match=r"pip install 'tidemill\[kubernetes\]'"):
+        ApiServer()
+
+
+def test_without_a_cluster_it_is_said_how_to_name_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    with pytest.raises(InvalidSetting, match="KUBECONFIG") as caught:
+        ApiServer()
+    assert caught.value.field == "kubeconfig"
+
+
+def test_pods_are_not_given_an_address_that_they_cannot_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is asked of the cluster, which is not even there."""
+    cluster = {"clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}], "current-context": "c"}
+    whole = cluster | {"users": [{"name": "u", "user": {"token": "t"}}]}
+    whole |= {"contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}]}
+    (tmp_path / "config").write_text(yaml.safe_dump(whole))
+    api = ApiServer(kubeconfig=str(tmp_path / "config"))
+    spec = spec_of(api_url="http://127.0.0.1:7070")
+    with pytest.raises(EngineRefused, match="cannot reach"):
+        KubernetesEngine(api, site_id=SiteId(SITE), settings=PLAIN).launch(spec)
+    for settings in (ON_HOST, replace(PLAIN, api_url="http://10.0.0.1:7070")):
+        with pytest.raises(EngineLost, match="does not answer"):
+            KubernetesEngine(api, site_id=SiteId(SITE), settings=settings).launch(spec)

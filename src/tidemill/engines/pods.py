@@ -437,13 +437,7 @@ def _container(spec: LaunchSpec, settings: KubernetesSettings) -> Document:
         "image": spec.image or settings.image,
         "command": ["/bin/sh", "-c", _START],
         "workingDir": "/",
-        "env": [
-            {"name": variable, "valueFrom": {"fieldRef": {"fieldPath": path}}}
-            for variable, path in (
-                ("TIDEMILL_POD_IP", "status.podIP"),
-                ("TIDEMILL_POD_NODE", "spec.nodeName"),
-            )
-        ],
+        "env": [{"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}],
         "resources": {"requests": resources, "limits": resources},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "terminationMessagePath": "/dev/termination-log",

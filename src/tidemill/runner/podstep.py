@@ -26,7 +26,7 @@ WORD: Final = Path("/dev/termination-log")
 _WORD_BYTES: Final = 4_000
 """The kubelet cuts what is longer than 4,096 bytes."""
 _LOOK_S: Final = 0.25
-_OWN: Final = ("TIDEMILL_POD_", "KUBERNETES_", "HOME", "HOSTNAME", "PWD", "OLDPWD", "SHLVL", "_")
+_OWN: Final = ("POD_IP", "KUBERNETES_", "HOME", "HOSTNAME", "PWD", "OLDPWD", "SHLVL", "_")
 """Variables of the container that are not its image's."""
 _DEVICES: Final = ("NVIDIA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
 
@@ -42,7 +42,7 @@ def placed(spec: Mapping[str, Any], pod: Mapping[str, str]) -> dict[str, Any]:
     settings |= {
         "uv": shutil.which("uv", path=pod.get("PATH")) or "",
         "python": sys.executable,
-        "address": pod.get("TIDEMILL_POD_IP") or "127.0.0.1",
+        "address": pod.get("POD_IP") or "127.0.0.1",
     }
     return {
         **spec,
