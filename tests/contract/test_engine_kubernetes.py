@@ -32,6 +32,7 @@ from tidemill.model.plan import GangPlace, LaunchSpec, ObservedState
 from tidemill.outpost import joining
 from tidemill.outpost.config import OutpostConfig
 from tidemill.ports import Engine
+from tidemill.runner.execs import FrameReader, frame
 from tidemill.testing.engine import BEGIN, CHECKS, EngineBench, eventually, observed, state
 from tidemill.testing.peer import RecordingControlPlane
 from tidemill.units import SECOND_NS
@@ -440,3 +441,23 @@ def test_a_cluster_joins_and_runs_what_is_submitted(cluster: Cluster, tmp_path: 
 def _launches(cluster: Cluster, site_id: str) -> list[str]:
     found = cluster.api.everything(cluster.path("pods"))
     return [pod["metadata"]["name"] for pod in found if site_id in pod["metadata"].get("labels", {}).get(pods.SITE, "")]
+
+
+def test_commands_run_inside_a_worker(cluster: Cluster) -> None:
+    bench, engine = cluster.bench, cluster.engine()
+    spec = bench.spec(BEGIN + "export SAID=yes; sleep 600")
+    engine.launch(spec)
+    cluster.control.wait_for_event(spec.launch_id, "started")
+    request = {
+        "type": "exec",
+        "exec_id": f"exec_{spec.launch_id}",
+        "command": ["sh", "-c", "echo in $TIDEMILL_LAUNCH_ID"],
+    }
+    record = cluster.control.command(spec.launch_id, request)
+    cluster.control.feed(f"exec_{spec.launch_id}", frame(b"c"), close=True)
+    assert cluster.control.wait_for(lambda: record.output_ended), bytes(record.output)
+    frames = list(FrameReader().feed(bytes(record.output)))
+    assert frames[0] == (b"o", f"in {spec.launch_id}\n".encode())
+    assert frames[-1] == (b"x", b"0")
+    engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=0)
+    eventually(lambda: state(engine, spec.launch_id) is ObservedState.EXITED, timeout_s=30, what="it is over")
