@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from tidemill.control.clock import FOLLOWS, SteadyClock
 from tidemill.units import HOUR_NS, SECOND_NS
 
-STEPS = st.lists(
-    st.tuples(st.integers(0, HOUR_NS), st.integers(-3 * HOUR_NS, 3 * HOUR_NS)), min_size=1, max_size=40
-)
+STEPS = st.lists(st.tuples(st.integers(0, HOUR_NS), st.integers(-3 * HOUR_NS, 3 * HOUR_NS)), min_size=1, max_size=40)
 """How much time passes, and by how much somebody sets the time of day then."""
 
 

@@ -720,7 +720,7 @@ class SiteIn(Body):
     """A site to add, or to describe anew."""
 
     kind: Literal["onprem", "cloud", "edge"] = "onprem"
-    engine: Literal["local", "ray", "slurm"] = "local"
+    engine: Literal["local", "ray", "slurm", "kubernetes"] = "local"
     country: Annotated[str, StringConstraints(pattern=r"^([A-Z]{3})?$")] = ""
     pue: float = Field(1.0, ge=1, lt=100)
     carbon_g_per_kwh: float | None = Field(None, ge=0, lt=1_000_000)
@@ -746,7 +746,7 @@ class OutpostIn(Body):
 
     name: Name
     key: Annotated[str, StringConstraints(pattern=r"^[0-9a-z]{16,40}$")]
-    engine: Literal["local", "ray", "slurm"] = "local"
+    engine: Literal["local", "ray", "slurm", "kubernetes"] = "local"
 
 
 class ExecIn(Body):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -52,6 +54,15 @@ def join_command(
             "--slurm", metavar="NAME=VALUE", help="partition, account, qos, reservation, constraint or python."
         ),
     ] = None,
+    kubernetes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kubernetes",
+            metavar="NAME=VALUE,…",
+            help="namespace, queue, image, volumes, select, service_account, priority_class, runtime_class, kubeconfig,"
+            " context, api_url, user or host_network.",
+        ),
+    ] = None,
     reserve_cpus: Annotated[float, typer.Option("--reserve-cpus", metavar="N", help="Cores kept from jobs.")] = 0.0,
     home: _Home = None,
     foreground: Annotated[
@@ -77,7 +88,7 @@ def join_command(
         block=block,
         reserve_cpus=reserve_cpus,
         volumes=_volumes(volumes),
-        settings=tuple(sorted(_slurm(each) for each in slurm or [])),
+        settings=tuple(sorted([*(_slurm(each) for each in slurm or []), *_kubernetes(kubernetes or [])])),
     )
     with Ticker("joining", is_silent=json):
         config = joining.join(folder, token, asked)
@@ -156,7 +167,9 @@ def site_list(json: Json = False) -> None:
 def site_set(
     name: _SiteName,
     kind: Annotated[str, typer.Option("--kind", metavar="KIND", help="onprem, cloud or edge.")] = "onprem",
-    engine: Annotated[str, typer.Option("--engine", metavar="ENGINE", help="local, ray or slurm.")] = "local",
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="ENGINE", help="local, ray, slurm or kubernetes.")
+    ] = "local",
     country: Annotated[str, typer.Option("--country", metavar="XXX", help="ISO 3166, three letters.")] = "",
     pue: Annotated[float, typer.Option("--pue", metavar="N", help="Facility power over IT power.")] = 1.0,
     carbon: Annotated[
@@ -261,6 +274,24 @@ def _slurm(text: str) -> tuple[str, str]:
         mend = f"Write NAME=VALUE; names are {', '.join(_SLURM)}."
         raise InvalidRequest("Slurm sites have no such setting.", field="slurm", value=text, mend=mend)
     return name, value
+
+
+def _kubernetes(texts: Iterable[str]) -> list[tuple[str, str]]:
+    """The settings of a Kubernetes site. Raises: InvalidSetting for one that there is not."""
+    from tidemill.engines.pods import SETTINGS, settings_of
+
+    given: dict[str, str] = {}
+    between = re.compile(f",(?=(?:{'|'.join(SETTINGS)})=)")  # a label selector has commas, too
+    for pair in (pair for text in texts for pair in between.split(text)):
+        name, equals, value = pair.partition("=")
+        if not equals or not value:
+            mend = "Write for example --kubernetes namespace=tidemill,queue=gpus."
+            raise InvalidRequest("A setting is NAME=VALUE.", field="kubernetes", value=pair, mend=mend)
+        given[name] = value
+    settings_of(given)
+    if "kubeconfig" in given:
+        given["kubeconfig"] = str(Path(given["kubeconfig"]).expanduser().absolute())
+    return list(given.items())
 
 
 def _volumes(given: Path | None) -> str:

@@ -40,7 +40,7 @@ from tidemill.model.ids import LaunchId, NodeId
 from tidemill.model.plan import LaunchSpec, Observation, ObservedState, Sight
 from tidemill.ports import EngineCapabilities
 from tidemill.runner import cgroup, images, processes, sandbox
-from tidemill.runner.folders import LaunchFolder, read_json, sync_folder, write_json
+from tidemill.runner.folders import LaunchFolder, read_json, write_json
 from tidemill.units import SECOND_NS
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class LocalEngine:
         self._check(spec)
         self._launching.add(spec.launch_id)
         try:
-            if folder.claimed.exists() or folder.gone.exists() or (folder.stop.exists() and not folder.spec.exists()):
+            if folder.is_decided:
                 return
             known = read_json(folder.spec)
             if known is None:
@@ -162,11 +162,7 @@ class LocalEngine:
         if folder.gone.exists():
             return
         try:
-            folder.path.mkdir(mode=0o700, exist_ok=True)
-            before = read_json(folder.stop)
-            if before is None or grace_ns < before["grace_ns"]:
-                write_json(folder.stop, {"grace_ns": grace_ns, "at_ns": time.time_ns()}, durable=True)
-                sync_folder(self._launches)
+            folder.write_stop(grace_ns)
         except OSError as error:
             raise EngineLost(f"the stop could not be written down: {error.strerror}") from error
         runner = read_json(folder.runner)
@@ -250,10 +246,8 @@ class LocalEngine:
     def _write_spec(self, folder: LaunchFolder, spec: LaunchSpec) -> None:
         visible, gpus = self._visible(spec)
         spec = dataclasses.replace(spec, devices=visible)
-        folder.path.mkdir(mode=0o700, exist_ok=True)
         settings = {**self._runner_settings(spec), "gpus": gpus}
-        write_json(folder.spec, {**dataclasses.asdict(spec), "runner": settings}, durable=True)
-        sync_folder(self._launches)
+        folder.write_spec({**dataclasses.asdict(spec), "runner": settings})
 
     def _visible(self, spec: LaunchSpec) -> tuple[tuple[tuple[str, int], ...], list[str]]:
         """The devices by the names that CUDA knows, and the GPUs whose files they need. Raises: EngineRefused."""

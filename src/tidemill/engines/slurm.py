@@ -39,7 +39,7 @@ from tidemill.model.ids import DeviceId, LaunchId, NodeId, SiteId
 from tidemill.model.plan import LaunchSpec, Observation, ObservedState, Sight
 from tidemill.ports import EngineCapabilities
 from tidemill.runner import processes
-from tidemill.runner.folders import LaunchFolder, read_json, sync_folder, write_json
+from tidemill.runner.folders import LaunchFolder, read_json, write_json
 from tidemill.units import MILLI, MINUTE_NS, SECOND_NS
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -134,13 +134,10 @@ class SlurmEngine:
                 "Slurm sites run no container images yet.", field="image", value=spec.image, mend="Use env:."
             )
         try:
-            if folder.claimed.exists() or folder.gone.exists() or (folder.stop.exists() and not folder.spec.exists()):
+            if folder.is_decided:
                 return
             if read_json(folder.spec) is None:
-                folder.path.mkdir(mode=0o700, exist_ok=True)
-                settings = self._runner_settings(spec)
-                write_json(folder.spec, {**dataclasses.asdict(spec), "runner": settings}, durable=True)
-                sync_folder(self._launches)
+                folder.write_spec({**dataclasses.asdict(spec), "runner": self._runner_settings(spec)})
         except OSError as error:
             raise EngineLost(f"the launch could not be written down: {error.strerror}: {error.filename}") from error
         ranks = range(len(spec.gang))
@@ -155,11 +152,7 @@ class SlurmEngine:
         if folder.gone.exists():
             return
         try:
-            folder.path.mkdir(mode=0o700, exist_ok=True)
-            before = read_json(folder.stop)
-            if before is None or grace_ns < before["grace_ns"]:
-                write_json(folder.stop, {"grace_ns": grace_ns, "at_ns": time.time_ns()}, durable=True)
-                sync_folder(self._launches)
+            folder.write_stop(grace_ns)
         except OSError as error:
             raise EngineLost(f"the stop could not be written down: {error.strerror}") from error
         if not folder.spec.exists():

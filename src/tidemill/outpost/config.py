@@ -19,7 +19,8 @@ class OutpostConfig:
     """One outpost. ``control_url`` is where the control plane answers, as seen from here.
 
     ``key`` and ``node_id`` are made once, at the first joining. ``engine`` is ``local`` for one machine that is worked
-    from here, ``ray`` for a machine of a Ray cluster, ``ray-head`` for the head of one; ``settings`` are the engine's.
+    from here, ``ray`` for a machine of a Ray cluster, ``ray-head`` for the head of one, ``slurm`` and ``kubernetes``
+    for somebody's cluster that is asked from here; ``settings`` are the engine's.
     The rest describes this machine, as the settings of the same names do.
     """
 

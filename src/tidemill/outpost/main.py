@@ -52,6 +52,8 @@ def run(home: Path, *, ready: Callable[[], None] = lambda: None) -> None:
                 _work_machine(home, config, stop, ready)
             case "slurm":
                 _work_centre(home, config, stop, ready)
+            case "kubernetes":
+                _work_cluster(home, config, stop, ready)
             case "ray" | "ray-head":
                 from tidemill.outpost import ray
 
@@ -190,6 +192,22 @@ def _work_centre(home: Path, config: OutpostConfig, stop: threading.Event, ready
     engine = SlurmEngine(home / "slurm", site_id=SiteId(config.site_id), endpoint_file=endpoint, settings=settings)
     engine.nodes()
     serve(link_of(home, config, engine), stop, ready)
+
+
+def _work_cluster(home: Path, config: OutpostConfig, stop: threading.Event, ready: Callable[[], None]) -> None:
+    """Work the Kubernetes cluster whose API server is reached from here."""
+    del home  # all that is known is in the cluster
+    from tidemill.engines.kubernetes import ApiServer, KubernetesEngine
+    from tidemill.engines.pods import settings_of
+
+    settings = settings_of(config.setting)
+    api = ApiServer(kubeconfig=settings.kubeconfig, context=settings.context)
+    engine = KubernetesEngine(api, site_id=SiteId(config.site_id), settings=settings)
+    engine.nodes()
+    try:
+        serve(link_of(home, config, engine), stop, ready)
+    finally:
+        engine.close()
 
 
 @contextlib.contextmanager

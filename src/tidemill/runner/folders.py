@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,25 @@ class LaunchFolder:
     @property
     def inputs(self) -> Path:
         return self.path / "inputs"
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether nothing is to be started any more: it was claimed, given up, or stopped before it was launched."""
+        return self.claimed.exists() or self.gone.exists() or (self.stop.exists() and not self.spec.exists())
+
+    def write_spec(self, content: Mapping[str, Any]) -> None:
+        """Have the launch written down on the disk, in a folder that is made for it. Raises: OSError."""
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        write_json(self.spec, content, durable=True)
+        sync_folder(self.path.parent)
+
+    def write_stop(self, grace_ns: int) -> None:
+        """Have it on the disk that the worker shall end; a later stop never extends the grace. Raises: OSError."""
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        before = read_json(self.stop)
+        if before is None or grace_ns < before["grace_ns"]:
+            write_json(self.stop, {"grace_ns": grace_ns, "at_ns": time.time_ns()}, durable=True)
+            sync_folder(self.path.parent)
 
     def claim(self) -> bool:
         """Whether the caller is the first and only one to decide about this launch."""

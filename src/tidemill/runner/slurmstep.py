@@ -27,6 +27,14 @@ def placed(spec: Mapping[str, Any], slurm: Mapping[str, str], addresses: Sequenc
     for name in ("SLURM_EXPORT_ENV", "SLURM_GET_USER_ENV"):  # how the runner was started, not how its job's steps are
         own.pop(name, None)
     own |= {"SLURM_OVERLAP": "1"}  # the runner's own step has the devices: steps inside the job share them with it
+    found = addressed(given, addresses, rank)
+    devices = next((slurm[name] for name in _DEVICES if slurm.get(name)), "")
+    wanted = [[name, 1_000] for name in devices.split(",") if name] if spec.get("devices") else []
+    return {**spec, "environment_variables": list({**given, **found, **own}.items()), "devices": wanted}
+
+
+def addressed(given: Mapping[str, str], addresses: Sequence[str], rank: int) -> dict[str, str]:
+    """Those of the ``given`` variables that say where a gang's nodes are, with where they really are, by rank."""
     where = {
         "MASTER_ADDR": addresses[0],
         "JAX_COORDINATOR_ADDRESS": f"{addresses[0]}:{given.get('MASTER_PORT', '0')}",
@@ -36,10 +44,7 @@ def placed(spec: Mapping[str, Any], slurm: Mapping[str, str], addresses: Sequenc
         "TIDEMILL_NODES": ",".join(addresses),
         "TIDEMILL_NODE_RANK": str(rank),
     }
-    found = {name: value for name, value in where.items() if name in given}
-    devices = next((slurm[name] for name in _DEVICES if slurm.get(name)), "")
-    wanted = [[name, 1_000] for name in devices.split(",") if name] if spec.get("devices") else []
-    return {**spec, "environment_variables": list({**given, **found, **own}.items()), "devices": wanted}
+    return {name: value for name, value in where.items() if name in given}
 
 
 def main() -> None:

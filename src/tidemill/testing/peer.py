@@ -55,10 +55,14 @@ class ExecRecord:
 
 
 class RecordingControlPlane:
-    """The peer of runners. ``endpoint_file`` is kept pointing at where it serves."""
+    """The peer of runners. ``endpoint_file`` is kept pointing at where it serves.
 
-    def __init__(self, endpoint_file: Path) -> None:
+    ``host`` is the address that it serves at, for runners that are elsewhere; ``port`` zero: another at each start.
+    """
+
+    def __init__(self, endpoint_file: Path, *, host: str = "127.0.0.1", port: int = 0) -> None:
         self.endpoint_file = endpoint_file
+        self._address = (host, port)
         self.changed = threading.Condition()
         self.launches: dict[str, LaunchRecord] = {}
         self.execs: dict[str, ExecRecord] = {}
@@ -77,13 +81,13 @@ class RecordingControlPlane:
         return str(json.loads(self.endpoint_file.read_text())["api_url"])
 
     def start(self) -> None:
-        """Serve at a new port."""
-        server = _Server(("127.0.0.1", 0), _Handler)
+        """Serve, at a new port unless one was given."""
+        server = _Server(self._address, _Handler)
         server.plane = self
         self._server = server
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         staging = self.endpoint_file.with_suffix(".new")
-        staging.write_text(json.dumps({"api_url": f"http://127.0.0.1:{server.server_address[1]}"}))
+        staging.write_text(json.dumps({"api_url": f"http://{self._address[0]}:{server.server_address[1]}"}))
         staging.replace(self.endpoint_file)
 
     def stop(self) -> None:
