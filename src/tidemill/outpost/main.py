@@ -196,7 +196,6 @@ def _work_centre(home: Path, config: OutpostConfig, stop: threading.Event, ready
 
 def _work_cluster(home: Path, config: OutpostConfig, stop: threading.Event, ready: Callable[[], None]) -> None:
     """Work the Kubernetes cluster whose API server is reached from here."""
-    del home  # all that is known is in the cluster
     from tidemill.engines.kubernetes import ApiServer, KubernetesEngine
     from tidemill.engines.pods import settings_of
 
