@@ -580,6 +580,47 @@ class ArtifactOut(TypedDict):
     metadata: dict[str, str]
 
 
+class VolumeOut(TypedDict):
+    """A folder of a site that jobs may have mounted. ``node`` is the one machine that has it; empty: all there have."""
+
+    id: str
+    name: str
+    project: str
+    site: str
+    node: str
+    path: str
+    read_only: bool
+    created_at_ns: int
+    created_by: str
+
+
+class DataSetOut(TypedDict):
+    """One version of a data set. ``state`` is ``scanning``, ``ready`` or ``failed``; ``digest`` is its manifest's.
+
+    ``detail`` says what came of the last look at its home; ``cached_on`` lists machines that have a copy.
+    """
+
+    id: str
+    name: str
+    version: int
+    project: str
+    home: str
+    site: str
+    node: str
+    endpoint: str
+    region: str
+    secret: str
+    state: str
+    detail: str
+    digest: str
+    size: int
+    files: int
+    cached_on: list[str]
+    checked_at_ns: int
+    created_at_ns: int
+    created_by: str
+
+
 class BlobOut(TypedDict):
     """A stored blob."""
 
@@ -681,6 +722,33 @@ class ArtifactIn(Body):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     job: Plain
     path: Plain = ""
+    project: Plain = ""
+
+
+class VolumeIn(Body):
+    """A volume to make."""
+
+    name: Name
+    path: Plain = Field(description="The folder's whole path on the site's machines.")
+    site: Plain = Field("", description="Name of the site that has it; this installation's own when left out.")
+    node: Plain = Field("", description="The one machine that has it; all of the site when left out.")
+    read_only: bool = False
+    project: Plain = ""
+
+
+class DataSetIn(Body):
+    """A version of a data set to add."""
+
+    name: Name
+    home: Plain = Field(description="A folder's whole path, or s3://bucket/prefix.")
+    site: Plain = Field("", description="Name of the site that has the folder; this installation's own when left out.")
+    node: Plain = Field("", description="The one machine that has the folder; all of the site when left out.")
+    manifest: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")] = Field(
+        "", description="SHA-256 of the folder's manifest, which is uploaded as a blob before."
+    )
+    endpoint: Plain = Field("", description="Which S3, such as https://minio.example.org; Amazon's when left out.")
+    region: Plain = ""
+    secret: Plain = Field("", description="The project's secret with KEY_ID:SECRET_KEY; none for a public bucket.")
     project: Plain = ""
 
 

@@ -201,6 +201,21 @@ class SiteEngine:
         else:
             self._ask(node_id, "forget", launch_id=launch_id)
 
+    def read_file(self, path: str, offset: int, size: int, *, node_id: NodeId | None) -> bytes:
+        """Part of a file of an outpost's machine: of the one that works that node, or of any that can read it.
+
+        Raises: EngineLost when none answers, EngineRefused when none has it.
+        """
+        where = self._where.get(node_id, OutpostId("")) if node_id is not None else ""
+        boxes = [box for key, box in self._boxes.items() if box.is_there and (node_id is None or key == where)]
+        refusal: TidemillError = EngineLost(f"no outpost of {self.site_id} answers that could read {path}")
+        for box in boxes:
+            try:
+                return self._await(box, box.send("read", path=path, offset=offset, size=size)).content
+            except TidemillError as error:
+                refusal = error
+        raise refusal
+
     def close(self) -> None:
         """Let go without touching what runs."""
 

@@ -20,6 +20,7 @@ from tidemill import __version__
 from tidemill.control.answers import Receipt, Status, Why, mend_for, receipt_of
 from tidemill.control.blobs import BlobStore
 from tidemill.control.cloudsettings import CloudSettings
+from tidemill.control.datasets import DataSets
 from tidemill.control.driver import Driver, world_from
 from tidemill.control.enginework import Stranger
 from tidemill.control.forecast import quote, why
@@ -187,6 +188,17 @@ class ControlPlane:
             tell=self._turns.put,
             met=self._let_stranger_in,
         )
+        self.data = DataSets(
+            store,
+            self.blobs,
+            vault,
+            folder=settings.home,
+            home=site.id,
+            clock=clock,
+            sites=self.sites.all,
+            workloads=lambda: tuple(self.world.workloads.copy().values()),
+            elsewhere=self.sites.read_file,
+        )
         self.renting: Renting | None = None
         """What rents machines, when this installation does."""
         self._epoch = epoch
@@ -219,6 +231,7 @@ class ControlPlane:
             nodes = self._engine.nodes()
             self._turns.put([NodeJoined(at_ns=now, node=node) for node in nodes]).result(timeout=60)
         self.sites.start()
+        self.data.start()
         if self.renting is not None:
             self.renting.start()
         self._sampler.start()
@@ -228,6 +241,7 @@ class ControlPlane:
         self._closing.set()
         if self.renting is not None:
             self.renting.close()
+        self.data.close()
         self.sites.close()
         world = self.world
         if not world.allocations:
@@ -466,6 +480,7 @@ class ControlPlane:
             self.renting is not None
             or self._is_capped(project)
             or any(spec.inputs or spec.secrets or spec.workdir or spec.after or spec.group for spec in specs)
+            or any(spec.data or spec.volumes for spec in specs)
         )
 
     def checkpointed(self, identity: Identity, job_id: JobId, detail: str) -> Future[None]:
@@ -495,6 +510,8 @@ class ControlPlane:
         """What would happen if it were submitted now: the next turn, taken and undone."""
         now = self._clock()
         spec = self._resolve_inputs(spec, project)
+        if spec.data or spec.volumes:
+            spec = self.data.resolve(spec, project)
         if spec.after:
             [spec] = self._follow([spec], [WorkloadId("")], project)
         self._check_times(spec, project, now=now)
@@ -916,6 +933,8 @@ class ControlPlane:
         """The spec with its inputs pinned to versions. Raises: Infeasible, InvalidSpec."""
         if spec.inputs:
             spec = self._resolve_inputs(spec, project)
+        if spec.data or spec.volumes:
+            spec = self.data.resolve(spec, project)
         self._check_times(spec, project, now=now)
         if spec.workdir and not self.blobs.exists(spec.workdir):
             raise InvalidSpec(

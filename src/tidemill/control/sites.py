@@ -22,7 +22,7 @@ from tidemill.control.leases import Leases
 from tidemill.control.outposts import Mailbox, SiteEngine
 from tidemill.core.facts import LEFT, has_left
 from tidemill.core.world import World
-from tidemill.errors import Conflict, Forbidden, NotFound, TidemillError
+from tidemill.errors import Conflict, EngineLost, Forbidden, NotFound, TidemillError, Unavailable
 from tidemill.model.cloud import Rental
 from tidemill.model.events import (
     DeviceFailed,
@@ -187,6 +187,18 @@ class Sites:
                 return site
         names = ", ".join(site.name for site in self.all())
         raise NotFound(f"There is no site {name[:100]}.", field="site", value=name[:100], mend=f"Sites: {names}.")
+
+    def read_file(self, site_id: SiteId, node: str, path: str, offset: int, size: int) -> bytes:
+        """Part of a file at a site with outposts, on its machine of that name, or on any. Raises: Unavailable."""
+        engine = self._engines.get(site_id)
+        nodes = self._world().nodes.copy().values()
+        node_id = next((one.id for one in nodes if one.site_id == site_id and one.name == node), None)
+        try:
+            if engine is None or (node and node_id is None):
+                raise EngineLost(f"there is no machine {node or 'of its outposts'} at {site_id}")
+            return engine.read_file(path, offset, size, node_id=node_id)
+        except TidemillError as error:
+            raise Unavailable(f"The data set's home cannot be read: {error.detail}.", field="site") from error
 
     def states(self) -> tuple[SiteState, ...]:
         """Every site with what is there, the one of this machine first."""

@@ -11,8 +11,9 @@ from enum import StrEnum
 from typing import Final
 
 from tidemill.model.fleet import Level
-from tidemill.model.ids import WorkloadId
+from tidemill.model.ids import SiteId, WorkloadId
 from tidemill.model.resources import Resources
+from tidemill.model.storage import DataMode, DataMount, VolumeMount
 from tidemill.units import DAY_NS, MILLI, SECOND_NS
 
 _EXIT_CODE: Final = re.compile(r"exit:(\d{1,3})")
@@ -206,7 +207,8 @@ class WorkloadSpec:
     ``nodes_min`` below ``nodes`` makes the gang elastic; zero: as many as ``nodes``. ``any_of`` are other resources
     that would do, in order of preference, or by speed with ``by_speed``. ``expected_duration_ns`` is what the user
     expects, ``start_after_ns`` and ``start_before_ns`` are instants; zero: not said. ``array_parallel`` bounds how
-    many jobs of an array run at the same time; zero: no bound. ``reservation`` is the name of one to run in.
+    many jobs of an array run at the same time; zero: no bound. ``reservation`` is the name of one to run in. ``data``
+    and ``volumes`` are what each worker finds at paths of its choice.
     """
 
     kind: Kind
@@ -241,6 +243,8 @@ class WorkloadSpec:
     start_after_ns: int = 0
     start_before_ns: int = 0
     array_parallel: int = 0
+    data: tuple[DataMount, ...] = ()
+    volumes: tuple[VolumeMount, ...] = ()
 
     def __post_init__(self) -> None:
         if not _LABEL.fullmatch(self.name):
@@ -271,6 +275,14 @@ class WorkloadSpec:
             raise ValueError(f"a {self.kind} needs run: the command to execute")
         if self.service and self.service.port not in {port.name for port in self.ports}:
             raise ValueError(f"service.port {self.service.port!r} is not among ports")
+
+    @property
+    def home(self) -> tuple[SiteId, str]:
+        """The site, and the machine there by name, that its volumes and mounted data sets bind it to; empty: none."""
+        bound: list[VolumeMount | DataMount] = [*self.volumes]
+        bound += [one for one in self.data if one.mode is DataMode.MOUNT]
+        site = next((one.site_id for one in bound if one.site_id), SiteId(""))
+        return site, next((one.node for one in bound if one.node), "")
 
     @property
     def is_elastic(self) -> bool:

@@ -456,6 +456,46 @@ class ArtifactInfo(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VolumeInfo(Record):
+    """A folder of a site that jobs may have mounted. ``node`` is the one machine that has it; empty: all there have."""
+
+    id: str = ""
+    name: str = ""
+    project: str = ""
+    site: str = ""
+    node: str = ""
+    path: str = ""
+    read_only: bool = False
+    created_at_ns: int = 0
+    created_by: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSetInfo(Record):
+    """One version of a data set; ``detail`` says what came of the last look at its home."""
+
+    id: str = ""
+    name: str = ""
+    version: int = 0
+    project: str = ""
+    home: str = ""
+    site: str = ""
+    node: str = ""
+    endpoint: str = ""
+    region: str = ""
+    secret: str = ""
+    state: str = ""
+    detail: str = ""
+    digest: str = ""
+    size: int = 0
+    files: int = 0
+    cached_on: tuple[str, ...] = ()
+    checked_at_ns: int = 0
+    created_at_ns: int = 0
+    created_by: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProjectInfo(Record):
     """A project and its limits; zero means no limit."""
 

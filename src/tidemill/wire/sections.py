@@ -29,8 +29,10 @@ from tidemill.model.spec import (
     Tier,
     WorkloadSpec,
 )
+from tidemill.model.storage import DataMode, DataMount, VolumeMount, mount_variable
 from tidemill.units import MILLI, SECOND_NS
 from tidemill.wire.checks import (
+    DATASET,
     HIGHEST_PORT,
     INPUT,
     LABEL,
@@ -55,10 +57,13 @@ from tidemill.wire.fields import (
     PORT_MEND,
     artifact_of,
     cpus_of,
+    dataset_of,
     gpus_of,
     image_of,
     kind_of,
+    mode_of,
     model_of,
+    mount_of,
     package_of,
     path_of,
     port_of,
@@ -243,6 +248,37 @@ class ArrayIn(StrictSection):
     ] = Field(default=0, description="How many of them run at the same time, at most; 0 for no limit.")
 
 
+class DataIn(StrictSection):
+    """A data set that each worker finds, read-only."""
+
+    dataset: Annotated[str, *taking(dataset_of, {**TEXT, "pattern": DATASET.pattern, "examples": ["imagenet:2"]})] = (
+        Field(description="Its name, or name:version; the newest version is meant without.")
+    )
+    at: Annotated[str, *taking(mount_of, {**TEXT, "examples": ["/data"]})] = Field(
+        default="", description="Where; `/data/NAME` when left out."
+    )
+    mode: Annotated[DataMode, *taking(mode_of, {"type": "string", "enum": [one.value for one in DataMode]})] = Field(
+        default=DataMode.AUTO,
+        description="`copy` to the machine's own disk, `mount` the folder that it comes from (only where that is), or"
+        " `auto`: mounted where that folder is, copied elsewhere.",
+        json_schema_extra={"default": "auto"},
+    )
+
+
+class VolumeIn(StrictSection):
+    """A volume that each worker finds."""
+
+    name: Annotated[str, *taking(name_of, {**TEXT, "pattern": NAME.pattern, "maxLength": 63})] = Field(
+        description="Its name; see `tidemill volume list`."
+    )
+    at: Annotated[str, *taking(mount_of, {**TEXT, "examples": ["/scratch"]})] = Field(
+        default="", description="Where; `/volumes/NAME` when left out."
+    )
+    read_only: Annotated[bool, *taking(flag_of, {"type": "boolean"})] = Field(
+        default=False, description="Nothing is written there.", json_schema_extra={"default": "false"}
+    )
+
+
 _RETRY_ON: Final = ((RetryOn.NODE_LOST, RetryOn.PREEMPTED), ())
 
 
@@ -344,6 +380,8 @@ class GroupIn(StrictSection):
     ] = Field(description="How many jobs it has.")
 
 
+_Data = Annotated[DataIn, _wrapped("dataset", str)]
+_Volume = Annotated[VolumeIn, _wrapped("name", str)]
 _MOMENT_SCHEMA: Final = {**TEXT, "examples": ["2027-03-01T09:00:00Z", "in 2h"]}
 _Moment = Annotated[Moment, *taking(moment_of, _MOMENT_SCHEMA)]
 _NEVER: Final = Moment(0)
@@ -407,6 +445,16 @@ class WorkloadSpecIn(StrictSection):
         default=(),
         description="Artifacts, found read-only in `$TIDEMILL_INPUT_DIR/<name>`.",
         json_schema_extra={"default": {}, "examples": [{"model": "quickstart-gpt:2"}]},
+    )
+    data: Annotated[list[_Data], BeforeValidator(lambda value: _few(value, "data sets"))] = Field(
+        default_factory=list,
+        description="Data sets, each a name or a section; the path of each is in `$TIDEMILL_DATA_<NAME>`.",
+        json_schema_extra={"default": [], "examples": [[{"dataset": "imagenet", "at": "/data"}]]},
+    )
+    volumes: Annotated[list[_Volume], BeforeValidator(lambda value: _few(value, "volumes"))] = Field(
+        default_factory=list,
+        description="Volumes, each a name or a section; the path of each is in `$TIDEMILL_VOLUME_<NAME>`.",
+        json_schema_extra={"default": [], "examples": [[{"name": "scratch", "at": "/scratch"}]]},
     )
     setup: Annotated[str, *taking(text_of, TEXT)] = Field(
         default="", description="Shell script that prepares each worker."
@@ -582,6 +630,8 @@ class WorkloadSpecIn(StrictSection):
                 expected_duration_ns=self.expected_duration,
                 start_after_ns=self.start_after.at(now),
                 start_before_ns=self.start_before.at(now),
+                data=tuple([_data_mount(one) for one in self.data]),
+                volumes=tuple([_volume_mount(one) for one in self.volumes]),
             )
         except ValueError as error:
             raise InvalidSpec(f"{error}.") from error
@@ -598,6 +648,24 @@ def _alternative(given: AlternativeIn, usual: ResourcesIn) -> Alternative:
         getattr(given if name in given.model_fields_set else usual, name) for name in ("gpus", "cpus", "memory", "disk")
     )
     return Alternative(resources=_resources(gpus, cpus, memory, disk), speed_milli=given.speed)
+
+
+def _data_mount(given: DataIn) -> DataMount:
+    return DataMount(dataset=given.dataset, at=given.at or default_data_path(given.dataset), mode=given.mode)
+
+
+def _volume_mount(given: VolumeIn) -> VolumeMount:
+    return VolumeMount(volume=given.name, at=given.at or default_volume_path(given.name), read_only=given.read_only)
+
+
+def default_data_path(reference: str) -> str:
+    """Where a data set is found when its spec does not say."""
+    return f"/data/{reference.partition(':')[0]}"
+
+
+def default_volume_path(name: str) -> str:
+    """Where a volume is found when its spec does not say."""
+    return f"/volumes/{name}"
 
 
 def _placed(given: PlacementIn) -> Placement:
@@ -645,7 +713,27 @@ def contradictions(given: set[str], spec: Any, now: int) -> Iterator[dict[str, A
             yield problem("service.port", wanted, f"{shown(wanted)} is not among ports.", f"Ports are {names}.")
         elif not known and isinstance(wanted, str) and not PORT_NAME.fullmatch(wanted):
             yield problem("service.port", wanted, f"{shown(wanted)} is not a name of a port.", PORT_MEND)
+    yield from _clashing_mounts(spec)
     yield from _impossible_schedules(spec, kind, now)
+
+
+def _clashing_mounts(spec: Any) -> Iterator[dict[str, Any]]:
+    """Paths that are within each other, and names that would have the same variable."""
+    data = [one for one in spec.data if isinstance(one, DataIn)] if type(spec.data) is list else []
+    volumes = [one for one in spec.volumes if isinstance(one, VolumeIn)] if type(spec.volumes) is list else []
+    mounts = [("data", one.at or default_data_path(one.dataset)) for one in data]
+    mounts += [("volumes", one.at or default_volume_path(one.name)) for one in volumes]
+    for index, (field, path) in enumerate(mounts):
+        for _, other in mounts[:index]:
+            if path == other or path.startswith(other + "/") or other.startswith(path + "/"):
+                mend = "Give each a path that is not within another's."
+                yield problem(field, path, f"{path} and {other} are in each other's way.", mend)
+    named = [("data", mount_variable("DATA", one.dataset.partition(":")[0])) for one in data]
+    named += [("volumes", mount_variable("VOLUME", one.name)) for one in volumes]
+    for index, (field, variable) in enumerate(named):
+        if (field, variable) in named[:index]:
+            mend = "Leave one of them out, or submit another workload with it."
+            yield problem(field, variable, f"Two would have their paths in {variable}.", mend)
 
 
 def _impossible_schedules(spec: Any, kind: str, now: int) -> Iterator[dict[str, Any]]:

@@ -38,6 +38,10 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
     for name in ("envs", "inputs", "labels"):
         if pairs := getattr(spec, name):
             written[name] = dict(pairs)
+    if spec.data:
+        written["data"] = [{"dataset": one.dataset, "at": one.at, "mode": one.mode.value} for one in spec.data]
+    if spec.volumes:
+        written["volumes"] = [{"name": one.volume, "at": one.at, "read_only": one.read_only} for one in spec.volumes]
     if spec.secrets:
         written["secrets"] = list(spec.secrets)
     if spec.ports:
