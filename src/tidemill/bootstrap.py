@@ -199,7 +199,7 @@ def _engine(settings: Any, site_id: Any) -> tuple[Any, Callable[[], Any], _Repor
         return engine, lambda: None, _Reports(engine.facts, every_s=0.005)
     from tidemill import telemetry
     from tidemill.engines.local import LocalEngine, LocalSettings
-    from tidemill.units import parse_duration
+    from tidemill.units import parse_duration, parse_size
 
     def node() -> Any:
         return telemetry.discover_node(
@@ -216,7 +216,7 @@ def _engine(settings: Any, site_id: Any) -> tuple[Any, Callable[[], Any], _Repor
         settings.home / "local",
         endpoint_file=settings.home / "endpoint.json",
         node=node,
-        settings=LocalSettings(volumes=settings.volume_root),
+        settings=LocalSettings(volumes=settings.volume_root, data_cache_bytes=parse_size(settings.data_cache)),
         make_slice=telemetry.SliceMaker().make,
     )
     node_id = node().id
@@ -279,6 +279,7 @@ def _start_head(settings: Any, plane: Any) -> None:
         block=settings.block,
         mig_dynamic=settings.mig_dynamic,
         volumes=str(settings.volume_root),
+        data_cache=settings.data_cache,
     )
     if not wanted.token:
         organization = plane.store.organizations()[0].id

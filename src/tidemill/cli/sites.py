@@ -14,7 +14,7 @@ from tidemill.cli.ticker import Ticker
 from tidemill.errors import InvalidRequest
 from tidemill.sdk import connection
 from tidemill.sdk.client import Client
-from tidemill.units import format_duration, format_usd
+from tidemill.units import format_duration, format_usd, parse_size
 
 _Home = Annotated[
     Path | None,
@@ -46,6 +46,9 @@ def join_command(
             "--volumes", metavar="FOLDER", help="Shared with the other machines: checkpoints and outputs of jobs."
         ),
     ] = None,
+    data_cache: Annotated[
+        str, typer.Option("--data-cache", metavar="SIZE", help="What copies of data sets may take here.")
+    ] = "100GB",
     slurm: Annotated[
         list[str] | None,
         typer.Option(
@@ -77,6 +80,7 @@ def join_command(
         block=block,
         reserve_cpus=reserve_cpus,
         volumes=_volumes(volumes),
+        data_cache=_data_cache(data_cache),
         settings=tuple(sorted(_slurm(each) for each in slurm or [])),
     )
     with Ticker("joining", is_silent=json):
@@ -270,6 +274,14 @@ def _volumes(given: Path | None) -> str:
         mend = "Mount the shared folder first, and write its whole path."
         raise InvalidRequest("There is no such folder on this machine.", field="volumes", value=str(given), mend=mend)
     return str(given)
+
+
+def _data_cache(given: str) -> str:
+    try:
+        parse_size(given)
+    except ValueError as error:
+        raise InvalidRequest(str(error), field="data-cache", value=given, mend="Write for example 100GB.") from error
+    return given
 
 
 def _pair(text: str) -> tuple[str, str]:

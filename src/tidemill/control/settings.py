@@ -30,6 +30,7 @@ class Settings:
     ``address`` is where other machines reach this one; ``ray_port`` and ``ray_redis`` (host:port of a Redis that keeps
     what the cluster's head knows) are for the engine ``ray``. ``cloud`` says what is rented and when, as
     ``control.cloudsettings`` reads it. ``volumes`` is a folder that machines share, for checkpoints and outputs.
+    ``data_cache`` is how much copies of data sets may take on this machine; zero: as much as the disk has.
 
     ``labels``, ``taints``, ``rack`` and ``block`` say what this machine is to those who place work. ``mig_dynamic``
     lists GPUs, by number or UUID, whose MIG slices Tidemill may make and unmake; ``all`` means each in MIG mode. A
@@ -60,6 +61,7 @@ class Settings:
     ray_port: int = 6379
     ray_redis: str = ""
     volumes: str = ""
+    data_cache: str = "100GB"
     cloud: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     taints: tuple[str, ...] = ()
@@ -225,7 +227,7 @@ def _checked(name: str, value: Any, default: object) -> Any:
                 if value != "none" and parse_duration(value) <= 0:
                     raise ValueError("it has to be longer than nothing, or none")
                 return value if isinstance(value, str) else f"{value}s"
-            case "workdir_limit":
+            case "workdir_limit" | "data_cache":
                 parse_size(value)
                 return str(value)
             case "engine" if value not in _ENGINES:

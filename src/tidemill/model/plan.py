@@ -16,6 +16,7 @@ from tidemill.model.ledger import LedgerLine
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.reservation import Reservation
 from tidemill.model.spec import Environment, Port, Service
+from tidemill.model.storage import DataMount, VolumeMount
 
 
 class ResolvableBy(StrEnum):
@@ -118,6 +119,7 @@ class LaunchSpec:
     runner asks the control plane for the values, so they are on no disk. Ports are already chosen.
     Tokens: ``runner_token`` reports, ``job_token`` is given to the worker. ``lease_ns`` is how long the worker runs on
     without a word from the control plane; zero: for ever. ``gang`` is what each rank holds and where, for a gang only.
+    ``data`` has a ``home`` only where that is a folder of this very node.
     """
 
     launch_id: LaunchId
@@ -149,6 +151,8 @@ class LaunchSpec:
     job_token: str
     lease_ns: int = 0
     gang: tuple[GangPlace, ...] = ()
+    data: tuple[DataMount, ...] = ()
+    volumes: tuple[VolumeMount, ...] = ()
 
 
 class ObservedState(StrEnum):
@@ -185,6 +189,8 @@ class Sight:
 
     nodes: frozenset[NodeId]
     launches: tuple[Observation, ...] = ()
+    cached: tuple[tuple[NodeId, tuple[str, ...]], ...] = ()
+    """The data sets of which a node has a copy, as ``project/manifest``, of nodes that tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

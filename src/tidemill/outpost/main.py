@@ -27,7 +27,7 @@ from tidemill.outpost.config import OutpostConfig, read_config
 from tidemill.outpost.link import Link, Removed
 from tidemill.ports import Engine
 from tidemill.runner.client import Channel
-from tidemill.units import MILLI, MINUTE_NS
+from tidemill.units import MILLI, MINUTE_NS, parse_size
 
 log = logging.getLogger(__name__)
 _RECHECK_NS: Final = 10 * MINUTE_NS
@@ -93,7 +93,11 @@ def machine(home: Path, config: OutpostConfig) -> tuple[Engine, Callable[[], lis
         home / "local",
         endpoint_file=home / "endpoint.json",
         node=lambda: describe(config, home),
-        settings=LocalSettings(address=config.address, volumes=Path(config.volumes) if config.volumes else None),
+        settings=LocalSettings(
+            address=config.address,
+            volumes=Path(config.volumes) if config.volumes else None,
+            data_cache_bytes=parse_size(config.data_cache),
+        ),
         make_slice=telemetry.SliceMaker().make,
     )
     meters = telemetry.EnergyMeters(node_id)
