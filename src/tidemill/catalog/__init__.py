@@ -3,7 +3,7 @@
 Data is read from the package when it is first asked for. ``data/SOURCES.md`` says where each file is from.
 """
 
-from tidemill.catalog.carbon import CarbonIntensity, carbon_intensity
+from tidemill.catalog.carbon import CarbonIntensity, carbon_intensity, country_codes
 from tidemill.catalog.devices import (
     DeviceSpec,
     derived_device,
@@ -21,6 +21,7 @@ __all__ = [
     "CarbonIntensity",
     "DeviceSpec",
     "carbon_intensity",
+    "country_codes",
     "cpu_power",
     "default_rates",
     "derived_device",

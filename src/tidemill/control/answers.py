@@ -292,7 +292,7 @@ def _priced(
         duration_known=bool(spec.max_duration_ns),
         amount_micro=amount * share if feasible else 0,
         energy_mj=energy if feasible else 0,
-        carbon_mg=carbon_mg(energy, site) if feasible else 0,
+        carbon_mg=carbon_mg(energy, site.carbon_mg_per_kwh) if feasible else 0,
         placement=placement,
         reasons=reasons,
         suggestions=_suggestions(reasons),

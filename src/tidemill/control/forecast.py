@@ -8,7 +8,7 @@ is about those who wait now; later submissions with a better claim would move it
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -16,6 +16,7 @@ from tidemill.catalog.devices import devices
 from tidemill.control.answers import Why, duration_of, explain, price, quote_of
 from tidemill.control.driver import Driver, snapshot_of, world_from
 from tidemill.control.turns import TurnLoop
+from tidemill.core.copying import Copies
 from tidemill.core.feasible import model_matches
 from tidemill.core.world import World
 from tidemill.model.events import Exited, Fact, Started, Submitted
@@ -51,11 +52,12 @@ class Copy:
     world: World
     policy: Policy
     now: int
+    copies: Mapping[tuple[str, ...], Copies]
 
 
 def copy_of(world: World, policy: Policy, *, now: int) -> Copy:
     """What a forecast needs of a world. The world is only read for what never changes: sites, projects, rates."""
-    return Copy(snapshot=snapshot_of(world), world=world, policy=policy, now=now)
+    return Copy(snapshot=snapshot_of(world), world=world, policy=policy, now=now, copies=world.copies.copy())
 
 
 def why(turns: TurnLoop, row: JobRow, policy: Policy, *, now: int) -> Why:
@@ -178,6 +180,7 @@ def _starts(
         now=copy.now,
         metered=False,
     )
+    world.copies.update(copy.copies)
     driver = Driver(world, copy.policy)
     thought = _Thought(world, copy.policy, pace, copy.now)
     facts: list[Fact] = [Submitted(at_ns=copy.now, workload=workload) for workload in submitted]

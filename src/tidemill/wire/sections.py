@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from tidemill.errors import InvalidSpec
-from tidemill.model.fleet import Level
+from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import (
     MAX_ARRAY,
@@ -26,7 +26,9 @@ from tidemill.model.spec import (
     RetryOn,
     RetryPolicy,
     Service,
+    Territory,
     Tier,
+    Weight,
     WorkloadSpec,
 )
 from tidemill.model.storage import DataMode, DataMount, VolumeMount, mount_variable
@@ -76,20 +78,25 @@ from tidemill.wire.fields import (
 )
 from tidemill.wire.scheduling import (
     MAX_SPEED,
+    MAX_WEIGHT,
     PRIORITIES,
     Moment,
     Span,
     after_of,
     by_speed_of,
     choice_of,
+    countries_of,
     flag_of,
+    kind_of_site,
     level_of,
     moment_of,
     priority_of,
+    site_of,
     span_of,
     speed_of,
     tier_of,
     toleration_of,
+    weights_of,
 )
 
 
@@ -324,6 +331,16 @@ _ANY_LEVEL: Final = tuple(Level)
 _SPREAD: Final = tuple(level for level in Level if level is not Level.NVLINK)
 
 
+def _one_or_more(check: Callable[[object], Any], what: str) -> Callable[[object], tuple[Any, ...]]:
+    """A check for a list, or for its only item."""
+    listed = list_of(check, what)
+    return lambda value: tuple(dict.fromkeys(listed([value] if type(value) is str else value)))
+
+
+def _names_schema(examples: list[Any]) -> dict[str, Any]:
+    return {"type": ["array", "string", "null"], "items": TEXT, "examples": examples}
+
+
 class PlacementIn(StrictSection):
     """Where workers may be put, and how they should lie to each other."""
 
@@ -365,6 +382,48 @@ class PlacementIn(StrictSection):
         default=(),
         description="Not on machines where work of the project with one of these labels runs.",
         json_schema_extra={"default": {}, "examples": [{"app": "web"}]},
+    )
+    across_sites: Annotated[bool, *taking(flag_of, {"type": "boolean"})] = Field(
+        default=False, description="Whether the workers of a job may lie at several sites; else it stays within one."
+    )
+    sites: Annotated[tuple[str, ...], *taking(_one_or_more(site_of, "sites"), _names_schema([["berlin", "paris"]]))] = (
+        Field(default=(), description="At these sites only.")
+    )
+    countries: Annotated[tuple[str, ...], *taking(countries_of, _names_schema([["DEU", "FRA"], ["EU"]]))] = Field(
+        default=(),
+        description="At sites in these countries only: ISO 3166 codes or English names; `EU` stands for its members."
+        " A site whose country is not known is in none.",
+    )
+    kinds: Annotated[
+        tuple[SiteKind, ...],
+        *taking(
+            _one_or_more(kind_of_site, "kinds of site"),
+            {
+                "type": ["array", "string", "null"],
+                "items": {"type": "string", "enum": [kind.value for kind in SiteKind]},
+                "examples": [["edge"]],
+            },
+        ),
+    ] = Field(default=(), description="At sites of these kinds only: `onprem`, `cloud`, `edge`.")
+    weigh: Annotated[
+        tuple[tuple[Weight, int], ...],
+        *taking(
+            weights_of,
+            {
+                "type": ["string", "object", "null"],
+                "additionalProperties": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_WEIGHT},
+                "propertyNames": {"enum": [what.value for what in Weight]},
+                "examples": ["price", {"price": 2, "carbon": 1}],
+            },
+        ),
+    ] = Field(
+        default=(),
+        description="What weighs when a site is chosen: `price`, `carbon`, `start` or `latency`, or several with their"
+        " parts. Unless it is said: the soonest, then the cheapest, then the cleanest.",
+        json_schema_extra={"default": ""},
+    )
+    near: Annotated[str, *taking(site_of, TEXT)] = Field(
+        default="", description="The site that `latency` is measured from; said alone, latency weighs."
     )
 
 
@@ -671,13 +730,34 @@ def default_volume_path(name: str) -> str:
 def _placed(given: PlacementIn) -> Placement:
     if not given.model_fields_set:
         return _ANYWHERE
-    return _placement(given.labels, given.tolerations, given.within, given.prefer, given.spread, given.apart)
+    where = Territory(given.sites, given.countries, given.kinds)
+    return _placement(
+        given.labels,
+        given.tolerations,
+        given.within,
+        given.prefer,
+        given.spread,
+        given.apart,
+        given.across_sites,
+        where,
+        given.weigh,
+        given.near,
+    )
 
 
 _ANYWHERE: Final = Placement()
 _placement = lru_cache(maxsize=1_024)(
-    lambda labels, tolerations, within, prefer, spread, apart: Placement(
-        labels=labels, tolerations=tolerations, within=within, prefer=prefer, spread=spread, apart=apart
+    lambda labels, tolerations, within, prefer, spread, apart, across_sites, where, weigh, near: Placement(
+        labels=labels,
+        tolerations=tolerations,
+        within=within,
+        prefer=prefer,
+        spread=spread,
+        apart=apart,
+        across_sites=across_sites,
+        where=where,
+        weigh=weigh,
+        near=near,
     )
 )
 _resources = lru_cache(maxsize=4_096)(
@@ -759,6 +839,8 @@ def _impossible_schedules(spec: Any, kind: str, now: int) -> Iterator[dict[str, 
     if isinstance(spec.resources, ResourcesIn) and spec.resources.prefer and not spec.resources.any_of:
         mend = "Add any_of, or leave prefer out."
         yield problem("resources.prefer", "speed", "There is nothing to choose from.", mend)
+    if isinstance(placement, PlacementIn):
+        yield from _impossible_sites(placement)
     if isinstance(placement, PlacementIn) and placement.within and placement.spread:
         order = [*Level]
         if order.index(placement.spread) <= order.index(placement.within):
@@ -768,6 +850,15 @@ def _impossible_schedules(spec: Any, kind: str, now: int) -> Iterator[dict[str, 
                 f"Workers cannot stay within one {placement.within} and be spread over several {placement.spread}s.",
                 "Spread them over a narrower level, or leave within out.",
             )
+
+
+def _impossible_sites(placement: PlacementIn) -> Iterator[dict[str, Any]]:
+    if placement.across_sites and placement.within:
+        sentence = f"Workers cannot stay within one {placement.within} and lie across sites."
+        yield problem("placement.across_sites", True, sentence, "Leave one of them out.")
+    if Weight.LATENCY in dict(placement.weigh) and not placement.near:
+        mend = "Write near: SITE; see tidemill site list."
+        yield problem("placement.weigh", "latency", "It does not say from where latency is measured.", mend)
 
 
 def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> tuple[tuple[Port, ...], Service | None]:

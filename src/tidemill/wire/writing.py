@@ -107,6 +107,15 @@ def _placement_json(placement: Placement) -> dict[str, Any]:
     for name in ("within", "prefer", "spread"):
         if (level := getattr(placement, name)) is not None:
             written[name] = level.value
+    if placement.across_sites:
+        written["across_sites"] = True
+    for name in ("sites", "countries", "kinds"):
+        if values := getattr(placement.where, name):
+            written[name] = [str(value) for value in values]
+    if placement.weigh:
+        written["weigh"] = {what.value: milli_json(part) for what, part in placement.weigh}
+    if placement.near:
+        written["near"] = placement.near
     return written
 
 
