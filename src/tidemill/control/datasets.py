@@ -44,8 +44,6 @@ _NAME: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", re.A
 _POLL_S: Final = 5.0
 _KEPT_MANIFESTS: Final = 8
 _TELL_AT_MOST: Final = 3
-SITE_LABEL: Final = "tidemill/site"
-NODE_LABEL: Final = "tidemill/node"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,6 +320,7 @@ class DataSets:
             dataset_id=dataset.id,
             digest=dataset.digest,
             size=dataset.size,
+            files=dataset.files,
             home=dataset.home,
             site_id=dataset.site_id,
             node=dataset.node,
@@ -348,16 +347,16 @@ class DataSets:
         """Raises: InvalidSpec when no machine can have all that the spec is bound to."""
         bound = [("volumes", one.volume, one.site_id, one.node) for one in spec.volumes]
         bound += [("data", one.dataset, one.site_id, one.node) for one in spec.data if one.mode is DataMode.MOUNT]
-        wanted = dict(spec.placement.labels).get(SITE_LABEL)
+        wanted = spec.placement.where.sites
         names = {site.id: site.name for site in self._sites()}
         for index, (field, name, site, node) in enumerate(bound):
             here = names.get(site, str(site))
-            if wanted is not None and site not in wanted.split("|"):
+            if wanted and site not in wanted and here not in wanted:
                 raise InvalidSpec(
-                    f"{name} is at site {here}, and placement asks for {wanted}.",
+                    f"{name} is at site {here}, and placement asks for {', '.join(wanted)}.",
                     field=field,
                     value=name,
-                    mend=f"Leave the label {SITE_LABEL} out of placement, or have the same at {wanted}.",
+                    mend=f"Add {here} to placement.sites, or leave {name} out.",
                 )
             for _, other, its_site, its_node in bound[:index]:
                 if site != its_site or (node and its_node and node != its_node):

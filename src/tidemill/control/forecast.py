@@ -20,7 +20,7 @@ from tidemill.core.copying import Copies
 from tidemill.core.feasible import model_matches
 from tidemill.core.world import World
 from tidemill.model.events import Exited, Fact, Started, Submitted
-from tidemill.model.ids import JobId, LaunchId, job_id
+from tidemill.model.ids import JobId, LaunchId, NodeId, job_id
 from tidemill.model.job import Allocation, AllocationState, AttemptState, Cause, JobState, Workload
 from tidemill.model.plan import Forecast, Forget, Launch, Option, Plan, Quote, Stop
 from tidemill.model.policy import Policy
@@ -53,11 +53,19 @@ class Copy:
     policy: Policy
     now: int
     copies: Mapping[tuple[str, ...], Copies]
+    cached: Mapping[NodeId, frozenset[str]]
 
 
 def copy_of(world: World, policy: Policy, *, now: int) -> Copy:
     """What a forecast needs of a world. The world is only read for what never changes: sites, projects, rates."""
-    return Copy(snapshot=snapshot_of(world), world=world, policy=policy, now=now, copies=world.copies.copy())
+    return Copy(
+        snapshot=snapshot_of(world),
+        world=world,
+        policy=policy,
+        now=now,
+        copies=world.copies.copy(),
+        cached=world.cached.copy(),
+    )
 
 
 def why(turns: TurnLoop, row: JobRow, policy: Policy, *, now: int) -> Why:
@@ -181,6 +189,7 @@ def _starts(
         metered=False,
     )
     world.copies.update(copy.copies)
+    world.cached.update(copy.cached)
     driver = Driver(world, copy.policy)
     thought = _Thought(world, copy.policy, pace, copy.now)
     facts: list[Fact] = [Submitted(at_ns=copy.now, workload=workload) for workload in submitted]

@@ -185,14 +185,17 @@ class SiteEngine:
         """What this process sees, and the outposts that answer; of the others nothing is said."""
         seen: list[Observation] = []
         nodes: set[NodeId] = set()
+        cached: list[tuple[NodeId, tuple[str, ...]]] = []
         if self._own is not None:
             sight = self._own.observe()
             self._own_nodes |= sight.nodes
-            seen, nodes = list(sight.launches), set(sight.nodes)
+            seen, nodes, cached = list(sight.launches), set(sight.nodes), list(sight.cached)
         for box, answer in self._ask_all("observe"):
             seen += answer.seen
-            nodes |= {node for node in answer.looked_at if self._claim(node, box)}
-        return Sight(nodes=frozenset(nodes), launches=tuple(seen))
+            its = {node for node in answer.looked_at if self._claim(node, box)}
+            nodes |= its
+            cached += [(node, copies) for node, copies in answer.cached if node in its]
+        return Sight(nodes=frozenset(nodes), launches=tuple(seen), cached=tuple(cached))
 
     def forget(self, launch_id: LaunchId, *, node_id: NodeId) -> None:
         """Drop what is kept of a launch that is gone; refused while anything of it lives; harmless twice."""

@@ -25,6 +25,7 @@ from tidemill.core.world import World
 from tidemill.errors import Conflict, EngineLost, Forbidden, NotFound, TidemillError, Unavailable
 from tidemill.model.cloud import Rental
 from tidemill.model.events import (
+    CopiesSeen,
     DeviceFailed,
     DeviceRecovered,
     Fact,
@@ -442,11 +443,23 @@ class Sites:
     def _saw(self, sight: Sight) -> bool:
         """Whether a look shows nodes that the world does not count on."""
         self.leases.heard(sight.nodes)
+        self._see_copies(sight)
         nodes = self._world().nodes
         away = (NodeState.SILENT, NodeState.LOST)
         return any(
             (node := nodes.get(seen)) is None or (node.state in away and not has_left(node)) for seen in sight.nodes
         )
+
+    def _see_copies(self, sight: Sight) -> None:
+        """Tell of which data sets nodes have copies, when that is news."""
+        world = self._world()
+        news = [
+            CopiesSeen(at_ns=self._clock(), node_id=node_id, cached=cached)
+            for node_id, cached in sight.cached
+            if node_id in world.nodes and world.cached.get(node_id, frozenset()) != frozenset(cached)
+        ]
+        if news:
+            self._tell(news)
 
     def _watch(self) -> None:
         while not self._closing.wait(_LOOKED_AFTER_S):

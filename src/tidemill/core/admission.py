@@ -106,6 +106,9 @@ def _nowhere_allowed(fleet: FleetArrays, shape: Shape) -> Reason | None:
             have = ", ".join(known) or "no node has that label"
             sentence = f"No machine has the label {key}={value}; there is {have}."
             return _never("NoNodeWithLabel", f"placement.labels.{key}", value, have, sentence)
+    if shape.machine and not fitting(fleet, shape).nodes.any():
+        sentence = f"What it mounts is on {shape.machine}, which is not there or may not have it."
+        return _never("NoNodeWithVolume", "volumes", shape.machine, "none", sentence)
     if not any(all(tolerates(shape.tolerations, taint) for taint in node.taints) for node in fleet.nodes):
         taints = ", ".join(sorted({taint for node in fleet.nodes for taint in node.taints}))
         sentence = f"Every machine is tainted ({taints}), and the workload tolerates none of them all."

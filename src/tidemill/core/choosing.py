@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tidemill.core.copying import copies_of
+from tidemill.core.copying import copies_of, has_data
 from tidemill.core.feasible import Shape, fitting
 from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.place import Masks
@@ -104,7 +104,7 @@ def preferred(world: World, line: Line, *, now: int, policy: Policy) -> Callable
     A pool is a mask of shape (N,), or None for all nodes.
     """
     fleet = world.fleet
-    if len(fleet.site_ids) < 2:
+    if len(fleet.site_ids) < 2 and not line.data:
         return None
 
     def pools(shape: Shape) -> Masks:
@@ -114,7 +114,8 @@ def preferred(world: World, line: Line, *, now: int, policy: Policy) -> Callable
         known: tuple[tuple[int, int], Masks] | None = fleet.cache.get(key)
         if known is None or known[0] != stamp:
             found = candidates(world, line, shape, now=now, policy=policy)
-            known = fleet.cache[key] = (stamp, _masks(fleet, in_order(found, line.weigh or _near(line))))
+            masks = _masks(fleet, in_order(found, line.weigh or _near(line)))
+            known = fleet.cache[key] = (stamp, _with_data_first(masks, has_data(world, line)))
         return known[1]
 
     return pools
@@ -129,6 +130,17 @@ def _masks(fleet: FleetArrays, order: Sequence[Sequence[SiteId]]) -> Masks:
     if len(order) < 2:
         return (None,)
     return tuple(rows_at(fleet, sites) for sites in order)
+
+
+def _with_data_first(masks: Masks, has: NDArray[np.bool_] | None) -> Masks:
+    """Of each pool the nodes that have the data before all of it, where that is a difference."""
+    if has is None or has.all() or not has.any():
+        return masks
+    found: list[NDArray[np.bool_] | None] = []
+    for mask in masks:
+        first = has if mask is None else has & mask
+        found += [first, mask] if first.any() else [mask]
+    return tuple(found)
 
 
 def rows_at(fleet: FleetArrays, sites: Iterable[SiteId]) -> NDArray[np.bool_]:

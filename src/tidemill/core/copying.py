@@ -6,10 +6,16 @@ which need different data are not taken for interchangeable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
+from tidemill.core.transfers import EGRESS, Need, have_all, need_of, needs_of, transfer, way
+from tidemill.model.fleet import Node
 from tidemill.model.ids import SiteId
 from tidemill.model.spec import WorkloadSpec
 
@@ -39,11 +45,47 @@ Copies = Mapping[SiteId, Copying]
 NOTHING: Final[Copies] = {}
 
 
-def data_key(_spec: WorkloadSpec) -> tuple[str, ...]:
+def data_key(spec: WorkloadSpec) -> tuple[str, ...]:
     """What tells jobs apart that need different data; empty when they need none."""
-    return ()
+    return tuple(need.written() for need in needs_of(spec)) if spec.data else ()
 
 
 def copies_of(world: World, line: Line) -> Copies:
     """What the data of a job of the line takes to be brought to each site."""
-    return world.copies.get(line.data, NOTHING) if line.data else NOTHING
+    if not line.data:
+        return NOTHING
+    known = world.copies.get(line.data)
+    return known if known is not None else _worked_out(world, line)
+
+
+def has_data(world: World, line: Line) -> NDArray[np.bool_] | None:
+    """Which nodes have all data of a job of the line, and copy nothing. Shape (N,); None when it needs none."""
+    if not line.data or line.data in world.copies:
+        return None
+    return have_all([need_of(one) for one in line.data], world.fleet.nodes, world.cached, line.project_id)
+
+
+def _worked_out(world: World, line: Line) -> Copies:
+    needs = [need_of(one) for one in line.data]
+    found: dict[SiteId, Copying] = {}
+    for site_id in world.fleet.site_ids:
+        here = [node for node in world.fleet.nodes if node.site_id == site_id]
+
+        def is_cached(need: Need, here: Sequence[Node] = here) -> bool:
+            return bool(have_all([need], here, world.cached, line.project_id).any())
+
+        needed = transfer(
+            needs,
+            site_id,
+            machines=line.gang.workers,
+            is_cached=is_cached,
+            link=partial(way, world.sites, site=site_id),
+            egress_micro=lambda home: (
+                world.prices_at(home).get(EGRESS, 0)
+                if home in world.sites
+                else world.rates.by_resource().get(EGRESS, 0)
+            ),
+        )
+        if needed.time_ns or needed.cost_micro:
+            found[site_id] = Copying(copy_ns=needed.time_ns, cost_micro=needed.cost_micro)
+    return found

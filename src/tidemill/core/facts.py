@@ -19,6 +19,7 @@ from tidemill.core.world import World
 from tidemill.model.events import (
     Became,
     Checkpointed,
+    CopiesSeen,
     DeviceFailed,
     DeviceRecovered,
     Exited,
@@ -345,6 +346,18 @@ def _node_fell_silent(fact: NodeFellSilent, world: World, out: Outcome) -> None:
     world.update(world.nodes, node.id, node, state=state, state_cause=fact.detail)
     out.note("NodeFellSilent", node=node.name, detail=fact.detail)
     world.refresh_readiness()
+
+
+@_take.register
+def _copies_seen(fact: CopiesSeen, world: World, out: Outcome) -> None:
+    node = world.nodes.get(fact.node_id)
+    cached = frozenset(fact.cached)
+    before = world.cached.get(fact.node_id, frozenset())
+    if node is None or cached == before:
+        return
+    world.set(world.cached, fact.node_id, cached)
+    world.copies_are_new()
+    out.note("CopiesSeen", node=node.name, copies=len(cached), new=len(cached - before), gone=len(before - cached))
 
 
 @_take.register

@@ -51,6 +51,8 @@ class Shape:
     labels: tuple[tuple[str, str], ...] = ()
     tolerations: tuple[str, ...] = ()
     where: Territory = ANYWHERE
+    machine: str = ""
+    """The name of the one machine that has a volume or a data set of it; empty: any."""
     _hash: int = field(init=False, repr=False, compare=False, default=0)
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ class Shape:
         return Shape, self._values()  # another process hashes text differently
 
     def _values(self) -> tuple[Any, ...]:
-        return self.resources, self.image, self.labels, self.tolerations, self.where
+        return self.resources, self.image, self.labels, self.tolerations, self.where, self.machine
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,7 +129,7 @@ def _is_slice_of(model: str, request: GpuRequest) -> bool:
 
 def _work_out(fleet: FleetArrays, shape: Shape) -> Fitting:
     """A shape's fitting, put together of what it has in common with others: which nodes, and which devices."""
-    allowed = (shape.resources.disk_bytes, shape.image, shape.labels, shape.tolerations, shape.where)
+    allowed = (shape.resources.disk_bytes, shape.image, shape.labels, shape.tolerations, shape.where, shape.machine)
     nodes: NDArray[np.bool_] | None = fleet.cache.get(allowed)
     if nodes is None:
         nodes = fleet.cache[allowed] = _allowed_nodes(fleet, shape)
@@ -166,6 +168,8 @@ def _allowed_nodes(fleet: FleetArrays, shape: Shape) -> NDArray[np.bool_]:
             number for number, site in enumerate(fleet.site_ids) if is_within(shape.where, fleet.sites.get(site))
         ]
         nodes &= np.isin(fleet.domains(Level.SITE), allowed)
+    if shape.machine:
+        nodes &= np.array([node.name == shape.machine for node in fleet.nodes], np.bool_)
     return nodes
 
 

@@ -121,10 +121,13 @@ class Placed:
 def gang_of(spec: WorkloadSpec) -> Gang:
     """What a job of the workload needs placed together."""
     where = spec.placement
+    site, machine = spec.home
+    territory = replace(where.where, sites=(str(site),)) if site else where.where
     tolerated = (*where.tolerations, SPOT_TAINT) if spec.tier is Tier.SPOT else where.tolerations
     return Gang(
         choices=tuple(
-            Shape(resources, bool(spec.image), where.labels, tolerated, where.where) for resources in spec.choices
+            Shape(resources, bool(spec.image), where.labels, tolerated, territory, machine)
+            for resources in spec.choices
         ),
         workers=spec.nodes,
         smallest=spec.smallest,

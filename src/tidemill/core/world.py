@@ -181,6 +181,8 @@ class World:
         """Lines that may displace somebody who has not run long enough yet."""
         self.copies: dict[tuple[str, ...], Copies] = {}
         """What data takes to be brought to each site, by ``Line.data``."""
+        self.cached: dict[NodeId, frozenset[str]] = {}
+        """The data sets of which a node has a copy, as ``project/manifest``."""
         self.copies_changed = 0
         """How often what ``copies_of`` says may have changed."""
         self.ports: dict[NodeId, dict[int, int]] = {}

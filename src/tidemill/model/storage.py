@@ -207,8 +207,8 @@ class DataMode(StrEnum):
 class DataMount:
     """A data set that a job finds, read-only, at ``at``. ``dataset`` is ``name`` or ``name:version``.
 
-    The rest is filled in when it is submitted: ``digest`` and ``size`` of the version that is meant, its ``home`` with
-    ``site_id`` and ``node``.
+    The rest is filled in when it is submitted: ``digest``, ``size`` and ``files`` of the version that is meant, its
+    ``home`` with ``site_id`` and ``node``.
     """
 
     dataset: str
@@ -217,6 +217,7 @@ class DataMount:
     dataset_id: DataSetId = DataSetId("")
     digest: str = ""
     size: int = 0
+    files: int = 0
     home: str = ""
     site_id: SiteId = SiteId("")
     node: str = ""

@@ -27,7 +27,8 @@ def carry_out(engine: Engine, call: EngineCall) -> EngineAnswer:
                 engine.forget(call.launch_id, node_id=call.node_id)
             case "observe":
                 sight = engine.observe()
-                return EngineAnswer(number=call.number, seen=sight.launches, looked_at=tuple(sorted(sight.nodes)))
+                looked_at = tuple(sorted(sight.nodes))
+                return EngineAnswer(number=call.number, seen=sight.launches, looked_at=looked_at, cached=sight.cached)
             case "nodes":
                 return EngineAnswer(number=call.number, nodes=engine.nodes())
             case "read":

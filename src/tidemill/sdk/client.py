@@ -456,6 +456,11 @@ class Client:
         """One data set: ``name`` (its newest version) or ``name:version``. Raises: NotFound."""
         return DataSetInfo.from_json(self._http.get(f"/v1/datasets/{segment(reference)}", project=self.project))
 
+    def manifest(self, reference: str) -> bytes:
+        """The list of a data set's files, as ``tidemill.model.storage.read_manifest`` reads it."""
+        path = f"/v1/datasets/{segment(reference)}/manifest"
+        return b"".join(self._http.open("GET", path, query={"project": self.project}))
+
     def add_dataset(
         self,
         name: str,
@@ -504,10 +509,7 @@ class Client:
         if not found.home.startswith("s3://"):
             from tidemill.sdk.datasets import changes_of_folder
 
-            known = b"".join(
-                self._http.open("GET", f"/v1/datasets/{segment(version)}/manifest", query={"project": self.project})
-            )
-            return changes_of_folder(Path(found.home), known, progress=progress)
+            return changes_of_folder(Path(found.home), self.manifest(version), progress=progress)
         self._http.post(f"/v1/datasets/{segment(version)}/verify", project=self.project)
         return self.await_dataset(version).detail
 

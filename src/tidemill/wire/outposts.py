@@ -35,7 +35,8 @@ class EngineCall:
 class EngineAnswer:
     """What came of a call. ``outcome`` is ``done``, or the code of the error that the method raised.
 
-    ``nodes`` answers ``nodes``; ``seen`` and ``looked_at`` answer ``observe``; ``content`` answers ``read``.
+    ``nodes`` answers ``nodes``; ``seen``, ``looked_at`` and ``cached`` answer ``observe``, ``content`` answers
+    ``read``.
     """
 
     number: int
@@ -46,6 +47,7 @@ class EngineAnswer:
     nodes: tuple[Node, ...] = ()
     seen: tuple[Observation, ...] = ()
     looked_at: tuple[NodeId, ...] = ()
+    cached: tuple[tuple[NodeId, tuple[str, ...]], ...] = ()
     content: bytes = b""
 
 
