@@ -152,11 +152,13 @@ def _build(settings: Any) -> tuple[Any, _Reports]:
         name=settings.site,
         kind=SiteKind(settings.site_kind),
         engine=settings.engine,
-        country=settings.country,
+        country=catalog.country_codes(settings.country)[0] if settings.country else "",
         pue_milli=round(settings.pue * 1000),
         carbon_mg_per_kwh=carbon.mg_per_kwh if given is None else round(given * 1000),
         carbon_source=carbon.source if given is None else "config.yaml",
         lease_ns=settings.lease_ns,
+        tariff_micro_per_kwh=round(settings.tariff * 1_000_000),
+        carbon_hours=tuple(round(each * 1000) for each in settings.carbon_by_hour),
     )
     directory = Directory(pepper, principals=store.principals(), known=store.tokens())
     _first_admin(settings.home, store, directory)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tidemill import catalog
 from tidemill.errors import InvalidSpec, TidemillError
-from tidemill.model.fleet import Level
+from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.ids import WorkloadId
 from tidemill.model.resources import GpuRequest, Resources, parse_gpus
 from tidemill.model.spec import (
@@ -26,7 +26,9 @@ from tidemill.model.spec import (
     RetryOn,
     RetryPolicy,
     Service,
+    Territory,
     Tier,
+    Weight,
     WorkloadSpec,
 )
 from tidemill.model.storage import DataMode, DataMount, VolumeMount
@@ -294,6 +296,13 @@ def test_short_forms_mean_their_long_forms(short: dict[str, Any], long: dict[str
         ({"placement": {"labels": {"zone": ""}}}, "placement.labels", "a|b"),
         ({"placement": {"tolerations": ["a b"]}}, "placement.tolerations", "key=value"),
         ({"placement": {"tolerations": ["a="]}}, "placement.tolerations", "key=value"),
+        ({"placement": {"countries": ["GER"]}}, "placement.countries", "ISO 3166"),
+        ({"placement": {"kinds": ["space"]}}, "placement.kinds", "onprem, cloud and edge"),
+        ({"placement": {"sites": ["a b"]}}, "placement.sites", "tidemill site list"),
+        ({"placement": {"weigh": "cost"}}, "placement.weigh", "price, carbon, start or latency"),
+        ({"placement": {"weigh": {"price": 0}}}, "placement.weigh", "above 0"),
+        ({"placement": {"weigh": "latency"}}, "placement.weigh", "near"),
+        ({"placement": {"within": "site", "across_sites": True}}, "placement.across_sites", "Leave one"),
         ({"placement": "rack"}, "placement", "labels, tolerations"),
         ({"group": {"name": "g"}}, "group.size", "group.size"),
         ({"group": {"name": "g", "size": 1}}, "group.size", "2 to 4096"),
@@ -422,6 +431,16 @@ def placements(draw: st.DrawFn) -> Placement:
         prefer=draw(st.none() | st.sampled_from(levels)),
         spread=draw(st.none() | st.sampled_from(narrower)) if narrower else None,
         apart=tuple(draw(words).items()),
+        across_sites=within is None and draw(st.booleans()),
+        where=Territory(
+            sites=tuple(draw(st.lists(NAME, max_size=2, unique=True))),
+            countries=tuple(draw(st.lists(st.sampled_from(["DEU", "FRA", "ISL"]), max_size=2, unique=True))),
+            kinds=tuple(draw(st.lists(st.sampled_from([*SiteKind]), max_size=2, unique=True))),
+        ),
+        weigh=tuple(
+            sorted(draw(st.dictionaries(st.sampled_from([*Weight]), st.integers(1, 5_000), max_size=3)).items())
+        ),
+        near=draw(NAME),
     )
 
 

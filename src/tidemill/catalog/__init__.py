@@ -15,7 +15,7 @@ from tidemill.catalog.devices import (
     nearest_names,
 )
 from tidemill.catalog.power import cpu_power
-from tidemill.catalog.prices import default_rates, rate_card
+from tidemill.catalog.prices import default_rates, own_prices, rate_card
 
 __all__ = [
     "CarbonIntensity",
@@ -31,5 +31,6 @@ __all__ = [
     "matches_request",
     "mig_device",
     "nearest_names",
+    "own_prices",
     "rate_card",
 ]

@@ -541,13 +541,15 @@ class ControlPlane:
         if job_id in self.world.jobs:
             self._turns.put([MetersRead(at_ns=now, job_id=job_id)]).result(timeout=30)
         held = self.store.allocations(job_id)
+        nodes, sites = self.world.nodes, self.world.sites
+        at = dict.fromkeys(nodes[worker.node_id].site_id for worker in held if worker.node_id in nodes)
+        ran_at = [sites[site_id] for site_id in at] or [self.site]
         return receipt_of(
             row.job,
             row.workload,
             self.store.ledger_totals(job_id=job_id),
-            prices=self._rates.rates,
-            rate_card=self._rates.id,
-            site=self.site,
+            cards=[self.world.card_of(site.id) for site in ran_at],
+            sites=ran_at,
             held_ns=sum((worker.released_ns or now) - worker.held_ns for worker in held),
             placed_ns=min((worker.held_ns for worker in held), default=0),
             now=now,

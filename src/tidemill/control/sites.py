@@ -35,7 +35,7 @@ from tidemill.model.events import (
     Sampled,
     SiteSet,
 )
-from tidemill.model.fleet import Node, NodeState, Outpost, Site
+from tidemill.model.fleet import Link, Node, NodeState, Outpost, Site
 from tidemill.model.ids import (
     JobId,
     LaunchId,
@@ -171,7 +171,7 @@ class Sites:
                 "The site of the control plane's own machine is described in its config.yaml.",
                 field="site",
                 value=site.name,
-                mend="Set site_kind, country, pue, carbon_g_per_kwh and lease there, and start it again.",
+                mend="Set site_kind, country, pue, carbon_g_per_kwh, rates, tariff and lease there; start it again.",
             )
         self._store.put_site(site)
         with self._lock:
@@ -180,6 +180,21 @@ class Sites:
                 self._open(site)
         self._tell([SiteSet(at_ns=self._clock(), site=site)]).result(timeout=30)
         return site
+
+    def link(self, one: Site, other: Site, link: Link | None) -> None:
+        """Say what the way between two sites is like; None: that it is not known.
+
+        Raises: Conflict for a site and itself.
+        """
+        if one.id == other.id:
+            raise Conflict("A site has no link to itself.", field="site", value=one.name, mend="Name two sites.")
+        keeper, far = (other, one) if one.id == self.home.id else (one, other)  # config.yaml describes the home
+        for site, there in ((keeper, far), (far, keeper)):
+            links = tuple(each for each in site.links if each.to != there.id)
+            if site is keeper and link is not None:
+                links = (*links, replace(link, to=there.id))
+            if links != site.links:
+                self.put(replace(site, links=links))
 
     def find(self, name: str) -> Site:
         """The site of that name. Raises: NotFound."""

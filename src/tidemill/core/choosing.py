@@ -114,16 +114,16 @@ def preferred(world: World, line: Line, *, now: int, policy: Policy) -> Callable
         known: tuple[tuple[int, int], Masks] | None = fleet.cache.get(key)
         if known is None or known[0] != stamp:
             found = candidates(world, line, shape, now=now, policy=policy)
-            masks = _masks(fleet, in_order(found, line.weigh or _near(line)))
+            masks = _masks(fleet, in_order(found, weights_of(line)))
             known = fleet.cache[key] = (stamp, _with_data_first(masks, has_data(world, line)))
         return known[1]
 
     return pools
 
 
-def _near(line: Line) -> tuple[tuple[Weight, int], ...]:
-    """What weighs for a line that says only where it wants to be."""
-    return ((Weight.LATENCY, 1),) if line.near else ()
+def weights_of(line: Line) -> tuple[tuple[Weight, int], ...]:
+    """What weighs for a line; latency for one that says only where it wants to be."""
+    return line.weigh or (((Weight.LATENCY, 1),) if line.near else ())
 
 
 def _masks(fleet: FleetArrays, order: Sequence[Sequence[SiteId]]) -> Masks:
@@ -151,16 +151,17 @@ def rows_at(fleet: FleetArrays, sites: Iterable[SiteId]) -> NDArray[np.bool_]:
 
 
 def candidates(
-    world: World, line: Line, shape: Shape, *, now: int, policy: Policy, workers: int = 0
+    world: World, line: Line, shape: Shape, *, now: int, policy: Policy, workers: int = 0, lasts_ns: int = 0
 ) -> tuple[Candidate, ...]:
     """The sites with nodes that may serve a shape, by id, and how a gang of the line would be there from ``now`` on.
 
-    Sites where the gang's data may not be are left out. ``workers`` instead of as many as the gang has.
+    Sites where the gang's data may not be are left out. ``workers`` instead of as many as the gang has, ``lasts_ns``
+    instead of as long as it may take.
     """
     fleet = world.fleet
     allowed = fitting(fleet, shape).nodes
     copies = copies_of(world, line)
-    lasts = line.duration_ns or policy.assumed_duration_ns
+    lasts = lasts_ns or line.duration_ns or policy.assumed_duration_ns
     found = []
     for site_id in fleet.site_ids:
         at = rows_at(fleet, (site_id,)) & allowed

@@ -54,8 +54,14 @@ def copies_of(world: World, line: Line) -> Copies:
     """What the data of a job of the line takes to be brought to each site."""
     if not line.data:
         return NOTHING
-    known = world.copies.get(line.data)
-    return known if known is not None else _worked_out(world, line)
+    filled = world.copies.get(line.data)
+    if filled is not None:
+        return filled
+    key = ("copies", line.data, line.gang.workers, line.project_id)
+    known: tuple[int, Copies] | None = world.fleet.cache.get(key)
+    if known is None or known[0] != world.copies_changed:
+        known = world.fleet.cache[key] = (world.copies_changed, _worked_out(world, line))
+    return known[1]
 
 
 def has_data(world: World, line: Line) -> NDArray[np.bool_] | None:

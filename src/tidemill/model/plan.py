@@ -232,6 +232,26 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SiteOption:
+    """How a job would be at one site. ``reason`` is why it is not put there now; None: nothing stands in its way.
+
+    ``rank`` counts from 1 in the order in which sites are tried, equally good ones alike; zero: it is never put there.
+    ``starts_ns`` zero: not known. ``latency_ns`` is from the site that the spec is near to; None: not asked, or no link
+    is known.
+    """
+
+    site: str
+    rank: int = 0
+    reason: Reason | None = None
+    starts_ns: int = 0
+    copy_ns: int = 0
+    amount_micro: int = 0
+    energy_mj: int = 0
+    carbon_mg: int = 0
+    latency_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quote:
     """The answer before submitting. Amounts are for ``duration_ns`` of running, and are estimates.
 
@@ -254,3 +274,7 @@ class Quote:
     options: tuple[Option, ...] = ()
     displaces: tuple[JobId, ...] = ()
     """Jobs that would be displaced for it."""
+    sites: tuple[SiteOption, ...] = ()
+    """How it would be at each site, best first; empty where there is one site only."""
+    rate_card: str = ""
+    carbon_source: str = ""

@@ -572,9 +572,20 @@ class Client:
         return tuple(self._list("/v1/sites", SiteInfo, {}))
 
     def put_site(self, name: str, **described: Any) -> SiteInfo:
-        """The site as described by ``kind``, ``engine``, ``country``, ``pue``, ``carbon_g_per_kwh`` and ``lease``."""
+        """The site as described by ``kind``, ``engine``, ``country``, ``pue``, ``carbon_g_per_kwh``,
+        ``carbon_by_hour``, ``lease``, ``prices`` and ``tariff``; what is left out stays as it is."""
         given = {key: value for key, value in described.items() if value is not None}
         return SiteInfo.from_json(self._http.call("PUT", f"/v1/sites/{segment(name)}", body=given).json())
+
+    def link_sites(self, one: str, other: str, *, latency: str = "0s", bandwidth: str = "") -> SiteInfo:
+        """The first of two sites, with how far the other is from it and how much gets through."""
+        body = {"latency": latency, "bandwidth": bandwidth}
+        answer = self._http.call("PUT", f"/v1/sites/{segment(one)}/links/{segment(other)}", body=body)
+        return SiteInfo.from_json(answer.json())
+
+    def unlink_sites(self, one: str, other: str) -> SiteInfo:
+        """The first of two sites, the way between which is not known any more."""
+        return SiteInfo.from_json(self._http.call("DELETE", f"/v1/sites/{segment(one)}/links/{segment(other)}").json())
 
     def rentals(self) -> dict[str, Any]:
         """``items``, the machines; ``spent_micro`` this month; ``not_rented``, jobs with why not; ``problem``."""

@@ -207,10 +207,32 @@ class Option(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SiteOption(Record):
+    """How a job would be at one site. ``rank`` zero: it is never put there; ``reason`` is why not, or not now."""
+
+    nested: ClassVar[Mapping[str, type[Record]]] = {"reason": Reason}
+
+    site: str = ""
+    rank: int = 0
+    reason: Reason | None = None
+    starts_at_ns: int = 0
+    copy_ns: int = 0
+    amount_micro: int = 0
+    energy_mj: int = 0
+    carbon_mg: int = 0
+    latency_ns: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Quote(Record):
     """The answer before submitting; amounts are estimates for ``duration_ns`` of running."""
 
-    nested: ClassVar[Mapping[str, type[Record]]] = {"reasons": Reason, "forecast": Forecast, "options": Option}
+    nested: ClassVar[Mapping[str, type[Record]]] = {
+        "reasons": Reason,
+        "forecast": Forecast,
+        "options": Option,
+        "sites": SiteOption,
+    }
 
     feasible: bool = False
     starts_now: bool = False
@@ -230,13 +252,19 @@ class Quote(Record):
     rate_card: str = ""
     currency: str = "USD"
     carbon_source: str = ""
+    sites: tuple[SiteOption, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Why(Record):
     """Why a job is where it is. ``position`` counts from 1 in its queue; zero when it does not wait."""
 
-    nested: ClassVar[Mapping[str, type[Record]]] = {"reasons": Reason, "holdings": Holding, "forecast": Forecast}
+    nested: ClassVar[Mapping[str, type[Record]]] = {
+        "reasons": Reason,
+        "holdings": Holding,
+        "forecast": Forecast,
+        "sites": SiteOption,
+    }
 
     job: str = ""
     state: str = ""
@@ -248,6 +276,8 @@ class Why(Record):
     position: int = 0
     ahead: int = 0
     lines: tuple[str, ...] = ()
+    site: str = ""
+    sites: tuple[SiteOption, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,6 +382,11 @@ class SiteInfo(Record):
     carbon_g_per_kwh: float = 0.0
     carbon_source: str = ""
     lease_ns: int = 0
+    carbon_g_by_hour: tuple[float, ...] = ()
+    prices: Mapping[str, int] = field(default_factory=dict)
+    tariff_micro_per_kwh: int = 0
+    rate_card: str = ""
+    links: tuple[Mapping[str, Any], ...] = ()
     nodes: int = 0
     silent: int = 0
     outposts: tuple[Mapping[str, Any], ...] = ()
