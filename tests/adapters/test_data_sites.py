@@ -15,6 +15,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from tests.adapters.test_joining import Joined
+from tests.cloud import eventually
 from tidemill.errors import Conflict, Infeasible, InvalidRequest, InvalidSpec, NotFound
 from tidemill.model.storage import read_manifest
 from tidemill.sdk.client import Client
@@ -131,15 +132,20 @@ def test_what_s3_says_is_told(joined: Joined, s3: S3) -> None:
 
 
 def test_a_folder_is_mounted_at_home_and_copied_elsewhere(joined: Joined, tmp_path: Path) -> None:
-    folder = write(tmp_path / "texts", FILES)
+    texts = FILES | {"own": b"these are not the images"}
+    folder = write(tmp_path / "texts", texts)
     where = {"envs": {"WHERE": "/data/texts"}}
     with client(joined) as it:
         added = it.add_dataset("texts", folder)
         assert (added.state, added.version, added.site, added.home) == ("ready", 1, "local", str(folder))
         assert it.add_dataset("texts", folder).version == 1
+        size = sum(map(len, texts.values()))
+        assert [it.quote({"run": "x", "data": ["texts"]} | place).copy_bytes for place in (HERE, THERE)] == [0, size]
         for place in (HERE, THERE):
             ended, output = run(joined, {"data": ["texts"]} | where | place)
-            assert (ended["state"], output) == ("succeeded", sums(FILES) + "read-only\n")
+            assert (ended["state"], output) == ("succeeded", sums(texts) + "read-only\n")
+        eventually(lambda: it.dataset("texts").cached_on == ("second",), within_s=30, what="its copy is seen")
+        assert it.quote({"run": "x", "data": ["texts"]} | THERE).copy_ns == 0
         digest = read_manifest(it.manifest("texts")).digest
         assert digest == added.digest
         copies = list(joined.folder.glob(f"*/local/cache/data/*/sets/{digest}/tree"))

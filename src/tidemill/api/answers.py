@@ -123,6 +123,8 @@ def quote_json(quote: Quote, *, visible: Callable[[JobId], bool]) -> QuoteOut:
             for option in quote.options
         ],
         "displaces": [job if visible(job) else "" for job in quote.displaces],
+        "copy_ns": quote.copy_ns,
+        "copy_bytes": quote.copy_bytes,
         "estimated": True,
         "rate_card": quote.rate_card,
         "currency": "USD",

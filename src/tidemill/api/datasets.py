@@ -252,7 +252,7 @@ def _dataset_json(call: Call, dataset: DataSet, project: Project) -> DataSetOut:
         "digest": dataset.digest,
         "size": dataset.size,
         "files": dataset.files,
-        "cached_on": [],
+        "cached_on": list(call.plane.copies_on(project.id, dataset.digest)),
         "checked_at_ns": dataset.checked_ns,
         "created_at_ns": dataset.created_ns,
         "created_by": dataset.created_by,

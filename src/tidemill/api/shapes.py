@@ -233,6 +233,8 @@ class QuoteOut(TypedDict):
     finish_at_ns: int
     options: list[OptionOut]
     displaces: list[str]
+    copy_ns: int
+    copy_bytes: int
     estimated: bool
     rate_card: str
     currency: str

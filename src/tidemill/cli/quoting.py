@@ -10,7 +10,7 @@ from tidemill.cli.jobs import forecast_rows
 from tidemill.cli.output import ESTIMATED, count, emit, facts, paint, resources, say, state, table, until
 from tidemill.errors import ErrorKind
 from tidemill.sdk.results import Option, Quote, Receipt, SiteOption
-from tidemill.units import format_carbon, format_duration, format_energy, format_usd
+from tidemill.units import format_carbon, format_duration, format_energy, format_size, format_usd
 
 
 def show_quote(quote: Quote, spec: Mapping[str, Any], *, is_json: bool) -> int:
@@ -85,6 +85,7 @@ def quote_rows(quote: Quote) -> list[tuple[str, str]]:
     wait = quote.reasons[0].sentence if quote.reasons else "when there is room"
     given = "at most, by max_duration" if quote.duration_known else "assumed; set max_duration for a better answer"
     mark = paint(ESTIMATED, "muted")
+    copied = f"{format_size(quote.copy_bytes)} in {format_duration(quote.copy_ns)}"
     now = paint("now", "green") + (f", on {where}" if where else "")
     return [
         ("feasible", paint("yes", "green")),
@@ -92,6 +93,7 @@ def quote_rows(quote: Quote) -> list[tuple[str, str]]:
         *(("likely", text) for name, text in forecast_rows(quote.forecast) if name == "starts"),
         ("finishes", until(quote.finish_at_ns) if quote.finish_at_ns else ""),
         ("displaces", count(len(quote.displaces), "job") if quote.displaces else ""),
+        ("copies", f"{copied}  {mark}" if quote.copy_ns else ""),
         ("runs", f"{format_duration(quote.duration_ns)}  {paint(given, 'muted')}"),
         ("cost", f"{format_usd(quote.amount_micro)}  {mark}"),
         ("energy", f"{format_energy(quote.energy_mj)}  {mark}"),

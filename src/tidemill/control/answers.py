@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from tidemill.control.siteoptions import site_options
 from tidemill.core.admission import described, why_not_now, why_refused
+from tidemill.core.copying import copying_anywhere, copying_onto
 from tidemill.core.feasible import is_within, model_matches
 from tidemill.core.place import fits
 from tidemill.core.rating import amount_micro, carbon_over, electricity_micro
@@ -276,10 +277,21 @@ def quote_of(plan: Plan, world: World, workload: Workload, *, now: int) -> Quote
     jobs = {held.job_id for held in placed}
     starts_now = len(jobs) == spec.job_count
     reasons = waiting[:1]
+    line = world.line_of_workload(workload)
+    nodes = [world.nodes[node_id] for node_id in dict.fromkeys(held.node_id for held in placed)]
+    copying = copying_onto(world, line, nodes) if placed else copying_anywhere(world, line)
     quote = _priced(
-        world, spec, tuple(placed), duration, feasible=True, starts_now=starts_now, reasons=reasons, now=now
+        world, spec, tuple(placed), duration + copying.time_ns, feasible=True, starts_now=starts_now, reasons=reasons,
+        now=now,
+    )  # fmt: skip
+    return replace(
+        quote,
+        duration_ns=duration,
+        amount_micro=quote.amount_micro + copying.cost_micro,
+        copy_ns=copying.time_ns,
+        copy_bytes=copying.size,
+        displaces=displaces,
     )
-    return replace(quote, displaces=displaces)
 
 
 def price(world: World, spec: WorkloadSpec, *, now: int) -> Quote:

@@ -103,7 +103,7 @@ def quote(turns: TurnLoop, workload: Workload, policy: Policy, *, now: int) -> Q
         found = forecast(copy, jobs, submitted=[workload])
         answer = replace(answer, forecast=found)
         starts = found.likely_ns if found is not None else 0
-    finish = starts + answer.duration_ns if starts else 0
+    finish = starts + answer.copy_ns + answer.duration_ns if starts else 0
     best = next((one for one in sites if one.rank), None)
     if best is not None and answer.feasible and not answer.placement:
         amounts = {name: getattr(best, name) for name in ("amount_micro", "energy_mj", "carbon_mg")}

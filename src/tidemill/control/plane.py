@@ -778,6 +778,12 @@ class ControlPlane:
         administer(identity)
         return self.sites.end_stranger(launch_id, grace_ns=grace_ns)
 
+    def copies_on(self, project_id: ProjectId, digest: str) -> tuple[str, ...]:
+        """The names of the machines that have a copy of a project's data set, by the digest of its manifest."""
+        world, wanted = self.world, f"{project_id}/{digest}"
+        cached = world.cached.copy()
+        return tuple(sorted(world.nodes[one].name for one, sets in cached.items() if wanted in sets))
+
     # -- artifacts and the gateway --------------------------------------------------------------------------------
 
     def output_folder(self, job: Job) -> Path:

@@ -6,7 +6,7 @@ which need different data are not taken for interchangeable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tidemill.core.transfers import EGRESS, Need, have_all, need_of, needs_of, transfer, way
+from tidemill.core.transfers import EGRESS, Need, Transfer, have_all, need_of, needs_of, transfer, way
 from tidemill.model.fleet import Node
 from tidemill.model.ids import SiteId
 from tidemill.model.spec import WorkloadSpec
@@ -71,8 +71,36 @@ def has_data(world: World, line: Line) -> NDArray[np.bool_] | None:
     return have_all([need_of(one) for one in line.data], world.fleet.nodes, world.cached, line.project_id)
 
 
+def copying_onto(world: World, line: Line, nodes: Sequence[Node]) -> Transfer:
+    """What a job of the line copies when its workers are put on these nodes, each once; sites copy side by side."""
+    has = has_data(world, line)
+    if has is None:
+        return Transfer()
+    row = world.fleet.row
+    lacking = [node for node in nodes if node.id in row and not has[row[node.id]]]
+    parts = [
+        _transfer(world, line, site_id, sum(node.site_id == site_id for node in lacking), lambda _: False)
+        for site_id in sorted({node.site_id for node in lacking})
+    ]
+    return Transfer(
+        size=sum(part.size for part in parts),
+        time_ns=max((part.time_ns for part in parts), default=0),
+        cost_micro=sum(part.cost_micro for part in parts),
+    )
+
+
+def copying_anywhere(world: World, line: Line) -> Transfer:
+    """What a job of the line copies at the site where that takes least time; its size is of all that it needs."""
+    copies = copies_of(world, line)
+    sites = [copies.get(site_id, Copying()) for site_id in world.fleet.site_ids]
+    best = min(
+        (one for one in sites if not one.refused), key=lambda one: (one.copy_ns, one.cost_micro), default=Copying()
+    )
+    size = sum(need_of(one).size for one in line.data) * line.gang.workers if best.copy_ns else 0
+    return Transfer(size=size, time_ns=best.copy_ns, cost_micro=best.cost_micro)
+
+
 def _worked_out(world: World, line: Line) -> Copies:
-    needs = [need_of(one) for one in line.data]
     found: dict[SiteId, Copying] = {}
     for site_id in world.fleet.site_ids:
         here = [node for node in world.fleet.nodes if node.site_id == site_id]
@@ -80,18 +108,22 @@ def _worked_out(world: World, line: Line) -> Copies:
         def is_cached(need: Need, here: Sequence[Node] = here) -> bool:
             return bool(have_all([need], here, world.cached, line.project_id).any())
 
-        needed = transfer(
-            needs,
-            site_id,
-            machines=line.gang.workers,
-            is_cached=is_cached,
-            link=partial(way, world.sites, site=site_id),
-            egress_micro=lambda home: (
-                world.prices_at(home).get(EGRESS, 0)
-                if home in world.sites
-                else world.rates.by_resource().get(EGRESS, 0)
-            ),
-        )
+        needed = _transfer(world, line, site_id, line.gang.workers, is_cached)
         if needed.time_ns or needed.cost_micro:
             found[site_id] = Copying(copy_ns=needed.time_ns, cost_micro=needed.cost_micro)
     return found
+
+
+def _transfer(world: World, line: Line, site_id: SiteId, machines: int, is_cached: Callable[[Need], bool]) -> Transfer:
+    def egress_micro(home: SiteId) -> int:
+        prices = world.prices_at(home) if home in world.sites else world.rates.by_resource()
+        return prices.get(EGRESS, 0)
+
+    return transfer(
+        [need_of(one) for one in line.data],
+        site_id,
+        machines=machines,
+        is_cached=is_cached,
+        link=partial(way, world.sites, site=site_id),
+        egress_micro=egress_micro,
+    )

@@ -274,6 +274,10 @@ class Quote:
     options: tuple[Option, ...] = ()
     displaces: tuple[JobId, ...] = ()
     """Jobs that would be displaced for it."""
+    copy_ns: int = 0
+    """How long its data takes to be copied to where it would be; with what it costs to hold machines meanwhile, and
+    what is paid for data that leaves its home, this is in the amount, and in ``finish_ns``."""
+    copy_bytes: int = 0
     sites: tuple[SiteOption, ...] = ()
     """How it would be at each site, best first; empty where there is one site only."""
     rate_card: str = ""

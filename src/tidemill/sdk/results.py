@@ -248,6 +248,8 @@ class Quote(Record):
     finish_at_ns: int = 0
     options: tuple[Option, ...] = ()
     displaces: tuple[str, ...] = ()
+    copy_ns: int = 0
+    copy_bytes: int = 0
     estimated: bool = True
     rate_card: str = ""
     currency: str = "USD"
