@@ -102,7 +102,7 @@ volume_app = group_of(
 
 def dataset_add(
     name: _Name,
-    home: Annotated[str, typer.Argument(metavar="PATH|S3URL", help="A folder of this machine, or s3://bucket/prefix.")],
+    home: Annotated[str, typer.Argument(metavar="HOME", help="A folder of this machine, or s3://bucket/prefix.")],
     site: _Site = "",
     machine: _Node = "",
     endpoint: Annotated[str, typer.Option("--endpoint", metavar="URL", help="Which S3; Amazon's unless given.")] = "",
