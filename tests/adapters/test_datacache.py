@@ -10,10 +10,12 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,8 +25,9 @@ from hypothesis import strategies as st
 
 from tidemill.model.storage import DataFile, Manifest, manifest_of
 from tidemill.runner import datacache
-from tidemill.runner.client import Closing, Unreachable
+from tidemill.runner.client import Channel, Closing, Unreachable
 from tidemill.runner.datacache import DataCache
+from tidemill.runner.datasource import ControlPlaneSource
 from tidemill.runner.prepare import SetupFailed
 
 NEVER = threading.Event()
@@ -380,3 +383,55 @@ def test_errors_that_are_no_lack_of_room_stay_what_they_are(tmp_path: Path) -> N
 
     with pytest.raises(PermissionError):
         hold(DataCache(tmp_path), FILES, Broken(FILES))
+
+
+# ------------------------------------------------------------------ where files come from
+
+
+def test_what_an_address_does_not_give_twice_comes_through_the_control_plane(tmp_path: Path) -> None:
+    """The control plane points to where nobody listens; asked to pass the file on itself, it does, from the offset."""
+    content, asked = b"0123456789", []
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        nowhere = f"http://127.0.0.1:{unused.getsockname()[1]}/bucket/f?signed"
+
+    class ControlPlane(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            asked.append((self.path.rpartition("/")[2][64:], self.headers.get("Range"), self.headers["Authorization"]))
+            if not self.path.endswith("?relay=true"):
+                self.send_response(307)
+                self.send_header("Location", nowhere)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start:])
+
+        def log_message(self, *_: object) -> None:
+            """Nothing on the terminal."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), ControlPlane) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        channel = Channel(
+            api_url=f"http://127.0.0.1:{server.server_address[1]}",
+            endpoint_file=None,
+            token="t",
+            prefix="/v1/runners/l",
+        )
+        part = tmp_path / "prj" / "parts" / digest(content)
+        part.parent.mkdir(parents=True)
+        part.write_bytes(content[:4])
+        files = {"f": content}
+        wanted = manifest(files).digest
+        held = hold(DataCache(tmp_path), files, lambda: ControlPlaneSource(channel.copy(), wanted, "images:1"))
+        server.shutdown()
+    assert read_back(held.tree) == files
+    assert asked == [
+        ("", "bytes=4-", "Bearer t"),
+        ("", "bytes=4-", "Bearer t"),
+        ("?relay=true", "bytes=4-", "Bearer t"),
+    ]
