@@ -14,7 +14,7 @@ from hypothesis.errors import HypothesisException
 from tests.core.yard import CALM, Yard, gpu_node, spec
 from tidemill.control.siteoptions import site_options
 from tidemill.core import choosing, transfers
-from tidemill.core.transfers import GB, OBJECT_STORE, Need, copy_ns, need_of, transfer
+from tidemill.core.transfers import GB, OBJECT_STORE, Need, need_of, transfer
 from tidemill.model.events import CopiesSeen
 from tidemill.model.fleet import Link, Site, SiteKind
 from tidemill.model.ids import DataSetId, NodeId, SiteId
