@@ -222,11 +222,13 @@ def _build(settings: Any, candidate: Any) -> tuple[Any, _Reports]:
         name=settings.site,
         kind=SiteKind(settings.site_kind),
         engine="local" if settings.engine == "none" else settings.engine,
-        country=settings.country,
+        country=catalog.country_codes(settings.country)[0] if settings.country else "",
         pue_milli=round(settings.pue * 1000),
         carbon_mg_per_kwh=carbon.mg_per_kwh if given is None else round(given * 1000),
         carbon_source=carbon.source if given is None else "config.yaml",
         lease_ns=settings.lease_ns,
+        tariff_micro_per_kwh=round(settings.tariff * 1_000_000),
+        carbon_hours=tuple(round(each * 1000) for each in settings.carbon_by_hour),
     )
     directory = Directory(pepper, principals=store.principals(), known=store.tokens())
     _first_admin(settings.common, store, directory)
@@ -272,7 +274,7 @@ def _engine(settings: Any, site_id: Any, clock: Callable[[], int]) -> tuple[Any,
         return engine, lambda: None, _Reports(engine.facts, clock, every_s=0.005)
     from tidemill import telemetry
     from tidemill.engines.local import LocalEngine, LocalSettings
-    from tidemill.units import parse_duration
+    from tidemill.units import parse_duration, parse_size
 
     def node() -> Any:
         return telemetry.discover_node(
@@ -289,7 +291,7 @@ def _engine(settings: Any, site_id: Any, clock: Callable[[], int]) -> tuple[Any,
         settings.home / "local",
         endpoint_file=settings.home / "endpoint.json",
         node=node,
-        settings=LocalSettings(volumes=settings.volume_root),
+        settings=LocalSettings(volumes=settings.volume_root, data_cache_bytes=parse_size(settings.data_cache)),
         make_slice=telemetry.SliceMaker().make,
     )
     node_id = node().id
@@ -352,6 +354,7 @@ def _start_head(settings: Any, plane: Any) -> None:
         block=settings.block,
         mig_dynamic=settings.mig_dynamic,
         volumes=str(settings.volume_root),
+        data_cache=settings.data_cache,
     )
     if not wanted.token:
         organization = plane.store.organizations()[0].id

@@ -18,13 +18,24 @@ from tidemill.model.cloud import (
 )
 from tidemill.model.events import LogEntry
 from tidemill.model.fleet import Node, Outpost, Site
-from tidemill.model.ids import ArtifactId, JobId, LaunchId, NodeId, PrincipalId, ProjectId, TokenId, WorkloadId
+from tidemill.model.ids import (
+    ArtifactId,
+    DataSetId,
+    JobId,
+    LaunchId,
+    NodeId,
+    PrincipalId,
+    ProjectId,
+    TokenId,
+    WorkloadId,
+)
 from tidemill.model.job import Allocation, Attempt, Job, JobState, Workload
 from tidemill.model.ledger import LedgerLine, LedgerTotals
 from tidemill.model.plan import Change, LaunchSpec, Reason, Sight, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.reservation import Reservation
 from tidemill.model.spec import Kind
+from tidemill.model.storage import DataSet, Volume
 from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
 
 
@@ -219,6 +230,18 @@ class Store(Protocol):
     def put_artifact(self, artifact: Artifact) -> Artifact:
         """The artifact with the next free version of its name; its own ``version`` is ignored."""
 
+    def put_volume(self, volume: Volume) -> None:
+        """Store it, or replace the one of that project and name."""
+
+    def delete_volume(self, project_id: ProjectId, name: str) -> bool:
+        """Whether there was one."""
+
+    def add_dataset(self, dataset: DataSet) -> DataSet:
+        """The data set with the next version of its name that was never given; its own ``version`` is ignored."""
+
+    def put_dataset(self, dataset: DataSet) -> None:
+        """Replace the one of that id, whose name and version stay."""
+
     def organizations(self) -> tuple[Organization, ...]: ...
 
     def projects(self) -> tuple[Project, ...]: ...
@@ -246,6 +269,22 @@ class Store(Protocol):
 
     def artifacts(self, project_id: ProjectId) -> tuple[Artifact, ...]:
         """A project's artifacts, by name, newest version first."""
+
+    def volume(self, project_id: ProjectId, name: str) -> Volume | None: ...
+
+    def volumes(self, project_id: ProjectId) -> tuple[Volume, ...]:
+        """A project's volumes, by name."""
+
+    def dataset(self, dataset_id: DataSetId) -> DataSet | None: ...
+
+    def find_dataset(self, project_id: ProjectId, name: str, version: int = 0) -> DataSet | None:
+        """That version of the named data set, or the newest when ``version`` is zero; none that was deleted."""
+
+    def datasets(self, project_id: ProjectId) -> tuple[DataSet, ...]:
+        """A project's data sets that were not deleted, by name, newest version first."""
+
+    def unscanned_datasets(self) -> tuple[DataSet, ...]:
+        """Those of all projects whose files are still to be read, by id."""
 
     def integrity(self) -> tuple[str, ...]:
         """What is wrong with the database, in sentences; empty when it is sound."""

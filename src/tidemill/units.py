@@ -30,6 +30,7 @@ _DURATION_UNITS: Final = {
     "w": 7 * DAY_NS,
 }
 _DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ns|us|ms|s|m|h|d|w)")
+_BANDWIDTH: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGTm]?)(?:bps|bit/s|b/s)")
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(i?)B?", re.IGNORECASE)
 _SIZE_POWERS: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 
@@ -76,6 +77,34 @@ def parse_size(text: str | int) -> int:
     if match is None:
         raise ValueError(f"{text!r} is not a size; write for example 512MB, 16GB or 1.5TB")
     return _scaled(match[1], 1024 ** _SIZE_POWERS[match[2].upper()])
+
+
+def parse_bandwidth(text: str) -> int:
+    """The bits a second in a bandwidth such as ``1Gbps``, ``200Mbit/s`` or ``1.5Gb/s``.
+
+    Raises: ValueError with a sentence that says what is accepted.
+
+    >>> parse_bandwidth("1.5Gbps")
+    1500000000
+    """
+    match = _BANDWIDTH.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"{text!r} is not a bandwidth; write for example 100Mbps or 10Gbps")
+    return _scaled(match[1], 1000 ** "_kmgt".index(match[2].lower() or "_"))
+
+
+def format_bandwidth(bits_per_s: int) -> str:
+    """A bandwidth for people.
+
+    >>> format_bandwidth(1_500_000_000)
+    '1.5 Gbps'
+    """
+    value = float(bits_per_s)
+    for unit in ("bps", "kbps", "Mbps", "Gbps"):
+        if value < 1000:
+            return f"{value:g} {unit}"
+        value /= 1000
+    return f"{value:g} Tbps"
 
 
 def _scaled(number: str, factor: int) -> int:

@@ -64,15 +64,15 @@ def test_the_policies_are_these() -> None:
         by_scope.setdefault("|".join(scopes), set()).add(f"{method} {path}")
     assert {scopes: len(routes) for scopes, routes in by_scope.items()} == {
         "": 3,
-        "submit": 8,
+        "submit": 11,
         "submit|read": 1,
         "read|job": 2,
         "submit|job": 1,
         "job": 1,
-        "read": 21,
+        "read": 26,
         "exec": 3,
-        "runner": 8,
-        "admin": 17,
+        "runner": 9,
+        "admin": 21,
         "gateway": 1,
         "join": 2,
         "outpost": 3,
@@ -80,8 +80,10 @@ def test_the_policies_are_these() -> None:
     assert by_scope["admin"] == {
         "POST /v1/projects", "GET /v1/tokens", "POST /v1/tokens", "DELETE /v1/tokens/{token_id}",
         "PUT /v1/queues", "PUT /v1/queues/{name}", "POST /v1/reservations", "DELETE /v1/reservations/{name}",
-        "POST /v1/nodes/{node}/mark", "GET /v1/turns", "PUT /v1/sites/{name}", "POST /v1/sites/{name}/tokens",
+        "POST /v1/nodes/{node}/mark", "GET /v1/turns", "PUT /v1/sites/{name}",
+        "PUT /v1/sites/{name}/links/{other}", "DELETE /v1/sites/{name}/links/{other}", "POST /v1/sites/{name}/tokens",
         "POST /v1/nodes/{name}/lost", "DELETE /v1/outposts/{outpost_id}",
+        "POST /v1/volumes", "DELETE /v1/volumes/{name}",
         "GET /v1/strangers", "GET /v1/rentals", "POST /v1/strangers/{launch_id}/stop",
     }  # fmt: skip
 

@@ -92,6 +92,7 @@ FIELDS = [
 
 @pytest.mark.parametrize(("tool", "path", "rule"), FIELDS)
 def test_each_documented_field_is_treated_as_the_table_says(tool, path, rule):
+    path = path.replace("volumes.*", "volumes./KEY")
     document = merged(nested(path, rule.example), base(tool, path))
     if tool is Tool.SKYPILOT and path == "service.replica_policy.max_replicas":
         document["service"]["replica_policy"]["min_replicas"] = 1

@@ -560,3 +560,19 @@ def test_a_mistake_that_the_control_plane_finds_is_shown_in_the_file_as_it_is():
     found = reading("name: a\nrun: x\n\nnum_nodes: 2\n")
     assert found.file.line_of("nodes") == 4
     assert found.file.line_of("resources.gpus") == 0
+
+
+def test_volumes_of_other_tools_are_mounted_and_what_has_no_name_is_refused_with_the_mend() -> None:
+    sky = compat.parse(b"run: ls\nvolumes:\n  /mnt/data: team\n", source="a.yaml", tool=Tool.SKYPILOT, folder=Path())
+    assert sky.accepted().spec["volumes"] == [{"name": "team", "at": "/mnt/data"}]
+    stack = b"type: task\nname: t\ncommands: [ls]\nvolumes: ['team:/mnt/data', {name: other, path: /other}]\n"
+    found = compat.parse(stack, source="a.dstack.yml", tool=Tool.DSTACK, folder=Path())
+    assert found.accepted().spec["volumes"] == [{"name": "team", "at": "/mnt/data"}, {"name": "other", "at": "/other"}]
+    for tool, document, mend in (
+        (Tool.DSTACK, b"type: task\nname: t\ncommands: [ls]\nvolumes: ['/home/x:/x']\n", "volume create NAME /home/x"),
+        (Tool.SKYPILOT, b"run: ls\nvolumes:\n  /etc: team\n", "/mnt/x"),
+        (Tool.SKYPILOT, b"run: ls\nfile_mounts:\n  /data: s3://bucket\n", "tidemill dataset add"),
+    ):
+        told = compat.parse(document, source="a.yaml", tool=tool, folder=Path()).translation
+        assert told is not None
+        assert any(mend in one.instead for one in told.refused), told

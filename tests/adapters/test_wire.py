@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tidemill import catalog
 from tidemill.errors import InvalidSpec, TidemillError
-from tidemill.model.fleet import Level
+from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.ids import WorkloadId
 from tidemill.model.resources import GpuRequest, Resources, parse_gpus
 from tidemill.model.spec import (
@@ -26,9 +26,12 @@ from tidemill.model.spec import (
     RetryOn,
     RetryPolicy,
     Service,
+    Territory,
     Tier,
+    Weight,
     WorkloadSpec,
 )
+from tidemill.model.storage import DataMode, DataMount, VolumeMount
 from tidemill.units import DAY_NS, HOUR_NS, SECOND_NS
 from tidemill.wire import (
     MAX_BYTES,
@@ -75,6 +78,8 @@ def test_everything_at_once() -> None:
         envs={"A": "text", "B": 1, "C": 0.5, "D": True},
         secrets=["HF_TOKEN"],
         inputs={"model": "gpt:2"},
+        data=["images", {"dataset": "texts:3", "at": "/mnt/texts", "mode": "copy"}],
+        volumes=["scratch", {"name": "team", "at": "/team", "read_only": True}],
         setup="pip list",
         run="serve",
         ports=["http", 8000, "metrics:9100", {"name": "grpc", "port": 50051}],
@@ -97,6 +102,14 @@ def test_everything_at_once() -> None:
         envs=(("A", "text"), ("B", "1"), ("C", "0.5"), ("D", "true")),
         secrets=("HF_TOKEN",),
         inputs=(("model", "gpt:2"),),
+        data=(
+            DataMount(dataset="images", at="/data/images"),
+            DataMount(dataset="texts:3", at="/mnt/texts", mode=DataMode.COPY),
+        ),
+        volumes=(
+            VolumeMount(volume="scratch", at="/volumes/scratch"),
+            VolumeMount(volume="team", at="/team", read_only=True),
+        ),
         setup="pip list",
         run="serve",
         ports=(
@@ -215,6 +228,18 @@ def test_short_forms_mean_their_long_forms(short: dict[str, Any], long: dict[str
         ({"secrets": ["a-b"]}, "secrets", "letters, digits"),
         ({"inputs": {"../x": "a"}}, "inputs", "letters, digits"),
         ({"inputs": {"x": "a:b"}}, "inputs", "name:version"),
+        ({"data": [{"dataset": "a:b"}]}, "data.0.dataset", "name:version"),
+        ({"data": [{"at": "/x"}]}, "data.0.dataset", "Write"),
+        ({"data": [{"dataset": "a", "mode": "stream"}]}, "data.0.mode", "auto, copy and mount"),
+        ({"data": [{"dataset": "a", "at": "x"}]}, "data.0.at", "/data"),
+        ({"data": [{"dataset": "a", "at": "/etc/x"}]}, "data.0.at", "/mnt/x"),
+        ({"data": [{"dataset": "a", "at": "/x/../etc"}]}, "data.0.at", "/data"),
+        ({"data": [{"dataset": "a", "at": "/x:ro"}]}, "data.0.at", "colons"),
+        ({"data": ["a", {"dataset": "b", "at": "/data/a/b"}]}, "data", "not within another's"),
+        ({"data": ["a:1", {"dataset": "a:2", "at": "/old"}]}, "data", "Leave one of them out"),
+        ({"volumes": [{"name": "a", "at": "/x"}, {"name": "b", "at": "/x"}]}, "volumes", "not within another's"),
+        ({"volumes": [{"name": "a", "read_only": "yes"}]}, "volumes.0.read_only", "true"),
+        ({"volumes": "a"}, "volumes", "list"),
         ({"ports": [80]}, "ports", "1024 to 65535"),
         ({"ports": ["8000"]}, "ports", "without quotes"),
         ({"ports": ["a:99999"]}, "ports", "1024 to 65535"),
@@ -271,6 +296,13 @@ def test_short_forms_mean_their_long_forms(short: dict[str, Any], long: dict[str
         ({"placement": {"labels": {"zone": ""}}}, "placement.labels", "a|b"),
         ({"placement": {"tolerations": ["a b"]}}, "placement.tolerations", "key=value"),
         ({"placement": {"tolerations": ["a="]}}, "placement.tolerations", "key=value"),
+        ({"placement": {"countries": ["GER"]}}, "placement.countries", "ISO 3166"),
+        ({"placement": {"kinds": ["space"]}}, "placement.kinds", "onprem, cloud and edge"),
+        ({"placement": {"sites": ["a b"]}}, "placement.sites", "tidemill site list"),
+        ({"placement": {"weigh": "cost"}}, "placement.weigh", "price, carbon, start or latency"),
+        ({"placement": {"weigh": {"price": 0}}}, "placement.weigh", "above 0"),
+        ({"placement": {"weigh": "latency"}}, "placement.weigh", "near"),
+        ({"placement": {"within": "site", "across_sites": True}}, "placement.across_sites", "Leave one"),
         ({"placement": "rack"}, "placement", "labels, tolerations"),
         ({"group": {"name": "g"}}, "group.size", "group.size"),
         ({"group": {"name": "g", "size": 1}}, "group.size", "2 to 4096"),
@@ -399,6 +431,16 @@ def placements(draw: st.DrawFn) -> Placement:
         prefer=draw(st.none() | st.sampled_from(levels)),
         spread=draw(st.none() | st.sampled_from(narrower)) if narrower else None,
         apart=tuple(draw(words).items()),
+        across_sites=within is None and draw(st.booleans()),
+        where=Territory(
+            sites=tuple(draw(st.lists(NAME, max_size=2, unique=True))),
+            countries=tuple(draw(st.lists(st.sampled_from(["DEU", "FRA", "ISL"]), max_size=2, unique=True))),
+            kinds=tuple(draw(st.lists(st.sampled_from([*SiteKind]), max_size=2, unique=True))),
+        ),
+        weigh=tuple(
+            sorted(draw(st.dictionaries(st.sampled_from([*Weight]), st.integers(1, 5_000), max_size=3)).items())
+        ),
+        near=draw(NAME),
     )
 
 
@@ -467,6 +509,14 @@ def specs(draw: st.DrawFn) -> WorkloadSpec:
         envs=tuple(draw(pairs).items()),
         secrets=tuple(draw(st.lists(st.sampled_from(["A", "B_1"]), max_size=2))),
         inputs=tuple(draw(st.dictionaries(NAME, st.sampled_from(["a", "b:3"]), max_size=2)).items()),
+        data=tuple(
+            DataMount(dataset=f"set-{number}{version}", at=f"/d/{number}", mode=draw(st.sampled_from(DataMode)))
+            for number, version in enumerate(draw(st.lists(st.sampled_from(["", ":3"]), max_size=2)))
+        ),
+        volumes=tuple(
+            VolumeMount(volume=f"v{number}", at=f"/v/{number}", read_only=flag)
+            for number, flag in enumerate(draw(st.lists(st.booleans(), max_size=2)))
+        ),
         ports=tuple(ports),
         service=Service(
             port=draw(st.sampled_from(ports)).name,

@@ -251,5 +251,5 @@ def test_the_books_price_pue_and_carbon() -> None:
     from tidemill.model.ledger import Rate
 
     card = RateCard(id="r", rates=(Rate(resource="cpu", micro_per_hour=44_625, source=""),))
-    [line] = rating.rate_all([usage], card, lambda _node: site)
+    [line] = rating.rate_all([usage], lambda _site: (card.id, card.by_resource()), lambda _node: site)
     assert (line.amount_micro, line.energy_mj, line.carbon_mg) == (89_250, 5_400_000_000, 600_000)

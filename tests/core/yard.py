@@ -103,6 +103,7 @@ class Yard:
     nodes: tuple[Node, ...] = ()
     policy: Policy = CALM
     queues: tuple[Queue, ...] = ()
+    sites: tuple[Site, ...] = (SITE,)
     now: int = START
     durations: dict[str, int] = field(default_factory=dict)
     """Of each workload, in ns, from its start with nothing kept."""
@@ -118,7 +119,7 @@ class Yard:
     count: int = 0
 
     def __post_init__(self) -> None:
-        self.world = World(sites=[SITE], projects=PROJECTS, rates=RATES, policy=self.policy)
+        self.world = World(sites=self.sites, projects=PROJECTS, rates=RATES, policy=self.policy)
         self._events: list[tuple[int, int, Any]] = []
         self._number = 0
         self.turn(

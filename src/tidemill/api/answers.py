@@ -20,6 +20,7 @@ from tidemill.api.shapes import (
     ReasonOut,
     ReservationOut,
     ShareOut,
+    SiteOptionOut,
     UsageOut,
     WorkerOut,
     WorkloadOut,
@@ -32,7 +33,7 @@ from tidemill.model.fleet import Node
 from tidemill.model.ids import JobId, LaunchId, NodeId
 from tidemill.model.job import Allocation, AllocationState, Attempt, Job, JobState, Workload
 from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals
-from tidemill.model.plan import Forecast, Holding, Quote, Reason
+from tidemill.model.plan import Forecast, Holding, Quote, Reason, SiteOption
 from tidemill.model.queue import Queue
 from tidemill.model.reservation import Reservation
 from tidemill.model.spec import Kind
@@ -80,7 +81,22 @@ def holding_json(holding: Holding, *, is_visible: bool) -> HoldingOut:
     }
 
 
-def quote_json(quote: Quote, *, rate_card: str, carbon_source: str, visible: Callable[[JobId], bool]) -> QuoteOut:
+def site_option_json(option: SiteOption) -> SiteOptionOut:
+    """The fields of how a job would be at one site."""
+    return {
+        "site": option.site,
+        "rank": option.rank,
+        "reason": reason_json(option.reason) if option.reason is not None else None,
+        "starts_at_ns": option.starts_ns,
+        "copy_ns": option.copy_ns,
+        "amount_micro": option.amount_micro,
+        "energy_mj": option.energy_mj,
+        "carbon_mg": option.carbon_mg,
+        "latency_ns": option.latency_ns,
+    }
+
+
+def quote_json(quote: Quote, *, visible: Callable[[JobId], bool]) -> QuoteOut:
     """A quote's fields."""
     return {
         "feasible": quote.feasible,
@@ -107,10 +123,13 @@ def quote_json(quote: Quote, *, rate_card: str, carbon_source: str, visible: Cal
             for option in quote.options
         ],
         "displaces": [job if visible(job) else "" for job in quote.displaces],
+        "copy_ns": quote.copy_ns,
+        "copy_bytes": quote.copy_bytes,
         "estimated": True,
-        "rate_card": rate_card,
+        "rate_card": quote.rate_card,
         "currency": "USD",
-        "carbon_source": carbon_source,
+        "carbon_source": quote.carbon_source,
+        "sites": [site_option_json(option) for option in quote.sites],
     }
 
 

@@ -22,6 +22,7 @@ from tidemill import __version__
 from tidemill.api import (
     accounts,
     artifacts,
+    datasets,
     execs,
     fleet,
     gatewayfeed,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from tidemill.control.plane import ControlPlane
     from tidemill.control.settings import Settings
 
-_NOUNS = (workloads, runners, jobs, execs, artifacts, fleet, scheduling, accounts, sites, gatewayfeed, turns)
+_NOUNS = (workloads, runners, jobs, execs, artifacts, datasets, fleet, scheduling, accounts, sites, gatewayfeed, turns)
 """The busiest first: routes are tried in order."""
 
 

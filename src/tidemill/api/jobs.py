@@ -17,6 +17,7 @@ from tidemill.api.answers import (
     holding_json,
     job_json,
     reason_json,
+    site_option_json,
     whole_job_json,
 )
 from tidemill.api.bodies import json_answer, json_object
@@ -126,6 +127,8 @@ async def why(call: Caller, reference: str, project: ProjectName = "") -> Respon
             "position": found.position,
             "ahead": max(0, found.position - 1),
             "lines": [line for line in lines if line],
+            "site": found.site,
+            "sites": [site_option_json(option) for option in found.sites],
         }
 
     return json_answer(await blocking(answer))

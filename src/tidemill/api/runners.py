@@ -93,14 +93,14 @@ async def launch_secrets(call: Caller, launch_id: str) -> Response:
 
 @routes.get("/v1/runners/{launch_id}/blobs/{digest}", allow=Scope.RUNNER, media=("application/octet-stream",))
 async def launch_blob(call: Caller, launch_id: str, digest: str) -> Response:
-    """Get a blob that the worker's spec names: its workdir or one of its inputs."""
+    """Get a blob that the worker's spec names: its workdir, one of its inputs, or a manifest."""
     launch = own_launch(call, launch_id)
 
     def find() -> str:
         _, _, job, workload = call.plane.launch(launch)
         spec, store = workload.spec, call.plane.store
         wanted = digest.removeprefix("sha256:")
-        named = wanted == spec.workdir or any(
+        named = wanted in (spec.workdir, *(one.digest for one in spec.data)) or any(
             find_input(store, job.project_id, reference).digest == wanted for _, reference in spec.inputs
         )
         if not named:

@@ -194,10 +194,29 @@ class OptionOut(TypedDict):
     carbon_mg: int
 
 
+class SiteOptionOut(TypedDict):
+    """How a job would be at one site.
+
+    ``rank`` counts from 1 in the order in which sites are tried; zero: it is never put there. ``reason`` is why it is
+    not put there now; null: nothing stands in its way. ``latency_ns`` is from the site that the spec is near to.
+    """
+
+    site: str
+    rank: int
+    reason: ReasonOut | None
+    starts_at_ns: int
+    copy_ns: int
+    amount_micro: int
+    energy_mj: int
+    carbon_mg: int
+    latency_ns: int | None
+
+
 class QuoteOut(TypedDict):
     """The answer before submitting; amounts are estimates for ``duration_ns`` of running.
 
-    ``forecast`` is null when it would start now or never; ``displaces`` are jobs that would have to give way.
+    ``forecast`` is null when it would start now or never; ``displaces`` are jobs that would have to give way. ``sites``
+    is empty where there is one site only.
     """
 
     feasible: bool
@@ -214,14 +233,20 @@ class QuoteOut(TypedDict):
     finish_at_ns: int
     options: list[OptionOut]
     displaces: list[str]
+    copy_ns: int
+    copy_bytes: int
     estimated: bool
     rate_card: str
     currency: str
     carbon_source: str
+    sites: list[SiteOptionOut]
 
 
 class WhyOut(TypedDict):
-    """Why a job is where it is. ``position`` counts from 1 while it waits; ``lines`` are for people."""
+    """Why a job is where it is. ``position`` counts from 1 while it waits; ``lines`` are for people.
+
+    ``site`` is where it runs, ``sites`` how it would be at each while it waits; empty where there is one only.
+    """
 
     job: str
     state: str
@@ -233,6 +258,8 @@ class WhyOut(TypedDict):
     position: int
     ahead: int
     lines: list[str]
+    site: str
+    sites: list[SiteOptionOut]
 
 
 class ReceiptOut(TypedDict):
@@ -351,8 +378,19 @@ class OutpostStateOut(TypedDict):
     is_there: bool
 
 
+class LinkOut(TypedDict):
+    """The way to another site. ``bits_per_s`` zero: not known."""
+
+    site: str
+    latency_ns: int
+    bits_per_s: int
+
+
 class SiteOut(TypedDict):
-    """A place with its machines. ``silent`` counts those that cannot be reached; ``lease_ns`` zero: none is given."""
+    """A place with its machines. ``silent`` counts those that cannot be reached; ``lease_ns`` zero: none is given.
+
+    ``prices`` are micro-USD an hour where the site has its own.
+    """
 
     id: str
     name: str
@@ -363,6 +401,11 @@ class SiteOut(TypedDict):
     carbon_g_per_kwh: float
     carbon_source: str
     lease_ns: int
+    carbon_g_by_hour: list[float]
+    prices: dict[str, int]
+    tariff_micro_per_kwh: int
+    rate_card: str
+    links: list[LinkOut]
     nodes: int
     silent: int
     outposts: list[OutpostStateOut]
@@ -589,6 +632,47 @@ class ArtifactOut(TypedDict):
     metadata: dict[str, str]
 
 
+class VolumeOut(TypedDict):
+    """A folder of a site that jobs may have mounted. ``node`` is the one machine that has it; empty: all there have."""
+
+    id: str
+    name: str
+    project: str
+    site: str
+    node: str
+    path: str
+    read_only: bool
+    created_at_ns: int
+    created_by: str
+
+
+class DataSetOut(TypedDict):
+    """One version of a data set. ``state`` is ``scanning``, ``ready`` or ``failed``; ``digest`` is its manifest's.
+
+    ``detail`` says what came of the last look at its home; ``cached_on`` lists machines that have a copy.
+    """
+
+    id: str
+    name: str
+    version: int
+    project: str
+    home: str
+    site: str
+    node: str
+    endpoint: str
+    region: str
+    secret: str
+    state: str
+    detail: str
+    digest: str
+    size: int
+    files: int
+    cached_on: list[str]
+    checked_at_ns: int
+    created_at_ns: int
+    created_by: str
+
+
 class BlobOut(TypedDict):
     """A stored blob."""
 
@@ -693,6 +777,33 @@ class ArtifactIn(Body):
     project: Plain = ""
 
 
+class VolumeIn(Body):
+    """A volume to make."""
+
+    name: Name
+    path: Plain = Field(description="The folder's whole path on the site's machines.")
+    site: Plain = Field("", description="Name of the site that has it; this installation's own when left out.")
+    node: Plain = Field("", description="The one machine that has it; all of the site when left out.")
+    read_only: bool = False
+    project: Plain = ""
+
+
+class DataSetIn(Body):
+    """A version of a data set to add."""
+
+    name: Name
+    home: Plain = Field(description="A folder's whole path, or s3://bucket/prefix.")
+    site: Plain = Field("", description="Name of the site that has the folder; this installation's own when left out.")
+    node: Plain = Field("", description="The one machine that has the folder; all of the site when left out.")
+    manifest: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")] = Field(
+        "", description="SHA-256 of the folder's manifest, which is uploaded as a blob before."
+    )
+    endpoint: Plain = Field("", description="Which S3, such as https://minio.example.org; Amazon's when left out.")
+    region: Plain = ""
+    secret: Plain = Field("", description="The project's secret with KEY_ID:SECRET_KEY; none for a public bucket.")
+    project: Plain = ""
+
+
 class SecretIn(Body):
     """A secret's value."""
 
@@ -716,16 +827,47 @@ class TokenIn(Body):
     expires_in: str | int = Field("90d", description="A duration such as 90d, or never.")
 
 
-class SiteIn(Body):
-    """A site to add, or to describe anew."""
+_Resource = Annotated[str, StringConstraints(max_length=100, pattern=PLAIN_TEXT)]
 
-    kind: Literal["onprem", "cloud", "edge"] = "onprem"
-    engine: Literal["local", "ray", "slurm", "kubernetes"] = "local"
-    country: Annotated[str, StringConstraints(pattern=r"^([A-Z]{3})?$")] = ""
-    pue: float = Field(1.0, ge=1, lt=100)
+
+class SiteIn(Body):
+    """A site to add, or what of one is to be described anew; what is left out stays as it is."""
+
+    kind: Literal["onprem", "cloud", "edge"] | None = None
+    engine: Literal["local", "ray", "slurm", "kubernetes"] | None = None
+    country: Annotated[str, StringConstraints(pattern=r"^([A-Z]{3})?$")] | None = None
+    pue: float | None = Field(None, ge=1, lt=100)
     carbon_g_per_kwh: float | None = Field(None, ge=0, lt=1_000_000)
-    lease: Annotated[str, StringConstraints(max_length=20, pattern=PLAIN_TEXT)] = Field(
-        "none", description="How long a worker runs on without a word from the control plane, such as 1h; or none."
+    carbon_by_hour: list[Annotated[float, Field(ge=0, lt=1_000_000)]] | None = Field(
+        None, max_length=24, description="24 intensities, by hour of the day in UTC; none: the same all day."
+    )
+    lease: Annotated[str, StringConstraints(max_length=20, pattern=PLAIN_TEXT)] | None = Field(
+        None, description="How long a worker runs on without a word from the control plane, such as 1h; or none."
+    )
+    prices: (
+        dict[
+            Annotated[str, StringConstraints(max_length=100, pattern=PLAIN_TEXT)],
+            Annotated[float, Field(ge=0, le=1_000_000)],
+        ]
+        | None
+    ) = Field(
+        None,
+        max_length=1_000,
+        description="US dollars an hour by device model, or for cpu, where they differ from the installation's rates.",
+    )
+    tariff: float | None = Field(
+        None, ge=0, lt=1_000, description="US dollars for a kWh, charged on top of the prices; 0: it is in them."
+    )
+
+
+class LinkIn(Body):
+    """The way between two sites."""
+
+    latency: Annotated[str, StringConstraints(max_length=20, pattern=PLAIN_TEXT)] = Field(
+        "0s", description="There and back, such as 20ms."
+    )
+    bandwidth: Annotated[str, StringConstraints(max_length=20, pattern=PLAIN_TEXT)] = Field(
+        "", description="Such as 1Gbps; not known when left out."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -18,6 +19,7 @@ from tidemill.api.shapes import (
     JoiningSiteOut,
     LeaveIn,
     LeavingOut,
+    LinkIn,
     NodeOut,
     NothingIn,
     OutpostCallsOut,
@@ -29,19 +31,20 @@ from tidemill.api.shapes import (
     SiteOut,
     SiteTokenIn,
 )
-from tidemill.catalog import carbon_intensity
+from tidemill.catalog import carbon_intensity, own_prices
 from tidemill.control.capacity import CapacityStatus
 from tidemill.control.sites import SiteState
 from tidemill.control.steering import find_node
 from tidemill.errors import InvalidRequest
 from tidemill.model.cloud import Rental
-from tidemill.model.fleet import Site, SiteKind
+from tidemill.model.fleet import Link, Site, SiteKind, link_between
 from tidemill.model.ids import NodeId, SiteId
 from tidemill.model.tenant import Scope
-from tidemill.units import MILLI, parse_duration
+from tidemill.units import MILLI, USD_MICRO, parse_bandwidth, parse_duration
 from tidemill.wire.outposts import OutpostCalls, OutpostReport
 
 routes = Routes("sites")
+_GIVEN: Final = "given"
 REPORT_LIMIT: Final = 64 << 20
 _REPORT: Final = msgspec.json.Decoder(OutpostReport)
 _CALLS: Final = msgspec.json.Encoder()
@@ -52,23 +55,56 @@ async def list_sites(call: Caller) -> Response:
     """List the sites, each with its outposts and how many machines it has."""
 
     def page() -> dict[str, Any]:
-        return {"items": [_site_json(state) for state in call.plane.sites.states()], "next_cursor": ""}
+        return {"items": [_site_json(call, state) for state in call.plane.sites.states()], "next_cursor": ""}
 
     return json_answer(await blocking(page))
 
 
 @routes.put("/v1/sites/{name}", allow=Scope.ADMIN, body=SiteIn, answer=SiteOut)
 async def put_site(call: Caller, name: str) -> Response:
-    """Add a site, or describe it anew."""
+    """Add a site, or describe one anew; what is left out stays as it is."""
     given = await body_of(call.request, SiteIn)
-    site = _site(name, given)
 
     def put() -> dict[str, Any]:
         call.plane.administer(call.identity)
-        call.plane.sites.put(site)
-        return next(_site_json(state) for state in call.plane.sites.states() if state.site.id == site.id)
+        known = next((one for one in call.plane.sites.all() if name in (one.id, one.name)), None)
+        site = call.plane.sites.put(_site(name, given, known))
+        return _shown(call, site.id)
 
     return json_answer(await blocking(put))
+
+
+@routes.put("/v1/sites/{name}/links/{other}", allow=Scope.ADMIN, body=LinkIn, answer=SiteOut)
+async def put_link(call: Caller, name: str, other: str) -> Response:
+    """Say how far two sites are from each other, and how much gets through; answers the first."""
+    given = await body_of(call.request, LinkIn)
+    latency_ns = _duration(given.latency, "latency")
+    try:
+        bits_per_s = parse_bandwidth(given.bandwidth) if given.bandwidth else 0
+    except ValueError as error:
+        raise InvalidRequest(str(error), field="bandwidth", value=given.bandwidth, mend="Write 10Gbps.") from None
+
+    def put() -> dict[str, Any]:
+        call.plane.administer(call.identity)
+        sites = call.plane.sites
+        one, two = sites.find(name), sites.find(other)
+        sites.link(one, two, Link(to=two.id, latency_ns=latency_ns, bits_per_s=bits_per_s))
+        return _shown(call, one.id)
+
+    return json_answer(await blocking(put))
+
+
+@routes.delete("/v1/sites/{name}/links/{other}", allow=Scope.ADMIN, answer=SiteOut)
+async def delete_link(call: Caller, name: str, other: str) -> Response:
+    """Forget how far two sites are from each other; answers the first."""
+
+    def delete() -> dict[str, Any]:
+        call.plane.administer(call.identity)
+        one, two = call.plane.sites.find(name), call.plane.sites.find(other)
+        call.plane.sites.link(one, two, None)
+        return _shown(call, one.id)
+
+    return json_answer(await blocking(delete))
 
 
 @routes.post("/v1/sites/{name}/tokens", allow=Scope.ADMIN, status=201, body=SiteTokenIn, answer=JoiningOut)
@@ -216,24 +252,36 @@ async def remove_outpost(call: Caller, outpost_id: str) -> Response:
     return json_answer(await blocking(remove))
 
 
-def _site(name: str, given: SiteIn) -> Site:
+def _site(name: str, given: SiteIn, known: Site | None) -> Site:
     if not re.fullmatch(NAME, name):
         mend = "Use up to 63 letters, digits, -, _ and dots."
         raise InvalidRequest("A site cannot have that name.", field="name", value=name[:100], mend=mend)
+    new: dict[str, Any] = {}
+    if given.kind is not None:
+        new["kind"] = SiteKind(given.kind)
+    if given.engine is not None:
+        new["engine"] = given.engine
+    if given.pue is not None:
+        new["pue_milli"] = round(given.pue * MILLI)
+    if given.carbon_g_per_kwh is not None:
+        new |= {"carbon_mg_per_kwh": round(given.carbon_g_per_kwh * MILLI), "carbon_source": _GIVEN}
+    elif given.country is not None or known is None:
+        carbon = carbon_intensity(given.country or "")
+        if known is None or known.carbon_source != _GIVEN:
+            new |= {"carbon_mg_per_kwh": carbon.mg_per_kwh, "carbon_source": carbon.source}
+    if given.country is not None:
+        new["country"] = given.country
+    if given.carbon_by_hour is not None:
+        new["carbon_hours"] = tuple(round(each * MILLI) for each in given.carbon_by_hour)
+    if given.lease is not None:
+        new["lease_ns"] = _duration(given.lease, "lease")
+    if given.prices is not None:
+        new["prices"] = own_prices(given.prices)
+    if given.tariff is not None:
+        new["tariff_micro_per_kwh"] = round(given.tariff * USD_MICRO)
+    fresh = Site(id=SiteId(name), name=name, kind=SiteKind.ONPREM, engine="local")
     try:
-        carbon = carbon_intensity(given.country)
-        is_given = given.carbon_g_per_kwh is not None
-        return Site(
-            id=SiteId(name),
-            name=name,
-            kind=SiteKind(given.kind),
-            engine=given.engine,
-            country=given.country,
-            pue_milli=round(given.pue * MILLI),
-            carbon_mg_per_kwh=round((given.carbon_g_per_kwh or 0) * MILLI) if is_given else carbon.mg_per_kwh,
-            carbon_source="given" if is_given else carbon.source,
-            lease_ns=_duration(given.lease, "lease"),
-        )
+        return replace(known or fresh, **new)
     except ValueError as error:
         raise InvalidRequest(str(error), field="site", value=name) from None
 
@@ -265,8 +313,13 @@ def _rental_json(rental: Rental) -> dict[str, Any]:
     }
 
 
-def _site_json(state: SiteState) -> dict[str, Any]:
-    site = state.site
+def _shown(call: Caller, site_id: SiteId) -> dict[str, Any]:
+    return next(_site_json(call, state) for state in call.plane.sites.states() if state.site.id == site_id)
+
+
+def _site_json(call: Caller, state: SiteState) -> dict[str, Any]:
+    site, sites = state.site, {one.id: one for one in call.plane.sites.all()}
+    links = {other: link for other in sites if other != site.id and (link := link_between(sites, site.id, other))}
     return {
         "id": site.id,
         "name": site.name,
@@ -277,6 +330,14 @@ def _site_json(state: SiteState) -> dict[str, Any]:
         "carbon_g_per_kwh": site.carbon_mg_per_kwh / MILLI,
         "carbon_source": site.carbon_source,
         "lease_ns": site.lease_ns,
+        "carbon_g_by_hour": [each / MILLI for each in site.carbon_hours],
+        "prices": dict(site.prices),
+        "tariff_micro_per_kwh": site.tariff_micro_per_kwh,
+        "rate_card": call.plane.world.card_of(site.id).id,
+        "links": [
+            {"site": sites[other].name, "latency_ns": link.latency_ns, "bits_per_s": link.bits_per_s}
+            for other, link in links.items()
+        ],
         "nodes": len(state.nodes),
         "silent": sum(node.state.value in ("silent", "lost") for node in state.nodes),
         "outposts": [

@@ -54,15 +54,13 @@ async def quote(call: Caller) -> Response:
     given = await body_of(call.request, SubmitIn)
     project, specs = _read(call, [given.spec], given.project, many=False)
     found = await blocking(call.plane.quote, project, specs[0])
-    status = await blocking(call.plane.status)
     visible = set(call.visible_projects())
     jobs = call.plane.world.jobs
 
     def is_visible(job: JobId) -> bool:
         return job in jobs and jobs[job].project_id in visible
 
-    answer = quote_json(found, rate_card=status.rate_card, carbon_source=status.site.carbon_source, visible=is_visible)
-    return json_answer(answer)
+    return json_answer(quote_json(found, visible=is_visible))
 
 
 @routes.get("/v1/workloads/{reference}", allow=(Scope.READ, Scope.JOB), answer=WorkloadOut)

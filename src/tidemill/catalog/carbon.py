@@ -50,6 +50,37 @@ def carbon_intensity(country: str = "") -> CarbonIntensity:
     return found
 
 
+def country_codes(text: str) -> tuple[str, ...]:
+    """The ISO 3166 alpha-3 codes of a country, by code or English name, or of the members of the EU (``EU``).
+
+    Raises: InvalidSetting that names the nearest countries.
+
+    >>> country_codes("germany"), len(country_codes("EU"))
+    (('DEU',), 27)
+    """
+    if text.strip().casefold() == "eu":
+        return _EU
+    found = carbon_intensity(text) if text.strip() else _world()
+    code = _codes().get(found.country, "")
+    if not code:
+        raise InvalidSetting(
+            f"{text!r} is not a country.", field="country", value=text, mend="Write an ISO 3166 code such as DEU."
+        )
+    return (code,)
+
+
+_EU: Final = (
+    "AUT", "BEL", "BGR", "CYP", "CZE", "DEU", "DNK", "ESP", "EST", "FIN", "FRA", "GRC", "HRV", "HUN", "IRL", "ITA",
+    "LTU", "LUX", "LVA", "MLT", "NLD", "POL", "PRT", "ROU", "SVK", "SVN", "SWE",
+)  # fmt: skip
+
+
+@cache
+def _codes() -> dict[str, str]:
+    """ISO codes by English name."""
+    return {row["country"]: row["iso3"].upper() for row in rows("country_carbon_intensity.csv")}
+
+
 @cache
 def _countries() -> dict[str, CarbonIntensity]:
     """Intensities by code and by name, both in lower case."""

@@ -57,7 +57,32 @@ def rate_card(overrides: Mapping[str, str | float]) -> RateCard:
     defaults = {rate.resource: rate for rate in default_rates()}
     whole = {CPU_METER: defaults[CPU_METER]}
     whole |= {spec.model: defaults[spec.model] for spec in devices() if spec.model in defaults}
-    slices = {mig_device(spec, profile).model for spec in devices() for profile in spec.mig_profiles}
+    slices, named = _slices(), _overridden(overrides)
+    whole |= {model: rate for model, rate in named.items() if model not in slices}
+    rates = whole | {rate.resource: rate for rate in _slice_rates(whole)} | named
+    content = "\n".join(f"{resource} {rates[resource].micro_per_hour}" for resource in sorted(rates))
+    return RateCard(id=f"rc_{hashlib.sha256(content.encode()).hexdigest()[:12]}", rates=tuple(rates.values()))
+
+
+def own_prices(overrides: Mapping[str, str | float]) -> tuple[tuple[str, int], ...]:
+    """The prices in micro-USD that these overrides set, by resource: of each model that they name, and of its slices.
+
+    Raises: InvalidSetting, as ``rate_card``.
+    """
+    slices, named = _slices(), _overridden(overrides)
+    whole = {model: rate for model, rate in named.items() if model not in slices}
+    rates = {rate.resource: rate for rate in _slice_rates(whole)} | named
+    return tuple(sorted((resource, rate.micro_per_hour) for resource, rate in rates.items()))
+
+
+@cache
+def _slices() -> frozenset[str]:
+    return frozenset(mig_device(spec, profile).model for spec in devices() for profile in spec.mig_profiles)
+
+
+def _overridden(overrides: Mapping[str, str | float]) -> dict[str, Rate]:
+    """The rates of the resources that overrides name."""
+    slices = _slices()
     named: dict[str, Rate] = {}
     for resource, price in sorted(overrides.items(), key=lambda item: len(item[0])):
         micro = _micro(resource, price)
@@ -71,13 +96,10 @@ def rate_card(overrides: Mapping[str, str | float]) -> RateCard:
                 mend=f"Did you mean {', '.join(near)}?" if near else "Name a GPU model such as H100-SXM, or cpu.",
             )
         named |= {model: Rate(resource=model, micro_per_hour=micro, source="config.yaml") for model in models}
-    whole |= {model: rate for model, rate in named.items() if model not in slices}
-    rates = whole | {rate.resource: rate for rate in _slice_rates(whole)} | named
-    content = "\n".join(f"{resource} {rates[resource].micro_per_hour}" for resource in sorted(rates))
-    return RateCard(id=f"rc_{hashlib.sha256(content.encode()).hexdigest()[:12]}", rates=tuple(rates.values()))
+    return named
 
 
-def _named(resource: str, slices: set[str]) -> list[str]:
+def _named(resource: str, slices: frozenset[str]) -> list[str]:
     if resource.strip().lower() == CPU_METER:
         return [CPU_METER]
     models = [spec.model for spec in devices()] + sorted(slices)

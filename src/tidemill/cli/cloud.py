@@ -170,14 +170,15 @@ def nodes_command(json: Json = False) -> None:
         emit([node.to_json() for node in nodes])
         return
     headings = ("name", "state", "gpus", "cpu", "memory", "processor", "where", "labels", "taints", "trouble")
-    table(headings, [(*node_row(node), *_node_notes(node)) for node in nodes], flexible=9)
+    has_sites = len({node.site for node in nodes}) > 1
+    table(headings, [(*node_row(node), *_node_notes(node, has_sites)) for node in nodes], flexible=9)
     if nodes and not any(node.devices for node in nodes):
         note(NO_GPU)
 
 
-def _node_notes(node: NodeInfo) -> tuple[str, str, str, str]:
+def _node_notes(node: NodeInfo, has_sites: bool) -> tuple[str, str, str, str]:
     """Where it stands, its labels and taints, and what is wrong with it."""
-    where = "/".join(filter(None, (node.site if node.block or node.rack else "", node.block, node.rack)))
+    where = "/".join(filter(None, (node.site if has_sites or node.block or node.rack else "", node.block, node.rack)))
     failing = [f"{item.get('device')} fails: {item.get('detail')}" for item in node.failing]
     held = (
         f"held back until {clock(node.held_until_at_ns)}" if node.state == "suspect" and node.held_until_at_ns else ""

@@ -130,6 +130,7 @@ def why_command(job: JobRef, project: InProject = None, json: Json = False) -> N
     for line in answer.lines:
         if line not in sentences:
             say(f"  {line}")
+    facts([("at", answer.site)])
     for reason in answer.reasons:
         say(f"  {paint('•', 'yellow')} {reason.sentence}")
         amounts = [
@@ -146,6 +147,10 @@ def why_command(job: JobRef, project: InProject = None, json: Json = False) -> N
             for one in answer.holdings
         ]
         table(("    job", "id", "project", "holds", "until"), [(f"    {row[0]}", *row[1:]) for row in rows])
+    if answer.sites:
+        from tidemill.cli.quoting import show_sites
+
+        show_sites(answer.sites)
     place = [("place in the queue", f"{answer.position}, {answer.ahead} ahead" if answer.position else "")]
     facts([*place, *forecast_rows(answer.forecast)])
 

@@ -68,6 +68,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Manage": {
         "artifact": ("access", "Models and other results kept by name"),
+        "dataset": ("datasets", "Files that jobs read, known by content"),
+        "volume": ("datasets", "Folders that jobs have mounted"),
         "secret": ("access", "Values that jobs get and nobody sees"),
         "token": ("access", "Credentials for people and programs"),
         "project": ("access", "Who shares a quota"),

@@ -51,6 +51,8 @@ class RunOptions:
     name: str | None = None
     env: tuple[str, ...] = ()
     secret: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    volume: tuple[str, ...] = ()
     python: str | None = None
     package: tuple[str, ...] = ()
     workdir: str | None = None
@@ -182,6 +184,10 @@ def _apply_flags(spec: dict[str, Any], options: RunOptions) -> None:
     if options.secret:
         known = spec.get("secrets")
         spec["secrets"] = [*(known if isinstance(known, list) else ()), *options.secret]
+    for field, key, mounts in (("data", "dataset", options.data), ("volumes", "name", options.volume)):
+        if mounts:
+            known = spec.get(field)
+            spec[field] = [*(known if isinstance(known, list) else ()), *(_mount(key, one) for one in mounts)]
     if options.python or options.package:
         environment = _section(spec, "env")
         if options.python:
@@ -191,6 +197,12 @@ def _apply_flags(spec: dict[str, Any], options: RunOptions) -> None:
         spec["env"] = environment
     if options.retry is not None:
         spec["retry"] = {"on": ["node_lost", "preempted", "error"], **_section(spec, "retry"), "max": options.retry}
+
+
+def _mount(key: str, text: str) -> dict[str, str]:
+    """``NAME`` or ``NAME=PATH`` as an entry of ``data`` or ``volumes``."""
+    name, equals, path = text.partition("=")
+    return {key: name, "at": path} if equals else {key: name}
 
 
 def _number_or(text: str, pattern: str, flag: str, mend: str) -> int | str:

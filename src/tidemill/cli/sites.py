@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ from tidemill.cli.ticker import Ticker
 from tidemill.errors import InvalidRequest
 from tidemill.sdk import connection
 from tidemill.sdk.client import Client
-from tidemill.units import format_duration, format_usd
+from tidemill.units import format_bandwidth, format_duration, format_usd, parse_size
 
 _Home = Annotated[
     Path | None,
@@ -48,6 +48,9 @@ def join_command(
             "--volumes", metavar="FOLDER", help="Shared with the other machines: checkpoints and outputs of jobs."
         ),
     ] = None,
+    data_cache: Annotated[
+        str, typer.Option("--data-cache", metavar="SIZE", help="What copies of data sets may take here.")
+    ] = "100GB",
     slurm: Annotated[
         list[str] | None,
         typer.Option(
@@ -88,6 +91,7 @@ def join_command(
         block=block,
         reserve_cpus=reserve_cpus,
         volumes=_volumes(volumes),
+        data_cache=_data_cache(data_cache),
         settings=tuple(sorted([*(_slurm(each) for each in slurm or []), *_kubernetes(kubernetes or [])])),
     )
     with Ticker("joining", is_silent=json):
@@ -157,42 +161,106 @@ def site_list(json: Json = False) -> None:
             site.country,
             str(site.nodes) + (f" ({site.silent} silent)" if site.silent else ""),
             format_duration(site.lease_ns) if site.lease_ns else "none",
+            f"{len(site.prices)} own" if site.prices else "",
+            f"{format_usd(site.tariff_micro_per_kwh)}/kWh" if site.tariff_micro_per_kwh else "",
+            f"{site.carbon_g_per_kwh:g} g/kWh{', by the hour' if site.carbon_g_by_hour else ''}" if sites[1:] else "",
+            ", ".join(_link_row(link) for link in site.links),
             ", ".join(f"{one.get('name')}{'' if one.get('is_there') else ' (away)'}" for one in site.outposts),
         )
         for site in sites
     ]
-    table(("name", "kind", "engine", "country", "machines", "lease", "outposts"), rows, flexible=6)
+    about = ("name", "kind", "engine", "country", "machines", "lease")
+    headings = (*about, "prices", "tariff", "carbon", "links", "outposts")
+    table(headings, rows, flexible=10)
+
+
+def _link_row(link: Mapping[str, Any]) -> str:
+    rate = f", {format_bandwidth(int(link['bits_per_s']))}" if link.get("bits_per_s") else ""
+    return f"{link.get('site')} {int(link.get('latency_ns', 0)) / 1e6:g} ms{rate}"
 
 
 def site_set(
     name: _SiteName,
-    kind: Annotated[str, typer.Option("--kind", metavar="KIND", help="onprem, cloud or edge.")] = "onprem",
+    kind: Annotated[
+        str | None, typer.Option("--kind", metavar="KIND", help="onprem, cloud or edge; onprem for a new one.")
+    ] = None,
     engine: Annotated[
-        str, typer.Option("--engine", metavar="ENGINE", help="local, ray, slurm or kubernetes.")
-    ] = "local",
-    country: Annotated[str, typer.Option("--country", metavar="XXX", help="ISO 3166, three letters.")] = "",
-    pue: Annotated[float, typer.Option("--pue", metavar="N", help="Facility power over IT power.")] = 1.0,
+        str | None,
+        typer.Option("--engine", metavar="ENGINE", help="local, ray, slurm or kubernetes; local for a new one."),
+    ] = None,
+    country: Annotated[str | None, typer.Option("--country", metavar="XXX", help="ISO 3166, three letters.")] = None,
+    pue: Annotated[float | None, typer.Option("--pue", metavar="N", help="Facility power over IT power.")] = None,
     carbon: Annotated[
         float | None, typer.Option("--carbon", metavar="G", help="g CO2e per kWh; the country's unless set.")
     ] = None,
+    carbon_by_hour: Annotated[
+        str | None,
+        typer.Option(
+            "--carbon-by-hour", metavar="G,G,…", help="24 of them, by hour of the day in UTC; none: no hours."
+        ),
+    ] = None,
     lease: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--lease", metavar="TIME", help="A worker without a word from the control plane ends itself after this."
         ),
-    ] = "none",
+    ] = None,
+    price: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--price", metavar="NAME=USD", help="An hour of a GPU model, or of cpu; repeatable. none: no own prices."
+        ),
+    ] = None,
+    tariff: Annotated[
+        float | None, typer.Option("--tariff", metavar="USD", help="For a kWh, charged on top of the prices.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Add a site, or describe it anew."""
+    """Add a site, or describe one anew; what is left out stays as it is."""
     with Client() as client:
         site = client.put_site(
-            name, kind=kind, engine=engine, country=country, pue=pue, carbon_g_per_kwh=carbon, lease=lease
+            name,
+            kind=kind,
+            engine=engine,
+            country=country,
+            pue=pue,
+            carbon_g_per_kwh=carbon,
+            carbon_by_hour=_hours(carbon_by_hour) if carbon_by_hour is not None else None,
+            lease=lease,
+            prices=_prices(price) if price is not None else None,
+            tariff=tariff,
         )
     if json:
         emit(site.to_json())
     else:
-        say(f"{site.name}: {site.kind}, engine {site.engine}")
+        whole = {name: micro for name, micro in site.prices.items() if not name.startswith("MIG-")}
+        own = ", ".join(f"{name} {format_usd(micro)}/h" for name, micro in whole.items())
+        say(f"{site.name}: {site.kind}, engine {site.engine}" + (f", {own}" if own else ""))
         note(f"  tidemill site token {site.name} makes the command with which machines join it")
+
+
+def site_link(
+    one: _SiteName,
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="The other site's name.")],
+    latency: Annotated[str, typer.Option("--latency", metavar="TIME", help="There and back, such as 20ms.")] = "0s",
+    bandwidth: Annotated[str, typer.Option("--bandwidth", metavar="RATE", help="Such as 1Gbps.")] = "",
+    remove: Annotated[bool, typer.Option("--remove", help="Forget what was said of it.")] = False,
+    json: Json = False,
+) -> None:
+    """Say how far two sites are from each other, and how much gets through."""
+    with Client() as client:
+        site = (
+            client.unlink_sites(one, other)
+            if remove
+            else client.link_sites(one, other, latency=latency, bandwidth=bandwidth)
+        )
+    if json:
+        emit(site.to_json())
+    elif remove:
+        say(f"{one} – {other}: nothing is known of the way")
+    else:
+        rate = f", {bandwidth}" if bandwidth else ""
+        say(f"{one} – {other}: {latency}{rate}")
 
 
 def site_token(
@@ -258,6 +326,7 @@ site_app = group_of(
     "The places where work runs.",
     list=site_list,
     set=site_set,
+    link=site_link,
     token=site_token,
     rented=site_rented,
     remove=site_remove,
@@ -301,6 +370,42 @@ def _volumes(given: Path | None) -> str:
         mend = "Mount the shared folder first, and write its whole path."
         raise InvalidRequest("There is no such folder on this machine.", field="volumes", value=str(given), mend=mend)
     return str(given)
+
+
+def _data_cache(given: str) -> str:
+    try:
+        parse_size(given)
+    except ValueError as error:
+        raise InvalidRequest(str(error), field="data-cache", value=given, mend="Write for example 100GB.") from error
+    return given
+
+
+def _prices(given: list[str]) -> dict[str, float]:
+    """US dollars an hour by resource; none at all for the word ``none``."""
+    if given == ["none"]:
+        return {}
+    found = {}
+    for text in given:
+        resource, _, price = text.partition("=")
+        try:
+            found[resource] = float(price.removeprefix("$"))
+        except ValueError:
+            mend = "Write for example --price H100=1.90, or --price cpu=0.03."
+            raise InvalidRequest("A price is NAME=USD.", field="price", value=text, mend=mend) from None
+    return found
+
+
+def _hours(text: str) -> list[float]:
+    if text == "none":
+        return []
+    try:
+        hours = [float(part) for part in text.split(",")]
+    except ValueError:
+        hours = []
+    if len(hours) != 24:
+        mend = "Write 24 numbers with commas between them, from midnight UTC on; or none."
+        raise InvalidRequest("It is not an intensity for each hour.", field="carbon-by-hour", value=text, mend=mend)
+    return hours
 
 
 def _pair(text: str) -> tuple[str, str]:

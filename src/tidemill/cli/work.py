@@ -26,6 +26,12 @@ _Nodes = Annotated[
 _Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="What to call it.")]
 _Env = Annotated[list[str] | None, typer.Option("--env", "-e", metavar="KEY=VALUE", help="Set a variable; repeatable.")]
 _Secret = Annotated[list[str] | None, typer.Option("--secret", metavar="NAME", help="Give it a secret; repeatable.")]
+_Data = Annotated[
+    list[str] | None, typer.Option("--data", metavar="NAME[=PATH]", help="Give it a data set there; repeatable.")
+]
+_Volume = Annotated[
+    list[str] | None, typer.Option("--volume", metavar="NAME[=PATH]", help="Give it a volume there; repeatable.")
+]
 _Python = Annotated[str | None, typer.Option("--python", metavar="VERSION", help="Python version of its environment.")]
 _With = Annotated[
     list[str] | None, typer.Option("--with", metavar="PACKAGE", help="Install it for the job; repeatable.")
@@ -66,6 +72,8 @@ def run_command(
     name: _Name = None,
     env: _Env = None,
     secret: _Secret = None,
+    data: _Data = None,
+    volume: _Volume = None,
     python: _Python = None,
     with_: _With = None,
     workdir: _Workdir = None,
@@ -105,6 +113,8 @@ def run_command(
             name=name,
             env=tuple(env or ()),
             secret=tuple(secret or ()),
+            data=tuple(data or ()),
+            volume=tuple(volume or ()),
             python=python,
             package=tuple(with_ or ()),
             workdir=workdir,
@@ -136,6 +146,8 @@ def quote_command(
     cpus: _Cpus = None,
     memory: _Memory = None,
     nodes: _Nodes = None,
+    data: _Data = None,
+    volume: _Volume = None,
     max_duration: _Duration = None,
     spot: _Spot = False,
     within: _Within = None,
@@ -152,6 +164,8 @@ def quote_command(
             cpus=cpus,
             memory=memory,
             nodes=nodes,
+            data=tuple(data or ()),
+            volume=tuple(volume or ()),
             max_duration=max_duration,
             is_spot=spot,
             within=within,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tidemill.core.admission import why_not_now, why_refused
-from tidemill.core.feasible import model_matches
+from tidemill.control.siteoptions import site_options
+from tidemill.core.admission import described, why_not_now, why_refused
+from tidemill.core.copying import copying_anywhere, copying_onto
+from tidemill.core.feasible import is_within, model_matches
 from tidemill.core.place import fits
-from tidemill.core.rating import amount_micro, carbon_mg
+from tidemill.core.rating import amount_micro, carbon_over, electricity_micro
 from tidemill.core.reserve import meets_windows, nodes_open_to, why_not_open
 from tidemill.core.waiting import not_yet
 from tidemill.core.world import World
 from tidemill.model.fleet import Node, Site
+from tidemill.model.ids import SiteId
 from tidemill.model.job import Allocation, Job, JobState, Workload
-from tidemill.model.ledger import CPU_METER, Evidence, LedgerTotals, Rate
-from tidemill.model.plan import Forecast, Holding, Plan, Quote, Reason, ResolvableBy
+from tidemill.model.ledger import CPU_METER, Evidence, LedgerTotals, RateCard
+from tidemill.model.plan import Forecast, Holding, Plan, Quote, Reason, ResolvableBy, SiteOption
 from tidemill.model.policy import Policy
 from tidemill.model.spec import WorkloadSpec
 from tidemill.units import HOUR_NS, MILLI, SECOND_NS
@@ -40,6 +44,10 @@ class Why:
     reasons: tuple[Reason, ...]
     holdings: tuple[Holding, ...] = ()
     forecast: Forecast | None = None
+    sites: tuple[SiteOption, ...] = ()
+    """While it waits, how it would be at each site; empty where there is one site only."""
+    site: str = ""
+    """Where it runs; several with commas between them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +103,22 @@ def explain(world: World, job: Job, workload: Workload, stored: Reason | None, *
     """Why this job is in its state, computed from the world as it is now."""
     live = world.jobs.get(job.id, job)
     if live.state is not JobState.QUEUED or live.id not in world.jobs:
-        return _why(live, _state_sentence(live), 0, ())
+        return replace(_why(live, _state_sentence(live), 0, ()), site=_sites_of(world, live, workload))
     reasons = _reasons(world, live, workload, stored, now=now, policy=policy)
     position = world.queue.ahead_of(live) + 1 if world.is_waiting(live.id) else 0
-    return _why(live, reasons[0].sentence, position, tuple(reasons), holdings_for(world, live))
+    answer = _why(live, reasons[0].sentence, position, tuple(reasons), holdings_for(world, live))
+    lasts = duration_of(workload.spec)
+    return replace(answer, sites=site_options(world, world.line_of(live), now=now, policy=policy, lasts_ns=lasts))
+
+
+def _sites_of(world: World, job: Job, workload: Workload) -> str:
+    """The sites at which a job runs, each with what its spec asks about; empty where there is one site only."""
+    attempt = world.attempts.get(job.id)
+    if attempt is None or len(world.sites) < 2:
+        return ""
+    sites = {world.sites[world.nodes[held.node_id].site_id] for held in world.workers_of(attempt)}
+    asked = "; ".join(workload.spec.placement.where.words())
+    return ", ".join(sorted(described(site) for site in sites)) + (f", as asked: {asked}" if asked else "")
 
 
 def _reasons(
@@ -237,13 +257,13 @@ def duration_of(spec: WorkloadSpec) -> int:
     return spec.expected_duration_ns or spec.max_duration_ns or ASSUMED_DURATION_NS
 
 
-def quote_of(plan: Plan, world: World, workload: Workload) -> Quote:
+def quote_of(plan: Plan, world: World, workload: Workload, *, now: int) -> Quote:
     """The quote for a workload whose submission gave ``plan`` in a turn that is not kept."""
     spec = workload.spec
     duration = duration_of(spec)
     never = why_refused(world, workload)
     if never is not None:
-        return _priced(world, spec, (), duration, feasible=False, starts_now=False, reasons=(never,))
+        return _priced(world, spec, (), duration, feasible=False, starts_now=False, reasons=(never,), now=now)
     stem = f"job_{workload.id.partition('_')[2]}-"
     placed = [
         change.after
@@ -256,13 +276,27 @@ def quote_of(plan: Plan, world: World, workload: Workload) -> Quote:
     )
     jobs = {held.job_id for held in placed}
     starts_now = len(jobs) == spec.job_count
-    quote = _priced(world, spec, tuple(placed), duration, feasible=True, starts_now=starts_now, reasons=waiting[:1])
-    return replace(quote, displaces=displaces)
+    reasons = waiting[:1]
+    line = world.line_of_workload(workload)
+    nodes = [world.nodes[node_id] for node_id in dict.fromkeys(held.node_id for held in placed)]
+    copying = copying_onto(world, line, nodes) if placed else copying_anywhere(world, line)
+    quote = _priced(
+        world, spec, tuple(placed), duration + copying.time_ns, feasible=True, starts_now=starts_now, reasons=reasons,
+        now=now,
+    )  # fmt: skip
+    return replace(
+        quote,
+        duration_ns=duration,
+        amount_micro=quote.amount_micro + copying.cost_micro,
+        copy_ns=copying.time_ns,
+        copy_bytes=copying.size,
+        displaces=displaces,
+    )
 
 
-def price(world: World, spec: WorkloadSpec) -> Quote:
-    """What a workload would cost wherever it is put."""
-    return _priced(world, spec, (), duration_of(spec), feasible=True, starts_now=False, reasons=())
+def price(world: World, spec: WorkloadSpec, *, now: int) -> Quote:
+    """What a workload would cost at the first site that has what it asks for."""
+    return _priced(world, spec, (), duration_of(spec), feasible=True, starts_now=False, reasons=(), now=now)
 
 
 def _priced(
@@ -274,53 +308,68 @@ def _priced(
     feasible: bool,
     starts_now: bool,
     reasons: tuple[Reason, ...],
+    now: int,
 ) -> Quote:
-    workers = spec.nodes * spec.job_count
-    site = next(iter(world.sites.values()))
-    amount = energy = 0
-    for resource, milli, power_mw, is_free in _units(world, spec, placed):
-        if not is_free:
-            amount += amount_micro(world.rates.micro_per_hour(resource), milli, 0, duration)
-        energy += power_mw * milli * duration // (MILLI * SECOND_NS)
-    share = workers if not placed else 1
-    energy = energy * share * site.pue_milli // MILLI
+    by_site: dict[SiteId, list[tuple[str, int, int, bool]]] = {}
+    for site_id, resource, milli, power_mw, is_free in _units(world, spec, placed):
+        by_site.setdefault(site_id, []).append((resource, milli, power_mw, is_free))
+    amount = total = carbon = 0
+    sites = [world.sites[site_id] for site_id in by_site] or [next(iter(world.sites.values()))]
+    for site_id, units in by_site.items():
+        site, prices, energy = world.sites[site_id], world.prices_at(site_id), 0
+        share = 1 if placed else spec.nodes * spec.job_count
+        for resource, milli, power_mw, is_free in units:
+            if not is_free:
+                amount += amount_micro(prices.get(resource, 0), milli, 0, duration) * share
+            energy += power_mw * milli * duration // (MILLI * SECOND_NS)
+        energy = energy * share * site.pue_milli // MILLI
+        amount += electricity_micro(energy, site)
+        carbon += carbon_over(energy, site, now, now + duration)
+        total += energy
     placement = tuple((world.nodes[held.node_id].name, _holding(world, held)) for held in placed)
     return Quote(
         feasible=feasible,
         starts_now=starts_now,
         duration_ns=duration,
         duration_known=bool(spec.max_duration_ns),
-        amount_micro=amount * share if feasible else 0,
-        energy_mj=energy if feasible else 0,
-        carbon_mg=carbon_mg(energy, site) if feasible else 0,
+        amount_micro=amount if feasible else 0,
+        energy_mj=total if feasible else 0,
+        carbon_mg=carbon if feasible else 0,
         placement=placement,
         reasons=reasons,
         suggestions=_suggestions(reasons),
+        rate_card=", ".join(dict.fromkeys(world.card_of(site.id).id for site in sites)),
+        carbon_source=", ".join(dict.fromkeys(site.carbon_source for site in sites)),
     )
 
 
-def _units(world: World, spec: WorkloadSpec, placed: tuple[Allocation, ...]) -> list[tuple[str, int, int, bool]]:
-    """(resource, milli, mW a unit, is free) for what is held: of the real places, or of one typical worker."""
-    units: list[tuple[str, int, int, bool]] = []
-    nodes = list(world.nodes.values())
+def _units(
+    world: World, spec: WorkloadSpec, placed: tuple[Allocation, ...]
+) -> list[tuple[SiteId, str, int, int, bool]]:
+    """(site, resource, milli, mW a unit, is free) for what is held: of the real places, or of one typical worker."""
+    units: list[tuple[SiteId, str, int, int, bool]] = []
     for held in placed:
         node = world.nodes[held.node_id]
-        units.append((CPU_METER, held.cpu_milli, node.cpu_busy_mw, bool(held.devices)))
+        units.append((node.site_id, CPU_METER, held.cpu_milli, node.cpu_busy_mw, bool(held.devices)))
         devices = {device.id: device for device in node.devices}
         units.extend(
-            (devices[share.device_id].model, share.milli, devices[share.device_id].busy_mw, False)
+            (node.site_id, devices[share.device_id].model, share.milli, devices[share.device_id].busy_mw, False)
             for share in held.devices
         )
+    where = spec.placement.where
+    nodes = [node for node in world.nodes.values() if is_within(where, world.sites[node.site_id])]
     if not placed and nodes:
         gpus = spec.resources.gpus
-        units.append((CPU_METER, spec.resources.cpu_milli, nodes[0].cpu_busy_mw, gpus is not None))
+        site_id = nodes[0].site_id
+        units.append((site_id, CPU_METER, spec.resources.cpu_milli, nodes[0].cpu_busy_mw, gpus is not None))
         if gpus is not None:
             device = next(
                 (device for node in nodes for device in node.devices if not gpus.model or gpus.model in device.model),
                 None,
             )
             if device is not None:
-                units.append((device.model, gpus.total_milli, device.busy_mw, False))
+                site_id = next(node.site_id for node in nodes if device in node.devices)
+                units.append((site_id, device.model, gpus.total_milli, device.busy_mw, False))
     return units
 
 
@@ -340,6 +389,8 @@ def _suggestions(reasons: tuple[Reason, ...]) -> tuple[str, ...]:
         "NoNodeWithMemory": "Ask for less memory a worker.",
         "NoNodeWithDisk": "Ask for less disk a worker.",
         "GangTooLarge": "Ask for fewer workers (nodes), or for less for each.",
+        "NoSiteLargeEnough": "Ask for fewer workers, or write placement: {across_sites: true}.",
+        "NoSiteAllowed": "Widen placement.sites, countries or kinds; see tidemill site list.",
         "QueueLimit": "Ask for less, or have the queue's limit raised: tidemill share set.",
         "NoContainerRuntime": "Use env: {python, packages} instead of image, or install podman on a machine.",
         "NoNodes": "Start a machine: tidemill up.",
@@ -357,14 +408,16 @@ def receipt_of(
     workload: Workload,
     totals: LedgerTotals,
     *,
-    prices: tuple[Rate, ...],
-    rate_card: str,
-    site: Site,
+    cards: Sequence[RateCard],
+    sites: Sequence[Site],
     held_ns: int,
     placed_ns: int,
     now: int,
 ) -> Receipt:
-    """The receipt of a job from the sums of its ledger lines; ``placed_ns`` is when it first had a place, or 0."""
+    """The receipt of a job from the sums of its ledger lines; ``placed_ns`` is when it first had a place, or 0.
+
+    ``sites`` are those where it ran, the first first, and ``cards`` their rate cards.
+    """
     end = job.ended_ns or now
     first = job.first_started_ns
     used = {resource for resource, _ in totals.held_milli_ns}
@@ -381,9 +434,9 @@ def receipt_of(
         energy_mj=totals.energy_mj,
         energy_evidence=(totals.evidence if totals.lines else Evidence.ESTIMATED).value,
         carbon_mg=totals.carbon_mg,
-        carbon_source=site.carbon_source,
-        rate_card=rate_card,
-        unit_prices=tuple((rate.resource, rate.micro_per_hour) for rate in prices if rate.resource in used),
+        carbon_source=", ".join(dict.fromkeys(site.carbon_source for site in sites)),
+        rate_card=", ".join(dict.fromkeys(card.id for card in cards)),
+        unit_prices=tuple((rate.resource, rate.micro_per_hour) for rate in cards[0].rates if rate.resource in used),
         lines=totals.lines,
         metered_until_ns=end,
     )

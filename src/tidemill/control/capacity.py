@@ -54,7 +54,7 @@ from tidemill.model.cloud import (
     RentalState,
 )
 from tidemill.model.events import Fact, LogEntry, NodeMarked
-from tidemill.model.fleet import NodeState
+from tidemill.model.fleet import NodeState, Site
 from tidemill.model.ids import JobId, RentalId, SiteId, sortable_id
 from tidemill.model.plan import Change, Plan, Reason
 from tidemill.model.policy import Policy
@@ -69,10 +69,11 @@ WAITING_LIMIT: Final = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """What the world says of a site: its machines, and the jobs that wait, in their order."""
+    """What the world says of a site: what it is, its machines, and the jobs that wait, in their order."""
 
     machines: tuple[Machine, ...] = ()
     waiting: tuple[WaitingJob, ...] = ()
+    site: Site | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +254,7 @@ class Capacity:
             now=now,
             boots=boots_of([*over, *found.rentals.values()]),
             useless=useless,
+            site=view.site,
         )
         return decision, spent
 
@@ -376,14 +378,15 @@ def view_of(turns: TurnLoop, site: SiteId, policy: Policy, burst_policy: BurstPo
             for _, job_id in world.queue.in_order(WAITING_LIMIT, now=now)
             if world.workloads[world.jobs[job_id].workload_id].spec.tier is not Tier.RESERVED
         ]
-        return View(machines=_machines(world, site, now=now)), copy_of(world, policy, now=now), waiting
+        view = View(machines=_machines(world, site, now=now), site=world.sites.get(site))
+        return view, copy_of(world, policy, now=now), waiting
 
     view, copy, waiting = turns.ask((), look).result(timeout=30)
     if not waiting:
         return view
     starts = likely_starts(copy, [job_id for job_id, _ in waiting], horizon_ns=burst_policy.horizon_ns)
     jobs = tuple(_with_forecast(job, starts.get(job_id, 0)) for job_id, job in waiting)
-    return View(machines=view.machines, waiting=jobs)
+    return View(machines=view.machines, waiting=jobs, site=view.site)
 
 
 def _with_forecast(job: WaitingJob, forecast_ns: int) -> WaitingJob:

@@ -8,20 +8,22 @@ is about those who wait now; later submissions with a better claim would move it
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from tidemill.catalog.devices import devices
 from tidemill.control.answers import Why, duration_of, explain, price, quote_of
 from tidemill.control.driver import Driver, snapshot_of, world_from
+from tidemill.control.siteoptions import at_site, site_options
 from tidemill.control.turns import TurnLoop
+from tidemill.core.copying import Copies
 from tidemill.core.feasible import model_matches
-from tidemill.core.world import World
+from tidemill.core.world import World, line_of
 from tidemill.model.events import Exited, Fact, Started, Submitted
-from tidemill.model.ids import JobId, LaunchId, job_id
+from tidemill.model.ids import JobId, LaunchId, NodeId, job_id
 from tidemill.model.job import Allocation, AllocationState, AttemptState, Cause, JobState, Workload
-from tidemill.model.plan import Forecast, Forget, Launch, Option, Plan, Quote, Stop
+from tidemill.model.plan import Forecast, Forget, Launch, Option, Plan, Quote, SiteOption, Stop
 from tidemill.model.policy import Policy
 from tidemill.model.spec import Kind, Tier, WorkloadSpec
 from tidemill.ports import JobRow, Snapshot
@@ -29,6 +31,7 @@ from tidemill.units import DAY_NS, SECOND_NS
 
 HORIZON_NS = 30 * DAY_NS
 _TURNS = 4_000
+_MOST_SITES = 8
 _BASIS = (
     "those who wait and run now; likely: they take what they say they expect, else their max_duration, else as long "
     "again as they have run; earliest: half of that; latest: their max_duration, else four times as long"
@@ -51,11 +54,20 @@ class Copy:
     world: World
     policy: Policy
     now: int
+    copies: Mapping[tuple[str, ...], Copies]
+    cached: Mapping[NodeId, frozenset[str]]
 
 
 def copy_of(world: World, policy: Policy, *, now: int) -> Copy:
     """What a forecast needs of a world. The world is only read for what never changes: sites, projects, rates."""
-    return Copy(snapshot=snapshot_of(world), world=world, policy=policy, now=now)
+    return Copy(
+        snapshot=snapshot_of(world),
+        world=world,
+        policy=policy,
+        now=now,
+        copies=world.copies.copy(),
+        cached=world.cached.copy(),
+    )
 
 
 def why(turns: TurnLoop, row: JobRow, policy: Policy, *, now: int) -> Why:
@@ -74,18 +86,43 @@ def quote(turns: TurnLoop, workload: Workload, policy: Policy, *, now: int) -> Q
     """What would happen if it were submitted now, and with a few nearby specs."""
 
     def look(plan: Plan, world: World) -> Quote:
-        return quote_of(plan, world, workload)
+        return quote_of(plan, world, workload, now=now)
 
     answer = turns.ask([Submitted(at_ns=now, workload=workload)], look).result(timeout=30)
-    copy = turns.ask((), lambda _, world: copy_of(world, policy, now=now)).result(timeout=30)
+    lasts = duration_of(workload.spec)
+
+    def copied(_: Plan, world: World) -> tuple[Copy, tuple[SiteOption, ...]]:
+        line, count = line_of(workload), workload.spec.job_count
+        sites = site_options(world, line, now=now, policy=policy, lasts_ns=lasts, jobs=count)
+        return copy_of(world, policy, now=now), sites
+
+    copy, sites = turns.ask((), copied).result(timeout=30)
     jobs = [job_id(workload.id, index) for index in range(workload.spec.job_count)]
     starts = now if answer.starts_now else 0
     if answer.feasible and not answer.starts_now:
         found = forecast(copy, jobs, submitted=[workload])
         answer = replace(answer, forecast=found)
         starts = found.likely_ns if found is not None else 0
-    finish = starts + answer.duration_ns if starts else 0
-    return replace(answer, finish_ns=finish, options=_options(copy, workload, answer, starts))
+    finish = starts + answer.copy_ns + answer.duration_ns if starts else 0
+    best = next((one for one in sites if one.rank), None)
+    if best is not None and answer.feasible and not answer.placement:
+        amounts = {name: getattr(best, name) for name in ("amount_micro", "energy_mj", "carbon_mg")}
+        answer = replace(answer, **amounts)
+    answer = replace(answer, finish_ns=finish, options=_options(copy, workload, answer, starts))
+    return replace(answer, sites=_foreseen(copy, workload, sites))
+
+
+def _foreseen(copy: Copy, workload: Workload, sites: tuple[SiteOption, ...]) -> tuple[SiteOption, ...]:
+    """The options at the sites, each with when it would start there; of many only the best are looked into."""
+    found = list(sites)
+    for at, option in enumerate(found[:_MOST_SITES]):
+        if not option.rank or option.starts_ns or (option.reason is not None and option.reason.code == "SiteCutOff"):
+            continue
+        there = replace(workload, spec=at_site(workload.spec, option.site))
+        jobs = [job_id(workload.id, index) for index in range(workload.spec.job_count)]
+        starts = likely_start(copy, jobs, submitted=[there])
+        found[at] = replace(option, starts_ns=starts + option.copy_ns if starts is not None else 0)
+    return tuple(found)
 
 
 def _options(copy: Copy, workload: Workload, answer: Quote, starts: int) -> tuple[Option, ...]:
@@ -99,7 +136,7 @@ def _options(copy: Copy, workload: Workload, answer: Quote, starts: int) -> tupl
         at = likely_start(copy, jobs, submitted=[other])
         if at is None or (answer.feasible and starts and at >= starts and spec.tier is workload.spec.tier):
             continue
-        priced = price(copy.world, trial)
+        priced = price(copy.world, trial, now=copy.now)
         found.append(
             Option(
                 change=change,
@@ -178,6 +215,8 @@ def _starts(
         now=copy.now,
         metered=False,
     )
+    world.copies.update(copy.copies)
+    world.cached.update(copy.cached)
     driver = Driver(world, copy.policy)
     thought = _Thought(world, copy.policy, pace, copy.now)
     facts: list[Fact] = [Submitted(at_ns=copy.now, workload=workload) for workload in submitted]

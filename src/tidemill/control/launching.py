@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from tidemill.control.identity import Directory
 from tidemill.core.environment import worker_environment
 from tidemill.core.world import World
 from tidemill.errors import InvalidSpec, NotFound
 from tidemill.model.artifact import Artifact
+from tidemill.model.fleet import Node
 from tidemill.model.ids import LaunchId, NodeId, ProjectId
 from tidemill.model.job import Allocation, Cause, DeviceShare
 from tidemill.model.plan import GangPlace, LaunchSpec
 from tidemill.model.spec import Port
+from tidemill.model.storage import DataMount
 from tidemill.ports import Store
 
 
@@ -74,8 +77,16 @@ def build_launch(
         runner_token=runner_token,
         job_token=job_token,
         gang=tuple(_place(worker) for worker in gang) if len(gang) > 1 else (),
+        data=tuple(_here(mount, world.nodes[held.node_id]) for mount in spec.data),
+        volumes=spec.volumes,
         lease_ns=world.sites[world.nodes[held.node_id].site_id].lease_ns if is_leased(held.node_id) else 0,
     )
+
+
+def _here(mount: DataMount, node: Node) -> DataMount:
+    """The data set as that node gets it: its home is told only where that is."""
+    is_here = mount.home.startswith("/") and mount.site_id == node.site_id and mount.node in ("", node.name)
+    return mount if is_here else replace(mount, home="")
 
 
 def _place(worker: Allocation) -> GangPlace:

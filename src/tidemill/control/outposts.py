@@ -196,14 +196,17 @@ class SiteEngine:
         """What this process sees, and the outposts that answer; of the others nothing is said."""
         seen: list[Observation] = []
         nodes: set[NodeId] = set()
+        cached: list[tuple[NodeId, tuple[str, ...]]] = []
         if self._own is not None:
             sight = self._own.observe()
             self._own_nodes |= sight.nodes
-            seen, nodes = list(sight.launches), set(sight.nodes)
+            seen, nodes, cached = list(sight.launches), set(sight.nodes), list(sight.cached)
         for box, answer in self._ask_all("observe"):
             seen += answer.seen
-            nodes |= {node for node in answer.looked_at if self._claim(node, box)}
-        return Sight(nodes=frozenset(nodes), launches=tuple(seen))
+            its = {node for node in answer.looked_at if self._claim(node, box)}
+            nodes |= its
+            cached += [(node, copies) for node, copies in answer.cached if node in its]
+        return Sight(nodes=frozenset(nodes), launches=tuple(seen), cached=tuple(cached))
 
     def forget(self, launch_id: LaunchId, *, node_id: NodeId) -> None:
         """Drop what is kept of a launch that is gone; refused while anything of it lives; harmless twice."""
@@ -211,6 +214,21 @@ class SiteEngine:
             self._own.forget(launch_id, node_id=node_id)
         else:
             self._ask(node_id, "forget", launch_id=launch_id)
+
+    def read_file(self, path: str, offset: int, size: int, *, node_id: NodeId | None) -> bytes:
+        """Part of a file of an outpost's machine: of the one that works that node, or of any that can read it.
+
+        Raises: EngineLost when none answers, EngineRefused when none has it.
+        """
+        where = self._where.get(node_id, OutpostId("")) if node_id is not None else ""
+        boxes = [box for key, box in self._boxes.items() if box.is_there and (node_id is None or key == where)]
+        refusal: TidemillError = EngineLost(f"no outpost of {self.site_id} answers that could read {path}")
+        for box in boxes:
+            try:
+                return self._await(box, box.send("read", path=path, offset=offset, size=size)).content
+            except TidemillError as error:
+                refusal = error
+        raise refusal
 
     def close(self) -> None:
         """Let go without touching what runs: whoever waits for an outpost's answer gets none."""

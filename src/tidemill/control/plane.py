@@ -20,6 +20,7 @@ from tidemill import __version__
 from tidemill.control.answers import Receipt, Status, Why, mend_for, receipt_of
 from tidemill.control.blobs import BlobStore
 from tidemill.control.cloudsettings import CloudSettings
+from tidemill.control.datasets import DataSets
 from tidemill.control.driver import Driver, world_from
 from tidemill.control.enginework import Stranger
 from tidemill.control.forecast import quote, why
@@ -196,6 +197,17 @@ class ControlPlane:
             met=self._let_stranger_in,
             epoch=epoch,
         )
+        self.data = DataSets(
+            store,
+            self.blobs,
+            vault,
+            folder=settings.home,
+            home=site.id,
+            clock=clock,
+            sites=self.sites.all,
+            workloads=lambda: tuple(self.world.workloads.copy().values()),
+            elsewhere=self.sites.read_file,
+        )
         self.renting: Renting | None = None
         """What rents machines, when this installation does."""
         self._epoch = epoch
@@ -232,6 +244,7 @@ class ControlPlane:
             nodes = self._engine.nodes()
             self._turns.put([NodeJoined(at_ns=now, node=node) for node in nodes]).result(timeout=60)
         self.sites.start()
+        self.data.start()
         if self.renting is not None:
             self.renting.start()
         self._sampler.start()
@@ -241,6 +254,7 @@ class ControlPlane:
         self._closing.set()
         if self.renting is not None:
             self.renting.close()
+        self.data.close()
         self.sites.close()
         world = self.world
         if not world.allocations:
@@ -493,6 +507,7 @@ class ControlPlane:
             self.renting is not None
             or self._is_capped(project)
             or any(spec.inputs or spec.secrets or spec.workdir or spec.after or spec.group for spec in specs)
+            or any(spec.data or spec.volumes for spec in specs)
         )
 
     def checkpointed(self, identity: Identity, job_id: JobId, detail: str) -> Future[None]:
@@ -522,6 +537,8 @@ class ControlPlane:
         """What would happen if it were submitted now: the next turn, taken and undone."""
         now = self._clock()
         spec = self._resolve_inputs(spec, project)
+        if spec.data or spec.volumes:
+            spec = self.data.resolve(spec, project)
         if spec.after:
             [spec] = self._follow([spec], [WorkloadId("")], project)
         self._check_times(spec, project, now=now)
@@ -551,13 +568,15 @@ class ControlPlane:
         if job_id in self.world.jobs:
             self._turns.put([MetersRead(at_ns=now, job_id=job_id)]).result(timeout=30)
         held = self.store.allocations(job_id)
+        nodes, sites = self.world.nodes, self.world.sites
+        at = dict.fromkeys(nodes[worker.node_id].site_id for worker in held if worker.node_id in nodes)
+        ran_at = [sites[site_id] for site_id in at] or [self.site]
         return receipt_of(
             row.job,
             row.workload,
             self.store.ledger_totals(job_id=job_id),
-            prices=self._rates.rates,
-            rate_card=self._rates.id,
-            site=self.site,
+            cards=[self.world.card_of(site.id) for site in ran_at],
+            sites=ran_at,
             held_ns=sum((worker.released_ns or now) - worker.held_ns for worker in held),
             placed_ns=min((worker.held_ns for worker in held), default=0),
             now=now,
@@ -786,6 +805,12 @@ class ControlPlane:
         administer(identity)
         return self.sites.end_stranger(launch_id, grace_ns=grace_ns)
 
+    def copies_on(self, project_id: ProjectId, digest: str) -> tuple[str, ...]:
+        """The names of the machines that have a copy of a project's data set, by the digest of its manifest."""
+        world, wanted = self.world, f"{project_id}/{digest}"
+        cached = world.cached.copy()
+        return tuple(sorted(world.nodes[one].name for one, sets in cached.items() if wanted in sets))
+
     # -- artifacts and the gateway --------------------------------------------------------------------------------
 
     def output_folder(self, job: Job) -> Path:
@@ -943,6 +968,8 @@ class ControlPlane:
         """The spec with its inputs pinned to versions. Raises: Infeasible, InvalidSpec."""
         if spec.inputs:
             spec = self._resolve_inputs(spec, project)
+        if spec.data or spec.volumes:
+            spec = self.data.resolve(spec, project)
         self._check_times(spec, project, now=now)
         if spec.workdir and not self.blobs.exists(spec.workdir):
             raise InvalidSpec(

@@ -93,11 +93,12 @@ class Renting:
 
     def may_serve(self, spec: WorkloadSpec) -> bool:
         """Whether machines on offer, as many as may be rented, could run it though none that is there can."""
-        gang = gang_of(spec)
+        gang, site = gang_of(spec), self._sites.find(self._settings.site)
         most = self._settings.policy.max_instances
         for offer in self._on_offer():
             fleet = FleetArrays()
-            fleet.rebuild([machine_of(offer, f"offer-{number}") for number in range(min(gang.workers, most))])
+            names = [f"offer-{number}" for number in range(min(gang.workers, most))]
+            fleet.rebuild([machine_of(offer, name, site=site.id) for name in names], {site.id: site})
             if most and fits(fleet, gang):
                 return True
         return False

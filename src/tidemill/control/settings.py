@@ -23,13 +23,16 @@ class Settings:
 
     ``database`` empty is SQLite in the home folder. ``rates`` maps a resource (a device model or ``cpu``) to
     US dollars for one hour of one unit, over the catalog's. ``country`` is ISO 3166 alpha-3 and sets the
-    carbon intensity unless ``carbon_g_per_kwh`` does. ``hosts`` are names, beside this machine's own
-    loopback names, under which the API may be addressed. ``reserve_cpus`` cores are kept from jobs.
+    carbon intensity unless ``carbon_g_per_kwh`` does, or ``carbon_by_hour`` with 24 of them, by hour of the day in UTC.
+    ``tariff`` is US dollars for one kWh, charged on top of the rates; zero: electricity is in them. ``hosts`` are
+    names, beside this machine's own loopback names, under which the API may be addressed. ``reserve_cpus`` cores are
+    kept from jobs.
 
     ``lease`` is how long a worker on another machine of this site runs on without a word from the control plane.
     ``address`` is where other machines reach this one; ``ray_port`` and ``ray_redis`` (host:port of a Redis that keeps
     what the cluster's head knows) are for the engine ``ray``. ``cloud`` says what is rented and when, as
     ``control.cloudsettings`` reads it. ``volumes`` is a folder that machines share, for checkpoints and outputs.
+    ``data_cache`` is how much copies of data sets may take on this machine; zero: as much as the disk has.
 
     ``shared`` is a folder that several control planes of one PostgreSQL have in common: one of them leads.
 
@@ -53,6 +56,8 @@ class Settings:
     country: str = ""
     pue: float = 1.0
     carbon_g_per_kwh: float | None = None
+    carbon_by_hour: tuple[float, ...] = ()
+    tariff: float = 0.0
     rates: Mapping[str, float] = field(default_factory=dict)
     hosts: tuple[str, ...] = ()
     reserve_cpus: float = 0.0
@@ -63,6 +68,7 @@ class Settings:
     ray_port: int = 6379
     ray_redis: str = ""
     volumes: str = ""
+    data_cache: str = "100GB"
     cloud: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     taints: tuple[str, ...] = ()
@@ -233,7 +239,12 @@ def _checked(name: str, value: Any, default: object) -> Any:
                 if not 1 <= float(value) < 100:
                     raise ValueError("PUE is total power over IT power: 1.0 or some more")
                 return float(value)
-            case "carbon_g_per_kwh" | "reserve_cpus":
+            case "carbon_by_hour":
+                hours = tuple(float(each) for each in value)
+                if len(hours) != 24 or not all(0 <= each < 1_000_000 for each in hours):
+                    raise ValueError("it is 24 numbers, one for each hour of the day in UTC")
+                return hours
+            case "carbon_g_per_kwh" | "reserve_cpus" | "tariff":
                 if not 0 <= float(value) < 1_000_000:
                     raise ValueError("it is a number, zero or more")
                 return float(value)
@@ -268,7 +279,7 @@ def _checked(name: str, value: Any, default: object) -> Any:
                 if value != "none" and parse_duration(value) <= 0:
                     raise ValueError("it has to be longer than nothing, or none")
                 return value if isinstance(value, str) else f"{value}s"
-            case "workdir_limit":
+            case "workdir_limit" | "data_cache":
                 parse_size(value)
                 return str(value)
             case "engine" if value not in _ENGINES:

@@ -22,9 +22,10 @@ from tidemill.control.leases import Leases
 from tidemill.control.outposts import Mailbox, SiteEngine
 from tidemill.core.facts import LEFT, has_left
 from tidemill.core.world import World
-from tidemill.errors import Conflict, Forbidden, NotFound, TidemillError
+from tidemill.errors import Conflict, EngineLost, Forbidden, NotFound, TidemillError, Unavailable
 from tidemill.model.cloud import Rental
 from tidemill.model.events import (
+    CopiesSeen,
     DeviceFailed,
     DeviceRecovered,
     Fact,
@@ -34,7 +35,7 @@ from tidemill.model.events import (
     Sampled,
     SiteSet,
 )
-from tidemill.model.fleet import Node, NodeState, Outpost, Site
+from tidemill.model.fleet import Link, Node, NodeState, Outpost, Site
 from tidemill.model.ids import (
     JobId,
     LaunchId,
@@ -175,7 +176,7 @@ class Sites:
                 "The site of the control plane's own machine is described in its config.yaml.",
                 field="site",
                 value=site.name,
-                mend="Set site_kind, country, pue, carbon_g_per_kwh and lease there, and start it again.",
+                mend="Set site_kind, country, pue, carbon_g_per_kwh, rates, tariff and lease there; start it again.",
             )
         self._store.put_site(site)
         with self._lock:
@@ -185,6 +186,21 @@ class Sites:
         self._tell([SiteSet(at_ns=self._clock(), site=site)]).result(timeout=30)
         return site
 
+    def link(self, one: Site, other: Site, link: Link | None) -> None:
+        """Say what the way between two sites is like; None: that it is not known.
+
+        Raises: Conflict for a site and itself.
+        """
+        if one.id == other.id:
+            raise Conflict("A site has no link to itself.", field="site", value=one.name, mend="Name two sites.")
+        keeper, far = (other, one) if one.id == self.home.id else (one, other)  # config.yaml describes the home
+        for site, there in ((keeper, far), (far, keeper)):
+            links = tuple(each for each in site.links if each.to != there.id)
+            if site is keeper and link is not None:
+                links = (*links, replace(link, to=there.id))
+            if links != site.links:
+                self.put(replace(site, links=links))
+
     def find(self, name: str) -> Site:
         """The site of that name. Raises: NotFound."""
         for site in self.all():
@@ -192,6 +208,18 @@ class Sites:
                 return site
         names = ", ".join(site.name for site in self.all())
         raise NotFound(f"There is no site {name[:100]}.", field="site", value=name[:100], mend=f"Sites: {names}.")
+
+    def read_file(self, site_id: SiteId, node: str, path: str, offset: int, size: int) -> bytes:
+        """Part of a file at a site with outposts, on its machine of that name, or on any. Raises: Unavailable."""
+        engine = self._engines.get(site_id)
+        nodes = self._world().nodes.copy().values()
+        node_id = next((one.id for one in nodes if one.site_id == site_id and one.name == node), None)
+        try:
+            if engine is None or (node and node_id is None):
+                raise EngineLost(f"there is no machine {node or 'of its outposts'} at {site_id}")
+            return engine.read_file(path, offset, size, node_id=node_id)
+        except TidemillError as error:
+            raise Unavailable(f"The data set's home cannot be read: {error.detail}.", field="site") from error
 
     def states(self) -> tuple[SiteState, ...]:
         """Every site with what is there, the one of this machine first."""
@@ -435,11 +463,23 @@ class Sites:
     def _saw(self, sight: Sight) -> bool:
         """Whether a look shows nodes that the world does not count on."""
         self.leases.heard(sight.nodes)
+        self._see_copies(sight)
         nodes = self._world().nodes
         away = (NodeState.SILENT, NodeState.LOST)
         return any(
             (node := nodes.get(seen)) is None or (node.state in away and not has_left(node)) for seen in sight.nodes
         )
+
+    def _see_copies(self, sight: Sight) -> None:
+        """Tell of which data sets nodes have copies, when that is news."""
+        world = self._world()
+        news = [
+            CopiesSeen(at_ns=self._clock(), node_id=node_id, cached=cached)
+            for node_id, cached in sight.cached
+            if node_id in world.nodes and world.cached.get(node_id, frozenset()) != frozenset(cached)
+        ]
+        if news:
+            self._tell(news)
 
     def _watch(self) -> None:
         while not self._closing.wait(_LOOKED_AFTER_S):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tidemill.core.feasible import Fitting, Shape, fitting, places_for_slices, tolerates, workers_that_fit
+from tidemill.core.feasible import Fitting, Shape, fitting, is_within, places_for_slices, tolerates, workers_that_fit
 from tidemill.core.fleetarrays import FleetArrays
-from tidemill.core.place import Gang, fits, gang_of
+from tidemill.core.place import Gang, fits, gang_of, stays_in_site
 from tidemill.core.world import World
-from tidemill.model.fleet import Level
+from tidemill.model.fleet import Level, Site
+from tidemill.model.ids import SiteId
 from tidemill.model.job import Workload
 from tidemill.model.plan import Reason, ResolvableBy
 from tidemill.model.resources import GpuRequest
-from tidemill.model.spec import WorkloadSpec
+from tidemill.model.spec import ANYWHERE, WorkloadSpec
 from tidemill.units import MILLI, format_size
 
 
@@ -91,6 +93,14 @@ def _narrowest(fleet: FleetArrays, gang: Gang) -> Reason:
             sentence = f"The largest {what}, empty, has no room for {gang.smallest} such workers together."
             return _never("NoDomainLargeEnough", "placement.within", f"{gang.smallest} workers", f"{most}", sentence)
     total = int(room.sum())
+    if stays_in_site(fleet, gang) and total >= gang.smallest:
+        inside = np.bincount(fleet.domains(Level.SITE), weights=np.minimum(room, gang.workers)).astype(np.int64)
+        most, name = int(inside.max()), site_name(fleet, fleet.site_ids[int(inside.argmax())])
+        sentence = (
+            f"A job stays within one site. The largest, {name}, has room for {most} such workers when it is empty; the"
+            f" gang has {gang.smallest}. With placement.across_sites it may lie across them: all have room for {total}."
+        )
+        return _never("NoSiteLargeEnough", "placement.across_sites", f"{gang.smallest} workers", f"{most}", sentence)
     sentence = f"The whole fleet, empty, has room for {total} such workers at once; the gang has {gang.smallest}."
     return _never("GangTooLarge", "nodes", f"{gang.smallest} workers", f"{total} workers", sentence)
 
@@ -100,18 +110,27 @@ def _nowhere_allowed(fleet: FleetArrays, shape: Shape) -> Reason | None:
     if shape.image and not fleet.has_images.any():
         sentence = "No machine here can run container images; install podman, or use env instead of image."
         return _never("NoContainerRuntime", "image", "podman or docker on a node", "none", sentence)
+    if shape.where != ANYWHERE and not any(is_within(shape.where, fleet.sites.get(site)) for site in fleet.site_ids):
+        wanted = "; ".join(shape.where.words())
+        have = ", ".join(described(fleet.sites[site]) for site in fleet.site_ids if site in fleet.sites) or "none"
+        sentence = f"No site with machines is among those it may be put at ({wanted}); there is {have}."
+        return replace(_never("NoSiteAllowed", "placement", wanted, have, sentence), resolvable_by=ResolvableBy.POLICY)
     for key, value in shape.labels:
         known = sorted({found for node in fleet.nodes for name, found in node.labels if name == key})
         if not set(known) & set(value.split("|")):
             have = ", ".join(known) or "no node has that label"
             sentence = f"No machine has the label {key}={value}; there is {have}."
             return _never("NoNodeWithLabel", f"placement.labels.{key}", value, have, sentence)
+    if shape.machine and not fitting(fleet, shape).nodes.any():
+        sentence = f"What it mounts is on {shape.machine}, which is not there or may not have it."
+        return _never("NoNodeWithVolume", "volumes", shape.machine, "none", sentence)
     if not any(all(tolerates(shape.tolerations, taint) for taint in node.taints) for node in fleet.nodes):
         taints = ", ".join(sorted({taint for node in fleet.nodes for taint in node.taints}))
         sentence = f"Every machine is tainted ({taints}), and the workload tolerates none of them all."
         return _never("NotTolerated", "placement.tolerations", "a toleration", taints, sentence)
-    if not fitting(fleet, shape).nodes.any() and (shape.labels or shape.tolerations):
-        sentence = "No single machine has all the labels asked for and only taints that are tolerated."
+    if not fitting(fleet, shape).nodes.any() and (shape.labels or shape.tolerations or shape.where != ANYWHERE):
+        at = f", and is where it may run ({'; '.join(shape.where.words())})" if shape.where != ANYWHERE else ""
+        sentence = f"No single machine has all the labels asked for and only taints that are tolerated{at}."
         return _never("NoNodeAllowed", "placement", "a machine that meets all of placement", "none", sentence)
     return None
 
@@ -184,11 +203,25 @@ def why_not_now(fleet: FleetArrays, gang: Gang, *, mask: NDArray[np.bool_] | Non
         return _busy(
             "NoDomainWithRoom", "placement.within", f"{gang.smallest} workers in one {gang.within}", "", sentence
         )
+    if gang.spread is None and stays_in_site(fleet, gang) and room >= gang.smallest:
+        sentence = f"There is room for {room} such workers, but not within one site, and a job stays within one."
+        return _busy("NoSiteWithRoom", "placement.across_sites", f"{gang.smallest} workers at one site", "", sentence)
     if gang.spread is not None and room >= gang.smallest:
         sentence = f"There is room, but not on {gang.smallest} different {gang.spread}s."
         return _busy("NoDomainWithRoom", "placement.spread", f"{gang.smallest} {gang.spread}s", "", sentence)
     sentence = f"What is free is spread over machines: {room} of {gang.smallest} workers fit now."
     return _busy("NoNodeWithRoom", "nodes", f"{gang.smallest} workers", f"room for {room}", sentence)
+
+
+def site_name(fleet: FleetArrays, site_id: SiteId) -> str:
+    """The name of a site; its id when nothing else is known of it."""
+    site = fleet.sites.get(site_id)
+    return site.name if site is not None else site_id
+
+
+def described(site: Site) -> str:
+    """A site with what placement asks about: ``berlin (edge, DEU)``."""
+    return f"{site.name} ({site.kind}, {site.country or 'country not known'})"
 
 
 def _least_milli(static: Fitting) -> int:

@@ -29,7 +29,7 @@ from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.place import Gang, Placed, place_gang
 from tidemill.core.score import Score, Tide
 from tidemill.model.cloud import Billing, Market, Offer, Rental, RentalState
-from tidemill.model.fleet import Device, Node, NodeState
+from tidemill.model.fleet import Device, Node, NodeState, Site
 from tidemill.model.ids import DeviceId, JobId, NodeId, RentalId, SiteId
 from tidemill.model.plan import Reason, ResolvableBy
 from tidemill.model.spec import WorkloadSpec
@@ -179,14 +179,15 @@ def burst(
     boots: Mapping[str, int] | None = None,
     useless: frozenset[tuple[JobId, str]] = frozenset(),
     score: Score | None = None,
+    site: Site | None = None,
 ) -> Decision:
     """What to do now about rented machines. ``waiting`` is in the order in which jobs would be placed.
 
     ``spent_micro`` is what this month cost so far, with what is rented now. ``boots`` are the times that types of
     instance are known to take to boot. ``useless`` are jobs with types of instance that were rented for them and that
-    the scheduler then did not use.
+    the scheduler then did not use. ``site`` is where rented machines are, for work that may not be everywhere.
     """
-    books = _Books(policy, billing, spent_micro, now, boots or {}, score or Tide(compiled=False))
+    books = _Books(policy, billing, spent_micro, now, boots or {}, score or Tide(compiled=False), site)
     books.count(rented, {job.id: job for job in waiting})
     kept = sorted(offers, key=lambda offer: (offer.price_micro_per_hour, offer.id))
     rent: list[_New] = []
@@ -301,9 +302,18 @@ class _Books:
     """What is rented and what it may come to, as this decision goes on."""
 
     def __init__(
-        self, policy: BurstPolicy, billing: Billing, spent_micro: int, now: int, boots: Mapping[str, int], score: Score
+        self,
+        policy: BurstPolicy,
+        billing: Billing,
+        spent_micro: int,
+        now: int,
+        boots: Mapping[str, int],
+        score: Score,
+        site: Site | None,
     ) -> None:
         self.policy = policy
+        self._site = site.id if site is not None else SiteId("")
+        self._sites = {site.id: site} if site is not None else {}
         self.now = now
         self._billing = billing
         self._spent_micro = spent_micro
@@ -333,11 +343,11 @@ class _Books:
                 needed = max(one.busy_until_ns - self.now, needed)
             self._machines[one.id] = _Machine(one.offer, needed)
             if one.phase is Phase.COMING:
-                self._coming[one.id] = machine_of(one.offer, one.id)
+                self._coming[one.id] = machine_of(one.offer, one.id, site=self._site)
                 for job_id in one.jobs:
                     self._for.setdefault(job_id, []).append(one.id)
             elif one.phase is Phase.OPEN and not one.running:
-                self._open[one.id] = machine_of(one.offer, one.id)
+                self._open[one.id] = machine_of(one.offer, one.id, site=self._site)
 
     @property
     def is_month_over(self) -> bool:
@@ -475,7 +485,8 @@ class _Books:
         there = self._for.get(job.id, ())
         least = 1 if there else -(-smallest // each)
         for count in range(least, min(smallest, max(self.policy.max_instances, least)) + 1):
-            fresh = [machine_of(offer, f"{_FRESH}would-be-{number:05d}") for number in range(count)]
+            names = [f"{_FRESH}would-be-{number:05d}" for number in range(count)]
+            fresh = [machine_of(offer, name, site=self._site) for name in names]
             fleet = self._laid([self._coming[name] for name in there] + fresh)
             if place_gang(fleet, job.gang, score=self._score, take=False) is not None:
                 return count
@@ -510,7 +521,7 @@ class _Books:
         added = [_New(f"{_FRESH}{len(rent) + number:05d}", offer, [job.id]) for number in range(count)]
         for new in added:
             self._machines[new.name] = _Machine(offer, self._needs(job, offer))
-            self._coming[new.name] = machine_of(offer, new.name)
+            self._coming[new.name] = machine_of(offer, new.name, site=self._site)
         rent += added
         self._fleet = None
         self._put(job, [*self._for.get(job.id, ()), *(new.name for new in added)])
@@ -537,7 +548,7 @@ class _Books:
     def _laid(self, nodes: Sequence[Node]) -> FleetArrays:
         """Those machines, less what was put on them."""
         fleet = FleetArrays()
-        fleet.rebuild(list(nodes))
+        fleet.rebuild(list(nodes), self._sites)
         for gang, placed in self._held:
             resources = gang.choices[placed.choice].resources
             for place in placed.places:
@@ -555,7 +566,7 @@ class _Books:
         key = gang, offer.id
         if key not in self._each:
             fleet = FleetArrays()
-            fleet.rebuild([machine_of(offer, _FRESH)])
+            fleet.rebuild([machine_of(offer, _FRESH, site=self._site)], self._sites)
             self._each[key] = max(int(workers_that_fit(fleet, shape)[0]) for shape in gang.choices)
         return self._each[key]
 
@@ -565,7 +576,8 @@ class _Books:
         by_size = [offer for offer in offers if self._workers_on(anywhere, offer)]
         by_place = [offer for offer in by_size if self._workers_on(job.gang, offer)]
         if by_size and not by_place:
-            wanted = ", ".join(f"{key}={value}" for key, value in job.gang.choices[0].labels)
+            shape = job.gang.choices[0]
+            wanted = ", ".join((*(f"{key}={value}" for key, value in shape.labels), *shape.where.words()))
             return _reason(
                 "ResidencyForbids", job.id, wanted, f"{len(by_size)} offers elsewhere", ResolvableBy.POLICY,
                 f"Machines that would do are on offer only where it may not run; it asks for {wanted}.",

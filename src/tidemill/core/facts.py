@@ -14,11 +14,12 @@ from tidemill.core import ending, waiting
 from tidemill.core.admission import why_refused
 from tidemill.core.lifecycle import ALLOCATION, ATTEMPT, JOB, NODE, apply, may
 from tidemill.core.meter import meters_held
-from tidemill.core.outcome import Outcome
+from tidemill.core.outcome import Outcome, rate_so_far
 from tidemill.core.world import World
 from tidemill.model.events import (
     Became,
     Checkpointed,
+    CopiesSeen,
     DeviceFailed,
     DeviceRecovered,
     Exited,
@@ -44,7 +45,7 @@ from tidemill.model.events import (
     Vanished,
 )
 from tidemill.model.fleet import Node, NodeState
-from tidemill.model.ids import LaunchId, job_id
+from tidemill.model.ids import LaunchId, NodeId, job_id
 from tidemill.model.job import Allocation, AllocationState, AttemptState, Cause, Job, JobState
 from tidemill.model.plan import Launch
 from tidemill.model.spec import Kind
@@ -348,10 +349,33 @@ def _node_fell_silent(fact: NodeFellSilent, world: World, out: Outcome) -> None:
 
 
 @_take.register
-def _site_set(fact: SiteSet, world: World, out: Outcome) -> None:
-    if world.sites.get(fact.site.id) == fact.site:
+def _copies_seen(fact: CopiesSeen, world: World, out: Outcome) -> None:
+    node = world.nodes.get(fact.node_id)
+    cached = frozenset(fact.cached)
+    before = world.cached.get(fact.node_id, frozenset())
+    if node is None or cached == before:
         return
+    world.set(world.cached, fact.node_id, cached)
+    world.copies_are_new()
+    out.note("CopiesSeen", node=node.name, copies=len(cached), new=len(cached - before), gone=len(before - cached))
+
+
+@_take.register
+def _site_set(fact: SiteSet, world: World, out: Outcome) -> None:
+    before = world.sites.get(fact.site.id)
+    if before == fact.site:
+        return
+    if before is not None:  # what was used so far costs what it cost so far
+        names: dict[NodeId, list[str]] = {}
+        for node_id, name in world.meters:
+            if world.nodes[node_id].site_id == before.id:
+                names.setdefault(node_id, []).append(name)
+        for node_id, meters in names.items():
+            out.cut(world, node_id, meters)
+        rate_so_far(world, out)
     world.set(world.sites, fact.site.id, fact.site)
+    world.rebuild_fleet()
+    world.reopen()
     out.note("SiteSet", site=fact.site.name)
 
 

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tidemill.core.fleetarrays import FleetArrays, Free, Ints
-from tidemill.model.fleet import Node
+from tidemill.model.fleet import Level, Node, Site
 from tidemill.model.resources import GpuRequest, Resources
+from tidemill.model.spec import ANYWHERE, Territory
 from tidemill.units import MILLI
 
 _SEPARATORS = re.compile(r"[^a-z0-9]+")
@@ -49,6 +50,9 @@ class Shape:
     image: bool = False
     labels: tuple[tuple[str, str], ...] = ()
     tolerations: tuple[str, ...] = ()
+    where: Territory = ANYWHERE
+    machine: str = ""
+    """The name of the one machine that has a volume or a data set of it; empty: any."""
     _hash: int = field(init=False, repr=False, compare=False, default=0)
 
     def __post_init__(self) -> None:
@@ -61,7 +65,7 @@ class Shape:
         return Shape, self._values()  # another process hashes text differently
 
     def _values(self) -> tuple[Any, ...]:
-        return self.resources, self.image, self.labels, self.tolerations
+        return self.resources, self.image, self.labels, self.tolerations, self.where, self.machine
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,7 +129,7 @@ def _is_slice_of(model: str, request: GpuRequest) -> bool:
 
 def _work_out(fleet: FleetArrays, shape: Shape) -> Fitting:
     """A shape's fitting, put together of what it has in common with others: which nodes, and which devices."""
-    allowed = (shape.resources.disk_bytes, shape.image, shape.labels, shape.tolerations)
+    allowed = (shape.resources.disk_bytes, shape.image, shape.labels, shape.tolerations, shape.where, shape.machine)
     nodes: NDArray[np.bool_] | None = fleet.cache.get(allowed)
     if nodes is None:
         nodes = fleet.cache[allowed] = _allowed_nodes(fleet, shape)
@@ -159,7 +163,25 @@ def _allowed_nodes(fleet: FleetArrays, shape: Shape) -> NDArray[np.bool_]:
         nodes &= fleet.disk_total >= shape.resources.disk_bytes
     if shape.image:
         nodes &= fleet.has_images
+    if shape.where != ANYWHERE:
+        allowed = [
+            number for number, site in enumerate(fleet.site_ids) if is_within(shape.where, fleet.sites.get(site))
+        ]
+        nodes &= np.isin(fleet.domains(Level.SITE), allowed)
+    if shape.machine:
+        nodes &= np.array([node.name == shape.machine for node in fleet.nodes], np.bool_)
     return nodes
+
+
+def is_within(where: Territory, site: Site | None) -> bool:
+    """Whether work that may be there only may be put at that site; a site that nothing is known of is nowhere."""
+    if site is None:
+        return where == ANYWHERE
+    return (
+        (not where.sites or site.name in where.sites or site.id in where.sites)
+        and (not where.countries or site.country in where.countries)
+        and (not where.kinds or site.kind in where.kinds)
+    )
 
 
 def _device_parts(

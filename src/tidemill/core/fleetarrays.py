@@ -13,14 +13,15 @@ without favouring any node's name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tidemill.model.fleet import Level, Mig, Node, NodeState
-from tidemill.model.ids import DeviceId, NodeId
+from tidemill.model.fleet import Level, Mig, Node, NodeState, Site
+from tidemill.model.ids import DeviceId, NodeId, SiteId
 from tidemill.model.job import DeviceShare
 from tidemill.model.mig import SLICES, Geometry, geometry_of
 from tidemill.units import MILLI
@@ -60,11 +61,14 @@ class FleetArrays:
         """Room for compiled loops to tick rows off in, (N + 1,); its last entry counts the loops."""
         self.cache: dict[Any, Any] = {}
         """What was worked out of the present layout; emptied by a rebuild."""
+        self.sites: Mapping[SiteId, Site] = {}
+        """What is known of the nodes' sites."""
         self._undo: list[tuple[int, int, int, tuple[tuple[int, int, int], ...]]] = []
         self._lay([])
 
-    def rebuild(self, nodes: list[Node]) -> None:
-        """Lay the columns anew for these nodes, everything free. Forgets the undo log."""
+    def rebuild(self, nodes: list[Node], sites: Mapping[SiteId, Site] | None = None) -> None:
+        """Lay the columns anew for these nodes at these sites, everything free. Forgets the undo log."""
+        self.sites = sites or {}
         self._lay(nodes)
         self.released += 1
         self.layouts += 1
@@ -72,6 +76,8 @@ class FleetArrays:
     def _lay(self, nodes: list[Node]) -> None:
         self.nodes = sorted(nodes, key=lambda node: node.id)
         self.row: dict[NodeId, int] = {node.id: index for index, node in enumerate(self.nodes)}
+        self.site_ids = sorted({node.site_id for node in self.nodes})
+        """The sites that have nodes; each one's place is its number in ``domains(Level.SITE)``."""
         width = max((len(node.devices) for node in self.nodes), default=0)
         shape = (len(self.nodes), width)
         self.models = sorted({device.model for node in self.nodes for device in node.devices})

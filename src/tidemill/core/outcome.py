@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from tidemill.core.rating import rate_all
 from tidemill.core.world import World
 from tidemill.model.events import LogEntry
 from tidemill.model.ids import JobId, NodeId
 from tidemill.model.job import Job
-from tidemill.model.ledger import UsageInterval
+from tidemill.model.ledger import LedgerLine, UsageInterval
 from tidemill.model.plan import Command, Reason, Waiting
 from tidemill.model.policy import Policy
 
@@ -23,6 +24,7 @@ class Outcome:
     policy: Policy
     log: list[LogEntry] = field(default_factory=list)
     usage: list[UsageInterval] = field(default_factory=list)
+    ledger: list[LedgerLine] = field(default_factory=list)
     waiting: list[Waiting] = field(default_factory=list)
     commands: list[Command] = field(default_factory=list)
     fresh: list[JobId] = field(default_factory=list)
@@ -51,3 +53,11 @@ class Outcome:
         if before is None or before.code != reason.code:
             world.set(world.reasons, job_id, reason)
             self.waiting.append(Waiting(job_id=job_id, reason=reason))
+
+
+def rate_so_far(world: World, out: Outcome) -> None:
+    """Price the usage of this turn so far, by what each node's site charges now."""
+    if out.usage:
+        nodes, sites = world.nodes, world.sites
+        out.ledger += rate_all(out.usage, world.card_and_prices, lambda node_id: sites[nodes[node_id].site_id])
+        out.usage.clear()

@@ -10,7 +10,7 @@ of nodes that changed since are worked out again, and the best is one ``argmax``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -35,6 +35,8 @@ from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Tier, WorkloadSpec
 from tidemill.units import MILLI
 
+Masks = Sequence[NDArray[np.bool_] | None]
+_ALL_AT_ONCE: Final[Masks] = (None,)
 _WIDER: Final = (Level.NVLINK, Level.HOST, Level.RACK, Level.BLOCK, Level.SITE)
 
 
@@ -51,17 +53,21 @@ class Gang:
     within: Level | None = None
     prefer: Level | None = None
     spread: Level | None = None
+    across: bool = False
+    """Whether its workers may lie at several sites."""
     _hash: int = field(init=False, repr=False, compare=False, default=0)
 
     def __post_init__(self) -> None:
-        values = (self.choices, self.workers, self.smallest, self.within, self.prefer, self.spread)
-        object.__setattr__(self, "_hash", hash(values))
+        object.__setattr__(self, "_hash", hash(self._values()))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _gang, (self.choices, self.workers, self.smallest, self.within, self.prefer, self.spread)
+        return _gang, self._values()
+
+    def _values(self) -> tuple[Any, ...]:
+        return self.choices, self.workers, self.smallest, self.within, self.prefer, self.spread, self.across
 
     def part(self, choice: int, workers: int) -> Gang:
         """Up to so many workers of one of the choices, content with one."""
@@ -72,6 +78,7 @@ class Gang:
             within=None,
             prefer=self.prefer or self.within,
             spread=None,
+            across=self.across,
         )
 
 
@@ -82,8 +89,17 @@ def _gang(
     within: Level | None,
     prefer: Level | None,
     spread: Level | None,
+    across: bool,
 ) -> Gang:
-    return Gang(choices=choices, workers=workers, smallest=smallest, within=within, prefer=prefer, spread=spread)
+    return Gang(
+        choices=choices,
+        workers=workers,
+        smallest=smallest,
+        within=within,
+        prefer=prefer,
+        spread=spread,
+        across=across,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,14 +121,20 @@ class Placed:
 def gang_of(spec: WorkloadSpec) -> Gang:
     """What a job of the workload needs placed together."""
     where = spec.placement
+    site, machine = spec.home
+    territory = replace(where.where, sites=(str(site),)) if site else where.where
     tolerated = (*where.tolerations, SPOT_TAINT) if spec.tier is Tier.SPOT else where.tolerations
     return Gang(
-        choices=tuple(Shape(resources, bool(spec.image), where.labels, tolerated) for resources in spec.choices),
+        choices=tuple(
+            Shape(resources, bool(spec.image), where.labels, tolerated, territory, machine)
+            for resources in spec.choices
+        ),
         workers=spec.nodes,
         smallest=spec.smallest,
         within=where.within,
         prefer=where.prefer,
         spread=where.spread,
+        across=where.across_sites or where.spread is Level.SITE,
     )
 
 
@@ -140,21 +162,27 @@ def place_gang(
     mask: NDArray[np.bool_] | None = None,
     free: Free | None = None,
     take: bool = True,
+    sites: Callable[[Shape], Masks] | None = None,
 ) -> Placed | None:
     """A place for each worker, by rank; None, and nothing taken, when not even the smallest gang fits.
 
     The first choice that fits is used, with as many workers as fit. With ``free``, or without ``take``, nothing is
-    taken.
+    taken. ``sites`` says for each choice which nodes are tried one after the other; None: all nodes at once.
     """
     for number, shape in enumerate(gang.choices):
-        if (
-            gang.workers == 1
-            and free is None
-            and gang.within in (None, Level.HOST, Level.RACK, Level.BLOCK, Level.SITE)
-        ):
-            places = _place_one(fleet, shape, score, mask)
-        else:
-            places = _place_many(fleet, gang, shape, score, mask, free)
+        places: list[Place] = []
+        for only in _ALL_AT_ONCE if sites is None else sites(shape):
+            within = mask if only is None else only if mask is None else mask & only
+            if (
+                gang.workers == 1
+                and free is None
+                and gang.within in (None, Level.HOST, Level.RACK, Level.BLOCK, Level.SITE)
+            ):
+                places = _place_one(fleet, shape, score, within)
+            else:
+                places = _place_many(fleet, gang, shape, score, within, free)
+            if places:
+                break
         if not places:
             continue
         if take and free is None:
@@ -385,13 +413,24 @@ def _domain_rows(fleet: FleetArrays, gang: Gang, room: Ints) -> Ints | None:
         return _smallest_domain(fleet, _known(gang.within), gang, room, rows)
     if int(room[rows].sum()) < gang.smallest:
         return None
+    is_bound = stays_in_site(fleet, gang)
     if gang.prefer is None:
-        return rows
+        return _smallest_domain(fleet, Level.SITE, gang, room, rows) if is_bound else rows
     for level in _WIDER[_WIDER.index(_known(gang.prefer)) :]:
         inside = _smallest_domain(fleet, level, gang, room, rows, whole=True)
         if inside is not None:
             return inside
+    if is_bound:
+        inside = _smallest_domain(fleet, Level.SITE, gang, room, rows)
+        if inside is None:
+            return None
+        rows = inside
     return _fewest_domains(fleet, _known(gang.prefer), gang, room, rows)
+
+
+def stays_in_site(fleet: FleetArrays, gang: Gang) -> bool:
+    """Whether there are several sites, of which the gang has to keep to one."""
+    return len(fleet.site_ids) > 1 and not gang.across and gang.workers > 1
 
 
 def _known(level: Level) -> Level:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tidemill.core.choosing import preferred
 from tidemill.core.fleetarrays import Free
 from tidemill.core.held import HeldArrays
 from tidemill.core.ordering import may_displace
@@ -114,7 +115,8 @@ def displace(
         units = units[:chosen]
         for unit in units:
             held.give_back(free, unit.rows)
-    placed = place_gang(world.fleet, line.gang, score=world.score, free=free, mask=mask)
+    sites = preferred(world, line, now=now, policy=policy)
+    placed = place_gang(world.fleet, line.gang, score=world.score, free=free, mask=mask, sites=sites)
     placed = within(placed) if placed is not None else None
     if placed is None:
         return None

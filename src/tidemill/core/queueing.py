@@ -28,7 +28,7 @@ from tidemill.core.quota import QuotaTree
 from tidemill.model.ids import JobId, PrincipalId, ProjectId
 from tidemill.model.job import Job
 from tidemill.model.queue import CPU, MEMORY
-from tidemill.model.spec import Tier
+from tidemill.model.spec import Tier, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,10 @@ class Line:
     reservation: str = ""
     apart: tuple[tuple[str, str], ...] = ()
     group: str = ""
+    data: tuple[str, ...] = ()
+    """What tells apart jobs that need different data."""
+    weigh: tuple[tuple[Weight, int], ...] = ()
+    near: str = ""
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -65,6 +69,9 @@ class Line:
             self.reservation,
             self.apart,
             self.group,
+            self.data,
+            self.weigh,
+            self.near,
         )
 
 

@@ -2,38 +2,58 @@
 
 The amount of a stretch is the difference of two readings of one running total, floor(rate x instant), so however
 a stretch is cut into lines, the lines add up to the same amount to the micro-dollar. Energy is multiplied by
-the site's PUE, carbon follows from energy and the grid's intensity.
+the site's PUE, carbon follows from energy and the grid's intensity at that hour. A site with prices of its own has a
+rate card of its own, and one with a tariff charges the electricity that work took on top.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 
-from tidemill.model.fleet import Site
+from tidemill.model.fleet import HOURS_OF_DAY, Site
 from tidemill.model.ids import NodeId
-from tidemill.model.ledger import LedgerLine, RateCard, UsageInterval
+from tidemill.model.ledger import LedgerLine, Rate, RateCard, UsageInterval
 from tidemill.units import HOUR_NS, KILOWATT_HOUR_MJ, MILLI
 
 
-def rate_all(usages: Sequence[UsageInterval], card: RateCard, site_of: Callable[[NodeId], Site]) -> list[LedgerLine]:
-    """The priced line of each interval. Idle time and what is included in another line cost nothing."""
-    if not usages:
-        return []
-    prices = card.by_resource()
+def card_of(card: RateCard, site: Site) -> RateCard:
+    """The rate card of a site: the installation's, with the site's own prices put over it."""
+    if not site.prices:
+        return card
+    own = {name: Rate(resource=name, micro_per_hour=micro, source=f"site {site.name}") for name, micro in site.prices}
+    rates = {rate.resource: rate for rate in card.rates} | own
+    content = "\n".join((card.id, *(f"{name} {micro}" for name, micro in sorted(site.prices))))
+    return RateCard(id=f"rc_{hashlib.sha256(content.encode()).hexdigest()[:12]}", rates=tuple(rates.values()))
+
+
+def rate_all(
+    usages: Sequence[UsageInterval],
+    prices_of: Callable[[Site], tuple[str, Mapping[str, int]]],
+    site_of: Callable[[NodeId], Site],
+) -> list[LedgerLine]:
+    """The priced line of each interval. Idle time costs nothing, and what another line includes its electricity only.
+
+    ``prices_of`` gives a site's rate card: its id, and the price of a unit-hour of each resource.
+    """
     lines: list[LedgerLine] = []
     for usage in usages:
         site = site_of(usage.node_id)
+        card_id, prices = prices_of(site)
         energy = usage.energy_mj * site.pue_milli // MILLI
         is_free = not usage.launch_id or usage.included
         price = 0 if is_free else prices.get(usage.resource, 0)
+        amount = price and amount_micro(price, usage.milli, usage.from_ns, usage.to_ns)
+        if site.tariff_micro_per_kwh and usage.launch_id:
+            amount += electricity_micro(energy, site)
         lines.append(
             LedgerLine(
                 id=usage.id,
                 usage=usage,
-                rate_card=card.id,
-                amount_micro=price and amount_micro(price, usage.milli, usage.from_ns, usage.to_ns),
+                rate_card=card_id,
+                amount_micro=amount,
                 energy_mj=energy,
-                carbon_mg=carbon_mg(energy, site),
+                carbon_mg=carbon_over(energy, site, usage.from_ns, usage.to_ns),
             )
         )
     return lines
@@ -50,6 +70,26 @@ def amount_micro(micro_per_hour: int, milli: int, from_ns: int, to_ns: int) -> i
     return rate * to_ns // divisor - rate * from_ns // divisor
 
 
-def carbon_mg(energy_mj: int, site: Site) -> int:
-    """The carbon of that much energy at the site, rounded to the nearest milligram."""
-    return (energy_mj * site.carbon_mg_per_kwh + KILOWATT_HOUR_MJ // 2) // KILOWATT_HOUR_MJ
+def electricity_micro(energy_mj: int, site: Site) -> int:
+    """What that much energy costs at the site's tariff, in micro-USD, rounded to the nearest."""
+    return (energy_mj * site.tariff_micro_per_kwh + KILOWATT_HOUR_MJ // 2) // KILOWATT_HOUR_MJ
+
+
+def carbon_mg(energy_mj: int, mg_per_kwh: int) -> int:
+    """The carbon of that much energy, rounded to the nearest milligram."""
+    return (energy_mj * mg_per_kwh + KILOWATT_HOUR_MJ // 2) // KILOWATT_HOUR_MJ
+
+
+def carbon_over(energy_mj: int, site: Site, from_ns: int, to_ns: int) -> int:
+    """The carbon of energy that a site takes evenly between two instants, by its hours where it says them."""
+    if not site.carbon_hours:
+        return carbon_mg(energy_mj, site.carbon_mg_per_kwh)
+    lasts = max(to_ns - from_ns, 1)
+    days, rest = divmod(lasts, HOURS_OF_DAY * HOUR_NS)
+    weighted = days * HOUR_NS * sum(site.carbon_hours)
+    at = from_ns
+    while at < from_ns + rest:
+        ends = min((at // HOUR_NS + 1) * HOUR_NS, from_ns + rest)
+        weighted += (ends - at) * site.carbon_hours[at // HOUR_NS % HOURS_OF_DAY]
+        at = ends
+    return (energy_mj * weighted + lasts * KILOWATT_HOUR_MJ // 2) // (lasts * KILOWATT_HOUR_MJ)

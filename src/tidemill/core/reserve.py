@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from tidemill.core.choosing import preferred, rows_at
+from tidemill.core.copying import copies_of
 from tidemill.core.fleetarrays import Free
 from tidemill.core.held import NEVER
 from tidemill.core.place import Placed, fits, place_gang
@@ -64,6 +66,10 @@ def nodes_open_to(world: World, line: Line, *, now: int, policy: Policy) -> NDAr
                 labels = world.workloads[world.jobs[held.job_id].workload_id].spec.labels
                 if any(label in line.apart for label in labels):
                     mask[world.fleet.row[held.node_id]] = False
+    refused = [site for site, copying in copies_of(world, line).items() if copying.refused] if line.data else []
+    if refused:
+        mask = np.ones(len(world.fleet.nodes), np.bool_) if mask is None else mask
+        mask &= ~rows_at(world.fleet, refused)
     return mask
 
 
@@ -186,7 +192,8 @@ def _placed_together(
     parts: list[tuple[Line, Placed]] = []
     for line in lines:
         mask = nodes_open_to(world, line, now=at, policy=policy)
-        placed = place_gang(world.fleet, line.gang, score=world.score, free=free, mask=mask)
+        sites = preferred(world, line, now=at, policy=policy)
+        placed = place_gang(world.fleet, line.gang, score=world.score, free=free, mask=mask, sites=sites)
         if placed is None:
             return None
         resources = line.gang.choices[placed.choice].resources

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from tidemill.core import ending, preempt, waiting
 from tidemill.core.admission import why_not_now
+from tidemill.core.choosing import preferred, rows_at
 from tidemill.core.outcome import Outcome
-from tidemill.core.place import Gang, Placed, fits, has_room, place_gang
+from tidemill.core.place import Gang, Placed, fits, has_room, place_gang, stays_in_site
 from tidemill.core.queueing import Line
 from tidemill.core.reserve import HeldBack, meets_windows, nodes_open_to, plan_start, why_not_open
 from tidemill.core.starting import grow, start
@@ -241,11 +242,12 @@ class _Pass:
     def _place(self, line: Line, mask: NDArray[np.bool_] | None) -> Placed | None:
         """Places clear of the plan's; or on them, when the job is over before the plan needs them."""
         world, out = self._world, self._out
-        placed = place_gang(world.fleet, line.gang, score=world.score, mask=mask)
+        sites = preferred(world, line, now=out.now, policy=out.policy)
+        placed = place_gang(world.fleet, line.gang, score=world.score, mask=mask, sites=sites)
         plan = self._claimed
         if placed is None and plan is not None and 0 < line.duration_ns <= plan.at_ns - out.now:
             world.give_plan(plan)
-            placed = place_gang(world.fleet, line.gang, score=world.score, mask=mask)
+            placed = place_gang(world.fleet, line.gang, score=world.score, mask=mask, sites=sites)
             world.take_plan(plan)
         return placed
 
@@ -329,6 +331,7 @@ class _Pass:
                 its.gang,
                 score=world.score,
                 mask=nodes_open_to(world, its, now=out.now, policy=out.policy),
+                sites=preferred(world, its, now=out.now, policy=out.policy),
             )
             if placed is None:
                 world.fleet.rollback(mark)
@@ -402,6 +405,9 @@ def _grow_elastic(world: World, out: Outcome) -> None:
             continue
         more: Gang = line.gang.part(attempt.choice, missing)
         mask = nodes_open_to(world, line, now=out.now, policy=out.policy)
+        if stays_in_site(world.fleet, line.gang):
+            here = rows_at(world.fleet, {world.nodes[held.node_id].site_id for held in world.workers_of(attempt)})
+            mask = here if mask is None else mask & here
         placed = place_gang(world.fleet, more, score=world.score, mask=mask)
         if placed is None:
             continue

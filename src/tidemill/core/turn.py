@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from tidemill.core import waiting
 from tidemill.core.ending import displace, end_attempt, end_job
 from tidemill.core.facts import take
-from tidemill.core.outcome import Outcome
-from tidemill.core.rating import rate_all
+from tidemill.core.outcome import Outcome, rate_so_far
 from tidemill.core.reserve import is_for
 from tidemill.core.scheduling import schedule
 from tidemill.core.world import World
@@ -38,11 +37,11 @@ def turn(world: World, inbox: Sequence[Fact], *, now: int, policy: Policy) -> Pl
     world.lay_fleet()
     schedule(world, out)  # ② order ③ places ④ backfill, displacing
     _cut_long_stretches(world, out)  # ⑥ usage
-    ledger = rate_all(out.usage, world.rates, lambda node_id: world.sites[world.nodes[node_id].site_id])  # ⑦ prices
+    rate_so_far(world, out)  # ⑦ prices
     return Plan(
         changes=world.changes(),
         log=tuple(out.log),
-        ledger=tuple(ledger),
+        ledger=tuple(out.ledger),
         waiting=tuple(out.waiting),
         commands=tuple(out.commands),  # ⑤ launch, stop, forget
         wake_ns=_next_wake(world, policy),

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tidemill.core.copying import Copies, data_key
 from tidemill.core.feasible import Shape, fitting
 from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.held import HeldArrays
@@ -25,6 +26,7 @@ from tidemill.core.plugins import FAIR, order_named, score_named
 from tidemill.core.preempt import TIERS
 from tidemill.core.queueing import Line, WaitingLines
 from tidemill.core.quota import QuotaTree
+from tidemill.core.rating import card_of
 from tidemill.core.reserve import HeldBack
 from tidemill.core.score import Score
 from tidemill.model.fleet import Device, Node, NodeState, Site
@@ -38,6 +40,7 @@ from tidemill.model.ids import (
     ProjectId,
     QueueId,
     ReservationId,
+    SiteId,
     WorkloadId,
 )
 from tidemill.model.job import Allocation, AllocationState, Attempt, AttemptState, Job, JobState, Workload
@@ -89,6 +92,9 @@ def line_of(workload: Workload) -> Line:
         reservation=spec.reservation,
         apart=spec.placement.apart,
         group=spec.group.name if spec.group else "",
+        data=data_key(spec),
+        weigh=spec.placement.weigh,
+        near=spec.placement.near,
     )
 
 
@@ -102,6 +108,8 @@ class World:
         self.sites = {site.id: site for site in sites}
         self.projects: dict[ProjectId, Project] = {project.id: project for project in projects}
         self.rates = rates
+        self._cards: dict[SiteId, tuple[Site, RateCard, dict[str, int]]] = {}
+        """The rate card of each site, as it is described now."""
         self.nodes: dict[NodeId, Node] = {}
         self.workloads: dict[WorkloadId, Workload] = {}
         self.jobs: dict[JobId, Job] = {}
@@ -171,6 +179,12 @@ class World:
         """The signs that the last pass went by which closed every line: nothing opens while they stay the same."""
         self.eyeing: dict[Line, None] = {}
         """Lines that may displace somebody who has not run long enough yet."""
+        self.copies: dict[tuple[str, ...], Copies] = {}
+        """What data takes to be brought to each site, by ``Line.data``."""
+        self.cached: dict[NodeId, frozenset[str]] = {}
+        """The data sets of which a node has a copy, as ``project/manifest``."""
+        self.copies_changed = 0
+        """How often what ``copies_of`` says may have changed."""
         self.ports: dict[NodeId, dict[int, int]] = {}
         """How often each port of a node is given to live workers."""
         self.behind: dict[Line, tuple[JobId, bool, int]] = {}
@@ -274,6 +288,26 @@ class World:
         if known is None or known[0] is not devices:
             known = self._models[node_id] = (devices, {device.id: device.model for device in devices})
         return known[1]
+
+    def card_of(self, site_id: SiteId) -> RateCard:
+        """The rate card of a site; the installation's for one that is not known."""
+        return self._card(self.sites[site_id])[1] if site_id in self.sites else self.rates
+
+    def prices_at(self, site_id: SiteId) -> dict[str, int]:
+        """The price of a unit-hour of each resource at a site, in micro-USD."""
+        return self._card(self.sites[site_id])[2]
+
+    def card_and_prices(self, site: Site) -> tuple[str, dict[str, int]]:
+        """The id of a site's rate card, and its prices."""
+        _, card, prices = self._card(site)
+        return card.id, prices
+
+    def _card(self, site: Site) -> tuple[Site, RateCard, dict[str, int]]:
+        known = self._cards.get(site.id)
+        if known is None or known[0] is not site:
+            card = card_of(self.rates, site)
+            known = self._cards[site.id] = (site, card, card.by_resource())
+        return known
 
     def job_facts(self, job: Job, *, now: int) -> JobFacts:
         """What an order plug-in may know of a job."""
@@ -616,6 +650,11 @@ class World:
         """Nodes were marked: what may be placed where has changed."""
         self.rebuild_fleet()
 
+    def copies_are_new(self) -> None:
+        """What data takes to be brought somewhere may have changed: every line is tried again."""
+        self.copies_changed += 1
+        self.reopen()
+
     def set_compared(self, now: int) -> None:
         """Note when an order plug-in last compared waiting jobs with running ones."""
         before = self.compared_ns
@@ -725,7 +764,7 @@ class World:
         self._is_laid = True
         fleet = FleetArrays()
         fleet.released, fleet.layouts = self.fleet.released, self.fleet.layouts
-        fleet.rebuild([node for node in self.nodes.values() if node.state is not NodeState.LOST])
+        fleet.rebuild([node for node in self.nodes.values() if node.state is not NodeState.LOST], self.sites.copy())
         for allocation in self.allocations.values():
             if allocation.node_id in fleet.row:
                 fleet.take(

@@ -40,6 +40,7 @@ from tidemill.model.ids import LaunchId, NodeId
 from tidemill.model.plan import LaunchSpec, Observation, ObservedState, Sight
 from tidemill.ports import EngineCapabilities
 from tidemill.runner import cgroup, images, processes, sandbox
+from tidemill.runner.datacache import DataCache
 from tidemill.runner.folders import LaunchFolder, read_json, write_json
 from tidemill.units import SECOND_NS
 
@@ -65,7 +66,8 @@ class LocalSettings:
     ``spool_cap_bytes`` limits output that waits to be sent, ``linger_ns`` how long a runner goes on trying to
     deliver after its worker ended, ``beat_ns`` is the time between two heartbeats. ``address`` is where others reach
     the ports of workers here. ``volumes`` is where checkpoint and output folders of jobs are: in the engine's own
-    folder unless it is given, as it is where machines share a file system.
+    folder unless it is given, as it is where machines share a file system. ``data_cache_bytes`` is how much copies of
+    data sets may have together; zero: as much as the disk has.
     """
 
     sandbox: str = "auto"
@@ -75,6 +77,7 @@ class LocalSettings:
     max_pids: int = _MAX_PIDS
     address: str = "127.0.0.1"
     volumes: Path | None = None
+    data_cache_bytes: int = 0
 
 
 class LocalEngine:
@@ -183,7 +186,11 @@ class LocalEngine:
                 seen.append(state)
             elif state == "lost":
                 lost.append(folder)
-        return Sight(nodes=frozenset({self.node_id}), launches=(*seen, *self._clean_up(lost)))
+        return Sight(
+            nodes=frozenset({self.node_id}),
+            launches=(*seen, *self._clean_up(lost)),
+            cached=((self.node_id, DataCache(self.root / "cache" / "data").present()),),
+        )
 
     def forget(self, launch_id: LaunchId, *, node_id: NodeId) -> None:  # noqa: ARG002 - ids are enough
         """Drop what is kept of a launch that is gone. Raises: Conflict while anything of it lives."""
@@ -294,6 +301,7 @@ class LocalEngine:
             "address": self._settings.address,
             "volumes": str(self._settings.volumes or self.root / "volumes"),
             "spool_cap_bytes": self._settings.spool_cap_bytes,
+            "data_cache_bytes": self._settings.data_cache_bytes,
             "linger_s": self._settings.linger_ns / SECOND_NS,
             "beat_s": self._settings.beat_ns / SECOND_NS,
         }

@@ -162,6 +162,15 @@ class NodeFellSilent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CopiesSeen:
+    """A node has copies of these data sets, as ``project/manifest``, and of no others."""
+
+    at_ns: int
+    node_id: NodeId
+    cached: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SiteSet:
     """A site is as given from now on."""
 
@@ -270,6 +279,7 @@ Fact = (
     | NodeWentAway
     | NodeFellSilent
     | SiteSet
+    | CopiesSeen
     | Checkpointed
     | NodeMarked
     | DeviceFailed

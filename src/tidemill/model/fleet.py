@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -9,6 +10,7 @@ from typing import Final
 from tidemill.model.ids import DeviceId, NodeId, OutpostId, SiteId
 from tidemill.units import MILLI
 
+HOURS_OF_DAY: Final = 24
 SPOT_TAINT: Final = "market=spot"
 """Of rented machines that the cloud may take back: only work tolerates it that may be displaced."""
 
@@ -22,6 +24,22 @@ class SiteKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """The way from one site to another, and back: how long a packet takes there and back, and how much gets through.
+
+    ``bits_per_s`` zero: not known.
+    """
+
+    to: SiteId
+    latency_ns: int
+    bits_per_s: int = 0
+
+    def __post_init__(self) -> None:
+        if self.latency_ns < 0 or self.bits_per_s < 0:
+            raise ValueError("a link's latency and bandwidth are zero or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
     """A place with one jurisdiction, one engine, one electricity tariff and one carbon profile.
 
@@ -30,6 +48,10 @@ class Site:
 
     ``lease_ns`` is how long a worker there runs on without a word from the control plane, and then ends itself, so that
     it may be started elsewhere. Zero: for ever, and then nothing of a site that cannot be reached is started again.
+
+    ``prices`` are micro-USD for an hour of a resource where they differ from the installation's rate card, and
+    ``tariff_micro_per_kwh`` is charged on top for the electricity that work takes; zero: it is in the prices.
+    ``carbon_hours`` are 24 intensities, by hour of the day in UTC; empty: it is ``carbon_mg_per_kwh`` all day.
     """
 
     id: SiteId
@@ -41,14 +63,34 @@ class Site:
     carbon_mg_per_kwh: int = 0
     carbon_source: str = ""
     lease_ns: int = 0
+    prices: tuple[tuple[str, int], ...] = ()
+    tariff_micro_per_kwh: int = 0
+    carbon_hours: tuple[int, ...] = ()
+    links: tuple[Link, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.tariff_micro_per_kwh < 0 or any(micro < 0 for _, micro in self.prices):
+            raise ValueError("prices and tariffs are zero or more")
+        if len(self.carbon_hours) not in (0, HOURS_OF_DAY) or any(each < 0 for each in self.carbon_hours):
+            raise ValueError("carbon by the hour is 24 intensities, each zero or more")
+        if len({link.to for link in self.links}) != len(self.links) or any(link.to == self.id for link in self.links):
+            raise ValueError("a site has one link at most to each other site")
         if self.lease_ns < 0:
             raise ValueError("a lease cannot be shorter than nothing")
         if self.pue_milli < 1_000:
             raise ValueError("PUE is total power over IT power and cannot be below 1.0")
         if self.carbon_mg_per_kwh < 0:
             raise ValueError("carbon intensity cannot be below zero")
+
+
+def link_between(sites: Mapping[SiteId, Site], one: SiteId, other: SiteId) -> Link | None:
+    """The link between two sites, whichever of them has it; None when none is known."""
+    for here, there in ((one, other), (other, one)):
+        site = sites.get(here)
+        for link in site.links if site is not None else ():
+            if link.to == there:
+                return link
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,8 @@ AttemptId = NewType("AttemptId", str)
 LaunchId = NewType("LaunchId", str)
 """One worker of one attempt: the idempotency key of starting it."""
 ArtifactId = NewType("ArtifactId", str)
+VolumeId = NewType("VolumeId", str)
+DataSetId = NewType("DataSetId", str)
 QueueId = NewType("QueueId", str)
 ReservationId = NewType("ReservationId", str)
 RentalId = NewType("RentalId", str)

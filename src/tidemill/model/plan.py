@@ -16,6 +16,7 @@ from tidemill.model.ledger import LedgerLine
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.reservation import Reservation
 from tidemill.model.spec import Environment, Port, Service
+from tidemill.model.storage import DataMount, VolumeMount
 
 
 class ResolvableBy(StrEnum):
@@ -118,6 +119,7 @@ class LaunchSpec:
     runner asks the control plane for the values, so they are on no disk. Ports are already chosen.
     Tokens: ``runner_token`` reports, ``job_token`` is given to the worker. ``lease_ns`` is how long the worker runs on
     without a word from the control plane; zero: for ever. ``gang`` is what each rank holds and where, for a gang only.
+    ``data`` has a ``home`` only where that is a folder of this very node.
     """
 
     launch_id: LaunchId
@@ -149,6 +151,8 @@ class LaunchSpec:
     job_token: str
     lease_ns: int = 0
     gang: tuple[GangPlace, ...] = ()
+    data: tuple[DataMount, ...] = ()
+    volumes: tuple[VolumeMount, ...] = ()
 
 
 class ObservedState(StrEnum):
@@ -185,6 +189,8 @@ class Sight:
 
     nodes: frozenset[NodeId]
     launches: tuple[Observation, ...] = ()
+    cached: tuple[tuple[NodeId, tuple[str, ...]], ...] = ()
+    """The data sets of which a node has a copy, as ``project/manifest``, of nodes that tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +232,26 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SiteOption:
+    """How a job would be at one site. ``reason`` is why it is not put there now; None: nothing stands in its way.
+
+    ``rank`` counts from 1 in the order in which sites are tried, equally good ones alike; zero: it is never put there.
+    ``starts_ns`` zero: not known. ``latency_ns`` is from the site that the spec is near to; None: not asked, or no link
+    is known.
+    """
+
+    site: str
+    rank: int = 0
+    reason: Reason | None = None
+    starts_ns: int = 0
+    copy_ns: int = 0
+    amount_micro: int = 0
+    energy_mj: int = 0
+    carbon_mg: int = 0
+    latency_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quote:
     """The answer before submitting. Amounts are for ``duration_ns`` of running, and are estimates.
 
@@ -248,3 +274,11 @@ class Quote:
     options: tuple[Option, ...] = ()
     displaces: tuple[JobId, ...] = ()
     """Jobs that would be displaced for it."""
+    copy_ns: int = 0
+    """How long its data takes to be copied to where it would be; with what it costs to hold machines meanwhile, and
+    what is paid for data that leaves its home, this is in the amount, and in ``finish_ns``."""
+    copy_bytes: int = 0
+    sites: tuple[SiteOption, ...] = ()
+    """How it would be at each site, best first; empty where there is one site only."""
+    rate_card: str = ""
+    carbon_source: str = ""

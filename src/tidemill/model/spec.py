@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from tidemill.model.fleet import Level
-from tidemill.model.ids import WorkloadId
+from tidemill.model.fleet import Level, SiteKind
+from tidemill.model.ids import SiteId, WorkloadId
 from tidemill.model.resources import Resources
+from tidemill.model.storage import DataMode, DataMount, VolumeMount
 from tidemill.units import DAY_NS, MILLI, SECOND_NS
 
 _EXIT_CODE: Final = re.compile(r"exit:(\d{1,3})")
@@ -153,6 +154,41 @@ class Alternative:
             raise ValueError("a speed is above zero; 1 is that of resources")
 
 
+class Weight(StrEnum):
+    """What may weigh when a site is chosen; less of each is better."""
+
+    START = "start"
+    """How soon it can begin there, with the copying of its data."""
+    PRICE = "price"
+    CARBON = "carbon"
+    LATENCY = "latency"
+    """How far it is from the site that ``near`` names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Territory:
+    """Which sites a job may be put at: by name, by country (ISO 3166 alpha-3), by kind. Empty: all.
+
+    A site whose country is not known is in none.
+    """
+
+    sites: tuple[str, ...] = ()
+    countries: tuple[str, ...] = ()
+    kinds: tuple[SiteKind, ...] = ()
+
+    def words(self) -> tuple[str, ...]:
+        """What is asked for, in the spec's own words: ``countries: DEU, FRA``."""
+        asked: tuple[tuple[str, tuple[str, ...]], ...] = (
+            ("sites", self.sites),
+            ("countries", self.countries),
+            ("kinds", tuple(kind.value for kind in self.kinds)),
+        )
+        return tuple(f"{name}: {', '.join(values)}" for name, values in asked if values)
+
+
+ANYWHERE: Final = Territory()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """Where workers may be put, and how they should lie to each other.
@@ -161,6 +197,10 @@ class Placement:
     (``key`` or ``key=value``) that are put up with. ``within`` keeps all workers in one domain of that level,
     ``prefer`` tries to; ``spread`` puts no two workers into the same domain of that level. ``apart`` keeps workers off
     nodes where work of the project with one of these labels runs.
+
+    A job stays within one site unless it may lie ``across_sites``. ``where`` says which sites may have it; of these
+    the one is chosen that is best by ``weigh``, parts in thousandths or any other measure; empty: soonest, then
+    cheapest, then cleanest. ``near`` is the site that latency is measured from.
     """
 
     labels: tuple[tuple[str, str], ...] = ()
@@ -169,8 +209,18 @@ class Placement:
     prefer: Level | None = None
     spread: Level | None = None
     apart: tuple[tuple[str, str], ...] = ()
+    across_sites: bool = False
+    where: Territory = ANYWHERE
+    weigh: tuple[tuple[Weight, int], ...] = ()
+    near: str = ""
 
     def __post_init__(self) -> None:
+        if any(part <= 0 for _, part in self.weigh) or len({what for what, _ in self.weigh}) != len(self.weigh):
+            raise ValueError("what weighs is named once, with a part above zero")
+        if (Weight.LATENCY in dict(self.weigh)) and not self.near:
+            raise ValueError("latency weighs from somewhere: near names the site")
+        if self.across_sites and self.within:
+            raise ValueError(f"workers cannot stay within one {self.within} and lie across sites")
         if self.spread is Level.NVLINK:
             raise ValueError("workers are spread over host, rack, block or site")
         if self.within and self.spread and _WIDTH[self.spread] >= _WIDTH[self.within]:
@@ -206,7 +256,8 @@ class WorkloadSpec:
     ``nodes_min`` below ``nodes`` makes the gang elastic; zero: as many as ``nodes``. ``any_of`` are other resources
     that would do, in order of preference, or by speed with ``by_speed``. ``expected_duration_ns`` is what the user
     expects, ``start_after_ns`` and ``start_before_ns`` are instants; zero: not said. ``array_parallel`` bounds how
-    many jobs of an array run at the same time; zero: no bound. ``reservation`` is the name of one to run in.
+    many jobs of an array run at the same time; zero: no bound. ``reservation`` is the name of one to run in. ``data``
+    and ``volumes`` are what each worker finds at paths of its choice.
     """
 
     kind: Kind
@@ -241,6 +292,8 @@ class WorkloadSpec:
     start_after_ns: int = 0
     start_before_ns: int = 0
     array_parallel: int = 0
+    data: tuple[DataMount, ...] = ()
+    volumes: tuple[VolumeMount, ...] = ()
 
     def __post_init__(self) -> None:
         if not _LABEL.fullmatch(self.name):
@@ -271,6 +324,14 @@ class WorkloadSpec:
             raise ValueError(f"a {self.kind} needs run: the command to execute")
         if self.service and self.service.port not in {port.name for port in self.ports}:
             raise ValueError(f"service.port {self.service.port!r} is not among ports")
+
+    @property
+    def home(self) -> tuple[SiteId, str]:
+        """The site, and the machine there by name, that its volumes and mounted data sets bind it to; empty: none."""
+        bound: list[VolumeMount | DataMount] = [*self.volumes]
+        bound += [one for one in self.data if one.mode is DataMode.MOUNT]
+        site = next((one.site_id for one in bound if one.site_id), SiteId(""))
+        return site, next((one.node for one in bound if one.node), "")
 
     @property
     def is_elastic(self) -> bool:

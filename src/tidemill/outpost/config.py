@@ -41,6 +41,7 @@ class OutpostConfig:
     block: str = ""
     mig_dynamic: tuple[str, ...] = ()
     volumes: str = ""
+    data_cache: str = "100GB"
     settings: tuple[tuple[str, str], ...] = ()
 
     @property

@@ -67,7 +67,7 @@ class Link:
         self._last = 0
         self._closing = threading.Event()
         self._lanes: list[queue.SimpleQueue[tuple[str, EngineCall] | None]] = [
-            queue.SimpleQueue() for _ in range(_LANES + 1)
+            queue.SimpleQueue() for _ in range(_LANES + 2)
         ]
         self._to_post = threading.Condition()
         self._answers: list[tuple[str, EngineAnswer]] = []
@@ -129,7 +129,8 @@ class Link:
         for call in found.calls:
             self._last = max(self._last, call.number)
             at = crc32(str(call.spec.launch_id if call.spec else call.launch_id).encode()) % _LANES
-            self._lanes[_LANES if call.method in ("observe", "nodes") else at].put((found.session, call))
+            at = {"observe": _LANES, "nodes": _LANES, "read": _LANES + 1}.get(call.method, at)
+            self._lanes[at].put((found.session, call))
 
     def _work(self, lane: queue.SimpleQueue[tuple[str, EngineCall] | None]) -> None:
         while (taken := lane.get()) is not None:

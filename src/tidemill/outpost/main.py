@@ -28,7 +28,7 @@ from tidemill.outpost.link import Link, Removed
 from tidemill.ports import Engine
 from tidemill.runner.client import Channel
 from tidemill.runner.folders import read_json
-from tidemill.units import MILLI, MINUTE_NS
+from tidemill.units import MILLI, MINUTE_NS, parse_size
 
 log = logging.getLogger(__name__)
 ENDPOINT: Final = "endpoint.json"
@@ -118,7 +118,11 @@ def machine(home: Path, config: OutpostConfig) -> tuple[Engine, Callable[[], lis
         home / "local",
         endpoint_file=home / ENDPOINT,
         node=lambda: describe(config, home),
-        settings=LocalSettings(address=config.address, volumes=Path(config.volumes) if config.volumes else None),
+        settings=LocalSettings(
+            address=config.address,
+            volumes=Path(config.volumes) if config.volumes else None,
+            data_cache_bytes=parse_size(config.data_cache),
+        ),
         make_slice=telemetry.SliceMaker().make,
     )
     engine.guard()

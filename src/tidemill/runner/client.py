@@ -88,9 +88,15 @@ class Channel:
         *,
         timeout_s: float | None = ANSWER_TIMEOUT_S,
         content_type: str = "application/json",
+        offset: int = 0,
     ) -> http.client.HTTPResponse:
-        """An answer whose status is good and whose content is still to be read. Raises: Unreachable, Refused."""
+        """An answer whose status is good and whose content is still to be read. Raises: Unreachable, Refused.
+
+        ``offset``: only what comes after so many octets. That it is elsewhere (307) is a good answer too.
+        """
         headers = {"Authorization": f"Bearer {self._token}"}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
         if body is not None:
             headers["Content-Type"] = content_type if isinstance(body, bytes) else "application/octet-stream"
         try:
@@ -99,7 +105,7 @@ class Channel:
                 connection.sock.settimeout(timeout_s)
             connection.request(method, self._prefix + path, body, headers, encode_chunked=not _sized(body))
             response = connection.getresponse()
-            if response.status < 300:
+            if response.status < 300 or response.status == 307:
                 self._failures = 0
                 return response
             problem = _object(response.read())

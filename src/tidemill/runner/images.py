@@ -190,7 +190,8 @@ def remove(runtime: Runtime, name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """What one container is given. Paths are the same inside and outside, but for ``temporary``, its ``/tmp``.
+    """What one container is given. Paths are the same inside and outside, but for ``temporary``, its ``/tmp``,
+    and for ``placed`` and ``volumes``, folders put elsewhere, read-only and to be written.
 
     ``control`` is the folder of the marks ``begun`` and ``ready``; zero is no limit.
     """
@@ -201,6 +202,8 @@ class Box:
     control: Path
     writable: tuple[Path, ...] = ()
     readable: tuple[Path, ...] = ()
+    placed: tuple[tuple[Path, str], ...] = ()
+    volumes: tuple[tuple[Path, str], ...] = ()
     temporary: Path | None = None
     devices: tuple[str, ...] = ()
     memory_bytes: int = 0
@@ -246,6 +249,8 @@ def arguments(runtime: Runtime, box: Box) -> list[str]:
     line += ["--shm-size", str(max(_LEAST_SHM, box.memory_bytes or 1 << 30))]
     mounts = [(path, path, "") for path in (*box.writable, box.control)]
     mounts += [(path, path, ",readonly") for path in box.readable]
+    mounts += [(source, Path(place), ",readonly") for source, place in box.placed]
+    mounts += [(source, Path(place), "") for source, place in box.volumes]
     mounts += [(box.temporary, Path(TMP), "")] if box.temporary else []
     for source, place, mode in sorted(mounts, key=lambda mount: len(mount[1].parts)):
         line += ["--mount", f"type=bind,{_quoted('source', source)},{_quoted('destination', place)}{mode}"]

@@ -25,13 +25,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from tidemill.model.storage import mount_variable
 from tidemill.runner import cgroup, images, processes, sandbox
 from tidemill.runner.cell import Cell, Process
 from tidemill.runner.client import Channel, Closing, Refused, Unreachable
+from tidemill.runner.datacache import DataCache
 from tidemill.runner.environment import worker_environment
 from tidemill.runner.execs import Commands
 from tidemill.runner.folders import LaunchFolder, read_json, write_json
 from tidemill.runner.logs import DEFAULT_CAP_BYTES, Shipper, Spool, drain
+from tidemill.runner.mounts import Mount, provide, volume
 from tidemill.runner.prepare import (
     EnvironmentBuilder,
     SetupFailed,
@@ -100,6 +103,7 @@ class Runner:
         self._lease_s = int(spec.get("lease_ns") or 0) / _SECOND_NS
         self._fault: Outcome | None = None
         self._process: Process | None = None
+        self.mounts: list[Mount] = []
         limits = cgroup.Limits(
             memory_bytes=int(spec["memory_bytes"]), cpu_milli=int(spec["cpu_milli"]), pids=int(self.settings["pids"])
         )
@@ -418,7 +422,8 @@ class Runner:
         builder = self._builder()
         environment = spec.get("environment")
         ready = environment is None or builder.path(environment).is_dir()
-        if ready and not (spec.get("secrets") or spec.get("workdir") or spec.get("inputs")):
+        wanted = ("secrets", "workdir", "inputs", "data", "volumes")
+        if ready and not any(spec.get(name) for name in wanted):
             return {}, builder.path(environment) if environment is not None else None
 
         def work() -> tuple[dict[str, str], Path | None]:
@@ -446,6 +451,7 @@ class Runner:
             if link.parent != self.folder.inputs:
                 raise SetupFailed(f"the input name {name!r} is not a plain name")
             link.symlink_to(content)
+        self._mount_all(channel)
         while self.spec.get("secrets"):
             try:
                 values = channel.call("GET", "/secrets")
@@ -457,6 +463,26 @@ class Runner:
                 continue
             return {str(name): str(value) for name, value in values.items()}
         return {}
+
+    def _mount_all(self, channel: Channel) -> None:
+        """Have the folders of data sets and volumes; a set that is copied is held until this process ends."""
+        cache = DataCache(self.root / "cache" / "data", limit_bytes=int(self.settings.get("data_cache_bytes") or 0))
+        project = str(self.spec["project_id"])
+        for mount in self.spec.get("data") or ():
+            folder, is_copy = provide(mount, project, cache, channel, stopping=self._stopping)
+            variable = mount_variable("DATA", _name(mount["dataset"]))
+            self.mounts.append(Mount(folder, str(mount["at"]), variable, False, is_copy))
+        for mount in self.spec.get("volumes") or ():
+            variable = mount_variable("VOLUME", str(mount["volume"]))
+            self.mounts.append(Mount(volume(mount), str(mount["at"]), variable, not mount.get("read_only")))
+        own = (self.root, self.folder.path, *(path.resolve() for path in self.folders.values()))
+        for mount in self.mounts:
+            mount.check(own)
+
+    def _mounted(self, environment: dict[str, str]) -> dict[str, str]:
+        """The variables with those that tell where data sets and volumes are."""
+        is_placed = bool(self.cell.bwrap or self._runtime)
+        return environment | {one.variable: one.at if is_placed else str(one.source) for one in self.mounts}
 
     def _builder(self) -> EnvironmentBuilder:
         return EnvironmentBuilder(
@@ -534,6 +560,8 @@ class Runner:
             writable=(self.folder.work, *(path for name, path in self.folders.items() if name != "input")),
             readable=(self.folder.inputs, *inputs, *((virtual_env,) if virtual_env else ()), *prefixes),
             devices=sandbox.private_devices(nodes, self.folder.path / "dev"),
+            placed=(*self._base_view().placed, *((one.source, one.at) for one in self.mounts if not one.is_writable)),
+            volumes=tuple((one.source, one.at) for one in self.mounts if one.is_writable),
         )
         environment = worker_environment(
             self.spec,
@@ -543,7 +571,7 @@ class Runner:
             virtual_env=virtual_env,
             python_bin=base.resolve().parent,
         )
-        return environment, view
+        return self._mounted(environment), view
 
     def _box(self, secrets: Mapping[str, str]) -> tuple[dict[str, str], images.Box]:
         """What a container finds: variables and files."""
@@ -556,6 +584,8 @@ class Runner:
             control=control,
             writable=(self.folder.work, *(path for name, path in self.folders.items() if name != "input")),
             readable=(self.folder.inputs, *(link.resolve() for link in self.folder.inputs.iterdir())),
+            placed=tuple((one.source, one.at) for one in self.mounts if not one.is_writable),
+            volumes=tuple((one.source, one.at) for one in self.mounts if one.is_writable),
             temporary=self.temporary,
             devices=tuple(str(device) for device, _ in self.spec.get("devices") or ()),
             memory_bytes=int(self.spec["memory_bytes"]),
@@ -565,6 +595,7 @@ class Runner:
         environment = worker_environment(
             self.spec, folders=self.folders, temporary=sandbox.TMP, secrets=secrets, virtual_env=None, python_bin=None
         )
+        environment = self._mounted(environment)
         given = [str(name) for name, _ in self.spec.get("environment_variables") or ()]
         return images.variables(environment, (*given, *secrets)), box
 
@@ -633,6 +664,10 @@ class Runner:
 
 def _size(size: int) -> str:
     return f"{size / 1e9:g} GB" if size >= 10**9 else f"{size / 1e6:g} MB"
+
+
+def _name(reference: object) -> str:
+    return str(reference).partition(":")[0]
 
 
 def _is_free(port: int) -> bool:

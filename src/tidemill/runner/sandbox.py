@@ -51,8 +51,8 @@ NAMESPACES: Final = ("user", "mnt", "pid", "ipc", "uts")
 class View:
     """What a worker sees beside the system: folders it may write, read only, and devices as source and place.
 
-    Paths are the same inside and outside but for ``placed``, files and folders put read-only elsewhere, and
-    ``temporary``, the folder behind ``/tmp`` (None: in memory).
+    Paths are the same inside and outside but for ``placed``, files and folders put read-only elsewhere, ``volumes``,
+    folders put elsewhere that it may write, and ``temporary``, the folder behind ``/tmp`` (None: in memory).
     """
 
     writable: tuple[Path, ...] = ()
@@ -60,6 +60,7 @@ class View:
     placed: tuple[tuple[Path, str], ...] = ()
     temporary: Path | None = None
     devices: tuple[tuple[Path, Path], ...] = ()
+    volumes: tuple[tuple[Path, str], ...] = ()
     host: str = "tidemill"
 
 
@@ -104,6 +105,8 @@ def arguments(bwrap: str, view: View, *, cwd: Path, info_fd: int) -> list[str]:
     line += ["--bind", str(view.temporary), TMP] if view.temporary else ["--tmpfs", TMP]
     for source, place in view.placed:
         line += ["--ro-bind", str(source), place]
+    for source, place in view.volumes:
+        line += ["--bind", str(source), place]
     for device, node in view.devices:
         line += ["--dev-bind-try", str(device), str(node)]
     for path, flag in _by_depth(view):

@@ -12,6 +12,7 @@ from tidemill.sdk.client import Client
 from tidemill.sdk.inside import checkpointed
 from tidemill.sdk.results import (
     ArtifactInfo,
+    DataSetInfo,
     ExecResult,
     Forecast,
     Holding,
@@ -29,6 +30,7 @@ from tidemill.sdk.results import (
     Share,
     Status,
     Stranger,
+    VolumeInfo,
     Why,
     Worker,
     Workload,
@@ -37,6 +39,7 @@ from tidemill.sdk.results import (
 __all__ = [
     "ArtifactInfo",
     "Client",
+    "DataSetInfo",
     "ExecResult",
     "Forecast",
     "Holding",
@@ -54,6 +57,7 @@ __all__ = [
     "Share",
     "Status",
     "Stranger",
+    "VolumeInfo",
     "Why",
     "Worker",
     "Workload",

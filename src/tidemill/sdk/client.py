@@ -5,6 +5,7 @@ A *ref* is a job's id, the beginning of one that is unique, or a workload's name
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from tidemill.errors import NotFound, Unavailable
 from tidemill.sdk import connection
 from tidemill.sdk.results import (
     ArtifactInfo,
+    DataSetInfo,
     Event,
     ExecResult,
     Job,
@@ -31,6 +33,7 @@ from tidemill.sdk.results import (
     Status,
     Stranger,
     TokenInfo,
+    VolumeInfo,
     Why,
     Workload,
 )
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound=Record)
 RECONNECT_FOR_S = 300.0
 """How long a followed log waits for a control plane that is away; the job goes on meanwhile."""
+_LOOK_AGAIN_S = 0.25
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -427,6 +431,116 @@ class Client:
 
         return extract(self.artifact_content(reference), Path(to))
 
+    # --- volumes and data sets ---
+
+    def volumes(self) -> tuple[VolumeInfo, ...]:
+        """The project's volumes, by name."""
+        return tuple(self._list("/v1/volumes", VolumeInfo, {"project": self.project}))
+
+    def volume(self, name: str) -> VolumeInfo:
+        """One volume. Raises: NotFound."""
+        return VolumeInfo.from_json(self._http.get(f"/v1/volumes/{segment(name)}", project=self.project))
+
+    def create_volume(
+        self, name: str, path: str, *, site: str = "", node: str = "", read_only: bool = False
+    ) -> VolumeInfo:
+        """A folder of a site under a name, by which jobs have it mounted; harmless to repeat."""
+        body = {"name": name, "path": path, "site": site, "node": node, "read_only": read_only}
+        return VolumeInfo.from_json(self._http.post("/v1/volumes", self._with_project(body)))
+
+    def delete_volume(self, name: str) -> VolumeInfo:
+        """The volume that was; its files stay. Raises: NotFound, Conflict while jobs use it."""
+        query = {"project": self.project}
+        return VolumeInfo.from_json(self._http.call("DELETE", f"/v1/volumes/{segment(name)}", query=query).json())
+
+    def datasets(self) -> tuple[DataSetInfo, ...]:
+        """The project's data sets, by name, newest version first."""
+        return tuple(self._list("/v1/datasets", DataSetInfo, {"project": self.project}))
+
+    def dataset(self, reference: str) -> DataSetInfo:
+        """One data set: ``name`` (its newest version) or ``name:version``. Raises: NotFound."""
+        return DataSetInfo.from_json(self._http.get(f"/v1/datasets/{segment(reference)}", project=self.project))
+
+    def manifest(self, reference: str) -> bytes:
+        """The list of a data set's files, as ``tidemill.model.storage.read_manifest`` reads it."""
+        path = f"/v1/datasets/{segment(reference)}/manifest"
+        return b"".join(self._http.open("GET", path, query={"project": self.project}))
+
+    def add_dataset(
+        self,
+        name: str,
+        home: str | Path,
+        *,
+        site: str = "",
+        node: str = "",
+        endpoint: str = "",
+        region: str = "",
+        secret: str = "",
+        progress: Progress | None = None,
+    ) -> DataSetInfo:
+        """A version of a data set: a folder, which is read here, or ``s3://bucket/prefix``, which is read over there.
+
+        What is in S3 is in state ``scanning`` at first; see ``await_dataset``.
+        """
+        body: dict[str, Any] = {"name": name, "home": str(home)}
+        if str(home).startswith("s3://"):
+            body |= {"endpoint": endpoint, "region": region, "secret": secret}
+            body |= {key: value for key, value in (("site", site), ("node", node)) if value}
+        else:
+            from tidemill.sdk.datasets import manifest_of_folder
+
+            folder = Path(home).expanduser().absolute()
+            content = manifest_of_folder(folder, progress=progress)
+            body |= {"home": str(folder), "site": site, "node": node, "manifest": self._upload(content)}
+            body |= {
+                key: value for key, value in (("endpoint", endpoint), ("region", region), ("secret", secret)) if value
+            }
+        return DataSetInfo.from_json(self._http.post("/v1/datasets", self._with_project(body)))
+
+    def await_dataset(self, reference: str, *, told: Callable[[DataSetInfo], object] = lambda _: None) -> DataSetInfo:
+        """The data set, once nobody reads it for its content. ``told`` is called with it while that goes on."""
+        while (found := self.dataset(reference)).state == "scanning":
+            told(found)
+            time.sleep(_LOOK_AGAIN_S)
+        return found
+
+    def verify_dataset(self, reference: str, *, progress: Progress | None = None) -> str:
+        """What is different at its home now, in a sentence; empty when all is as it was.
+
+        A folder is read here, S3 over there. Raises: NotFound, also when this machine does not have the folder.
+        """
+        found = self.dataset(reference)
+        version = f"{found.name}:{found.version}"
+        if not found.home.startswith("s3://"):
+            from tidemill.sdk.datasets import changes_of_folder
+
+            return changes_of_folder(Path(found.home), self.manifest(version), progress=progress)
+        self._http.post(f"/v1/datasets/{segment(version)}/verify", project=self.project)
+        return self.await_dataset(version).detail
+
+    def delete_dataset(self, reference: str) -> DataSetInfo:
+        """The version that was deleted; its files stay. Raises: NotFound, Conflict while jobs use it."""
+        query = {"project": self.project}
+        return DataSetInfo.from_json(
+            self._http.call("DELETE", f"/v1/datasets/{segment(reference)}", query=query).json()
+        )
+
+    def _upload(self, content: bytes) -> str:
+        """The digest under which these octets are stored."""
+        digest = hashlib.sha256(content).hexdigest()
+        path = f"/v1/blobs/{digest}"
+        try:
+            self._http.call("HEAD", path)
+        except NotFound:
+            self._http.call(
+                "PUT",
+                path,
+                content=content,
+                headers={"Content-Type": "application/octet-stream"},
+                timeout_s=600.0,
+            )
+        return digest
+
     def secrets(self) -> tuple[str, ...]:
         """The names of the project's secrets."""
         items = self._http.get("/v1/secrets", project=self.project)["items"]
@@ -463,9 +577,20 @@ class Client:
         return tuple(self._list("/v1/sites", SiteInfo, {}))
 
     def put_site(self, name: str, **described: Any) -> SiteInfo:
-        """The site as described by ``kind``, ``engine``, ``country``, ``pue``, ``carbon_g_per_kwh`` and ``lease``."""
+        """The site as described by ``kind``, ``engine``, ``country``, ``pue``, ``carbon_g_per_kwh``,
+        ``carbon_by_hour``, ``lease``, ``prices`` and ``tariff``; what is left out stays as it is."""
         given = {key: value for key, value in described.items() if value is not None}
         return SiteInfo.from_json(self._http.call("PUT", f"/v1/sites/{segment(name)}", body=given).json())
+
+    def link_sites(self, one: str, other: str, *, latency: str = "0s", bandwidth: str = "") -> SiteInfo:
+        """The first of two sites, with how far the other is from it and how much gets through."""
+        body = {"latency": latency, "bandwidth": bandwidth}
+        answer = self._http.call("PUT", f"/v1/sites/{segment(one)}/links/{segment(other)}", body=body)
+        return SiteInfo.from_json(answer.json())
+
+    def unlink_sites(self, one: str, other: str) -> SiteInfo:
+        """The first of two sites, the way between which is not known any more."""
+        return SiteInfo.from_json(self._http.call("DELETE", f"/v1/sites/{segment(one)}/links/{segment(other)}").json())
 
     def rentals(self) -> dict[str, Any]:
         """``items``, the machines; ``spent_micro`` this month; ``not_rented``, jobs with why not; ``problem``."""

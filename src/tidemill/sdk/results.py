@@ -207,10 +207,32 @@ class Option(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SiteOption(Record):
+    """How a job would be at one site. ``rank`` zero: it is never put there; ``reason`` is why not, or not now."""
+
+    nested: ClassVar[Mapping[str, type[Record]]] = {"reason": Reason}
+
+    site: str = ""
+    rank: int = 0
+    reason: Reason | None = None
+    starts_at_ns: int = 0
+    copy_ns: int = 0
+    amount_micro: int = 0
+    energy_mj: int = 0
+    carbon_mg: int = 0
+    latency_ns: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Quote(Record):
     """The answer before submitting; amounts are estimates for ``duration_ns`` of running."""
 
-    nested: ClassVar[Mapping[str, type[Record]]] = {"reasons": Reason, "forecast": Forecast, "options": Option}
+    nested: ClassVar[Mapping[str, type[Record]]] = {
+        "reasons": Reason,
+        "forecast": Forecast,
+        "options": Option,
+        "sites": SiteOption,
+    }
 
     feasible: bool = False
     starts_now: bool = False
@@ -226,17 +248,25 @@ class Quote(Record):
     finish_at_ns: int = 0
     options: tuple[Option, ...] = ()
     displaces: tuple[str, ...] = ()
+    copy_ns: int = 0
+    copy_bytes: int = 0
     estimated: bool = True
     rate_card: str = ""
     currency: str = "USD"
     carbon_source: str = ""
+    sites: tuple[SiteOption, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Why(Record):
     """Why a job is where it is. ``position`` counts from 1 in its queue; zero when it does not wait."""
 
-    nested: ClassVar[Mapping[str, type[Record]]] = {"reasons": Reason, "holdings": Holding, "forecast": Forecast}
+    nested: ClassVar[Mapping[str, type[Record]]] = {
+        "reasons": Reason,
+        "holdings": Holding,
+        "forecast": Forecast,
+        "sites": SiteOption,
+    }
 
     job: str = ""
     state: str = ""
@@ -248,6 +278,8 @@ class Why(Record):
     position: int = 0
     ahead: int = 0
     lines: tuple[str, ...] = ()
+    site: str = ""
+    sites: tuple[SiteOption, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,6 +394,11 @@ class SiteInfo(Record):
     carbon_g_per_kwh: float = 0.0
     carbon_source: str = ""
     lease_ns: int = 0
+    carbon_g_by_hour: tuple[float, ...] = ()
+    prices: Mapping[str, int] = field(default_factory=dict)
+    tariff_micro_per_kwh: int = 0
+    rate_card: str = ""
+    links: tuple[Mapping[str, Any], ...] = ()
     nodes: int = 0
     silent: int = 0
     outposts: tuple[Mapping[str, Any], ...] = ()
@@ -463,6 +500,46 @@ class ArtifactInfo(Record):
     created_at_ns: int = 0
     job: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeInfo(Record):
+    """A folder of a site that jobs may have mounted. ``node`` is the one machine that has it; empty: all there have."""
+
+    id: str = ""
+    name: str = ""
+    project: str = ""
+    site: str = ""
+    node: str = ""
+    path: str = ""
+    read_only: bool = False
+    created_at_ns: int = 0
+    created_by: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSetInfo(Record):
+    """One version of a data set; ``detail`` says what came of the last look at its home."""
+
+    id: str = ""
+    name: str = ""
+    version: int = 0
+    project: str = ""
+    home: str = ""
+    site: str = ""
+    node: str = ""
+    endpoint: str = ""
+    region: str = ""
+    secret: str = ""
+    state: str = ""
+    detail: str = ""
+    digest: str = ""
+    size: int = 0
+    files: int = 0
+    cached_on: tuple[str, ...] = ()
+    checked_at_ns: int = 0
+    created_at_ns: int = 0
+    created_by: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

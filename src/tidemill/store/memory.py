@@ -15,6 +15,7 @@ from tidemill.model.cloud import Rental
 from tidemill.model.fleet import Node, Outpost, Site
 from tidemill.model.ids import (
     ArtifactId,
+    DataSetId,
     JobId,
     LaunchId,
     NodeId,
@@ -31,6 +32,7 @@ from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals
 from tidemill.model.plan import Reason, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.reservation import Reservation
+from tidemill.model.storage import DataSet, DataSetState, Volume
 from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
 from tidemill.ports import Batch, IdempotencyRecord, JobFilter, JobRow, Page, Snapshot, StoredEvent
 from tidemill.store.cursors import from_cursor, to_cursor
@@ -64,6 +66,8 @@ class _Contents:
     tokens: dict[TokenId, Token] = field(default_factory=dict)
     secrets: dict[tuple[ProjectId, str], Secret] = field(default_factory=dict)
     artifacts: dict[ArtifactId, Artifact] = field(default_factory=dict)
+    volumes: dict[tuple[ProjectId, str], Volume] = field(default_factory=dict)
+    datasets: dict[DataSetId, DataSet] = field(default_factory=dict)
 
 
 class MemoryStore:
@@ -309,6 +313,35 @@ class MemoryStore:
             self._all.artifacts[stored.id] = stored
             return stored
 
+    def put_volume(self, volume: Volume) -> None:
+        with self._lock:
+            self._all.volumes[volume.project_id, volume.name] = volume
+
+    def delete_volume(self, project_id: ProjectId, name: str) -> bool:
+        """Whether there was one."""
+        with self._lock:
+            return self._all.volumes.pop((project_id, name), None) is not None
+
+    def add_dataset(self, dataset: DataSet) -> DataSet:
+        """The data set with the next version of its name that was never given; its own ``version`` is ignored."""
+        with self._lock:
+            if dataset.id in self._all.datasets:
+                raise Stale("It exists already.")
+            given = (
+                one.version
+                for one in self._all.datasets.values()
+                if (one.project_id, one.name) == (dataset.project_id, dataset.name)
+            )
+            stored = replace(dataset, version=max(given, default=0) + 1)
+            self._all.datasets[stored.id] = stored
+            return stored
+
+    def put_dataset(self, dataset: DataSet) -> None:
+        """Replace the one of that id, whose name and version stay."""
+        with self._lock:
+            if dataset.id in self._all.datasets:
+                self._all.datasets[dataset.id] = dataset
+
     def organizations(self) -> tuple[Organization, ...]:
         return self._by_key(self._all.organizations)
 
@@ -350,6 +383,33 @@ class MemoryStore:
         with self._lock:
             found = [artifact for artifact in self._all.artifacts.values() if artifact.project_id == project_id]
         return tuple(sorted(found, key=lambda artifact: (artifact.name, -artifact.version)))
+
+    def volume(self, project_id: ProjectId, name: str) -> Volume | None:
+        return self._all.volumes.get((project_id, name))
+
+    def volumes(self, project_id: ProjectId) -> tuple[Volume, ...]:
+        """A project's volumes, by name."""
+        return tuple(volume for volume in self._by_key(self._all.volumes) if volume.project_id == project_id)
+
+    def dataset(self, dataset_id: DataSetId) -> DataSet | None:
+        return self._all.datasets.get(dataset_id)
+
+    def find_dataset(self, project_id: ProjectId, name: str, version: int = 0) -> DataSet | None:
+        """That version of the named data set, or the newest when ``version`` is zero; none that was deleted."""
+        found = (it for it in self.datasets(project_id) if it.name == name and version in (0, it.version))
+        return next(found, None)
+
+    def datasets(self, project_id: ProjectId) -> tuple[DataSet, ...]:
+        """A project's data sets that were not deleted, by name, newest version first."""
+        with self._lock:
+            found = [one for one in self._all.datasets.values() if one.project_id == project_id and not one.deleted_ns]
+        return tuple(sorted(found, key=lambda dataset: (dataset.name, -dataset.version)))
+
+    def unscanned_datasets(self) -> tuple[DataSet, ...]:
+        """Those of all projects whose files are still to be read, by id."""
+        return tuple(
+            one for one in self._by_key(self._all.datasets) if one.state is DataSetState.SCANNING and not one.deleted_ns
+        )
 
     # Whether it is sound
 

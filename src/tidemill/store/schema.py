@@ -187,6 +187,27 @@ principals = Table("principals", metadata, _text("id", primary_key=True), _text(
 tokens = Table("tokens", metadata, _text("id", primary_key=True), _text("body"))
 sites = Table("sites", metadata, _text("id", primary_key=True), _text("body"))
 outposts = Table("outposts", metadata, _text("id", primary_key=True), _text("body"))
+volumes = Table(
+    "volumes",
+    metadata,
+    _text("project_id", primary_key=True),
+    _text("name", primary_key=True),
+    _text("body"),
+)
+datasets = Table(
+    "datasets",
+    metadata,
+    _text("id", primary_key=True),
+    _text("project_id"),
+    _text("name"),
+    _long("version"),
+    _text("state"),
+    _text("body"),
+    UniqueConstraint("project_id", "name", "version", name="uq_datasets_version"),
+    Index("ix_datasets_state", "state"),
+)
+"""A version that was deleted keeps its row, so that its number is not given again; its ``state`` is ``deleted``."""
+
 secrets = Table(
     "secrets",
     metadata,

@@ -43,12 +43,23 @@ from tidemill.model.artifact import Artifact
 from tidemill.model.cloud import Rental
 from tidemill.model.events import LogEntry
 from tidemill.model.fleet import Node, Outpost, Site
-from tidemill.model.ids import ArtifactId, JobId, LaunchId, NodeId, PrincipalId, ProjectId, TokenId, WorkloadId
+from tidemill.model.ids import (
+    ArtifactId,
+    DataSetId,
+    JobId,
+    LaunchId,
+    NodeId,
+    PrincipalId,
+    ProjectId,
+    TokenId,
+    WorkloadId,
+)
 from tidemill.model.job import Allocation, AllocationState, Attempt, AttemptState, Job, JobState, Workload
 from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals
 from tidemill.model.plan import Reason, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.reservation import Reservation
+from tidemill.model.storage import DataSet, DataSetState, Volume
 from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
 from tidemill.ports import Batch, IdempotencyRecord, JobFilter, JobRow, Page, Snapshot, StoredEvent
 from tidemill.store import schema
@@ -60,6 +71,7 @@ from tidemill.store.rows import LOW_BITS, LOW_MASK, Row, Rows, Thing, rows_of
 
 T = TypeVar("T")
 _MIGRATION_LOCK: Final = 7_203_685_477
+_DELETED: Final = "deleted"
 _BITS: Final[Any] = literal_column(str(LOW_BITS))
 _MASK: Final[Any] = literal_column(str(LOW_MASK))
 _LAST: Final = "\U0010ffff"
@@ -154,6 +166,7 @@ class SqlStore:
             schema.secrets,
             schema.sites,
             schema.outposts,
+            schema.volumes,
         ):
             put = insert_or(table)
             self._put[table] = put.on_conflict_do_update(
@@ -515,6 +528,41 @@ class SqlStore:
             connection.execute(insert(schema.artifacts), [row | {"body": encode(stored)}])
         return stored
 
+    def put_volume(self, volume: Volume) -> None:
+        self._replace(schema.volumes, {"project_id": volume.project_id, "name": volume.name, "body": encode(volume)})
+
+    def delete_volume(self, project_id: ProjectId, name: str) -> bool:
+        """Whether there was one."""
+        volumes = schema.volumes.c
+        gone = delete(schema.volumes).where(volumes.project_id == project_id, volumes.name == name)
+        with self._writing() as connection:
+            return _execute(connection, gone).rowcount > 0
+
+    def add_dataset(self, dataset: DataSet) -> DataSet:
+        """The data set with the next version of its name that was never given; its own ``version`` is ignored."""
+        datasets = schema.datasets.c
+        newest = select(func.max(datasets.version)).where(
+            datasets.project_id == dataset.project_id, datasets.name == dataset.name
+        )
+        with self._writing() as connection:
+            if not self._database.is_sqlite:
+                name = f"dataset {dataset.project_id} {dataset.name}"
+                connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+            stored = replace(dataset, version=(connection.execute(newest).scalar_one() or 0) + 1)
+            row = {"id": stored.id, "project_id": stored.project_id, "name": stored.name, "version": stored.version}
+            connection.execute(insert(schema.datasets), [row | {"state": _state_of(stored), "body": encode(stored)}])
+        return stored
+
+    def put_dataset(self, dataset: DataSet) -> None:
+        """Replace the one of that id, whose name and version stay."""
+        changed = (
+            update(schema.datasets)
+            .where(schema.datasets.c.id == dataset.id)
+            .values(state=_state_of(dataset), body=encode(dataset))
+        )
+        with self._writing() as connection:
+            _execute(connection, changed)
+
     def organizations(self) -> tuple[Organization, ...]:
         return self._all(Organization, select(schema.organizations.c.body).order_by(schema.organizations.c.id))
 
@@ -563,6 +611,40 @@ class SqlStore:
         artifacts = schema.artifacts.c
         query = select(artifacts.body).where(artifacts.project_id == project_id)
         return self._all(Artifact, query.order_by(artifacts.name, artifacts.version.desc()))
+
+    def volume(self, project_id: ProjectId, name: str) -> Volume | None:
+        volumes = schema.volumes.c
+        return self._one(Volume, select(volumes.body).where(volumes.project_id == project_id, volumes.name == name))
+
+    def volumes(self, project_id: ProjectId) -> tuple[Volume, ...]:
+        """A project's volumes, by name."""
+        volumes = schema.volumes.c
+        return self._all(Volume, select(volumes.body).where(volumes.project_id == project_id).order_by(volumes.name))
+
+    def dataset(self, dataset_id: DataSetId) -> DataSet | None:
+        return self._one(DataSet, select(schema.datasets.c.body).where(schema.datasets.c.id == dataset_id))
+
+    def find_dataset(self, project_id: ProjectId, name: str, version: int = 0) -> DataSet | None:
+        """That version of the named data set, or the newest when ``version`` is zero; none that was deleted."""
+        datasets = schema.datasets.c
+        query = select(datasets.body).where(
+            datasets.project_id == project_id, datasets.name == name, datasets.state != _DELETED
+        )
+        if version:
+            query = query.where(datasets.version == version)
+        return self._one(DataSet, query.order_by(datasets.version.desc()).limit(1))
+
+    def datasets(self, project_id: ProjectId) -> tuple[DataSet, ...]:
+        """A project's data sets that were not deleted, by name, newest version first."""
+        datasets = schema.datasets.c
+        query = select(datasets.body).where(datasets.project_id == project_id, datasets.state != _DELETED)
+        return self._all(DataSet, query.order_by(datasets.name, datasets.version.desc()))
+
+    def unscanned_datasets(self) -> tuple[DataSet, ...]:
+        """Those of all projects whose files are still to be read, by id."""
+        datasets = schema.datasets.c
+        query = select(datasets.body).where(datasets.state == DataSetState.SCANNING.value)
+        return self._all(DataSet, query.order_by(datasets.id))
 
     # Whether it is sound
 
@@ -726,6 +808,10 @@ def _log_gaps(connection: Connection) -> list[str]:
     if count and count != last - first + 1:
         return [f"The event log has {count} events from {first} to {last}."]
     return []
+
+
+def _state_of(dataset: DataSet) -> str:
+    return _DELETED if dataset.deleted_ns else dataset.state.value
 
 
 def _is_current(connection: Connection) -> bool:

@@ -12,6 +12,7 @@ from tidemill.model.events import LogEntry
 from tidemill.model.fleet import Device, Node, NodeState
 from tidemill.model.ids import (
     ArtifactId,
+    DataSetId,
     DeviceId,
     JobId,
     NodeId,
@@ -21,6 +22,7 @@ from tidemill.model.ids import (
     RentalId,
     ReservationId,
     SiteId,
+    VolumeId,
     WorkloadId,
     attempt_id,
     job_id,
@@ -43,6 +45,7 @@ from tidemill.model.plan import Change, Reason, ResolvableBy
 from tidemill.model.queue import GPU, Queue, QueueUsage
 from tidemill.model.reservation import Reservation
 from tidemill.model.spec import Environment, Kind, Port, RetryOn, RetryPolicy, Service, WorkloadSpec
+from tidemill.model.storage import DataSet, DataSetState, Volume
 from tidemill.model.values import replace
 from tidemill.ports import IdempotencyRecord
 from tidemill.units import DAY_NS, HOUR_NS, SECOND_NS
@@ -247,6 +250,19 @@ def an_artifact(number: int, *, name: str = "model") -> Artifact:
     return Artifact(
         id=ArtifactId(f"art_{number}"), project_id=RED, name=name, version=99, digest="ab", size=2**50, created_ns=NOW,
         metadata=(("f1", "0,9"),),
+    )  # fmt: skip
+
+
+def a_volume(name: str = "scratch") -> Volume:
+    return Volume(
+        id=VolumeId(f"vol_{name}"), project_id=RED, name=name, site_id=SiteId("north"), path="/mnt/é", created_ns=NOW
+    )
+
+
+def a_dataset(number: int, *, name: str = "images") -> DataSet:
+    return DataSet(
+        id=DataSetId(f"set_{number:03}"), project_id=RED, name=name, version=99, home="s3://bucket/prefix",
+        state=DataSetState.SCANNING, size=2**50, created_ns=NOW,
     )  # fmt: skip
 
 

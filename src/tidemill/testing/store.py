@@ -17,6 +17,7 @@ from tidemill.model.artifact import Artifact
 from tidemill.model.cloud import RentalState
 from tidemill.model.fleet import NodeState, Outpost, Site, SiteKind
 from tidemill.model.ids import (
+    DataSetId,
     JobId,
     NodeId,
     OrganizationId,
@@ -37,6 +38,7 @@ from tidemill.model.job import (
 from tidemill.model.ledger import CPU_METER, Evidence
 from tidemill.model.plan import Change, Reason, Waiting
 from tidemill.model.spec import Kind
+from tidemill.model.storage import DataSet, DataSetState
 from tidemill.model.tenant import Organization, Principal, PrincipalKind, Project, Scope, Secret, Token
 from tidemill.model.values import replace
 from tidemill.ports import Batch, JobFilter, Page, Snapshot, Store
@@ -45,6 +47,7 @@ from tidemill.testing.samples import (
     LARGE,
     NOW,
     RED,
+    a_dataset,
     a_job,
     a_line,
     a_node,
@@ -55,6 +58,7 @@ from tidemill.testing.samples import (
     a_rental,
     a_reservation,
     a_usage,
+    a_volume,
     a_workload,
     an_allocation,
     an_artifact,
@@ -602,6 +606,42 @@ def check_artifact_versions_are_given_once(open_store: OpenStore) -> None:
         raises(Stale, it.store.put_artifact, newest)
 
 
+def check_volumes_and_data_sets_are_kept(open_store: OpenStore) -> None:
+    """Volumes are replaced by name; versions of data sets are never given twice, also when some were deleted."""
+    with _Session(open_store) as it:
+        second = open_store()
+        stores = (it.store, second)
+        for path in ("/a", "/b"):
+            it.store.put_volume(replace(a_volume(), path=path))
+        it.store.put_volume(a_volume("other"))
+        same(it.store.volumes(RED), (a_volume("other"), replace(a_volume(), path="/b")), "the volumes, by name")
+        same(
+            (it.store.volume(RED, "scratch"), it.store.volume(BLUE, "scratch")), (it.store.volumes(RED)[1], None), "one"
+        )
+        same((it.store.delete_volume(RED, "other"), it.store.delete_volume(RED, "other")), (True, False), "twice")
+
+        def add(number: int) -> DataSet:
+            return stores[number % 2].add_dataset(a_dataset(number, name="bilder" if number < 6 else "other"))
+
+        with ThreadPoolExecutor(6) as threads:
+            stored = list(threads.map(add, range(8)))
+        second.close()
+        same(sorted(one.version for one in stored[:6]), list(range(1, 7)), "versions of one name")
+        same(it.store.unscanned_datasets(), tuple(sorted(stored, key=lambda one: one.id)), "all are to be scanned")
+        newest = next(one for one in stored if one.version == 6)
+        ready = replace(newest, state=DataSetState.READY, digest="ab", files=3)
+        it.store.put_dataset(ready)
+        same(it.store.find_dataset(RED, "bilder"), ready, "the newest, as it was changed")
+        same((it.store.dataset(ready.id), it.store.dataset(DataSetId("set_none"))), (ready, None), "by id")
+        same(len(it.store.unscanned_datasets()), 7, "those that are still to be scanned")
+        it.store.put_dataset(replace(ready, deleted_ns=NOW))
+        same(it.store.find_dataset(RED, "bilder", 6), None, "deleted")
+        same([one.version for one in it.store.datasets(RED)], [5, 4, 3, 2, 1, 2, 1], "by name, newest first")
+        same(it.store.datasets(BLUE), (), "another project's")
+        same(it.store.add_dataset(a_dataset(9, name="bilder")).version, 7, "a version is not given again")
+        raises(Stale, it.store.add_dataset, a_dataset(9, name="bilder"))
+
+
 def check_tenants_are_replaced_whole(open_store: OpenStore) -> None:
     """Putting stores or replaces by id; secrets belong to a project and can be deleted."""
     with _Session(open_store) as it:
@@ -700,6 +740,7 @@ CHECKS: Final[tuple[Callable[[OpenStore], None], ...]] = (
     check_a_repeated_write_finds_its_answer,
     check_one_of_many_committers_wins,
     check_artifact_versions_are_given_once,
+    check_volumes_and_data_sets_are_kept,
     check_tenants_are_replaced_whole,
     check_everything_is_there_after_reopening,
     check_large_batches,

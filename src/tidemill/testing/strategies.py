@@ -31,6 +31,7 @@ from tidemill.model.spec import (
     Tier,
     WorkloadSpec,
 )
+from tidemill.model.storage import DataMount, VolumeMount
 from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
 from tidemill.ports import IdempotencyRecord
 from tidemill.testing.history import Step
@@ -88,6 +89,8 @@ def workload_specs() -> st.SearchStrategy[WorkloadSpec]:
             envs=PAIRS,
             secrets=_tuples(NAMES),
             inputs=PAIRS,
+            data=_tuples(st.builds(DataMount, dataset=NAMES, at=TEXTS, size=COUNTS), 2),
+            volumes=_tuples(st.builds(VolumeMount, volume=NAMES, at=TEXTS, path=TEXTS), 2),
             ports=st.just((Port(name="http"), Port(name="debug", number=8_080))),
             service=st.just(service) if kind is Kind.SERVICE else st.none(),
             array_size=st.integers(1, 100_000),

@@ -24,6 +24,7 @@ NAME: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", re.AS
 VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}", re.ASCII)
 INPUT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", re.ASCII)
 ARTIFACT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(:[0-9]{1,9})?", re.ASCII)
+DATASET: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?(:[0-9]{1,9})?", re.ASCII)
 DIGEST: Final = re.compile(r"(?:sha256:)?([0-9a-f]{64})", re.ASCII)
 PORT_NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
 PYTHON: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+@_-]{0,63}", re.ASCII)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import posixpath
 from functools import lru_cache
 from typing import Final
 
 from tidemill.model.resources import GpuRequest, parse_gpus
 from tidemill.model.spec import SECRET_NAME, Kind, Port, RetryOn, parse_retry_on
+from tidemill.model.storage import DataMode
 from tidemill.units import MILLI
 from tidemill.wire.checks import (
     ARTIFACT,
+    DATASET,
     DIGEST,
     HIGHEST_PORT,
     LOWEST_PORT,
@@ -150,6 +153,40 @@ def artifact_of(value: object) -> str:
     if not ARTIFACT.fullmatch(text):
         raise Refusal(f"{shown(text)} is not an artifact.", "Write its name, or name:version.")
     return text
+
+
+def dataset_of(value: object) -> str:
+    """The name of a data set, with its version or without."""
+    text = text_of(value, limit=1_000)
+    if not DATASET.fullmatch(text):
+        raise Refusal(f"{shown(text)} is not a data set.", "Write its name, or name:version: tidemill dataset list.")
+    return text
+
+
+_SYSTEM: Final = (
+    "bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "run", "sbin", "sys", "tmp", "usr", "var"
+)  # fmt: skip
+
+
+def mount_of(value: object) -> str:
+    """The path at which a worker finds something; not one that belongs to its system. Empty: not said."""
+    text = text_of(value, limit=1_000)
+    if not text:
+        return ""
+    if not text.startswith("/") or posixpath.normpath(text) != text or text.startswith("//") or text == "/":
+        raise Refusal(f"{shown(text)} is not a whole path.", "Write for example /data, without a slash at its end.")
+    if any(ord(character) < 32 or character in ':,"' for character in text):
+        raise Refusal(f"{shown(text)} cannot be a path here.", "Leave out colons, commas, quotes, control characters.")
+    if text.split("/")[1] in _SYSTEM:
+        raise Refusal(f"{shown(text)} belongs to the worker's system.", "Write for example /data, /mnt/x or /srv/x.")
+    return text
+
+
+def mode_of(value: object) -> DataMode:
+    """How a job gets a data set."""
+    if type(value) is not str or value not in DataMode._value2member_map_:
+        raise Refusal(f"{shown(value)} is not a mode.", "Modes are auto, copy and mount.")
+    return DataMode(value)
 
 
 PORT_MEND: Final = "Write a number from 1024 to 65535, a name such as http, or {name: http, port: 8000}."

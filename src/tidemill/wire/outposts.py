@@ -15,7 +15,10 @@ from tidemill.model.plan import LaunchSpec, Observation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCall:
-    """One call of an engine's method: ``launch`` has a spec, ``stop`` and ``forget`` the rest, the others nothing."""
+    """One call of an engine's method: ``launch`` has a spec, ``stop`` and ``forget`` the rest, the others nothing.
+
+    ``read`` is the one that is no engine's: ``size`` octets of the file ``path`` of the outpost's machine.
+    """
 
     number: int
     method: str
@@ -23,13 +26,17 @@ class EngineCall:
     launch_id: LaunchId = LaunchId("")
     node_id: NodeId = NodeId("")
     grace_ns: int = 0
+    path: str = ""
+    offset: int = 0
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineAnswer:
     """What came of a call. ``outcome`` is ``done``, or the code of the error that the method raised.
 
-    ``nodes`` answers ``nodes``; ``seen`` and ``looked_at`` answer ``observe``.
+    ``nodes`` answers ``nodes``; ``seen``, ``looked_at`` and ``cached`` answer ``observe``, ``content`` answers
+    ``read``.
     """
 
     number: int
@@ -40,6 +47,8 @@ class EngineAnswer:
     nodes: tuple[Node, ...] = ()
     seen: tuple[Observation, ...] = ()
     looked_at: tuple[NodeId, ...] = ()
+    cached: tuple[tuple[NodeId, tuple[str, ...]], ...] = ()
+    content: bytes = b""
 
 
 def raise_for(answer: EngineAnswer) -> None:

@@ -17,6 +17,7 @@ from tidemill.wire.sections import (
     AlternativeIn,
     ArrayIn,
     CheckpointIn,
+    DataIn,
     EnvironmentIn,
     GroupIn,
     PlacementIn,
@@ -24,6 +25,7 @@ from tidemill.wire.sections import (
     ResourcesIn,
     RetryIn,
     ServiceIn,
+    VolumeIn,
     WorkloadSpecIn,
     contradictions,
     invalid,
@@ -114,6 +116,8 @@ SECTIONS: Final[Mapping[tuple[str, ...], type[BaseModel]]] = {
     ("placement",): PlacementIn,
     ("group",): GroupIn,
     ("resources", "any_of"): AlternativeIn,
+    ("data",): DataIn,
+    ("volumes",): VolumeIn,
 }
 
 
@@ -162,6 +166,9 @@ _FOREIGN: Final = {
     "alternatives": "resources.any_of",
     "walltime": "max_duration",
     "duration": "expected_duration",
+    "datasets": "data",
+    "file_mounts": "data",
+    "mounts": "volumes",
 }
 
 

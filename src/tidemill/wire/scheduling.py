@@ -7,9 +7,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
-from tidemill.model.fleet import Level
+from tidemill.errors import InvalidSetting
+from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.ids import WorkloadId
-from tidemill.model.spec import MAX_WORKERS, PRIORITY_RANGE, Dependency, DependsOn, Tier
+from tidemill.model.spec import MAX_WORKERS, PRIORITY_RANGE, Dependency, DependsOn, Tier, Weight
 from tidemill.units import MILLI, SECOND_NS
 from tidemill.wire.checks import LABEL, NAME, Refusal, duration_of, label_of, list_of, shown, text_of
 
@@ -17,6 +18,7 @@ MAX_INSTANT_NS: Final = 1 << 62
 """In the year 2116; sums of instants and durations stay below 2^63."""
 PRIORITIES: Final = {"low": -100, "normal": 0, "high": 100}
 MAX_SPEED: Final = 1_000
+MAX_WEIGHT: Final = 1_000
 _SPAN: Final = re.compile(r"(\d{1,6})\.\.(\d{1,6})", re.ASCII)
 _ISO: Final = re.compile(
     r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d(?::\d\d)?)(\.\d{1,9})?\s*(Z|[+-]\d\d:?\d\d)", re.ASCII | re.IGNORECASE
@@ -161,6 +163,52 @@ def toleration_of(value: object) -> str:
     if not LABEL.fullmatch(key) or (equals and not setting):
         raise Refusal(f"{shown(text)} is not a taint.", "Write its key, or key=value.")
     return text
+
+
+def site_of(value: object) -> str:
+    """The name of a site."""
+    text = text_of(value, limit=100)
+    if not NAME.fullmatch(text):
+        raise Refusal(f"{shown(text)} is not the name of a site.", "See tidemill site list for their names.")
+    return text
+
+
+def kind_of_site(value: object) -> SiteKind:
+    """What sort of site."""
+    if type(value) is not str or value not in SiteKind._value2member_map_:
+        raise Refusal(f"{shown(value)} is not a kind of site.", "Kinds are onprem, cloud and edge.")
+    return SiteKind(value)
+
+
+def countries_of(value: object) -> tuple[str, ...]:
+    """Countries by ISO 3166 alpha-3 code, each once; EU stands for its members."""
+    from tidemill import catalog
+
+    found: dict[str, None] = {}
+    for text in list_of(lambda item: text_of(item, limit=100), "countries")([value] if type(value) is str else value):
+        try:
+            found.update(dict.fromkeys(catalog.country_codes(text)))
+        except InvalidSetting as error:
+            raise Refusal(f"{shown(text)} is not a country.", error.mend) from error
+    return tuple(found)
+
+
+def weights_of(value: object) -> tuple[tuple[Weight, int], ...]:
+    """What weighs when a site is chosen: one thing, or several with their parts in thousandths."""
+    mend = "Write price, carbon, start or latency, or parts such as {price: 2, carbon: 1}."
+    if value is None:
+        return ()
+    given = {value: 1} if type(value) is str else value
+    if type(given) is not dict:
+        raise Refusal(f"{shown(value)} is nothing that weighs.", mend)
+    found = []
+    for what, part in given.items():
+        if type(what) is not str or what not in Weight._value2member_map_:
+            raise Refusal(f"{shown(what)} is nothing that weighs.", mend)
+        if type(part) not in (int, float) or not 0 < part <= MAX_WEIGHT or not (milli := round(part * MILLI)):
+            raise Refusal(f"{shown(part)} is not a part.", f"Write a number above 0 and up to {MAX_WEIGHT}.")
+        found.append((Weight(what), milli))
+    return tuple(sorted(found))
 
 
 def speed_of(value: object) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from tidemill.errors import InvalidSpec
-from tidemill.model.fleet import Level
+from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import (
     MAX_ARRAY,
@@ -26,11 +26,15 @@ from tidemill.model.spec import (
     RetryOn,
     RetryPolicy,
     Service,
+    Territory,
     Tier,
+    Weight,
     WorkloadSpec,
 )
+from tidemill.model.storage import DataMode, DataMount, VolumeMount, mount_variable
 from tidemill.units import MILLI, SECOND_NS
 from tidemill.wire.checks import (
+    DATASET,
     HIGHEST_PORT,
     INPUT,
     LABEL,
@@ -55,10 +59,13 @@ from tidemill.wire.fields import (
     PORT_MEND,
     artifact_of,
     cpus_of,
+    dataset_of,
     gpus_of,
     image_of,
     kind_of,
+    mode_of,
     model_of,
+    mount_of,
     package_of,
     path_of,
     port_of,
@@ -71,20 +78,25 @@ from tidemill.wire.fields import (
 )
 from tidemill.wire.scheduling import (
     MAX_SPEED,
+    MAX_WEIGHT,
     PRIORITIES,
     Moment,
     Span,
     after_of,
     by_speed_of,
     choice_of,
+    countries_of,
     flag_of,
+    kind_of_site,
     level_of,
     moment_of,
     priority_of,
+    site_of,
     span_of,
     speed_of,
     tier_of,
     toleration_of,
+    weights_of,
 )
 
 
@@ -243,6 +255,37 @@ class ArrayIn(StrictSection):
     ] = Field(default=0, description="How many of them run at the same time, at most; 0 for no limit.")
 
 
+class DataIn(StrictSection):
+    """A data set that each worker finds, read-only."""
+
+    dataset: Annotated[str, *taking(dataset_of, {**TEXT, "pattern": DATASET.pattern, "examples": ["imagenet:2"]})] = (
+        Field(description="Its name, or name:version; the newest version is meant without.")
+    )
+    at: Annotated[str, *taking(mount_of, {**TEXT, "examples": ["/data"]})] = Field(
+        default="", description="Where; `/data/NAME` when left out."
+    )
+    mode: Annotated[DataMode, *taking(mode_of, {"type": "string", "enum": [one.value for one in DataMode]})] = Field(
+        default=DataMode.AUTO,
+        description="`copy` to the machine's own disk, `mount` the folder that it comes from (only where that is), or"
+        " `auto`: mounted where that folder is, copied elsewhere.",
+        json_schema_extra={"default": "auto"},
+    )
+
+
+class VolumeIn(StrictSection):
+    """A volume that each worker finds."""
+
+    name: Annotated[str, *taking(name_of, {**TEXT, "pattern": NAME.pattern, "maxLength": 63})] = Field(
+        description="Its name; see `tidemill volume list`."
+    )
+    at: Annotated[str, *taking(mount_of, {**TEXT, "examples": ["/scratch"]})] = Field(
+        default="", description="Where; `/volumes/NAME` when left out."
+    )
+    read_only: Annotated[bool, *taking(flag_of, {"type": "boolean"})] = Field(
+        default=False, description="Nothing is written there.", json_schema_extra={"default": "false"}
+    )
+
+
 _RETRY_ON: Final = ((RetryOn.NODE_LOST, RetryOn.PREEMPTED), ())
 
 
@@ -288,6 +331,16 @@ _ANY_LEVEL: Final = tuple(Level)
 _SPREAD: Final = tuple(level for level in Level if level is not Level.NVLINK)
 
 
+def _one_or_more(check: Callable[[object], Any], what: str) -> Callable[[object], tuple[Any, ...]]:
+    """A check for a list, or for its only item."""
+    listed = list_of(check, what)
+    return lambda value: tuple(dict.fromkeys(listed([value] if type(value) is str else value)))
+
+
+def _names_schema(examples: list[Any]) -> dict[str, Any]:
+    return {"type": ["array", "string", "null"], "items": TEXT, "examples": examples}
+
+
 class PlacementIn(StrictSection):
     """Where workers may be put, and how they should lie to each other."""
 
@@ -330,6 +383,48 @@ class PlacementIn(StrictSection):
         description="Not on machines where work of the project with one of these labels runs.",
         json_schema_extra={"default": {}, "examples": [{"app": "web"}]},
     )
+    across_sites: Annotated[bool, *taking(flag_of, {"type": "boolean"})] = Field(
+        default=False, description="Whether the workers of a job may lie at several sites; else it stays within one."
+    )
+    sites: Annotated[tuple[str, ...], *taking(_one_or_more(site_of, "sites"), _names_schema([["berlin", "paris"]]))] = (
+        Field(default=(), description="At these sites only.")
+    )
+    countries: Annotated[tuple[str, ...], *taking(countries_of, _names_schema([["DEU", "FRA"], ["EU"]]))] = Field(
+        default=(),
+        description="At sites in these countries only: ISO 3166 codes or English names; `EU` stands for its members."
+        " A site whose country is not known is in none.",
+    )
+    kinds: Annotated[
+        tuple[SiteKind, ...],
+        *taking(
+            _one_or_more(kind_of_site, "kinds of site"),
+            {
+                "type": ["array", "string", "null"],
+                "items": {"type": "string", "enum": [kind.value for kind in SiteKind]},
+                "examples": [["edge"]],
+            },
+        ),
+    ] = Field(default=(), description="At sites of these kinds only: `onprem`, `cloud`, `edge`.")
+    weigh: Annotated[
+        tuple[tuple[Weight, int], ...],
+        *taking(
+            weights_of,
+            {
+                "type": ["string", "object", "null"],
+                "additionalProperties": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_WEIGHT},
+                "propertyNames": {"enum": [what.value for what in Weight]},
+                "examples": ["price", {"price": 2, "carbon": 1}],
+            },
+        ),
+    ] = Field(
+        default=(),
+        description="What weighs when a site is chosen: `price`, `carbon`, `start` or `latency`, or several with their"
+        " parts. Unless it is said: the soonest, then the cheapest, then the cleanest.",
+        json_schema_extra={"default": ""},
+    )
+    near: Annotated[str, *taking(site_of, TEXT)] = Field(
+        default="", description="The site that `latency` is measured from; said alone, latency weighs."
+    )
 
 
 class GroupIn(StrictSection):
@@ -344,6 +439,8 @@ class GroupIn(StrictSection):
     ] = Field(description="How many jobs it has.")
 
 
+_Data = Annotated[DataIn, _wrapped("dataset", str)]
+_Volume = Annotated[VolumeIn, _wrapped("name", str)]
 _MOMENT_SCHEMA: Final = {**TEXT, "examples": ["2027-03-01T09:00:00Z", "in 2h"]}
 _Moment = Annotated[Moment, *taking(moment_of, _MOMENT_SCHEMA)]
 _NEVER: Final = Moment(0)
@@ -407,6 +504,16 @@ class WorkloadSpecIn(StrictSection):
         default=(),
         description="Artifacts, found read-only in `$TIDEMILL_INPUT_DIR/<name>`.",
         json_schema_extra={"default": {}, "examples": [{"model": "quickstart-gpt:2"}]},
+    )
+    data: Annotated[list[_Data], BeforeValidator(lambda value: _few(value, "data sets"))] = Field(
+        default_factory=list,
+        description="Data sets, each a name or a section; the path of each is in `$TIDEMILL_DATA_<NAME>`.",
+        json_schema_extra={"default": [], "examples": [[{"dataset": "imagenet", "at": "/data"}]]},
+    )
+    volumes: Annotated[list[_Volume], BeforeValidator(lambda value: _few(value, "volumes"))] = Field(
+        default_factory=list,
+        description="Volumes, each a name or a section; the path of each is in `$TIDEMILL_VOLUME_<NAME>`.",
+        json_schema_extra={"default": [], "examples": [[{"name": "scratch", "at": "/scratch"}]]},
     )
     setup: Annotated[str, *taking(text_of, TEXT)] = Field(
         default="", description="Shell script that prepares each worker."
@@ -582,6 +689,8 @@ class WorkloadSpecIn(StrictSection):
                 expected_duration_ns=self.expected_duration,
                 start_after_ns=self.start_after.at(now),
                 start_before_ns=self.start_before.at(now),
+                data=tuple([_data_mount(one) for one in self.data]),
+                volumes=tuple([_volume_mount(one) for one in self.volumes]),
             )
         except ValueError as error:
             raise InvalidSpec(f"{error}.") from error
@@ -600,16 +709,55 @@ def _alternative(given: AlternativeIn, usual: ResourcesIn) -> Alternative:
     return Alternative(resources=_resources(gpus, cpus, memory, disk), speed_milli=given.speed)
 
 
+def _data_mount(given: DataIn) -> DataMount:
+    return DataMount(dataset=given.dataset, at=given.at or default_data_path(given.dataset), mode=given.mode)
+
+
+def _volume_mount(given: VolumeIn) -> VolumeMount:
+    return VolumeMount(volume=given.name, at=given.at or default_volume_path(given.name), read_only=given.read_only)
+
+
+def default_data_path(reference: str) -> str:
+    """Where a data set is found when its spec does not say."""
+    return f"/data/{reference.partition(':')[0]}"
+
+
+def default_volume_path(name: str) -> str:
+    """Where a volume is found when its spec does not say."""
+    return f"/volumes/{name}"
+
+
 def _placed(given: PlacementIn) -> Placement:
     if not given.model_fields_set:
         return _ANYWHERE
-    return _placement(given.labels, given.tolerations, given.within, given.prefer, given.spread, given.apart)
+    where = Territory(given.sites, given.countries, given.kinds)
+    return _placement(
+        given.labels,
+        given.tolerations,
+        given.within,
+        given.prefer,
+        given.spread,
+        given.apart,
+        given.across_sites,
+        where,
+        given.weigh,
+        given.near,
+    )
 
 
 _ANYWHERE: Final = Placement()
 _placement = lru_cache(maxsize=1_024)(
-    lambda labels, tolerations, within, prefer, spread, apart: Placement(
-        labels=labels, tolerations=tolerations, within=within, prefer=prefer, spread=spread, apart=apart
+    lambda labels, tolerations, within, prefer, spread, apart, across_sites, where, weigh, near: Placement(
+        labels=labels,
+        tolerations=tolerations,
+        within=within,
+        prefer=prefer,
+        spread=spread,
+        apart=apart,
+        across_sites=across_sites,
+        where=where,
+        weigh=weigh,
+        near=near,
     )
 )
 _resources = lru_cache(maxsize=4_096)(
@@ -645,7 +793,27 @@ def contradictions(given: set[str], spec: Any, now: int) -> Iterator[dict[str, A
             yield problem("service.port", wanted, f"{shown(wanted)} is not among ports.", f"Ports are {names}.")
         elif not known and isinstance(wanted, str) and not PORT_NAME.fullmatch(wanted):
             yield problem("service.port", wanted, f"{shown(wanted)} is not a name of a port.", PORT_MEND)
+    yield from _clashing_mounts(spec)
     yield from _impossible_schedules(spec, kind, now)
+
+
+def _clashing_mounts(spec: Any) -> Iterator[dict[str, Any]]:
+    """Paths that are within each other, and names that would have the same variable."""
+    data = [one for one in spec.data if isinstance(one, DataIn)] if type(spec.data) is list else []
+    volumes = [one for one in spec.volumes if isinstance(one, VolumeIn)] if type(spec.volumes) is list else []
+    mounts = [("data", one.at or default_data_path(one.dataset)) for one in data]
+    mounts += [("volumes", one.at or default_volume_path(one.name)) for one in volumes]
+    for index, (field, path) in enumerate(mounts):
+        for _, other in mounts[:index]:
+            if path == other or path.startswith(other + "/") or other.startswith(path + "/"):
+                mend = "Give each a path that is not within another's."
+                yield problem(field, path, f"{path} and {other} are in each other's way.", mend)
+    named = [("data", mount_variable("DATA", one.dataset.partition(":")[0])) for one in data]
+    named += [("volumes", mount_variable("VOLUME", one.name)) for one in volumes]
+    for index, (field, variable) in enumerate(named):
+        if (field, variable) in named[:index]:
+            mend = "Leave one of them out, or submit another workload with it."
+            yield problem(field, variable, f"Two would have their paths in {variable}.", mend)
 
 
 def _impossible_schedules(spec: Any, kind: str, now: int) -> Iterator[dict[str, Any]]:
@@ -671,6 +839,8 @@ def _impossible_schedules(spec: Any, kind: str, now: int) -> Iterator[dict[str, 
     if isinstance(spec.resources, ResourcesIn) and spec.resources.prefer and not spec.resources.any_of:
         mend = "Add any_of, or leave prefer out."
         yield problem("resources.prefer", "speed", "There is nothing to choose from.", mend)
+    if isinstance(placement, PlacementIn):
+        yield from _impossible_sites(placement)
     if isinstance(placement, PlacementIn) and placement.within and placement.spread:
         order = [*Level]
         if order.index(placement.spread) <= order.index(placement.within):
@@ -680,6 +850,15 @@ def _impossible_schedules(spec: Any, kind: str, now: int) -> Iterator[dict[str, 
                 f"Workers cannot stay within one {placement.within} and be spread over several {placement.spread}s.",
                 "Spread them over a narrower level, or leave within out.",
             )
+
+
+def _impossible_sites(placement: PlacementIn) -> Iterator[dict[str, Any]]:
+    if placement.across_sites and placement.within:
+        sentence = f"Workers cannot stay within one {placement.within} and lie across sites."
+        yield problem("placement.across_sites", True, sentence, "Leave one of them out.")
+    if Weight.LATENCY in dict(placement.weigh) and not placement.near:
+        mend = "Write near: SITE; see tidemill site list."
+        yield problem("placement.weigh", "latency", "It does not say from where latency is measured.", mend)
 
 
 def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> tuple[tuple[Port, ...], Service | None]:

@@ -38,6 +38,10 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
     for name in ("envs", "inputs", "labels"):
         if pairs := getattr(spec, name):
             written[name] = dict(pairs)
+    if spec.data:
+        written["data"] = [{"dataset": one.dataset, "at": one.at, "mode": one.mode.value} for one in spec.data]
+    if spec.volumes:
+        written["volumes"] = [{"name": one.volume, "at": one.at, "read_only": one.read_only} for one in spec.volumes]
     if spec.secrets:
         written["secrets"] = list(spec.secrets)
     if spec.ports:
@@ -103,6 +107,15 @@ def _placement_json(placement: Placement) -> dict[str, Any]:
     for name in ("within", "prefer", "spread"):
         if (level := getattr(placement, name)) is not None:
             written[name] = level.value
+    if placement.across_sites:
+        written["across_sites"] = True
+    for name in ("sites", "countries", "kinds"):
+        if values := getattr(placement.where, name):
+            written[name] = [str(value) for value in values]
+    if placement.weigh:
+        written["weigh"] = {what.value: milli_json(part) for what, part in placement.weigh}
+    if placement.near:
+        written["near"] = placement.near
     return written
 
 

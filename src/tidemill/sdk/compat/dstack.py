@@ -32,6 +32,7 @@ from tidemill.sdk.compat.mapping import (
     shown,
     size_text,
     text,
+    volume,
     walk,
 )
 from tidemill.units import parse_size
@@ -54,10 +55,6 @@ _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DURATION: Final = re.compile(r"(\d+)\s*([smhdw]?)")
 _VENDORS: Final = ("nvidia", "amd", "google", "tpu", "intel", "tenstorrent", "tt")
 _LEAVE_OUT: Final = "Take it out."
-_IN_WORKDIR: Final = (
-    "Put small files into workdir; keep data as an artifact and name it in inputs, found in $TIDEMILL_INPUT_DIR/NAME;"
-    " write checkpoints to $TIDEMILL_CHECKPOINT_DIR."
-)
 _OWN_MACHINES: Final = "A machine is never made or kept for a job."
 
 
@@ -499,6 +496,27 @@ def _tag(draft: Draft, name: str, value: Any) -> str:
 # --- services and ports ---
 
 
+def _volumes(draft: Draft, name: str, value: Any) -> str:
+    """``NAME:/path``, or a mapping with ``name`` and ``path``; folders of the machine have no name."""
+    told = []
+    for one in value if isinstance(value, list) else [value]:
+        known: Any
+        at: Any
+        if isinstance(one, str):
+            known, _, at = one.rpartition(":")
+        elif isinstance(one, dict):
+            known, at = one.get("name", one.get("instance_path")), one.get("path")
+        else:
+            raise Refuse(f"{shown(one)} is not a volume.", "Write NAME:/path.")
+        if isinstance(known, str) and known.startswith("/"):
+            raise Refuse(
+                f"{known} is a folder of whatever machine it is, which jobs do not see.",
+                f"Have it made a volume: tidemill volume create NAME {known}. For a cache, use $XDG_CACHE_HOME.",
+            )
+        told.append(volume(draft, known, at))
+    return "; ".join(told)
+
+
 def _ports(draft: Draft, name: str, value: Any) -> Said:
     ports = [_container_port(one) for one in (value if isinstance(value, list) else [value])]
     draft.put("ports", list(dict.fromkeys(ports)))
@@ -681,7 +699,13 @@ FIELDS: Final[dict[str, Rule]] = {
         }
     ),
     "priority": maps("priority", _priority, example=50),
-    "volumes": refused("Volumes are not mounted at paths.", _IN_WORKDIR, example=["my-volume:/data"]),
+    "volumes": maps(
+        "volumes",
+        _volumes,
+        example=["my-volume:/data"],
+        note="A volume of that name: tidemill volume create.",
+        limits="Names; no folders of the machine.",
+    ),
     "docker": Rule(
         take=_only_without("There is no Docker in a worker.", "Write image for one container.", False),
         example=False,

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from tidemill.errors import InvalidSpec
+from tidemill.wire.checks import Refusal, name_of
+from tidemill.wire.fields import mount_of
 
 
 class Tool(StrEnum):
@@ -443,6 +445,20 @@ def place(draft: Draft, name: str, value: str) -> str:
     draft.spec.setdefault("placement", {}).setdefault("labels", {})[name] = value
     draft.trace(f"placement.labels.{name}")
     return f"placement.labels.{name}: {value}"
+
+
+def volume(draft: Draft, name: Any, at: Any) -> str:
+    """Have a volume of that name mounted at a path. Raises: Refuse."""
+    if not isinstance(name, str) or not isinstance(at, str):
+        raise Refuse(f"{shown(name)} is not the name of one volume.", "Name one: tidemill volume list.")
+    try:
+        mount = {"name": name_of(name), "at": mount_of(at)}
+    except Refusal as refusal:
+        context = refusal.context or {}
+        raise Refuse(str(context["detail"]), str(context["mend"])) from refusal
+    draft.spec.setdefault("volumes", []).append(mount)
+    draft.trace("volumes")
+    return f"volumes: {{name: {name}, at: {at}}}"
 
 
 def name_text(value: Any) -> Said:

@@ -31,6 +31,7 @@ from tidemill.sdk.compat.mapping import (
     shown,
     size_text,
     text,
+    volume,
     walk,
 )
 
@@ -46,6 +47,12 @@ _LEAVE_OUT: Final = "Take it out."
 _IN_WORKDIR: Final = (
     "Put small files into workdir; keep data as an artifact and name it in inputs, found in $TIDEMILL_INPUT_DIR/NAME;"
     " write checkpoints to $TIDEMILL_CHECKPOINT_DIR."
+)
+
+
+_AS_DATA: Final = (
+    "Give it a name once (tidemill dataset add NAME FOLDER_OR_S3URL), and write data: [{dataset: NAME, at: PATH}]; put"
+    " small files into workdir."
 )
 
 
@@ -127,6 +134,10 @@ def _variable(draft: Draft, name: str, value: Any) -> str:
         raise Refuse("It has no value in the file.", f"Give it: --env {variable}=VALUE.")
     draft.spec.setdefault("envs", {})[variable] = value
     return f"envs.{variable}"
+
+
+def _volume(draft: Draft, name: str, value: Any) -> str:
+    return volume(draft, value, name.removeprefix("volumes."))
 
 
 def _secret(draft: Draft, name: str, value: Any) -> str:
@@ -529,7 +540,7 @@ _SINGLE: Final[dict[str, Rule]] = {
     "_no_missing_accel_warnings": refused(_INTERNAL, _LEAVE_OUT, example=True),
 }
 
-_MOUNT: Final = "Folders and buckets are not mounted at paths."
+_MOUNT: Final = "Folders and buckets are not mounted by their addresses."
 
 FIELDS: Final[dict[str, Rule]] = {
     "name": maps("name", _name, example="my-task"),
@@ -568,8 +579,10 @@ FIELDS: Final[dict[str, Rule]] = {
         },
     ),
     "managed_secrets": maps("secrets", _secrets, example=["HF_TOKEN"]),
-    "volumes": section({ANY: refused("Volumes are not mounted at paths.", _IN_WORKDIR, example="my-volume")}),
-    "file_mounts": section({ANY: refused(_MOUNT, _IN_WORKDIR, example="s3://my-bucket")}),
+    "volumes": section(
+        {ANY: maps("volumes", _volume, example="my-volume", note="A volume of that name: tidemill volume create.")}
+    ),
+    "file_mounts": section({ANY: refused(_MOUNT, _AS_DATA, example="s3://my-bucket")}),
     "setup": maps(
         "setup",
         _script,

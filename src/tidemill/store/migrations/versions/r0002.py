@@ -1,4 +1,4 @@
-"""The quota tree, what was taken lately of it, reservations, sites; limits of projects become queues of theirs."""
+"""The quota tree, reservations, sites, volumes, data sets; limits of projects become queues of theirs."""
 
 from __future__ import annotations
 
@@ -55,6 +55,24 @@ def upgrade() -> None:
         sa.Column("beats", LONG, nullable=False),
         sa.Column("seen_ms", LONG, nullable=False),
     )
+    # Where work finds its files.
+    op.create_table(
+        "volumes",
+        sa.Column("project_id", TEXT, primary_key=True, nullable=False),
+        sa.Column("name", TEXT, primary_key=True, nullable=False),
+        sa.Column("body", TEXT, nullable=False),
+    )
+    op.create_table(
+        "datasets",
+        sa.Column("id", TEXT, primary_key=True, nullable=False),
+        sa.Column("project_id", TEXT, nullable=False),
+        sa.Column("name", TEXT, nullable=False),
+        sa.Column("version", LONG, nullable=False),
+        sa.Column("state", TEXT, nullable=False),
+        sa.Column("body", TEXT, nullable=False),
+        sa.UniqueConstraint("project_id", "name", "version", name="uq_datasets_version"),
+    )
+    op.create_index("ix_datasets_state", "datasets", ["state"])
     # What was rented from clouds.
     op.create_table(
         "rentals",
