@@ -118,7 +118,7 @@ def everywhere(beds: Beds) -> str:
     killer = KillAtCommit(bed.folder)
     killed: dict[str, int] = {"before a commit": 0, "after a commit": 0, "at a send": 0}
     for sign, what in ((-1, "before a commit"), (1, "after a commit")):
-        for nth in range(1, 40):
+        for nth in (*range(1, 11), 13, 17, 22, 28, 35):
             bed.up(env=killer.env)
             killer.arm(sign * nth)
             died = _life_of_a_service(bed, f"{'ba'[sign > 0]}{nth}", disarm=killer.disarm)
