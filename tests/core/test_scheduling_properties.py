@@ -378,8 +378,8 @@ def plans_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
 def prefers_who_joined_first(monkeypatch: pytest.MonkeyPatch) -> None:
     rebuild = FleetArrays.rebuild
 
-    def in_order_of_joining(self: FleetArrays, nodes: list[Any]) -> None:
-        rebuild(self, nodes)
+    def in_order_of_joining(self: FleetArrays, nodes: list[Any], sites: Any = None) -> None:
+        rebuild(self, nodes, sites)
         at = {node.id: -index for index, node in enumerate(nodes)}
         self.seed_order = self.seed_order * 0 + [at[node.id] + len(nodes) for node in self.nodes]
 

@@ -100,7 +100,8 @@ def audit_books(cloud: Cloud, job_id: str, *, workers: int, was_away: bool) -> N
         assert len(totals - ({0} if was_away else set())) == 1, (
             f"{meter}: between {instants[0]} and {instants[-1]} the books show {totals} milli"
         )
-    booked = sum(end - start for _, meter, start, end, _, launch in lines if meter == "cpu" and launch)
+    mine = f"run_{job_id.partition('_')[2]}-"
+    booked = sum(end - start for _, meter, start, end, _, one in lines if meter == "cpu" and one.startswith(mine))
     held = sum(one["released_at_ns"] - one["held_at_ns"] for one in job["workers"])
     assert booked == held
 

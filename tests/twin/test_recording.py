@@ -18,10 +18,11 @@ from tidemill.core import ending, rating
 from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.outcome import Outcome
 from tidemill.errors import Conflict, InvalidRequest, NotFound
-from tidemill.model.events import Fact, NodeJoined
+from tidemill.model.events import Fact, NodeJoined, SiteSet
 from tidemill.model.plan import Plan
 from tidemill.model.values import replace
 from tidemill.ports import Snapshot
+from tidemill.twin.arrivals import Outside
 from tidemill.twin.cloud import beginning_of
 from tidemill.twin.fleet import parse_fleet
 from tidemill.twin.history import recorded_conditions, recorded_stream
@@ -29,6 +30,8 @@ from tidemill.twin.recording import RecordingFile, Turn, read_recording
 from tidemill.twin.replay import replay, replay_turns
 from tidemill.twin.report import figures
 from tidemill.twin.run import run
+from tidemill.twin.whatif import apply, parse_change
+from tidemill.units import SECOND_NS
 
 
 def test_the_committed_recording_is_decided_as_it_was() -> None:
@@ -234,3 +237,34 @@ def test_a_world_loaded_anew_begins_anew(tmp_path: Path) -> None:
             driver.accepted()
     found = replay(path)
     assert (found.turns, found.is_same) == (2, True)
+
+
+def test_a_world_with_sites_replays_with_what_was_said_of_them(tmp_path: Path) -> None:
+    """Prices change on the way; leaving that out of the recording changes where work goes and what is billed."""
+    path = tmp_path / "sites.jsonl.gz"
+    setting = apply(
+        [parse_change(text) for text in ("site.north.nodes=2xH100:2", "site.north.price.H100=9", "tick=1s")],
+        conditions("2xH100:2"),
+    )
+    north = replace(setting.sites[1], prices=(("H100-SXM", 1),))
+    items = [job(at, 30, 1 + at % 2, nodes=1 + at % 3 // 2) for at in range(60)]
+    stream = sorted([*items, Outside(25 * SECOND_NS, SiteSet(at_ns=0, site=north))], key=lambda one: one.at_ns)
+    made = beginning_of(setting)
+    with RecordingFile(path) as file:
+        recording = Recording(file.write)
+        recording.begin(
+            made.snapshot, sites=made.sites, projects=(), rates=made.rates, policy=made.policy, now=made.now
+        )
+        result = run(iter(stream), setting, watch=recording.turn)
+    parts = list(read_recording(path))
+    assert replay_turns(parts).is_same
+    without = [
+        part
+        if isinstance(part, Beginning)
+        else replace(part, facts=tuple(f for f in part.facts if type(f) is not SiteSet))
+        for part in parts
+    ]
+    changed = replay_turns(without).changed
+    assert any(one.what.endswith("is placed") for one in changed)
+    again = figures(run(recorded_stream(path), recorded_conditions(path)))
+    assert again["jobs"]["succeeded"] == figures(result)["jobs"]["succeeded"] == 60

@@ -49,6 +49,43 @@ def test_policy_prices_and_delays_change() -> None:
     assert found.rates.id != conditions().rates.id
 
 
+def test_a_site_is_added_and_described() -> None:
+    before = conditions("2xH100:8")
+    found = changed(
+        "site.north.nodes=3xA100:4", "site.north.price.A100=0.5", "site.north.country=ISL", "site.north.kind=cloud"
+    )
+    [home, north] = found.sites
+    assert home == before.sites[0]
+    assert (north.name, north.kind, north.country, dict(north.prices)["A100-80GB-SXM"]) == (
+        "north",
+        "cloud",
+        "ISL",
+        500_000,
+    )
+    assert 0 < north.carbon_mg_per_kwh < 100_000
+    assert describe(found.nodes) == "2xH100-SXM:8,3xA100-40GB-SXM:4"
+    assert [node.site_id for node in found.nodes] == [home.id] * 2 + [north.id] * 3
+    assert len({node.id for node in found.nodes}) == 5
+    dearer = changed(
+        "site.twin.price.H100=9", "site.twin.tariff=0.25", "site.twin.pue=1.5", "site.twin.carbon=30"
+    ).sites[0]
+    assert (dict(dearer.prices)["H100-SXM"], dearer.tariff_micro_per_kwh, dearer.pue_milli, dearer.carbon_mg_per_kwh) == (
+        9_000_000, 250_000, 1_500, 30_000,
+    )  # fmt: skip
+
+
+def test_a_cheaper_site_takes_the_work_and_the_bill_is_its_own() -> None:
+    def cost(*texts: str) -> float:
+        found = figures(run(iter([job(0, 3_600, 8), job(0, 3_600, 8)]), changed(*texts, nodes="2xH100:8")))
+        return float(found["cost_micro"])
+
+    north = ("site.north.nodes=1xH100:8", "site.north.price.H100=1.8")
+    assert cost(*north) == pytest.approx(cost() * 3 / 4, rel=1e-3), "one of the two goes where it costs half"
+    assert cost(*north, "site.north.price.H100=5") == pytest.approx(cost(), rel=1e-3), (
+        "neither goes where it costs more"
+    )
+
+
 def test_quotas_change() -> None:
     (queue,) = changed("quota.lab.limit=gpu:4+cpu:100", "quota.lab.weight=2.5", "quota.lab.guaranteed=gpu:2").queues
     assert isinstance(queue, Queue)
@@ -81,7 +118,9 @@ def test_more_machines_and_another_price_make_a_difference() -> None:
         ("nodes=2xH1000:8", "H1000"), ("nodes=0xH100:8", "0 machines"), ("nodes=2xH100", "how many GPUs"), ("nodes=+", "'+'"),
         ("policy.speed=1", "speed"), ("policy.half_life=soon", "soon"), ("policy.backfill=maybe", "maybe"),
         ("policy.starts_per_turn=few", "few"), ("price.H1000=1", "H1000"), ("price.H100=free", "free"), ("load=0", "above zero"),
-        ("quota.lab.colour=1", "colour"), ("quota.lab.limit=64", "64"), ("quota.lab.limit=gpu:many", "many"),
+        ("site.north.colour=red", "colour"), ("site.north.price.H1000=1", "H1000"), ("site.north.tariff=-1", "0 or more"),
+        ("site.north.kind=space", "space"), ("site.north.country=Mars", "Mars"), ("site.north.nodes=2", "'2'"),
+        ("site.north=1", "site"), ("quota.lab.colour=1", "colour"), ("quota.lab.limit=64", "64"), ("quota.lab.limit=gpu:many", "many"),
         ("quota.lab.limit=tpu:1", "tpu"), ("quota.lab.weight=0", "weight"), ("policy.half_life=", "NAME=VALUE"),
     ],
 )  # fmt: skip

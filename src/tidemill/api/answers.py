@@ -387,6 +387,7 @@ def queued_json(queued: Queued, *, project: str, user: str, now: int) -> QueuedO
         "waited_ns": max(0, now - job.submitted_ns),
         "evictions": job.evictions,
         "starts_by_at_ns": queued.starts_by_ns,
+        "sites": list(queued.sites),
         "reason": reason_json(queued.reason) if queued.reason is not None else None,
     }
 

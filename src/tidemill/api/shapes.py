@@ -546,6 +546,7 @@ class QueuedOut(TypedDict):
     waited_ns: int
     evictions: int
     starts_by_at_ns: int
+    sites: list[str]
     reason: ReasonOut | None
 
 

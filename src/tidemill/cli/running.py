@@ -66,6 +66,9 @@ class RunOptions:
     is_spot: bool = False
     reservation: str | None = None
     within: str | None = None
+    site: tuple[str, ...] = ()
+    country: tuple[str, ...] = ()
+    weigh: str | None = None
     retry: int | None = None
     is_detached: bool = False
     does_follow: bool = True
@@ -176,6 +179,9 @@ def _apply_flags(spec: dict[str, Any], options: RunOptions) -> None:
         spec["after"] = list(options.after)
     if options.within is not None:
         spec["placement"] = {**_section(spec, "placement"), "within": options.within}
+    said = {"sites": list(options.site), "countries": list(options.country), "weigh": options.weigh}
+    if narrowed := {name: value for name, value in said.items() if value}:
+        spec["placement"] = {**_section(spec, "placement"), **narrowed}
     given = {"gpus": options.gpus, "cpus": options.cpus, "memory": options.memory}
     if wanted := {name: value for name, value in given.items() if value is not None}:
         spec["resources"] = {**_section(spec, "resources"), **wanted}

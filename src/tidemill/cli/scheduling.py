@@ -40,8 +40,8 @@ def queue_command(
     elif not jobs:
         say("no job waits")
     else:
-        headings = ("#", "name", "id", "project", "user", "asks for", "waited", "reason", "starts", "why")
-        table(headings, [_queued_row(job) for job in jobs], flexible=9)
+        headings = ("#", "name", "id", "project", "user", "asks for", "sites", "waited", "reason", "starts", "why")
+        table(headings, [_queued_row(job) for job in jobs], flexible=10)
 
 
 def _queued_row(job: QueuedJob) -> tuple[str, ...]:
@@ -55,6 +55,7 @@ def _queued_row(job: QueuedJob) -> tuple[str, ...]:
         job.project,
         job.user,
         f"{asks}, {job.capacity}" if job.capacity not in ("", "on_demand") else asks,
+        ", ".join(job.sites),
         format_duration(job.waited_ns),
         job.reason.code if job.reason else "",
         f"{until(job.starts_by_at_ns)} at the latest" if job.starts_by_at_ns else "",

@@ -261,11 +261,13 @@ def _conditions(recorded: Path | None, nodes: str | None, trace: str | None, cou
     fleet = openb_nodes(Path(nodes)) if is_file else parse_fleet(nodes)
     if recorded is not None:
         with _naming("--recorded"):
-            return replace(recorded_conditions(recorded), nodes=fleet)
+            known = recorded_conditions(recorded)
+            home = known.sites[0].id
+            return replace(known, nodes=tuple(replace(node, site_id=home) for node in fleet))
     with _naming("--country"):
         carbon = carbon_intensity(country)
     site = replace(SITE, carbon_mg_per_kwh=carbon.mg_per_kwh, carbon_source=carbon.source)
-    return Conditions(nodes=fleet, rates=rate_card({}), site=site)
+    return Conditions(nodes=fleet, rates=rate_card({}), sites=(site,))
 
 
 def _play(stream: Stream, conditions: Conditions, end_ns: int, record: Path | None) -> Result:

@@ -58,6 +58,13 @@ _Reservation = Annotated[str | None, typer.Option("--reservation", metavar="NAME
 _Within = Annotated[
     str | None, typer.Option("--within", metavar="LEVEL", help="All workers in one site, block, rack, host or nvlink.")
 ]
+_Site = Annotated[list[str] | None, typer.Option("--site", metavar="NAME", help="Only there; repeatable.")]
+_Country = Annotated[
+    list[str] | None, typer.Option("--country", metavar="XXX", help="Only at sites in it, or in the EU; repeatable.")
+]
+_Weigh = Annotated[
+    str | None, typer.Option("--weigh", metavar="WHAT", help="Which site: by price, carbon, start or latency.")
+]
 _Retry = Annotated[int | None, typer.Option("--retry", metavar="N", help="Try again so often when it fails.")]
 
 
@@ -87,6 +94,9 @@ def run_command(
     spot: _Spot = False,
     reservation: _Reservation = None,
     within: _Within = None,
+    site: _Site = None,
+    country: _Country = None,
+    weigh: _Weigh = None,
     retry: _Retry = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return once it is submitted.")] = False,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Show its output until it ends.")] = True,
@@ -128,6 +138,9 @@ def run_command(
             is_spot=spot,
             reservation=reservation,
             within=within,
+            site=tuple(site or ()),
+            country=tuple(country or ()),
+            weigh=weigh,
             retry=retry,
             is_detached=detach,
             does_follow=follow,
@@ -151,6 +164,9 @@ def quote_command(
     max_duration: _Duration = None,
     spot: _Spot = False,
     within: _Within = None,
+    site: _Site = None,
+    country: _Country = None,
+    weigh: _Weigh = None,
     project: InProject = None,
     json: Json = False,
 ) -> int:
@@ -169,6 +185,9 @@ def quote_command(
             max_duration=max_duration,
             is_spot=spot,
             within=within,
+            site=tuple(site or ()),
+            country=tuple(country or ()),
+            weigh=weigh,
             project=project,
             is_dry=True,
             is_json=json,

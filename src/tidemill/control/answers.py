@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 from tidemill.control.siteoptions import site_options
 from tidemill.core.admission import described, why_not_now, why_refused
+from tidemill.core.choosing import candidates, in_order, weights_of
 from tidemill.core.copying import copying_anywhere, copying_onto
 from tidemill.core.feasible import is_within, model_matches
 from tidemill.core.place import fits
 from tidemill.core.rating import amount_micro, carbon_over, electricity_micro
 from tidemill.core.reserve import meets_windows, nodes_open_to, why_not_open
 from tidemill.core.waiting import not_yet
-from tidemill.core.world import World
+from tidemill.core.world import World, line_of
 from tidemill.model.fleet import Node, Site
 from tidemill.model.ids import SiteId
 from tidemill.model.job import Allocation, Job, JobState, Workload
@@ -294,9 +295,20 @@ def quote_of(plan: Plan, world: World, workload: Workload, *, now: int) -> Quote
     )
 
 
-def price(world: World, spec: WorkloadSpec, *, now: int) -> Quote:
-    """What a workload would cost at the first site that has what it asks for."""
-    return _priced(world, spec, (), duration_of(spec), feasible=True, starts_now=False, reasons=(), now=now)
+def price(world: World, workload: Workload, *, now: int, policy: Policy) -> Quote:
+    """What a workload would cost at the site that is best for it."""
+    spec, lasts = workload.spec, duration_of(workload.spec)
+    found = _priced(world, spec, (), lasts, feasible=True, starts_now=False, reasons=(), now=now)
+    if len(world.fleet.site_ids) < 2:
+        return found
+    line, workers = line_of(workload), spec.nodes * spec.job_count
+    shape = line.gang.choices[0]
+    there = candidates(world, line, shape, now=now, policy=policy, workers=workers, lasts_ns=lasts)
+    order = in_order(there, weights_of(line))
+    best = next((one for one in there if order and one.site_id in order[0]), None)
+    if best is None:
+        return found
+    return replace(found, amount_micro=best.price_micro, energy_mj=best.energy_mj, carbon_mg=best.carbon_mg)
 
 
 def _priced(

@@ -136,7 +136,7 @@ def _options(copy: Copy, workload: Workload, answer: Quote, starts: int) -> tupl
         at = likely_start(copy, jobs, submitted=[other])
         if at is None or (answer.feasible and starts and at >= starts and spec.tier is workload.spec.tier):
             continue
-        priced = price(copy.world, trial, now=copy.now)
+        priced = price(copy.world, replace(workload, spec=trial), now=copy.now, policy=copy.policy)
         found.append(
             Option(
                 change=change,

@@ -31,6 +31,7 @@ from tidemill.control.relay import Relay
 from tidemill.control.renting import Renting
 from tidemill.control.replicas import Candidate
 from tidemill.control.settings import Settings
+from tidemill.control.siteoptions import sites_open_to
 from tidemill.control.sites import Sites
 from tidemill.control.steering import (
     Wanted,
@@ -133,6 +134,8 @@ class Queued:
     workload: Workload
     reason: Reason | None
     starts_by_ns: int = 0
+    sites: tuple[str, ...] = ()
+    """Where it may be put, by name; empty where there is one site only."""
 
 
 class ControlPlane:
@@ -630,6 +633,7 @@ class ControlPlane:
                     workload=world.workloads[job.workload_id],
                     reason=world.reasons.get(job.id),
                     starts_by_ns=plan.at_ns if plan is not None and plan.job_id == job.id else 0,
+                    sites=sites_open_to(world, world.line_of(job)),
                 )
                 for position, job in islice(seen, limit)
             )

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tidemill.core.admission import described, why_never_gang, why_not_now
+import numpy as np
+
+from tidemill.core.admission import described, site_name, why_never_gang, why_not_now
 from tidemill.core.choosing import FAR_NS, Candidate, candidates, in_order, rows_at, weights_of
 from tidemill.core.copying import Copying, copies_of
 from tidemill.core.facts import has_left
-from tidemill.core.feasible import is_within
+from tidemill.core.feasible import fitting, is_within
 from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.place import fits
 from tidemill.core.queueing import Line
 from tidemill.core.reserve import nodes_open_to
 from tidemill.core.world import World
-from tidemill.model.fleet import NodeState, Site
+from tidemill.model.fleet import Level, NodeState, Site
 from tidemill.model.plan import Reason, ResolvableBy, SiteOption
 from tidemill.model.policy import Policy
 from tidemill.model.spec import Territory, WorkloadSpec
@@ -47,6 +49,16 @@ def site_options(
         for site, reason in _reasons(world, line, now=now, policy=policy)
     ]
     return tuple(sorted(found, key=lambda one: (not one.rank, one.rank, one.site)))
+
+
+def sites_open_to(world: World, line: Line) -> tuple[str, ...]:
+    """The names of the sites with machines that may serve a line, free or not; none where there is one site only."""
+    fleet = world.fleet
+    if len(fleet.site_ids) < 2:
+        return ()
+    allowed = np.logical_or.reduce([fitting(fleet, shape).nodes for shape in line.gang.choices])
+    numbers = np.unique(fleet.domains(Level.SITE)[allowed]).tolist()
+    return tuple(sorted(site_name(fleet, fleet.site_ids[number]) for number in numbers))
 
 
 def at_site(spec: WorkloadSpec, site: str) -> WorkloadSpec:

@@ -42,7 +42,11 @@ def start(world: World, job: Job, placed: Placed, out: Outcome) -> None:
     world.line_up(job.project_id, -1)
     _remember_growable(world, job, len(places))
     nodes = dict.fromkeys(world.nodes[place.node_id].name for place in places)
-    out.note("Placed", job, attempt=number, workers=len(places), nodes=",".join(nodes))
+    where: dict[str, str] = {}
+    if len(world.fleet.site_ids) > 1:  # the evidence of where it was
+        at = dict.fromkeys(world.sites[world.nodes[place.node_id].site_id].name for place in places)
+        where = {"sites": ",".join(at)}
+    out.note("Placed", job, attempt=number, workers=len(places), nodes=",".join(nodes), **where)
 
 
 def grow(world: World, job: Job, attempt: Attempt, places: tuple[Place, ...], out: Outcome) -> None:

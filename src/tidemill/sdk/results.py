@@ -467,6 +467,7 @@ class QueuedJob(Record):
     waited_ns: int = 0
     evictions: int = 0
     starts_by_at_ns: int = 0
+    sites: tuple[str, ...] = ()
     reason: Reason | None = None
 
 

@@ -51,7 +51,8 @@ class Conditions:
     policy: Policy = field(default_factory=lambda: Policy(meter_every_ns=30 * DAY_NS, replan_ns=HOUR_NS))
     """What only bounds how soon the clock is looked at is rarer here than in a control plane that lives."""
     queues: tuple[Queue, ...] = ()
-    site: Site = SITE
+    sites: tuple[Site, ...] = (SITE,)
+    """The first is where machines are of which nothing else is said."""
     start_ns: int = EPOCH_NS
     start_delay_ns: int = 0
     tick_ns: int = 0
@@ -76,7 +77,7 @@ def beginning_of(conditions: Conditions) -> Beginning:
     return Beginning(
         now=conditions.start_ns,
         snapshot=Snapshot(nodes=conditions.nodes, queues=conditions.queues),
-        sites=(conditions.site,),
+        sites=conditions.sites,
         projects=(),
         rates=RateCard(id=conditions.rates.id, rates=rates),
         policy=conditions.policy,

@@ -33,6 +33,7 @@ _FROM_OUTSIDE: Final = (
     events.DeviceFailed,
     events.DeviceRecovered,
     events.QueueSet,
+    events.SiteSet,
     events.ReservationMade,
     events.ReservationCancelled,
 )
@@ -69,7 +70,7 @@ def recorded_conditions(path: Path) -> Conditions:
         rates=beginning.rates,
         policy=beginning.policy,
         queues=beginning.snapshot.queues,
-        site=beginning.sites[0],
+        sites=beginning.sites,
         start_ns=beginning.now,
         start_delay_ns=delays[len(delays) // 2] if delays else 0,
     )

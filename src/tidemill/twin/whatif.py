@@ -1,4 +1,4 @@
-"""What ``--what-if`` changes: ``nodes=+4xH100:8``, ``policy.half_life=1d``, ``price.H100=1.9`` and the like."""
+"""What ``--what-if`` changes: ``nodes=+4xH100:8``, ``policy.half_life=1d``, ``site.north.tariff=0.2`` and the like."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
-from tidemill.catalog import rate_card
+from tidemill.catalog import carbon_intensity, country_codes, own_prices, rate_card
 from tidemill.errors import InvalidRequest, TidemillError
-from tidemill.model.fleet import Node
-from tidemill.model.ids import ProjectId, queue_id
+from tidemill.model.fleet import Node, Site, SiteKind
+from tidemill.model.ids import ProjectId, SiteId, queue_id
 from tidemill.model.policy import Policy
 from tidemill.model.queue import Queue
 from tidemill.twin.arrivals import Arrival, Outside, Stream
 from tidemill.twin.cloud import Conditions
 from tidemill.twin.fleet import parse_fleet
-from tidemill.units import MILLI, parse_duration, parse_size
+from tidemill.units import MILLI, USD_MICRO, parse_duration, parse_size
 
 FIELD: Final = "--what-if"
 _RELATIVE: Final = re.compile(r"(?P<sign>[+-])(?P<rest>.+)")
@@ -48,6 +48,9 @@ def parse_change(text: str) -> Change:
         return Change(text=text, make=_policy(rest, value, text))
     if name in ("order", "score"):
         return Change(text=text, make=_policy(name, value, text))
+    if head == "site" and "." in rest:
+        site, _, what = rest.partition(".")
+        return Change(text=text, make=_site(site, what, value, text))
     if head == "price" and rest:
         return Change(text=text, make=_price(rest, value, text))
     if head == "quota" and "." in rest:
@@ -86,14 +89,101 @@ def _nodes(value: str, text: str) -> Callable[[Conditions], Conditions]:
 
     def make(conditions: Conditions) -> Conditions:
         before = conditions.nodes
+        home = conditions.sites[0].id
         if match is None:
-            return replace(conditions, nodes=parse_fleet(value, field=FIELD))
+            return replace(conditions, nodes=_fleet_at(home, value))
         if match["sign"] == "+":
-            first = max((int(found[0]) + 1 for node in before if (found := re.findall(r"\d+", node.id))), default=0)
-            return replace(conditions, nodes=(*before, *parse_fleet(match["rest"], field=FIELD, first=first)))
+            return replace(conditions, nodes=(*before, *_fleet_at(home, match["rest"], beside=before)))
         return replace(conditions, nodes=_without(before, parse_fleet(match["rest"], field=FIELD), text))
 
     return make
+
+
+def _fleet_at(site: SiteId, text: str, *, beside: tuple[Node, ...] = ()) -> tuple[Node, ...]:
+    """The machines in words, at a site, numbered after those that are there."""
+    first = max((int(found[0]) + 1 for node in beside if (found := re.findall(r"\d+", node.id))), default=0)
+    return tuple(replace(node, site_id=site) for node in parse_fleet(text, field=FIELD, first=first))
+
+
+def _site(name: str, what: str, value: str, text: str) -> Callable[[Conditions], Conditions]:
+    """A change of one site, which is added where there is none of that name."""
+    head, _, resource = what.partition(".")
+    if head == "nodes":
+        parse_fleet(value.removeprefix("+"), field=FIELD)
+    elif head == "price" and resource:
+        _own_prices(resource, value, text)
+    elif what not in _OF_A_SITE:
+        mend = f"Set site.NAME.{{nodes, price.RESOURCE, {', '.join(_OF_A_SITE)}}}."
+        raise _wrong(text, f"A site has no {what!r}.", mend=mend)
+    new = _OF_A_SITE[what](value, text) if what in _OF_A_SITE else {}
+
+    def make(conditions: Conditions) -> Conditions:
+        sites = {site.id: site for site in conditions.sites}
+        known = next((site for site in conditions.sites if name in (site.id, site.name)), None)
+        site = known or Site(id=SiteId(name), name=name, kind=SiteKind.ONPREM, engine="simulated")
+        nodes = conditions.nodes
+        if head == "nodes":
+            nodes = (*nodes, *_fleet_at(site.id, value.removeprefix("+"), beside=nodes))
+        elif head == "price":
+            site = replace(site, prices=tuple(sorted((dict(site.prices) | _own_prices(resource, value, text)).items())))
+        sites[site.id] = replace(site, **new)
+        return replace(conditions, sites=tuple(sites.values()), nodes=nodes)
+
+    return make
+
+
+def _tariff(value: str, text: str) -> dict[str, Any]:
+    return {"tariff_micro_per_kwh": _at_least(0, _number(value, text), text, USD_MICRO)}
+
+
+def _carbon(value: str, text: str) -> dict[str, Any]:
+    return {
+        "carbon_mg_per_kwh": _at_least(0, _number(value, text), text, MILLI),
+        "carbon_source": "what-if",
+        "carbon_hours": (),
+    }
+
+
+def _pue(value: str, text: str) -> dict[str, Any]:
+    return {"pue_milli": _at_least(1, _number(value, text), text, MILLI)}
+
+
+def _country(value: str, text: str) -> dict[str, Any]:
+    try:
+        carbon = carbon_intensity(value)
+        [code] = country_codes(value)
+    except (TidemillError, ValueError) as error:
+        raise _wrong(text, f"{value!r} is not a country.", mend="Write an ISO 3166 code such as DEU.") from error
+    return {"country": code, "carbon_mg_per_kwh": carbon.mg_per_kwh, "carbon_source": carbon.source, "carbon_hours": ()}
+
+
+def _site_kind(value: str, text: str) -> dict[str, Any]:
+    if value not in SiteKind._value2member_map_:
+        raise _wrong(text, f"{value!r} is not a kind of site.", mend="Kinds are onprem, cloud and edge.")
+    return {"kind": SiteKind(value)}
+
+
+_OF_A_SITE: Final[dict[str, Callable[[str, str], dict[str, Any]]]] = {
+    "tariff": _tariff,
+    "carbon": _carbon,
+    "pue": _pue,
+    "country": _country,
+    "kind": _site_kind,
+}
+
+
+def _at_least(least: float, number: float, text: str, times: int) -> int:
+    """The number in whole parts of so many to the unit."""
+    if not least <= number < 1_000_000:
+        raise _wrong(text, f"It is {least:g} or more.", mend="Write a number.")
+    return round(number * times)
+
+
+def _own_prices(resource: str, value: str, text: str) -> dict[str, int]:
+    try:
+        return dict(own_prices({resource: value}))
+    except TidemillError as error:
+        raise InvalidRequest(error.detail, field=FIELD, value=text, mend=error.mend) from error
 
 
 def _without(nodes: tuple[Node, ...], gone: tuple[Node, ...], text: str) -> tuple[Node, ...]:
@@ -215,6 +305,7 @@ def _wrong(text: str, what: str, mend: str = "") -> InvalidRequest:
         field=FIELD,
         value=text,
         mend=mend
-        or "Change nodes, policy.NAME, order, score, price.RESOURCE, quota.TENANT.NAME, start_delay, tick or load,"
+        or "Change nodes, policy.NAME, order, score, price.RESOURCE, site.NAME.WHAT, quota.TENANT.NAME, start_delay,"
+        " tick or load,"
         " such as nodes=+4xH100:8 or policy.half_life=1d.",
     )
