@@ -145,6 +145,7 @@ def reason_at(answer: dict[str, Any], site: str) -> str:
     return next(str((one["reason"] or {}).get("code")) for one in answer["sites"] if one["site"] == site)
 
 
+@pytest.mark.long
 def test_what_ended_behind_a_cut_link_is_told_once_and_whole(far: Far) -> None:
     cloud = far.cloud
     job = cloud.submit(at_far("writes", JOB))

@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.cloud import eventually
 from tests.faults.suite.bed import Bed, Beds
 from tests.faults.suite.proxy import Link
+from tests.faults.suite.pytests import passed
 from tests.faults.suite.registry import case
 from tidemill.outpost import joining
 from tidemill.outpost.main import running_pid
@@ -136,7 +137,11 @@ def long_cut(beds: Beds) -> str:
     bed.finish(job_id)
     bed.audit()
     link.close()
-    return f"its worker ended {took - gap:.1f} s after the cut, started again {gap:.1f} s later; back {back:.1f} s after healing, no orphan"
+    told = passed("tests/faults/test_site_cut_off.py") if beds.store == "sqlite" else "spools: see sqlite"
+    return (
+        f"its worker ended {took - gap:.1f} s after the cut, started again {gap:.1f} s later; back {back:.1f} s after"
+        f" healing, no orphan; {told}"
+    )
 
 
 @case(

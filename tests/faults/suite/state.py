@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import random
-import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
-from typing import Final
 
 from tests.cloud import eventually
 from tests.faults.suite.bed import Beds
 from tests.faults.suite.proxy import Link
-from tests.faults.suite.registry import Skipped, case
+from tests.faults.suite.pytests import passed
+from tests.faults.suite.registry import case
 from tidemill import bootstrap
 from tidemill.errors import Conflict
 
-_ROOT: Final = Path(__file__).parents[3]
 RESTORED_S = 60.0
 
 
@@ -74,7 +69,7 @@ def repeated(beds: Beds) -> str:
 )
 def two_leaders(beds: Beds) -> str:
     if beds.store == "postgres":
-        return _pytest("tests/faults/test_replicas.py", "tests/contract/test_standing.py")
+        return passed("tests/faults/test_replicas.py", "tests/contract/test_standing.py")
     bed = beds.make()
     job_id = bed.submit(bed.witness("held", lines=60))
     try:
@@ -94,10 +89,10 @@ def two_leaders(beds: Beds) -> str:
 )
 def migrations(beds: Beds) -> str:
     which = "sqlite" if beds.store == "sqlite" else "postgres"
-    figures = [_pytest("tests/contract/test_migrations.py", "-k", which)]
+    figures = [passed("tests/contract/test_migrations.py", "-k", which)]
     if beds.store == "sqlite":
-        figures.append(_pytest("tests/faults/test_store_faults.py", "-k", "migrat"))
-        figures.append(_pytest("tests/faults/test_upgrade.py", "-k", "released or killed"))
+        figures.append(passed("tests/faults/test_store_faults.py", "-k", "migrat"))
+        figures.append(passed("tests/faults/test_upgrade.py", "-k", "released or killed"))
     return "; ".join(figures)
 
 
@@ -147,21 +142,9 @@ def restored(beds: Beds) -> str:
     known = {item["id"] for item in bed.cloud.call("GET", "/v1/jobs?limit=1000")[1]["items"]}
     bed.finish(*(job_id for job_id in during if job_id in known))
     kind = "sqlite" if beds.store == "sqlite" else "postgresql"
-    figure = _pytest(
+    figure = passed(
         "tests/faults/test_backup_faults.py",
         "-k",
         f"{kind} or old_backup or lost_attempt" if kind == "sqlite" else kind,
     )
     return f"back in {took:.1f} s, {kept} of {before} acknowledged under load there, running job adopted; {figure}"
-
-
-def _pytest(*arguments: str) -> str:
-    """How many tests passed. Raises: AssertionError with those that did not, Skipped when none could be run."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    last = done.stdout.strip().splitlines()[-1]
-    assert done.returncode == 0, f"{last}: {re.findall(r'^FAILED.*', done.stdout, re.MULTILINE)}"
-    passed = re.search(r"(\d+) passed", last)
-    if passed is None:
-        raise Skipped(last)
-    return f"{passed[1]} tests of {arguments[0].rsplit('/', 1)[-1].removesuffix('.py')} passed"
