@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -149,7 +150,11 @@ class ControlPlane:
         sample: Callable[[], Sampled | None] = lambda: None,
         energy_evidence: str = "estimated",
         on_fenced: Callable[[], None] = lambda: None,
+        monotonic: Callable[[], int] = time.monotonic_ns,
+        entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
+        """``clock`` is the wall's and ``monotonic`` one that never jumps, both in ns; ids have so many bytes of
+        ``entropy``."""
         self.settings = settings
         self.store = store
         self.site = site
@@ -159,6 +164,7 @@ class ControlPlane:
         self.relay = Relay()
         self._vault = vault
         self._clock = clock
+        self._entropy = entropy
         self._sample = sample
         self._engine = engine
         self._rates = rates
@@ -186,6 +192,7 @@ class ControlPlane:
             build=self._build_launch,
             tell=self._turns.put,
             met=self._let_stranger_in,
+            monotonic=monotonic,
         )
         self.renting: Renting | None = None
         """What rents machines, when this installation does."""
@@ -419,7 +426,7 @@ class ControlPlane:
         now = self._clock()
         specs = [self._checked(spec, project, now=now) for spec in specs]
         self._check_room(project, sum(spec.job_count for spec in specs))
-        entropy = os.urandom(5 * len(specs))
+        entropy = self._entropy(5 * len(specs))
         ids = [
             WorkloadId(sortable_id("wl", now=now, entropy=int.from_bytes(entropy[at : at + 5], "big")))
             for at in range(0, len(entropy), 5)
