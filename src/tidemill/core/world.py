@@ -486,14 +486,18 @@ class World:
 
     def hold(self, allocation: Allocation) -> None:
         """Count an allocation whose room is taken from the fleet already, against its queue and on its meters."""
+        self.account(allocation)
+        self.rows.add(allocation, self.fleet, **self._row_values(allocation))
+        self._undo.append(partial(self._unhold, allocation))
+
+    def account(self, allocation: Allocation) -> None:
+        """As ``hold``, for one that has its row since the fleet was laid. Not undone."""
         self._count(allocation, 1)
         node_id, launch, meters = allocation.node_id, allocation.id, self.meters
         for name, holder in shares_of(allocation):
             meter = meters.get((node_id, name))
             if meter is not None:
                 meter.holders[launch] = holder
-        self.rows.add(allocation, self.fleet, **self._row_values(allocation))
-        self._undo.append(partial(self._unhold, allocation))
 
     def _unhold(self, allocation: Allocation) -> None:
         self.rows.remove(allocation.id)
