@@ -135,6 +135,7 @@ def _serve(server: Any, api_socket: socket.socket, started: Any) -> None:
 def _build(settings: Any) -> tuple[Any, _Reports]:
     """The control plane of these settings, with everything it needs, not yet acting; and who reports to it."""
     from tidemill import catalog
+    from tidemill.control.clock import SteadyClock
     from tidemill.control.identity import Directory, read_pepper
     from tidemill.control.plane import ControlPlane
     from tidemill.control.vault import Vault
@@ -169,7 +170,7 @@ def _build(settings: Any) -> tuple[Any, _Reports]:
         rates=catalog.rate_card(settings.rates),
         directory=directory,
         vault=Vault(pepper),
-        clock=time.time_ns,
+        clock=SteadyClock(),
         sample=sample,
         energy_evidence="measured" if sample() is not None else "estimated",
         on_fenced=lambda: os.kill(os.getpid(), signal.SIGTERM),

@@ -20,6 +20,7 @@ import msgspec
 from tidemill import __version__
 from tidemill.control.answers import Receipt, Status, Why, mend_for, receipt_of
 from tidemill.control.blobs import BlobStore
+from tidemill.control.clock import SteadyClock, newest_instant
 from tidemill.control.cloudsettings import CloudSettings
 from tidemill.control.driver import Driver, world_from
 from tidemill.control.enginework import Stranger
@@ -153,8 +154,8 @@ class ControlPlane:
         monotonic: Callable[[], int] = time.monotonic_ns,
         entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
-        """``clock`` is the wall's and ``monotonic`` one that never jumps, both in ns; ids have so many bytes of
-        ``entropy``."""
+        """``clock`` gives instants and ``monotonic`` lengths of time, both in ns; ids are made of ``entropy``, which is
+        told how many bytes of it. A ``SteadyClock`` says nothing earlier than what is stored."""
         self.settings = settings
         self.store = store
         self.site = site
@@ -171,12 +172,14 @@ class ControlPlane:
         self._energy_evidence = energy_evidence
         self._projects: dict[ProjectId, Project] = {project.id: project for project in store.projects()}
         epoch = store.lead(holder=secrets.token_hex(8))
-        last_seq = store.load().last_seq
+        stored = store.load()
+        if isinstance(clock, SteadyClock):
+            clock.not_before(newest_instant(store, stored))
         self._turns = TurnLoop(
             Driver(self._load_world(), settings.policy),
             store,
             epoch=epoch,
-            last_seq=last_seq,
+            last_seq=stored.last_seq,
             clock=clock,
             obey=lambda commands: self.sites.obey(commands),
             reload=self._load_world,

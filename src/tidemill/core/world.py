@@ -120,6 +120,7 @@ class World:
             self.quota.open_project(project)
         self.order: OrderPolicy = order_named(policy.order)
         self._learner = self.order if isinstance(self.order, Learns) else None
+        self._forgetter = self.order if isinstance(self.order, Forgets) else None
         self.score: Score = score_named(policy.score)
         self.meters: dict[tuple[NodeId, str], Meter] = {}
         self.fleet = FleetArrays()
@@ -374,7 +375,7 @@ class World:
 
     def note_gone(self, job: Job) -> None:
         """Have an order plug-in told, when this turn is stored, of a job that will not end by itself."""
-        if isinstance(self.order, Forgets):
+        if self._forgetter is not None:
             self._gone.append(job.id)
 
     def ask(self, workload: Workload) -> None:
@@ -446,9 +447,9 @@ class World:
         if self._learner is not None:
             for facts, finished in self._noted:
                 self._learner.note(facts, finished=finished)
-        if isinstance(self.order, Forgets):
+        if self._forgetter is not None:
             for job_id in self._gone:
-                self.order.forget(job_id)
+                self._forgetter.forget(job_id)
         for shape, count in self._asked:
             self._mix[shape] = self._mix.get(shape, 0.0) + count
             self._mix_count += count

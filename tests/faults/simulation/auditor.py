@@ -63,6 +63,7 @@ class Auditor:
         self._attempts: dict[str, Counter[str]] = {}
         self._starts_before: Counter[LaunchId] = Counter()
         self._unowned: dict[LaunchId, int] = {}
+        self._strangers: set[LaunchId] = set()
         self._restored_ns = 0
         self._capacity = {one.node.id: capacity_of(one.node) for one in cloud.machines.values()}
         self.faults_end_ns = 0
@@ -81,7 +82,7 @@ class Auditor:
             running[attempt] += sign
             if sign > 0:
                 self._check_start(line.launch_id, run, running)
-            for what, amount in self._amounts(line):
+            for what, amount in self._amounts(line) if line.launch_id not in self._strangers else ():
                 held = self._held[line.node_id, what] = self._held[line.node_id, what] + sign * amount
                 capacity = self._capacity[line.node_id].get(what, 0)
                 if held > capacity:
@@ -102,6 +103,12 @@ class Auditor:
     def restored(self) -> None:
         """An older state counts from now on: what it knows may be started anew."""
         self.audit_machines()
+        for launch, line in self._cloud.journal.live.items():  # what strangers hold is not counted
+            held = self._cloud.disk.look.allocation(launch)
+            if launch not in self._strangers and (held is None or held.state is AllocationState.RELEASED):
+                self._strangers.add(launch)
+                for what, amount in self._amounts(line):
+                    self._held[line.node_id, what] -= amount
         self._starts_before = self._cloud.journal.starts.copy()
         self._restored_ns = self._cloud.now
 
@@ -216,7 +223,8 @@ class Auditor:
         lines = self._cloud.journal.lines
         for attempt in self._cloud.disk.look.attempts(row.job.id):
             mine = [line for line in lines if line.launch_id.startswith(attempt.id.replace("att_", "run_") + "-")]
-            if attempt.cause is Cause.TIMED_OUT:
+            early = self._cloud.has_leapt
+            if attempt.cause is Cause.TIMED_OUT and not early and not any(line.why in _HURT for line in mine):
                 began = min(line.at_ns for line in mine if line.what == "start")
                 ended = max(line.at_ns for line in mine if line.what == "stop")
                 if ended - began < row.workload.spec.max_duration_ns - 5 * SECOND_NS:
@@ -310,7 +318,11 @@ def _tile(tiles: list[list[int]], wanted: list[tuple[int, int]], reboots: set[in
     for since, end in wanted:
         at = since
         while at < end:
-            if not left or left[0][1] > end:
+            if not left or left[0][0] >= end:
+                if end not in reboots:
+                    return False
+                break
+            if left[0][1] > end:
                 return False
             began, ended = left.pop(0)
             if began != at and not (began > at and began in reboots):

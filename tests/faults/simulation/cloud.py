@@ -24,6 +24,7 @@ from tests.faults.simulation.auditor import Auditor
 from tests.faults.simulation.disks import Disk, Killed, MemoryDisk, ShakySqlStore, ShakyStore
 from tests.faults.simulation.machines import Journal, Machine, MachineEngine, Runner
 from tests.faults.simulation.network import FATES, Gate, SteppedOutpost, Wire, wait_by_stepping
+from tidemill.control.clock import SteadyClock
 from tidemill.control.enginework import EngineWork
 from tidemill.control.identity import Directory, Identity
 from tidemill.control.plane import ControlPlane, Directive
@@ -166,6 +167,9 @@ class SmallCloud:
         self.now = START
         self.wall_ns = 0
         """By how much the control plane's wall clock is off."""
+        self.has_leapt = False
+        """Whether a control plane began with a wall clock ahead of the last one's: then what is limited ends early."""
+        self._wall_at_start_ns = 0
         self.disk: Disk = disk or MemoryDisk()
         self.journal = Journal()
         drifts = iter(DRIFTS_PPM)
@@ -242,7 +246,7 @@ class SmallCloud:
             rates=RATES,
             directory=Directory(PEPPER, principals=(_PRINCIPAL,), known=(_TOKEN,)),
             vault=Vault(PEPPER),
-            clock=lambda: self.now + self.wall_ns,
+            clock=SteadyClock(wall=lambda: self.now + self.wall_ns, monotonic=lambda: self.now),
             on_fenced=self._on_fenced,
             monotonic=lambda: self.now,
             entropy=self._dice.randbytes,
@@ -256,6 +260,8 @@ class SmallCloud:
         control.seam = store.seam = lambda name: self._burn(control, name)
         self.controls.append(control)
         self._telling = None
+        self.has_leapt |= self.wall_ns > self._wall_at_start_ns
+        self._wall_at_start_ns = self.wall_ns
         self._join()
 
     def _on_fenced(self) -> None:
@@ -400,6 +406,8 @@ class SmallCloud:
     def breathe(self) -> None:
         """All loops of all processes go round once."""
         self._do_what_is_late()
+        for outpost in self.outposts:
+            outpost.step()
         self.hurry(turns=False)
         self.watch()
         self.look_after()
@@ -488,11 +496,12 @@ class SmallCloud:
 
     def _hear(self) -> None:
         """Answers arrive at users, runners and machines."""
-        for one in self.asked:
-            if one.future.done() and one.future.exception() is None:
-                self.auditor.promised(*one.what.split())
-        self.asked = [one for one in self.asked if not one.future.done()]
-        for order in self.orders:
+        if self.asked:
+            for one in self.asked:
+                if one.future.done() and one.future.exception() is None:
+                    self.auditor.promised(*one.what.split())
+            self.asked = [one for one in self.asked if not one.future.done()]
+        for order in [order for order in self.orders if order.futures]:
             for future in order.futures:
                 if future.done() and future.exception() is None:
                     self.auditor.acknowledged(order, tuple(one.id for one in future.result()))
@@ -502,8 +511,8 @@ class SmallCloud:
             self._telling = None
             if future.exception() is None:
                 del self.told[:count]
-        landed = [flight for flight in self.control.flying if flight.answer.done()]
-        if landed:
+        flying = self.control.flying
+        if flying and (landed := [flight for flight in flying if flight.answer.done()]):
             self.control.flying = [flight for flight in self.control.flying if not flight.answer.done()]
             for flight in landed:
                 self._land(flight)
@@ -513,9 +522,9 @@ class SmallCloud:
         if self.told and self._telling is None:
             self._telling = (len(self.told), self.plane._turns.put(list(self.told)))
         for machine in self.machines.values():
-            machine.advance()
-            if not machine.is_on:
+            if not machine.is_on or not machine.folders:
                 continue
+            machine.advance()
             for runner in list(machine.runners()):
                 if runner.is_asking and self.now - runner.asked_ns > GIVES_UP_NS:
                     runner.is_asking = False
@@ -717,7 +726,8 @@ class SmallCloud:
 
     def _next_ns(self) -> int:
         wake = self.plane._turns.wake_ns
-        found = [machine.next_ns() for machine in self.machines.values()] + ([wake - self.wall_ns] if wake else [])
+        due = [self.now + wake - self.plane._clock()] if wake else []
+        found = [machine.next_ns() for machine in self.machines.values()] + due
         return min((at for at in found if at), default=0)
 
     def _wire(self, a: int) -> Wire:

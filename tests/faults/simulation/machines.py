@@ -137,22 +137,19 @@ class Runner:
 
     def next_ns(self) -> int:
         """When something happens to it by itself; zero: never."""
-        found: list[int] = []
-        if self.phase is Phase.PREPARING:
-            if not self.lease_ns or self.granted_ns >= 0:
-                found.append(self.began_ns + START_NS)
-            if self.lease_ns and self.granted_ns < 0:
-                found.append(self.began_ns + self.lease_ns)
-        if self.phase is Phase.RUNNING:
-            found += [at for at in (self.end_ns, self.kill_ns) if at]
-        if self.phase in (Phase.PREPARING, Phase.RUNNING) and self.lease_ns and self.granted_ns >= 0:
-            if not self.is_stopping:
-                found.append(self.granted_ns + self.lease_ns + 1)
         if self.phase is Phase.LINGERING:
-            found.append(self.ended_ns + LINGER_NS)
-            if self.is_stopping:
-                found.append(self.answered_ns + QUIET_NS + 1)
-        return min(found, default=0)
+            linger = self.ended_ns + LINGER_NS
+            return min(linger, max(self.answered_ns, self.ended_ns) + QUIET_NS + 1) if self.is_stopping else linger
+        if self.phase is Phase.GONE:
+            return 0
+        if self.phase is Phase.PREPARING and self.lease_ns and self.granted_ns < 0:
+            return self.began_ns + self.lease_ns
+        at = self.began_ns + START_NS if self.phase is Phase.PREPARING else self.end_ns
+        if self.kill_ns:
+            at = min(at, self.kill_ns)
+        if self.lease_ns and not self.is_stopping:
+            at = min(at, self.granted_ns + self.lease_ns + 1)
+        return at
 
 
 @dataclass(slots=True)
@@ -269,9 +266,11 @@ class Machine:
     def advance(self) -> None:
         """Let everything happen that is due by now."""
         now = self._now()
-        while due := [(at, number) for number, (at, _) in enumerate(self._due()) if at <= now]:
-            at, number = min(due)
-            self._happen(self._due()[number][1], at)
+        while found := self._due():
+            at, runner = min(found, key=lambda due: due[0])
+            if at > now:
+                return
+            self._happen(runner, at)
 
     def next_ns(self) -> int:
         """When something happens here by itself; zero: never."""
@@ -298,8 +297,10 @@ class Machine:
             self.node = replace(self.node, boot_id=f"{self.node.boot_id}+")
 
     def _due(self) -> list[tuple[int, Runner]]:
-        found = ((one.runner.next_ns(), one.runner) for one in self.folders.values() if one.runner is not None)
-        return [(at, runner) for at, runner in found if at]
+        if not self.folders:
+            return []
+        there = [one.runner for one in self.folders.values() if one.runner is not None and one.runner.is_there]
+        return [(at, runner) for runner in there if (at := runner.next_ns())]
 
     def _happen(self, runner: Runner, at: int) -> None:
         if runner.phase is Phase.LINGERING:
