@@ -274,7 +274,7 @@ def rest_page() -> str:
     parts = [
         "# REST interface\n",
         "Everything is under `/v1`, in JSON, with `Authorization: Bearer TOKEN`, also on this machine. Only",
-        "`GET /v1/healthz` and `GET /v1/openapi.json` are open. Errors are `application/problem+json` with the stable",
+        "`GET /v1/healthz`, `GET /v1/readyz` and `GET /v1/openapi.json` are open. Errors are `application/problem+json` with the stable",
         "`code` of [errors](errors.md), the `field` and `value` that are wrong and a `mend`. Lists answer",
         "`items` and `next_cursor`; pass it as `cursor` for the next page. A write with an `Idempotency-Key` can be",
         "repeated: the same key and body give the same answer.\n",

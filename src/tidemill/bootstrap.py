@@ -15,6 +15,7 @@ import http.client
 import json
 import logging
 import os
+import secrets
 import select
 import signal
 import socket
@@ -42,6 +43,13 @@ def run_foreground(home: Path, overrides: Mapping[str, Any], *, ready: Any = Non
     from tidemill.control.restoring import finish
     from tidemill.control.settings import load_settings
 
+    told: list[bool] = []
+
+    def tell() -> None:
+        if ready is not None and not told:
+            told.append(True)
+            ready()
+
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     load_settings(home, overrides)
     with contextlib.ExitStack() as stack:
@@ -50,30 +58,34 @@ def run_foreground(home: Path, overrides: Mapping[str, Any], *, ready: Any = Non
         settings = load_settings(home, overrides)
         api_socket = stack.enter_context(_listening(settings.host, settings.port, "--port"))
         settings = replace(settings, port=api_socket.getsockname()[1])
-        plane, reports = _build(settings)
-        stack.callback(plane.store.close)
-        gateway = _Gateway(settings, plane.directory.gateway_token)
+        gateway = _Gateway(settings)
+        stack.callback(gateway.close)
         if not gateway.is_adopted:
             with _listening(settings.host, settings.gateway_port, "--gateway-port"):
                 log.debug("port %s is free for the gateway", settings.gateway_port)
         _write_endpoint(settings)
+        candidate = None
+        if settings.shared:
+            candidate = _stand_by(settings, overrides, api_socket, gateway, tell, stack)
+            if candidate is None:
+                return
+        plane, reports = _build(settings, candidate)
+        stack.callback(plane.store.close)
         app = create_app(plane)
         server = _server_of(app)
 
         def started() -> None:
             plane.start()
             reports.start()
-            gateway.start()
+            gateway.start(plane.directory.gateway_token)
             if settings.engine == "ray":
                 _start_head(settings, plane)
             _spare_the_collector()
             log.info("ready at %s, gateway at %s", settings.api_url, settings.gateway_url)
-            if ready is not None:
-                ready()
+            tell()
 
         stack.callback(plane.close)
         stack.callback(reports.close)
-        stack.callback(gateway.close)
 
         def stop(_number: int, _frame: object) -> None:
             server.should_exit = True
@@ -82,6 +94,60 @@ def run_foreground(home: Path, overrides: Mapping[str, Any], *, ready: Any = Non
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
         _serve(server, api_socket, started)
+
+
+def _stand_by(
+    settings: Any,
+    overrides: Mapping[str, Any],
+    api_socket: socket.socket,
+    gateway: _Gateway,
+    tell: Callable[[], None],
+    stack: contextlib.ExitStack,
+) -> Any:
+    """The candidate of this control plane, which leads from now on; None when it was told to stop before it did.
+
+    Meanwhile it serves by handing on to the one that leads. ``tell`` is called once somebody does. When another one
+    takes the lead later, this process begins anew, so that nothing of what it held in memory is acted upon.
+    """
+    from tidemill.api.standby import Standby
+    from tidemill.control.identity import gateway_token, read_pepper
+    from tidemill.control.replicas import Candidate
+    from tidemill.control.sharing import share
+    from tidemill.model.ids import ReplicaId
+    from tidemill.store.standing import Standing
+
+    share(settings.home, settings.common)
+    standing = Standing(
+        settings.database_url,
+        own_id=ReplicaId(f"{socket.gethostname()}:{settings.port}:{secrets.token_hex(4)}"),
+        own_url=settings.reached_at,
+    )
+    candidate = Candidate(standing, on_deposed=lambda: _begin_anew(settings.home, overrides))
+    stack.callback(candidate.close)
+    standby = Standby(api_socket, lambda: candidate.leader_url)
+    standby.start()
+    stack.callback(standby.close)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+
+    def look() -> None:
+        if candidate.leader_url and not gateway.is_started:
+            gateway.start(gateway_token(read_pepper(settings.common / "secret.key", create=False)))
+            log.info("ready at %s, standing by for %s", settings.api_url, candidate.leader_url)
+            tell()
+
+    if not candidate.stand(stop, look=look):
+        return None
+    log.info("leading from now on")
+    standby.close()
+    return candidate
+
+
+def _begin_anew(home: Path, overrides: Mapping[str, Any]) -> None:
+    """Become a new process of the same id, at once: this one does not lead any more."""
+    command = [sys.executable, "-m", "tidemill.bootstrap", str(home), json.dumps(dict(overrides)), "-1"]
+    os.execv(sys.executable, command)  # noqa: S606 - it is this very program
 
 
 def _spare_the_collector() -> None:
@@ -132,8 +198,11 @@ def _serve(server: Any, api_socket: socket.socket, started: Any) -> None:
         raise failure[0]
 
 
-def _build(settings: Any) -> tuple[Any, _Reports]:
-    """The control plane of these settings, with everything it needs, not yet acting; and who reports to it."""
+def _build(settings: Any, candidate: Any) -> tuple[Any, _Reports]:
+    """The control plane of these settings, with everything it needs, not yet acting; and who reports to it.
+
+    ``candidate`` is what leads where there are several; None: there is one.
+    """
     from tidemill import catalog
     from tidemill.control.clock import SteadyClock
     from tidemill.control.identity import Directory, read_pepper
@@ -145,14 +214,14 @@ def _build(settings: Any) -> tuple[Any, _Reports]:
 
     store = SqlStore(settings.database_url)
     store.migrate()
-    pepper = read_pepper(settings.home / "secret.key", create=not store.tokens())
+    pepper = read_pepper(settings.common / "secret.key", create=not store.tokens())
     carbon = catalog.carbon_intensity(settings.country)
     given = settings.carbon_g_per_kwh
     site = Site(
         id=SiteId(settings.site),
         name=settings.site,
         kind=SiteKind(settings.site_kind),
-        engine=settings.engine,
+        engine="local" if settings.engine == "none" else settings.engine,
         country=settings.country,
         pue_milli=round(settings.pue * 1000),
         carbon_mg_per_kwh=carbon.mg_per_kwh if given is None else round(given * 1000),
@@ -160,7 +229,7 @@ def _build(settings: Any) -> tuple[Any, _Reports]:
         lease_ns=settings.lease_ns,
     )
     directory = Directory(pepper, principals=store.principals(), known=store.tokens())
-    _first_admin(settings.home, store, directory)
+    _first_admin(settings.common, store, directory)
     engine, sample, reports = _engine(settings, site.id)
     plane = ControlPlane(
         settings=settings,
@@ -173,7 +242,9 @@ def _build(settings: Any) -> tuple[Any, _Reports]:
         clock=SteadyClock(),
         sample=sample,
         energy_evidence="measured" if sample() is not None else "estimated",
-        on_fenced=lambda: os.kill(os.getpid(), signal.SIGTERM),
+        on_fenced=candidate.depose if candidate is not None else lambda: os.kill(os.getpid(), signal.SIGTERM),
+        holder=candidate.own_id if candidate is not None else "",
+        candidate=candidate,
     )
     if settings.cloud:
         _rent(settings, plane, pepper)
@@ -193,7 +264,7 @@ def _rent(settings: Any, plane: Any, pepper: bytes) -> None:
 
 def _engine(settings: Any, site_id: Any) -> tuple[Any, Callable[[], Any], _Reports]:
     """What starts workers, what reads the energy meters of its machines, and what else they have to tell."""
-    if settings.engine == "ray":
+    if settings.engine in ("ray", "none"):
         return None, lambda: None, _Reports(lambda _: (), every_s=60.0)
     if settings.engine == "simulated":
         engine = _simulated(settings, site_id)
@@ -382,11 +453,9 @@ class _Gateway:
     and replaced otherwise.
     """
 
-    def __init__(self, settings: Any, token: str) -> None:
+    def __init__(self, settings: Any) -> None:
         home = settings.home
         self._token_file = home / "gateway.token"
-        with os.fdopen(os.open(self._token_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(token + "\n")
         self._log = home / "gateway.log"
         self._command = [
             sys.executable, "-m", "tidemill.gateway",
@@ -407,8 +476,17 @@ class _Gateway:
         """Whether one that outlived the last control plane serves already."""
         return bool(self._adopted)
 
-    def start(self) -> None:
-        """Begin to keep it running."""
+    @property
+    def is_started(self) -> bool:
+        """Whether it is kept running."""
+        return self._thread.ident is not None
+
+    def start(self, token: str) -> None:
+        """Begin to keep it running; harmless twice. It shows that token to the control plane."""
+        if self.is_started:
+            return
+        with os.fdopen(os.open(self._token_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(token + "\n")
         self._thread.start()
 
     def close(self) -> None:
@@ -686,11 +764,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("home", type=Path)
     parser.add_argument("overrides", type=json.loads)
-    parser.add_argument("pipe", type=int)
+    parser.add_argument("pipe", type=int, help="-1: nobody waits")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    os.set_inheritable(given.pipe, False)
-    pipe = os.fdopen(given.pipe, "wb")
+    if given.pipe >= 0:
+        os.set_inheritable(given.pipe, False)
+    pipe = os.fdopen(given.pipe if given.pipe >= 0 else os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), "wb")
 
     def ready() -> None:
         pipe.write(b"ready")

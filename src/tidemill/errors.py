@@ -132,6 +132,13 @@ class Fenced(Conflict):
     code = "fenced"
 
 
+class Deposed(Fenced):
+    """Another control plane leads since this one did; it is to be asked, and can be by the same request."""
+
+    code = "deposed"
+    kind = ErrorKind.UNAVAILABLE
+
+
 class Infeasible(TidemillError):
     """The fleet can never run this as it is written."""
 

@@ -15,7 +15,7 @@ from tidemill.api.app import App, create_app, policies
 from tidemill.api.guard import GuardedRoute
 from tidemill.model.tenant import Scope
 
-OPEN = {("GET", "/v1/healthz"), ("GET", "/v1/openapi.json")}
+OPEN = {("GET", "/v1/healthz"), ("GET", "/v1/readyz"), ("GET", "/v1/openapi.json")}
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +63,13 @@ def test_the_policies_are_these() -> None:
     for (method, path), scopes in policies(unplugged()).items():
         by_scope.setdefault("|".join(scopes), set()).add(f"{method} {path}")
     assert {scopes: len(routes) for scopes, routes in by_scope.items()} == {
-        "": 2,
+        "": 3,
         "submit": 8,
         "submit|read": 1,
         "read|job": 2,
         "submit|job": 1,
         "job": 1,
-        "read": 20,
+        "read": 21,
         "exec": 3,
         "runner": 8,
         "admin": 17,

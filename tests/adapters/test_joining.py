@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import time
@@ -20,6 +21,9 @@ from tidemill.outpost.config import OutpostConfig, read_config
 from tidemill.outpost.main import running_pid
 
 HOLD = "echo begin $TIDEMILL_RANK >> $TIDEMILL_OUTPUT_DIR/journal; sync; sleep 600 & wait"
+
+
+TICKING = "while true; do echo $TIDEMILL_ATTEMPT $(cut -d' ' -f1 /proc/uptime) >> $TIDEMILL_OUTPUT_DIR/journal; sleep 0.1; done"
 
 
 class Joined:
@@ -162,6 +166,34 @@ def test_a_worker_without_its_control_plane_ends_when_its_lease_does(tmp_path: P
         assert attempts[0]["cause"] == "node_lost"
         assert "lease" in attempts[0]["detail"]
         assert joined.cloud.job(here)["attempts"] == 1  # this machine shares the control plane's fate: no lease
+    finally:
+        joined.close()
+
+
+def test_a_runner_that_stands_still_beyond_its_lease_does_not_keep_its_worker(tmp_path: Path) -> None:
+    """Nobody but the machine itself can end that worker, and it does so before anything is started elsewhere."""
+    joined = Joined(tmp_path, lease="2s")
+    try:
+        home = joined.join("second")
+        jobs = [
+            joined.cloud.submit({"name": f"j{at}", "resources": {"cpus": cpus(joined)}, "run": TICKING, "retry": 3})
+            for at in (0, 1)
+        ]
+        for job in jobs:
+            joined.cloud.wait(job, "running")
+        there = next(job for job in jobs if joined.cloud.job(job)["workers"][0]["node"] == "second")
+        launch = f"run_{there.removeprefix('job_')}-1-0"
+        runner = json.loads((home / "local" / "launches" / launch / "runner.json").read_text())["pid"]
+        eventually(lambda: len(joined.begun(there)) > 2, within_s=30, what="it ticks")
+        os.kill(runner, signal.SIGSTOP)
+        eventually(lambda: joined.cloud.job(there)["attempts"] == 2, within_s=60, what="it was tried again")
+        joined.cloud.wait(there, "running")
+        eventually(
+            lambda: any(line.startswith("2 ") for line in joined.begun(there)), within_s=30, what="it ticks again"
+        )
+        ticks = [(int(attempt), float(at)) for attempt, at in (line.split() for line in joined.begun(there))]
+        assert max(at for attempt, at in ticks if attempt == 1) < min(at for attempt, at in ticks if attempt == 2)
+        assert f"stood still beyond their leases: {launch}" in (home / "outpost.log").read_text()
     finally:
         joined.close()
 

@@ -7,6 +7,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import psutil
 from fastapi import FastAPI
@@ -71,6 +72,11 @@ def create_app(plane: ControlPlane) -> FastAPI:
         plane.relay.close()
 
     settings = plane.settings
+
+    def others() -> list[str]:
+        """The names of control planes that stand by, which hand on what they are asked."""
+        return [_bracketed(urlsplit(one.api_url).hostname or "").lower() for one in plane.replicas()]
+
     app = App(
         title="Tidemill",
         version=__version__,
@@ -79,7 +85,7 @@ def create_app(plane: ControlPlane) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        middleware=[Middleware(Door, hosts=(*_own_names(settings), *settings.hosts))],
+        middleware=[Middleware(Door, hosts=(*_own_names(settings), *settings.hosts), others=others)],
         exception_handlers={
             TidemillError: on_tidemill_error,
             HTTPException: on_http_error,

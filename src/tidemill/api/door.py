@@ -8,7 +8,7 @@ wrong behind the door in an unforeseen way is answered here, without telling int
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,10 +22,11 @@ _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 class Door:
     """The outermost layer: pure ASGI, no work for requests that are fine."""
 
-    def __init__(self, app: ASGIApp, *, hosts: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, *, hosts: Iterable[str], others: Callable[[], Iterable[str]] = lambda: ()) -> None:
         names = {name.lower() for name in (*_LOOPBACK, *hosts) if name}
         self._app = app
         self._hosts = frozenset(names)
+        self._others = others
         self._fine: set[bytes] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,7 +86,9 @@ class Door:
         text = host.decode("latin-1").lower()
         name, colon, port = text.rpartition(":") if not text.endswith("]") else (text, "", "")
         name = name if colon else text
-        if name not in self._hosts or (colon and not (port.isascii() and port.isdigit() and len(port) <= 5)):
+        if colon and not (port.isascii() and port.isdigit() and len(port) <= 5):
+            return False
+        if name not in self._hosts and name not in self._others():
             return False
         if len(self._fine) < 100:
             self._fine.add(host)

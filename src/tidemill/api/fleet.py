@@ -26,6 +26,7 @@ from tidemill.api.shapes import (
     NodeOut,
     NothingIn,
     PageOf,
+    ReplicaOut,
     StatusOut,
     StrangerOut,
     UsageOut,
@@ -45,6 +46,13 @@ _HELLO: Final = b": events\n\n"
 async def health() -> Response:
     """Tell that the control plane answers. Needs no token."""
     return json_answer({"status": "ok", "version": __version__})
+
+
+@routes.get("/v1/readyz", allow=OPEN, answer=Health)
+async def ready(call: Caller) -> Response:
+    """Tell that requests can be served: the database answers, and this control plane leads. Needs no token."""
+    await blocking(call.plane.check_serves)
+    return json_answer({"status": "ready", "version": __version__})
 
 
 @routes.get("/v1/status", allow=Scope.READ, answer=StatusOut)
@@ -85,6 +93,16 @@ async def status(call: Caller) -> Response:
         }
 
     return json_answer(await blocking(answer))
+
+
+@routes.get("/v1/replicas", allow=Scope.READ, answer=PageOf[ReplicaOut])
+async def list_replicas(call: Caller) -> Response:
+    """List the control planes that stand in for each other, the one that leads first; none where there is only one."""
+    found = sorted(call.plane.replicas(), key=lambda one: (not one.leads, one.id))
+    items: list[ReplicaOut] = [
+        {"id": one.id, "api_url": one.api_url, "leads": one.leads, "quiet_ms": one.quiet_ms} for one in found
+    ]
+    return json_answer({"items": items, "next_cursor": ""})
 
 
 @routes.get("/v1/strangers", allow=Scope.ADMIN, answer=PageOf[StrangerOut])

@@ -161,6 +161,7 @@ def _guarded(framework: ASGIApp, endpoint: Endpoint | None, policy: tuple[Scope,
 
 def _admitted(scope: AsgiScope, plane: ControlPlane, policy: tuple[Scope, ...]) -> Identity:
     identity = plane.authenticate(_token(scope))
+    plane.check_leads()
     for allowed in policy:
         if identity.allows(allowed):
             return identity

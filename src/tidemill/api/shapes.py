@@ -283,6 +283,15 @@ class StatusOut(TypedDict):
     heard: int
 
 
+class ReplicaOut(TypedDict):
+    """A control plane of this installation; ``quiet_ms`` is how long ago it last said that it is there."""
+
+    id: str
+    api_url: str
+    leads: bool
+    quiet_ms: int
+
+
 class StrangerOut(TypedDict):
     """A launch that runs, or ran, and that the database has never heard of: it is newer than the backup restored.
 

@@ -164,7 +164,15 @@ async def outpost_calls(
     """Wait for calls to carry out at the outpost."""
     box = call.plane.sites.box(call.identity)
     found = await unless_gone(call, box.fetch(after, wait))
-    calls = OutpostCalls(session=call.plane.sites.session, calls=tuple(found or ()))
+    call.plane.check_leads()
+    sites = call.plane.sites
+    replicas = sorted(call.plane.replicas(), key=lambda one: (not one.leads, one.id))
+    calls = OutpostCalls(
+        session=sites.session,
+        epoch=sites.epoch,
+        replicas=tuple(one.api_url for one in replicas),
+        calls=tuple(found or ()),
+    )
     return Response(_CALLS.encode(calls), media_type="application/json")
 
 

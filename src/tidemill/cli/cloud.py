@@ -32,10 +32,16 @@ def up_command(
         str | None, typer.Option("--host", metavar="ADDRESS", help="To listen on; 0.0.0.0 for other machines.")
     ] = None,
     engine: Annotated[
-        str | None, typer.Option("--engine", metavar="ENGINE", help="local, or ray for several machines.")
+        str | None, typer.Option("--engine", metavar="ENGINE", help="local; ray for several machines; none.")
     ] = None,
     database: Annotated[
         str | None, typer.Option("--database", metavar="URL", help="PostgreSQL, instead of the file in the home.")
+    ] = None,
+    shared: Annotated[
+        str | None, typer.Option("--shared", metavar="FOLDER", help="With control planes that stand in for each other.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="ADDRESS", help="Where other machines reach this one.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -45,6 +51,7 @@ def up_command(
     home = connection.home()
     overrides = {
         "host": host, "port": port, "gateway_port": gateway_port, "engine": engine, "database": database,
+        "shared": str(Path(shared).expanduser().resolve()) if shared else None, "address": address,
     }  # fmt: skip
     given = {name: value for name, value in overrides.items() if value is not None}
     if foreground:
@@ -133,6 +140,21 @@ def status_command(json: Json = False) -> None:
             ("home", str(connection.home()) if client.is_local and not os.environ.get("TIDEMILL_API_URL") else ""),
         ]
     )
+
+
+def replicas_command(json: Json = False) -> None:
+    """The control planes that stand in for each other: which leads, and whether the others are there."""
+    with Client() as client:
+        found = client.replicas()
+    if json:
+        emit([one.to_json() for one in found])
+    elif not found:
+        say("one control plane; several share a database and a folder: tidemill up --shared FOLDER")
+    else:
+        rows = [
+            (one.api_url, "leads" if one.leads else "stands by", f"{one.quiet_ms / 1000:.1f} s ago") for one in found
+        ]
+        table(("address", "role", "heard of"), rows)
 
 
 def _strangers(number: int) -> str:

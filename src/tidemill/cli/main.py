@@ -76,6 +76,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "backup": ("backups", "Write a verified backup, or check one"),
         "restore": ("backups", "Put a backup into an empty or stopped home"),
         "upgrade": ("upgrading", "Run the installed version in place of the one that runs"),
+        "replicas": ("cloud", "The control planes that stand in for each other"),
         "strangers": ("backups", "What runs and is newer than the backup restored"),
     },
 }

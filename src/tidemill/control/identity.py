@@ -88,6 +88,11 @@ def read_pepper(path: Path, *, create: bool) -> bytes:
     return pepper
 
 
+def gateway_token(pepper: bytes) -> str:
+    """The token of the gateways of the installation that has that key."""
+    return tokens.derive("gw", "gateway", pepper)
+
+
 class Directory:
     """All tokens in memory. Thread-safe; every look-up is by keyed hash."""
 
@@ -97,7 +102,7 @@ class Directory:
         self._principals = {principal.id: principal for principal in principals}
         self._tokens = {token.hash: token for token in known}
         self._launches: OrderedDict[str, Identity] = OrderedDict()
-        self._gateway = tokens.derive("gw", "gateway", pepper)
+        self._gateway = gateway_token(pepper)
         self._lock = threading.Lock()
 
     def authenticate(self, secret: str, *, now: int) -> Identity:

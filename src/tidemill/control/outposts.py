@@ -42,6 +42,7 @@ class Mailbox:
         self.outpost = outpost
         self.asked_s = float("-inf")
         self._clock = clock
+        self._is_closed = False
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._waiting: dict[int, _Waiting] = {}
@@ -50,13 +51,15 @@ class Mailbox:
     @property
     def is_there(self) -> bool:
         """Whether its outpost asks for calls, now or a moment ago."""
-        return bool(self._fetchers) or self._clock() - self.asked_s < THERE_S
+        return not self._is_closed and (bool(self._fetchers) or self._clock() - self.asked_s < THERE_S)
 
     def send(self, method: str, **given: object) -> _Waiting:
-        """A call that waits to be fetched."""
+        """A call that waits to be fetched. Raises: EngineLost when nobody serves the outpost any more."""
         call = EngineCall(number=next(self._numbers), method=method, **given)  # type: ignore[arg-type]
         waiting = _Waiting(call)
         with self._lock:
+            if self._is_closed:
+                raise EngineLost(f"{self.outpost.name} is not served any more")
             self._waiting[call.number] = waiting
             for loop, event in self._fetchers:
                 loop.call_soon_threadsafe(event.set)
@@ -66,6 +69,14 @@ class Mailbox:
         """Nobody waits for that call any more: it is not handed out again."""
         with self._lock:
             self._waiting.pop(waiting.call.number, None)
+
+    def hang_up(self) -> None:
+        """Nobody serves the outpost any more: calls get no answer, now and later."""
+        with self._lock:
+            self._is_closed = True
+            waiting, self._waiting = self._waiting, {}
+        for each in waiting.values():
+            each.answer.set_exception(EngineLost(f"{self.outpost.name} is not served any more"))
 
     async def fetch(self, after: int, wait_s: float) -> tuple[EngineCall, ...]:
         """The calls numbered above ``after`` that are not answered, at once when there are any; after ``wait_s``
@@ -207,7 +218,9 @@ class SiteEngine:
             self._ask(node_id, "forget", launch_id=launch_id)
 
     def close(self) -> None:
-        """Let go without touching what runs."""
+        """Let go without touching what runs: whoever waits for an outpost's answer gets none."""
+        for box in self._boxes.values():
+            box.hang_up()
 
     def _claim(self, node_id: NodeId, box: Mailbox) -> bool:
         """Whether an outpost may speak for a node: it is of this site, and no other outpost that is there works it."""

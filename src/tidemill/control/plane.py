@@ -30,6 +30,7 @@ from tidemill.control.launching import build_launch, find_input
 from tidemill.control.logs import LogStore
 from tidemill.control.relay import Relay
 from tidemill.control.renting import Renting
+from tidemill.control.replicas import Candidate
 from tidemill.control.settings import Settings
 from tidemill.control.sites import Sites
 from tidemill.control.steering import (
@@ -98,6 +99,7 @@ from tidemill.model.job import Allocation, AllocationState, Attempt, Cause, Job,
 from tidemill.model.ledger import RateCard
 from tidemill.model.plan import LaunchSpec, Quote, Reason
 from tidemill.model.queue import Queue
+from tidemill.model.replica import Replica
 from tidemill.model.reservation import Reservation
 from tidemill.model.spec import SECRET_NAME, Dependency, WorkloadSpec
 from tidemill.model.tenant import Project, Scope, Token
@@ -151,17 +153,22 @@ class ControlPlane:
         sample: Callable[[], Sampled | None] = lambda: None,
         energy_evidence: str = "estimated",
         on_fenced: Callable[[], None] = lambda: None,
+        holder: str = "",
+        candidate: Candidate | None = None,
         monotonic: Callable[[], int] = time.monotonic_ns,
         entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
-        """``clock`` gives instants and ``monotonic`` lengths of time, both in ns; ids are made of ``entropy``, which is
-        told how many bytes of it. A ``SteadyClock`` says nothing earlier than what is stored."""
+        """``candidate`` is what makes sure that this one leads, where others may; ``holder`` is its name.
+
+        ``clock`` gives instants and ``monotonic`` lengths of time, both in ns; ids are made of ``entropy``, which is told
+        how many bytes of it. A ``SteadyClock`` says nothing earlier than what is stored.
+        """
         self.settings = settings
         self.store = store
         self.site = site
         self.directory = directory
-        self.logs = LogStore(settings.home / "logs")
-        self.blobs = BlobStore(settings.home / "blobs")
+        self.logs = LogStore(settings.common / "logs")
+        self.blobs = BlobStore(settings.common / "blobs")
         self.relay = Relay()
         self._vault = vault
         self._clock = clock
@@ -171,7 +178,10 @@ class ControlPlane:
         self._rates = rates
         self._energy_evidence = energy_evidence
         self._projects: dict[ProjectId, Project] = {project.id: project for project in store.projects()}
-        epoch = store.lead(holder=secrets.token_hex(8))
+        epoch = store.lead(holder=holder or secrets.token_hex(8))
+        self._candidate = candidate
+        if candidate is not None:
+            candidate.lead(epoch)
         stored = store.load()
         if isinstance(clock, SteadyClock):
             clock.not_before(newest_instant(store, stored))
@@ -195,6 +205,7 @@ class ControlPlane:
             build=self._build_launch,
             tell=self._turns.put,
             met=self._let_stranger_in,
+            epoch=epoch,
             monotonic=monotonic,
         )
         self.renting: Renting | None = None
@@ -261,6 +272,20 @@ class ControlPlane:
             epoch=self._epoch,
             clock=self._clock,
         )
+
+    def replicas(self) -> tuple[Replica, ...]:
+        """The control planes of this installation, the leader among them; none where it has only one."""
+        return self._candidate.replicas if self._candidate is not None else ()
+
+    def check_leads(self) -> None:
+        """Raises: Unavailable when another control plane may lead by now, and this one's answers may be old."""
+        if self._candidate is not None and not self._candidate.is_sure():
+            raise Unavailable("The database does not confirm that this control plane leads.", mend="Try again.")
+
+    def check_serves(self) -> None:
+        """Raises: Unavailable when requests cannot be served at the moment."""
+        self.check_leads()
+        self.store.organizations()
 
     def watch(self, callback: Callable[[int], None]) -> Callable[[], None]:
         """Have ``callback`` called with the newest event's number after each commit; returns how to stop it."""

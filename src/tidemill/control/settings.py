@@ -31,6 +31,8 @@ class Settings:
     what the cluster's head knows) are for the engine ``ray``. ``cloud`` says what is rented and when, as
     ``control.cloudsettings`` reads it. ``volumes`` is a folder that machines share, for checkpoints and outputs.
 
+    ``shared`` is a folder that several control planes of one PostgreSQL have in common: one of them leads.
+
     ``labels``, ``taints``, ``rack`` and ``block`` say what this machine is to those who place work. ``mig_dynamic``
     lists GPUs, by number or UUID, whose MIG slices Tidemill may make and unmake; ``all`` means each in MIG mode. A
     device that fails is looked at again after ``device_recheck``; one that was slowed by heat for ``device_hot``
@@ -57,6 +59,7 @@ class Settings:
     workdir_limit: str = "2GB"
     lease: str = "none"
     address: str = ""
+    shared: str = ""
     ray_port: int = 6379
     ray_redis: str = ""
     volumes: str = ""
@@ -97,6 +100,16 @@ class Settings:
         return self.database or f"sqlite:///{self.home / 'control.db'}"
 
     @property
+    def common(self) -> Path:
+        """Where the keys, blobs and logs of the installation are."""
+        return Path(self.shared) if self.shared else self.home
+
+    @property
+    def reached_at(self) -> str:
+        """Where the control plane answers, for other machines."""
+        return f"http://{_bracketed(self.address)}:{self.port}" if self.address else self.api_url
+
+    @property
     def api_url(self) -> str:
         """Where the control plane answers, for this machine."""
         return f"http://{self._own_name}:{self.port}"
@@ -113,8 +126,7 @@ class Settings:
 
     @property
     def _own_name(self) -> str:
-        name = "127.0.0.1" if self.is_open else self.host
-        return f"[{name}]" if ":" in name else name
+        return _bracketed("127.0.0.1" if self.is_open else self.host)
 
     @property
     def volume_root(self) -> Path:
@@ -142,7 +154,7 @@ _DURATIONS: Final = {item.name.removesuffix("_ns") for item in fields(Policy) if
     "simulated_duration",
 }
 _NEVER_ZERO: Final = {"meter_every", "retry_backoff", "stop_retry", "replan", "device_recheck", "device_hot"}
-_ENGINES: Final = ("local", "ray", "simulated")
+_ENGINES: Final = ("local", "ray", "none", "simulated")
 _LABEL: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_./]{0,61}[A-Za-z0-9])?")
 
 
@@ -173,7 +185,38 @@ def load_settings(home: Path, overrides: Mapping[str, Any]) -> Settings:
         if value is None:
             continue
         settings = replace(settings, **{name: _checked(name, value, getattr(settings, name))})
+    if settings.shared:
+        _check_shares(settings)
     return settings
+
+
+def _check_shares(settings: Settings) -> None:
+    """Raises: InvalidSetting for what control planes that stand in for each other cannot have."""
+    if settings.database_url.startswith("sqlite"):
+        raise InvalidSetting(
+            "Several control planes can share a PostgreSQL, not a file.",
+            field="database",
+            value=settings.database or None,
+            mend="Write postgresql://user:password@host/name, or leave out the setting shared.",
+        )
+    if settings.engine not in ("none", "simulated"):
+        raise InvalidSetting(
+            "A control plane that others stand in for works no machine itself.",
+            field="engine",
+            value=settings.engine,
+            mend="Write engine: none, and have its machine join: tidemill join.",
+        )
+    if settings.is_open and not settings.address:
+        raise InvalidSetting(
+            "The others have to know where this control plane is reached.",
+            field="address",
+            value="",
+            mend="Write an address of this machine, such as address: 10.0.0.5.",
+        )
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _checked(name: str, value: Any, default: object) -> Any:
@@ -214,7 +257,7 @@ def _checked(name: str, value: Any, default: object) -> Any:
                 if parse_duration(value) <= 0 and name in _NEVER_ZERO:
                     raise ValueError("it has to be longer than nothing")
                 return value if isinstance(value, str) else f"{value}s"
-            case "volumes":
+            case "volumes" | "shared":
                 if value and not Path(str(value)).is_absolute():
                     raise ValueError("a folder that machines share has the same whole path on each")
                 return str(value)
@@ -229,7 +272,7 @@ def _checked(name: str, value: Any, default: object) -> Any:
                 parse_size(value)
                 return str(value)
             case "engine" if value not in _ENGINES:
-                raise ValueError("engines are local and ray; simulated is one without machines")
+                raise ValueError("engines are local, ray and none; simulated is one without machines")
             case "site_kind" if value not in ("onprem", "cloud", "edge"):
                 raise ValueError("kinds of site are onprem, cloud and edge")
             case _:

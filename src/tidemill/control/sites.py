@@ -88,9 +88,12 @@ class Sites:
         build: Callable[[LaunchId], LaunchSpec],
         tell: Callable[[Sequence[Fact]], Future[None]],
         met: Callable[[Stranger], object] = lambda _: None,
+        epoch: int = 0,
         monotonic: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.home = home
+        self.epoch = epoch
+        """Of the control plane that this is part of; outposts do not act on calls of an older one."""
         self._store = store
         self._directory = directory
         self._clock = clock
@@ -138,6 +141,8 @@ class Sites:
     def close(self) -> None:
         """Finish what was begun and stop watching; whatever runs goes on."""
         self._closing.set()
+        for engine in self._engines.values():
+            engine.close()
         for work in self.works.values():
             work.close()
         if self._own is not None:

@@ -19,6 +19,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -42,11 +43,16 @@ from tidemill.runner import cgroup, images, processes, sandbox
 from tidemill.runner.folders import LaunchFolder, read_json, sync_folder, write_json
 from tidemill.units import SECOND_NS
 
+log = logging.getLogger(__name__)
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _SLICE: Final = re.compile(r"(?P<gpu>[^/]+)/(?P<profile>[^@]+)@(?P<start>\d+)")
 """How a launch names a MIG slice: the GPU, the profile, and the first of its memory slices."""
 _ABANDONED_S: Final = 60.0
 _ANSWER_S: Final = 30.0
+_GUARD_S: Final = 1.0
+_GUARD_MARGIN_NS: Final = 2 * SECOND_NS
+"""How much later than its runner a worker is ended by the guard; with ``_GUARD_S`` and the killing, less than the
+control plane waits beyond a lease."""
 _MAX_PIDS: Final = 16_384
 _SOURCE: Final = Path(__file__).parents[2]
 _START: Final = "import sys; sys.path.append(sys.argv[1]); from tidemill.runner.launcher import main; main()"
@@ -105,6 +111,7 @@ class LocalEngine:
         self._boot_id = processes.boot_id()
         for doomed in self._launches.glob(".forgotten-*"):
             _remove_tree(doomed)
+        self._closing = threading.Event()
         self._launcher = _Launcher(self.root)
         self._launching: set[str] = set()
         self._launcher.start()
@@ -198,8 +205,23 @@ class LocalEngine:
             folder.path.rename(doomed)
         _remove_tree(doomed)
 
+    def guard(self) -> None:
+        """From now on, end workers whose runners stand still and so let a lease pass without ending them."""
+        threading.Thread(target=self._guard_forever, name="guard", daemon=True).start()
+
+    def end_overdue(self) -> list[LaunchId]:
+        """The launches that were ended just now, because their runners had not for too long after their lease."""
+        overdue = [folder for folder in self._folders() if self._is_overdue(folder)]
+        for folder in overdue:
+            runner = read_json(folder.runner) or {}
+            if runner and processes.start_ticks(runner["pid"]) == runner["start_ticks"]:
+                processes.send(runner["pid"], signal.SIGKILL)
+        self._clean_up([folder for folder in overdue if not processes.is_locked(folder.lock)])
+        return [LaunchId(folder.path.name) for folder in overdue]
+
     def close(self) -> None:
         """Let go without touching what runs."""
+        self._closing.set()
         self._launcher.close()
 
     def mark(self, launch_id: str) -> str:
@@ -295,6 +317,28 @@ class LocalEngine:
         for name, content in lines.items():
             if not (accounts / name).exists():
                 (accounts / name).write_text(content)
+
+    # ------------------------------------------------------------------ leases
+
+    def _guard_forever(self) -> None:
+        while not self._closing.wait(_GUARD_S):
+            try:
+                if ended := self.end_overdue():
+                    log.warning("ended, because their runners stood still beyond their leases: %s", ", ".join(ended))
+            except OSError as error:
+                log.warning("whether leases passed cannot be seen: %s", error)
+
+    def _is_overdue(self, folder: LaunchFolder) -> bool:
+        """Whether the runner would have ended its worker by now, if it ran itself; one that has may linger."""
+        if folder.exit.exists():
+            return False
+        try:
+            granted_ns = int(folder.granted.read_bytes())
+        except (OSError, ValueError):
+            return False
+        spec = read_json(folder.spec) or {}
+        allowed_ns = int(spec.get("lease_ns") or 0) + int(spec.get("grace_ns") or 0) + _GUARD_MARGIN_NS
+        return time.monotonic_ns() - granted_ns > allowed_ns and processes.is_locked(folder.lock)
 
     # ------------------------------------------------------------------ observing
 

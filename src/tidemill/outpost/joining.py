@@ -118,7 +118,7 @@ def leave(home: Path, *, told: Callable[[int], None] = lambda _: None, patience_
     no limit), NotFound when nothing joined from there.
     """
     config = read_config(home)
-    channel = channel_of(config)
+    channel = channel_of(home, config)
     until_s = time.monotonic() + patience_s if patience_s else float("inf")
     while True:
         try:

@@ -26,7 +26,7 @@ from tidemill.wire.outposts import EngineAnswer, EngineCall, OutpostCalls, repor
 
 log = logging.getLogger(__name__)
 _LANES: Final = 4
-_WAIT_S: Final = 20.0
+_WAIT_S: Final = 10.0
 _FACTS_S: Final = 5.0
 _KEPT: Final = 10_000
 """Facts that are kept while the control plane cannot be reached; the oldest go first."""
@@ -42,7 +42,7 @@ class Link:
     """One outpost at work. ``channel`` leads to the control plane, ``api_url`` is where workers here reach it.
 
     ``facts`` gives what the machines have to tell since it was last asked; ``offer`` what those need to know that join
-    the cluster which this outpost heads.
+    the cluster which this outpost heads; ``moved`` takes the addresses of all control planes when they change.
     """
 
     def __init__(
@@ -53,13 +53,17 @@ class Link:
         api_url: str,
         facts: Callable[[], Iterable[Fact]] = tuple,
         offer: Callable[[], tuple[tuple[str, str], ...]] = tuple,
+        moved: Callable[[tuple[str, ...]], None] = lambda _: None,
     ) -> None:
         self._engine = engine
         self._channel = channel
         self._api_url = api_url
         self._facts = facts
         self._offer = offer
+        self._moved = moved
         self._session = ""
+        self._epoch = 0
+        self._replicas: tuple[str, ...] = ()
         self._last = 0
         self._closing = threading.Event()
         self._lanes: list[queue.SimpleQueue[tuple[str, EngineCall] | None]] = [
@@ -101,9 +105,7 @@ class Link:
 
     def _fetch(self) -> None:
         try:
-            response = self._channel.open(
-                "GET", f"/calls?after={self._last}&wait={_WAIT_S:g}", timeout_s=_WAIT_S + 15.0
-            )
+            response = self._channel.open("GET", f"/calls?after={self._last}&wait={_WAIT_S:g}", timeout_s=_WAIT_S + 5.0)
             found = _CALLS.decode(response.read())
         except Refused as refusal:
             if refusal.status in (401, 403, 404):
@@ -112,6 +114,13 @@ class Link:
         except (OSError, msgspec.MsgspecError) as error:
             self._channel.close()
             raise Unreachable(str(error)) from error
+        if found.epoch < self._epoch:
+            self._channel.close()
+            raise Unreachable(f"a control plane that does not lead any more answered: its epoch is {found.epoch}")
+        self._epoch = found.epoch
+        if found.replicas != self._replicas:
+            self._replicas = found.replicas
+            self._moved(found.replicas)
         if found.session != self._session:
             if self._session and self._last:
                 self._session, self._last = found.session, 0

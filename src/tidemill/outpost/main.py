@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,9 +27,11 @@ from tidemill.outpost.config import OutpostConfig, read_config
 from tidemill.outpost.link import Link, Removed
 from tidemill.ports import Engine
 from tidemill.runner.client import Channel
+from tidemill.runner.folders import read_json
 from tidemill.units import MILLI, MINUTE_NS
 
 log = logging.getLogger(__name__)
+ENDPOINT: Final = "endpoint.json"
 _RECHECK_NS: Final = 10 * MINUTE_NS
 _HOT_NS: Final = 2 * MINUTE_NS
 
@@ -58,9 +60,30 @@ def run(home: Path, *, ready: Callable[[], None] = lambda: None) -> None:
                 raise InvalidSetting("There is no such engine.", field="engine", value=config.engine)
 
 
-def channel_of(config: OutpostConfig) -> Channel:
+def channel_of(home: Path, config: OutpostConfig) -> Channel:
     """A connection to the control plane as this outpost."""
-    return Channel(api_url=config.control_url, endpoint_file=None, token=config.token, prefix="/v1/outposts/self")
+    return Channel(
+        api_url=config.control_url, endpoint_file=home / ENDPOINT, token=config.token, prefix="/v1/outposts/self"
+    )
+
+
+def link_of(
+    home: Path,
+    config: OutpostConfig,
+    engine: Engine,
+    *,
+    facts: Callable[[], Iterable[Fact]] = tuple,
+    offer: Callable[[], tuple[tuple[str, str], ...]] = tuple,
+) -> Link:
+    """The conversation of this outpost with whichever control plane leads, about that engine."""
+    return Link(
+        engine,
+        channel_of(home, config),
+        api_url=config.control_url,
+        facts=facts,
+        offer=offer,
+        moved=lambda replicas: write_endpoint(home, config, replicas),
+    )
 
 
 def describe(config: OutpostConfig, home: Path) -> Node:
@@ -91,11 +114,12 @@ def machine(home: Path, config: OutpostConfig) -> tuple[Engine, Callable[[], lis
     node_id = NodeId(config.node_id)
     engine = LocalEngine(
         home / "local",
-        endpoint_file=home / "endpoint.json",
+        endpoint_file=home / ENDPOINT,
         node=lambda: describe(config, home),
         settings=LocalSettings(address=config.address, volumes=Path(config.volumes) if config.volumes else None),
         make_slice=telemetry.SliceMaker().make,
     )
+    engine.guard()
     meters = telemetry.EnergyMeters(node_id)
     health = telemetry.HealthWatcher(node_id, recheck_ns=_RECHECK_NS, hot_ns=_HOT_NS)
     notices = InterruptionWatcher(node_id) if is_in_cloud() else None
@@ -134,17 +158,22 @@ def serve(link: Link, stop: threading.Event, ready: Callable[[], None]) -> None:
         log.warning("this machine does not belong to the cloud any more: %s", error)
 
 
-def write_endpoint(home: Path, config: OutpostConfig) -> None:
-    """Say where the control plane answers, for the runners here; replaced in one step."""
-    draft = home / "endpoint.new"
-    draft.write_text(json.dumps({"api_url": config.control_url}))
-    draft.replace(home / "endpoint.json")
+def write_endpoint(home: Path, config: OutpostConfig, replicas: Iterable[str] | None = None) -> None:
+    """Say where the control plane answers, for the runners here; replaced in one step.
+
+    ``replicas`` are where those are reached that may stand in for it; None: those that were written down before.
+    """
+    path = home / ENDPOINT
+    others = list(replicas) if replicas is not None else (read_json(path) or {}).get("others", [])
+    draft = path.with_suffix(".new")
+    draft.write_text(json.dumps({"api_url": config.control_url, "others": others}))
+    draft.replace(path)
 
 
 def _work_machine(home: Path, config: OutpostConfig, stop: threading.Event, ready: Callable[[], None]) -> None:
     engine, facts = machine(home, config)
     try:
-        serve(Link(engine, channel_of(config), api_url=config.control_url, facts=facts), stop, ready)
+        serve(link_of(home, config, engine, facts=facts), stop, ready)
     finally:
         engine.close()
 
@@ -157,10 +186,10 @@ def _work_centre(home: Path, config: OutpostConfig, stop: threading.Event, ready
         name: value for name, value in config.settings if name in SlurmSettings.__dataclass_fields__
     }
     settings = SlurmSettings(**given)
-    endpoint = home / "endpoint.json"
+    endpoint = home / ENDPOINT
     engine = SlurmEngine(home / "slurm", site_id=SiteId(config.site_id), endpoint_file=endpoint, settings=settings)
     engine.nodes()
-    serve(Link(engine, channel_of(config), api_url=config.control_url), stop, ready)
+    serve(link_of(home, config, engine), stop, ready)
 
 
 @contextlib.contextmanager

@@ -27,8 +27,7 @@ from tidemill.engines.ray import RayEngine, node_resource, node_resources
 from tidemill.errors import EngineLost, InvalidSetting
 from tidemill.outpost.carrying import carry_out
 from tidemill.outpost.config import OutpostConfig, read_config
-from tidemill.outpost.link import Link
-from tidemill.outpost.main import channel_of, describe, machine, serve, write_endpoint
+from tidemill.outpost.main import describe, link_of, machine, serve, write_endpoint
 from tidemill.units import MILLI
 from tidemill.wire.outposts import EngineCall, report_of
 
@@ -127,7 +126,7 @@ def drive(home: Path) -> None:
     else:
         return
     offer = (("ray_address", address), ("ray_token", config.setting["ray_token"]))
-    link = Link(engine, channel_of(config), api_url=config.control_url, facts=engine.facts, offer=lambda: offer)
+    link = link_of(home, config, engine, facts=engine.facts, offer=lambda: offer)
     try:
         serve(link, stop, lambda: None)
     finally:

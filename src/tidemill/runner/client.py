@@ -44,7 +44,8 @@ class Channel:
     """A connection to the control plane for the use of one thread, made again when it breaks.
 
     The address is read from the control plane's endpoint file at each connecting, because it may come back
-    at another port; ``api_url`` is used while there is no such file.
+    at another port; ``api_url`` is used while there is no such file. Where several control planes stand in for each
+    other the file has ``others`` too, and after a failure the next one is asked.
     """
 
     def __init__(self, *, api_url: str, endpoint_file: Path | None, token: str, prefix: str) -> None:
@@ -54,6 +55,8 @@ class Channel:
         self._prefix = prefix
         self._connection: http.client.HTTPConnection | None = None
         self._failures = 0
+        self._asked = 0
+        """Which of several control planes is asked, modulo their number."""
 
     def copy(self) -> Channel:
         """Another connection to the same control plane, for another thread."""
@@ -101,9 +104,10 @@ class Channel:
                 return response
             problem = _object(response.read())
         except (OSError, http.client.HTTPException) as error:
-            self.close()
+            self._turn_away()
             raise Unreachable(str(error) or type(error).__name__) from error
         if response.status >= 500 or response.status in (408, 425, 429):
+            self._turn_away()
             raise Unreachable(f"{response.status} {problem.get('detail', '')}")
         self._failures = 0
         raise Refused(response.status, problem)
@@ -129,15 +133,27 @@ class Channel:
             except OSError:
                 self.close()
 
+    def _turn_away(self) -> None:
+        """Have the next call ask another control plane, where there is one."""
+        self._asked += 1
+        self.close()
+
     def _connect(self) -> http.client.HTTPConnection:
-        found = read_json(self._endpoint_file) if self._endpoint_file else None
-        parts = urlsplit(str(found["api_url"]) if found and found.get("api_url") else self._api_url)
+        urls = self._urls()
+        parts = urlsplit(urls[self._asked % len(urls)])
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=CONNECT_TIMEOUT_S)
         connection.connect()
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection = connection
         return connection
+
+    def _urls(self) -> list[str]:
+        found = (read_json(self._endpoint_file) if self._endpoint_file else None) or {}
+        first = str(found.get("api_url") or self._api_url)
+        others = found.get("others")
+        rest = [str(each) for each in others if each != first] if isinstance(others, list) else []
+        return [first, *rest]
 
 
 def _sized(body: bytes | Iterable[bytes] | None) -> bool:

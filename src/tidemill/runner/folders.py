@@ -87,6 +87,11 @@ class LaunchFolder:
         return self.path / "runner.json"
 
     @property
+    def granted(self) -> Path:
+        """When the runner's lease last began to run anew, in ns of the machine's monotonic clock."""
+        return self.path / "granted"
+
+    @property
     def stop(self) -> Path:
         """That the worker shall end, and with how much grace."""
         return self.path / "stop.json"

@@ -130,6 +130,7 @@ class Runner:
             on_stop=lambda grace_ns: self._inbox.put(("stop", grace_ns)),
             on_fenced=lambda: self._inbox.put(("fenced", None)),
             on_told=lambda: self._inbox.put(("told", None)),
+            granted=folder.granted if self._lease_s else None,
             beat_s=float(self.settings.get("beat_s") or BEAT_S),
         )
 

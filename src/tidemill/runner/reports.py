@@ -24,7 +24,8 @@ class Outbox:
     """The thread that reports and beats.
 
     ``usage`` gives CPU ns and resident bytes for a beat. ``on_stop`` is called with the grace in ns when the
-    control plane wants the worker stopped, ``on_fenced`` when the lease is somebody else's now.
+    control plane wants the worker stopped, ``on_fenced`` when the lease is somebody else's now. ``granted`` is where
+    it is written down when the lease began to run anew, for whoever has to end a worker whose runner stands still.
     """
 
     def __init__(
@@ -37,11 +38,15 @@ class Outbox:
         on_stop: Callable[[int], None],
         on_fenced: Callable[[], None],
         on_told: Callable[[], None],
+        granted: Path | None = None,
         beat_s: float = BEAT_S,
     ) -> None:
         self.last_answer_s = time.monotonic()
         self.granted_s = float("-inf")
         """When the last request was sent that was answered: the lease runs from there."""
+        self._granted = (
+            os.open(granted, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600) if granted is not None else None
+        )
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._channel = channel
         self._fence = fence
@@ -135,6 +140,9 @@ class Outbox:
                 self._giving_up.set()
             raise
         self.last_answer_s = time.monotonic()
+        if self._granted is not None:
+            with contextlib.suppress(OSError):  # what was there is older, and so ends the worker sooner
+                os.pwrite(self._granted, b"%020d" % int(sent_s * 1e9), 0)
         self.granted_s = sent_s
         return answer
 

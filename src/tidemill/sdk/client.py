@@ -24,6 +24,7 @@ from tidemill.sdk.results import (
     Quote,
     Receipt,
     Record,
+    Replica,
     ReservationInfo,
     Share,
     SiteInfo,
@@ -309,6 +310,10 @@ class Client:
     def resume(self, node: str, reason: str = "") -> NodeInfo:
         """The machine, open to work again; what its devices were failing of is forgotten."""
         return self._mark(node, "resume", reason)
+
+    def replicas(self) -> tuple[Replica, ...]:
+        """The control planes that stand in for each other, the one that leads first; none where there is only one."""
+        return tuple(self._list("/v1/replicas", Replica, {}))
 
     def strangers(self) -> tuple[Stranger, ...]:
         """Launches that the engine has and the database has never heard of."""

@@ -296,6 +296,16 @@ class Status(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Replica(Record):
+    """One of several control planes; ``quiet_ms`` is how long ago it last said that it is there."""
+
+    id: str = ""
+    api_url: str = ""
+    leads: bool = False
+    quiet_ms: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stranger(Record):
     """A launch on the engine that the database has never heard of: it is newer than the backup that was restored.
 

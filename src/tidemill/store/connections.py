@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import NullPool
 
 from tidemill.errors import InvalidSetting, Stale, StorageFull, TidemillError, Unavailable
 
@@ -59,7 +60,7 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection that sees one instant of the database. Raises: as ``Store`` says."""
-        with self._failing_clearly(), self.reader.begin() as connection:
+        with failing_clearly(self.path), self.reader.begin() as connection:
             yield connection
 
     def glance(self, ask: Callable[[Connection], T]) -> T:
@@ -71,7 +72,7 @@ class Database:
         if self.glancer is None:
             with self.reading() as connection:
                 return ask(connection)
-        with self._failing_clearly():
+        with failing_clearly():
             try:
                 with self.glancer.connect() as connection:
                     return ask(connection)
@@ -84,7 +85,7 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction: committed at the end, rolled back when anything is raised. Raises: as ``Store`` says."""
-        with self._failing_clearly(), self.writer.begin() as connection:
+        with failing_clearly(self.path), self.writer.begin() as connection:
             yield connection
 
     def close(self) -> None:
@@ -93,17 +94,19 @@ class Database:
             if engine is not None:
                 engine.dispose()
 
-    @contextmanager
-    def _failing_clearly(self) -> Iterator[None]:
-        try:
-            yield
-        except DBAPIError as error:
-            meant = _sqlite_meaning(error, self.path) if self.path else _postgres_meaning(error)
-            if meant is None:
-                raise
-            raise meant from error
-        except PoolTimeout as error:
-            raise _unavailable("all connections are in use") from error
+
+@contextmanager
+def failing_clearly(path: Path | None = None) -> Iterator[None]:
+    """Turn failures of PostgreSQL, or of the SQLite file at ``path``, into ours. Raises: as ``Store`` says."""
+    try:
+        yield
+    except DBAPIError as error:
+        meant = _sqlite_meaning(error, path) if path else _postgres_meaning(error)
+        if meant is None:
+            raise
+        raise meant from error
+    except PoolTimeout as error:
+        raise _unavailable("all connections are in use") from error
 
 
 def connect(url: str, *, patience_s: float) -> Database:
@@ -113,13 +116,49 @@ def connect(url: str, *, patience_s: float) -> Database:
     """
     if url.startswith("sqlite:///"):
         return _sqlite(Path(url.removeprefix("sqlite:///")), patience_s)
+    return _postgres(_postgres_address(url), patience_s)
+
+
+def session_of(url: str, *, patience_ms: int) -> Engine:
+    """Of whose connections each is a session of its own with the PostgreSQL at ``url``, statement by statement.
+
+    A session whose other end is gone is noticed from both ends within seconds. ``patience_ms`` is for one statement.
+    Raises: InvalidSetting.
+    """
+    address = _postgres_address(url)
+    seconds = max(2, patience_ms // 1000)
+    arguments: dict[str, Any] = {
+        "keepalives_idle": 2, "keepalives_interval": 1, "keepalives_count": 3, "tcp_user_timeout": 2 * patience_ms,
+    }  # fmt: skip
+    if "connect_timeout" not in address.query:
+        arguments["connect_timeout"] = seconds
+    if "options" not in address.query:
+        arguments["options"] = (
+            f"-c statement_timeout={patience_ms} -c lock_timeout={patience_ms} -c tcp_keepalives_idle=2"
+            f" -c tcp_keepalives_interval=1 -c tcp_keepalives_count=3 -c tcp_user_timeout={2 * patience_ms}"
+        )
+    with _needing_psycopg():
+        return create_engine(address, poolclass=NullPool, isolation_level="AUTOCOMMIT", connect_args=arguments)
+
+
+def _postgres_address(url: str) -> URL:
     try:
         address = make_url(url)
     except ArgumentError as error:
         raise _not_an_address(url) from error
     if address.drivername in ("postgres", "postgresql", "postgresql+psycopg") and address.database:
-        return _postgres(address.set(drivername="postgresql+psycopg"), patience_s)
+        return address.set(drivername="postgresql+psycopg")
     raise _not_an_address(address.render_as_string(hide_password=True))
+
+
+@contextmanager
+def _needing_psycopg() -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, NoSuchModuleError) as error:
+        raise InvalidSetting(
+            "PostgreSQL needs the package psycopg.", field="database", mend='pip install "tidemill[postgres]"'
+        ) from error
 
 
 def _not_an_address(url: str) -> InvalidSetting:
@@ -168,15 +207,11 @@ def _postgres(url: URL, patience_s: float) -> Database:
         arguments["options"] = f"-c lock_timeout={int(patience_s * 1000)}"
     make: Callable[..., Engine] = create_engine
     common: dict[str, Any] = {"connect_args": arguments, "pool_pre_ping": True, "pool_timeout": patience_s}
-    try:
+    with _needing_psycopg():
         writer = make(url, pool_size=1, max_overflow=0, isolation_level="READ COMMITTED", **common)
         reader = make(url, pool_size=_READERS, max_overflow=0, isolation_level="REPEATABLE READ", **common)
         common["pool_pre_ping"] = False
         glancer = make(url, pool_size=_READERS, max_overflow=0, isolation_level="AUTOCOMMIT", **common)
-    except (ImportError, NoSuchModuleError) as error:
-        raise InvalidSetting(
-            "PostgreSQL needs the package psycopg.", field="database", mend='pip install "tidemill[postgres]"'
-        ) from error
     return Database(writer, reader, None, glancer)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, TypeVar
 
 from tidemill.core.lifecycle import is_terminal
-from tidemill.errors import Fenced, Stale
+from tidemill.errors import Deposed, Stale
 from tidemill.model.artifact import Artifact
 from tidemill.model.cloud import Rental
 from tidemill.model.fleet import Node, Outpost, Site
@@ -111,7 +111,7 @@ class MemoryStore:
 
     def _check(self, batch: Batch, changes: Iterable[tuple[type[Thing], int | None, Thing]]) -> None:
         if batch.epoch != self._all.epoch:
-            raise Fenced("Another control plane leads.", epoch=batch.epoch, leads=self._all.epoch)
+            raise Deposed("Another control plane leads.", epoch=batch.epoch, leads=self._all.epoch)
         for kind, assumed, after in changes:
             stored = self._all.things[kind].get(after.id)
             if (None if stored is None else version_of(stored)) != assumed:

@@ -41,6 +41,11 @@ leadership = Table(
 """One row, which every commit changes first: so commits are one after the other, under one leader, and events
 are numbered without gaps."""
 
+replicas = Table(
+    "replicas", metadata, _text("id", primary_key=True), _text("api_url"), _long("beats"), _long("seen_ms")
+)
+"""Control planes that share this database; ``seen_ms`` is by the database's clock."""
+
 workloads = Table(
     "workloads",
     metadata,

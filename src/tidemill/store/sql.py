@@ -38,7 +38,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
 from tidemill.core.lifecycle import is_terminal
-from tidemill.errors import Fenced, InvalidSetting, Stale, TidemillError, Unavailable
+from tidemill.errors import Deposed, InvalidSetting, Stale, TidemillError, Unavailable
 from tidemill.model.artifact import Artifact
 from tidemill.model.cloud import Rental
 from tidemill.model.events import LogEntry
@@ -140,6 +140,8 @@ class SqlStore:
         self._database = connect(url, patience_s=patience_s)
         self._patience_s = patience_s
         self._turn = threading.Lock()
+        self._epoch = 0
+        """That of the last ``lead``; zero: nobody leads through this object, and single values are written unfenced."""
         self._doubtful = 0
         """The number of a commit of which it is not known whether the database took it; zero: none."""
         insert_or = sqlite.insert if self._database.is_sqlite else postgresql.insert
@@ -196,7 +198,7 @@ class SqlStore:
         with self._writing() as connection:
             taken = update(table).values(epoch=table.c.epoch + 1, holder=holder).returning(table.c.epoch)
             epoch: int = connection.execute(taken).scalar_one()
-            self._doubtful = 0
+            self._epoch, self._doubtful = epoch, 0
             return epoch
 
     def commit(self, batch: Batch) -> int:
@@ -227,10 +229,7 @@ class SqlStore:
             .returning(table.c.commits, table.c.last_seq)
         ).one_or_none()
         if taken is None:
-            now = connection.execute(select(table.c.epoch, table.c.holder)).one_or_none()
-            raise Fenced(
-                "Another control plane leads.", epoch=epoch, leads=now and now.epoch, holder=now and now.holder
-            )
+            raise _fenced(epoch, connection.execute(select(table.c.epoch, table.c.holder)).one_or_none())
         if self._doubtful:
             was_stored, self._doubtful = taken.commits > self._doubtful, 0
             if was_stored:
@@ -247,7 +246,7 @@ class SqlStore:
             self._doubtful = number
             raise
         if now.epoch != epoch:
-            raise Fenced("Another control plane leads.", epoch=epoch, leads=now.epoch)
+            raise _fenced(epoch, now)
         return bool(now.commits >= number)
 
     def _write(self, connection: Connection, rows: Rows, *, first_seq: int) -> None:
@@ -507,6 +506,7 @@ class SqlStore:
             artifacts.project_id == artifact.project_id, artifacts.name == artifact.name
         )
         with self._writing() as connection:
+            self._check_leads(connection)
             if not self._database.is_sqlite:
                 name = f"artifact {artifact.project_id} {artifact.name}"
                 connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
@@ -595,7 +595,21 @@ class SqlStore:
 
     def _replace(self, table: Table, row: Row) -> None:
         with self._writing() as connection:
+            self._check_leads(connection)
             connection.execute(self._put[table], row)
+
+    def _check_leads(self, connection: Connection) -> None:
+        """Nobody else comes to lead while the transaction lasts. Raises: Deposed when somebody does since this did."""
+        if not self._epoch:
+            return
+        table = schema.leadership
+        now = connection.execute(select(table.c.epoch, table.c.holder).with_for_update(read=True)).one()
+        if now.epoch != self._epoch:
+            raise _fenced(self._epoch, now)
+
+
+def _fenced(epoch: int, now: Any) -> Deposed:
+    return Deposed("Another control plane leads.", epoch=epoch, leads=now and now.epoch)
 
 
 def _write_rows(connection: Connection, rows: Rows) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from tidemill.errors import TidemillError
+from tidemill.errors import Fenced, TidemillError
 from tidemill.model.events import LogEntry
 from tidemill.model.ids import (
     JobId,
@@ -157,7 +157,7 @@ class _Model:
         """The newest event's number, or the name of the error."""
         things, reasons, lines = dict(self.things), dict(self.reasons), dict(self.lines)
         if batch.epoch != self.epoch:
-            return "Fenced"
+            return "Deposed"
         for change in batch.changes:
             known = things.get(change.after.id)
             if (None if known is None else getattr(known, "version", None)) != change.assumed or (
@@ -237,4 +237,4 @@ def _outcome(store: Store, batch: Batch) -> int | str:
     try:
         return store.commit(batch)
     except TidemillError as error:
-        return type(error).__name__
+        return "Deposed" if isinstance(error, Fenced) else type(error).__name__

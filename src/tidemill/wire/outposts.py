@@ -81,7 +81,12 @@ def report_of(facts: Iterable[Fact]) -> OutpostReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutpostCalls:
-    """What an outpost fetches: calls that are not answered yet, oldest first. Numbers begin anew in each session."""
+    """What an outpost fetches: calls that are not answered yet, oldest first. Numbers begin anew in each session.
+
+    ``epoch`` is the control plane's, and ``replicas`` is where it and those that may lead next are reached.
+    """
 
     session: str
+    epoch: int = 0
+    replicas: tuple[str, ...] = ()
     calls: tuple[EngineCall, ...] = ()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.core.history import GB, PROJECTS, RATES, SITE, START, node
-from tests.faults.simulation.auditor import Auditor
+from tests.faults.simulation.auditor import Auditor, Broken
 from tests.faults.simulation.disks import Disk, Killed, MemoryDisk, ShakySqlStore, ShakyStore
 from tests.faults.simulation.machines import Journal, Machine, MachineEngine, Runner
 from tests.faults.simulation.network import FATES, Gate, SteppedOutpost, Wire, wait_by_stepping
@@ -28,9 +28,10 @@ from tidemill.control.clock import SteadyClock
 from tidemill.control.enginework import EngineWork
 from tidemill.control.identity import Directory, Identity
 from tidemill.control.plane import ControlPlane, Directive
+from tidemill.control.replicas import STALLED_S, Candidate
 from tidemill.control.settings import Settings
 from tidemill.control.vault import Vault
-from tidemill.errors import Fenced, TidemillError, Unauthorized, Unavailable
+from tidemill.errors import Deposed, Fenced, TidemillError, Unauthorized, Unavailable
 from tidemill.model.events import (
     Fact,
     Marking,
@@ -49,11 +50,13 @@ from tidemill.model.ids import (
     OutpostId,
     PrincipalId,
     ProjectId,
+    ReplicaId,
     SiteId,
     TokenId,
     WorkloadId,
 )
 from tidemill.model.job import Workload
+from tidemill.model.replica import Replica
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Kind, RetryOn, RetryPolicy, WorkloadSpec
 from tidemill.model.tenant import Principal, PrincipalKind, Scope, Token
@@ -116,15 +119,73 @@ class Control:
     plane: ControlPlane
     store: ShakyStore | ShakySqlStore
     seam: Callable[[str], None]
+    candidate: Candidate | None = None
     is_up: bool = True
-    looked_after_ns: int = 0
+    is_paused: bool = False
     flying: list[_Flight] = field(default_factory=list)
     """Requests of runners that are not answered yet."""
 
+    @property
+    def name(self) -> str:
+        """How it is called among those that may lead."""
+        return self.candidate.own_id if self.candidate is not None else ""
+
     def check_leads(self) -> None:
         """Raises: Unavailable when it is not sure to lead, where there may be others."""
-        check: Callable[[], None] = getattr(self.plane, "check_leads", lambda: None)
-        check()
+        self.plane.check_leads()
+
+
+class LeaderLock:
+    """The database's lock, of which one session has hold, and the beats of who leads: as ``store.standing`` sees them."""
+
+    def __init__(self, cloud: SmallCloud) -> None:
+        self.holder = ""
+        self.beat_ns = START
+        self.own_id = ReplicaId("")
+        self._cloud = cloud
+        self._count = 0
+
+    def candidate(self) -> Candidate:
+        """One that takes the lock, which is free."""
+        self._count += 1
+        standing = _Standing(self, ReplicaId(f"control-{self._count}"), self._cloud)
+        candidate = Candidate(standing, on_deposed=lambda: None, now=lambda: self._cloud.now / SECOND_NS)
+        self.holder = ""
+        candidate._try()
+        return candidate
+
+
+class _Standing:
+    """One replica's place among the control planes of a disk."""
+
+    def __init__(self, lock: LeaderLock, own_id: ReplicaId, cloud: SmallCloud) -> None:
+        self.own_id = own_id
+        self._lock = lock
+        self._cloud = cloud
+
+    def try_to_lead(self) -> bool:
+        self._lock.holder = self._lock.holder or self.own_id
+        return self._lock.holder == self.own_id
+
+    def epoch(self) -> int:
+        return self._cloud.disk.epoch()
+
+    def beat(self) -> tuple[Replica, ...]:
+        self._lock.beat_ns = self._cloud.now
+        return (Replica(id=self.own_id, api_url="http://control", beats=1, leads=True, quiet_ms=0),)
+
+    def end_holder(self) -> None:
+        self._lock.holder = ""
+
+    def leave(self) -> None:
+        """Nobody looks for it."""
+
+    def sweep(self) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        if self._lock.holder == self.own_id:
+            self._lock.holder = ""
 
 
 @dataclass(eq=False)
@@ -163,8 +224,11 @@ class Order:
 class SmallCloud:
     """One installation with two machines of its own, two at another site, and what its users were told."""
 
-    def __init__(self, disk: Disk | None = None) -> None:
+    def __init__(self, disk: Disk | None = None, *, is_shared: bool = False) -> None:
+        """With ``is_shared`` several control planes may lead, none has an engine of its own, and all machines dial in."""
         self.now = START
+        self.is_shared = is_shared
+        self.site = replace(SITE, lease_ns=EDGE.lease_ns) if is_shared else SITE
         self.wall_ns = 0
         """By how much the control plane's wall clock is off."""
         self.has_leapt = False
@@ -181,10 +245,12 @@ class SmallCloud:
         self.outposts = [
             SteppedOutpost(
                 self,
-                Outpost(id=OutpostId(f"out_{one.id}"), site_id=EDGE.id, name=one.name, engine="local", created_ns=START),
+                Outpost(
+                    id=OutpostId(f"out_{one.id}"), site_id=one.site_id, name=one.name, engine="local", created_ns=START
+                ),
                 self.machines[one.id],
             )
-            for one in EDGE_NODES
+            for one in (EDGE_NODES if not is_shared else (*EDGE_NODES, *NODES))
         ]
         self.fenced = 0
         self.told: list[Fact] = []
@@ -199,11 +265,12 @@ class SmallCloud:
         self.fuse = 0
         """How many seams are left until the control plane is killed; zero: it is not."""
         self.controls: list[Control] = []
+        self.lock = LeaderLock(self)
         self._later: list[tuple[int, Callable[[], None]]] = []
         self._meanwhile: list[Op] = []
         self._steps = 0
         self._dice = random.Random(1)
-        self.diary: list[str] = []
+        self.diary: list[tuple[int, str]] = []
         """What was done, for reading."""
         for project in PROJECTS:
             self.disk.look.put_project(project)
@@ -229,6 +296,10 @@ class SmallCloud:
         """The store of the control plane that leads."""
         return self.control.store
 
+    def acting(self) -> list[EngineWork]:
+        """The hands of the control plane that leads, unless it stands still."""
+        return [] if self.control.is_paused else self.works
+
     @property
     def works(self) -> list[EngineWork]:
         """The hands of the control plane that leads."""
@@ -236,20 +307,22 @@ class SmallCloud:
 
     def _start(self) -> None:
         store = self.disk.connect()
-        control = Control(len(self.controls), None, store, lambda _: None)  # type: ignore[arg-type]
-        engine: Any = Gate(MachineEngine([self.machines[one.id] for one in NODES]), self, control)
+        candidate = self.lock.candidate() if self.is_shared else None
+        control = Control(len(self.controls), None, store, lambda _: None, candidate)  # type: ignore[arg-type]
+        engine: Any = None if self.is_shared else Gate(MachineEngine([self.machines[one.id] for one in NODES]), self, control)
         plane = ControlPlane(
             settings=_settings(),
             store=store,
             engine=engine,
-            site=SITE,
+            site=self.site,
             rates=RATES,
             directory=Directory(PEPPER, principals=(_PRINCIPAL,), known=(_TOKEN,)),
             vault=Vault(PEPPER),
             clock=SteadyClock(wall=lambda: self.now + self.wall_ns, monotonic=lambda: self.now),
-            on_fenced=self._on_fenced,
+            on_fenced=lambda: self._on_fenced(control),
             monotonic=lambda: self.now,
             entropy=self._dice.randbytes,
+            candidate=candidate,
         )
         control.plane = plane
         for site_engine in plane.sites._engines.values():
@@ -264,11 +337,15 @@ class SmallCloud:
         self._wall_at_start_ns = self.wall_ns
         self._join()
 
-    def _on_fenced(self) -> None:
+    def _on_fenced(self, control: Control) -> None:
         self.fenced += 1
+        if control.candidate is not None:
+            control.is_up = False  # its process begins anew
 
     def _join(self) -> None:
         """What a starting control plane does with its own engine."""
+        if self.is_shared:
+            return
         nodes = MachineEngine([self.machines[one.id] for one in NODES]).nodes()
         self.plane._turns.put([NodeJoined(at_ns=self.plane._clock(), node=one) for one in nodes])
 
@@ -307,9 +384,67 @@ class SmallCloud:
             flight.runner.is_asking = False
         self.control.flying.clear()
 
-    def dialled(self, _wire: Wire) -> Control | None:
+    def dialled(self, wire: Wire) -> Control | None:
         """Which control plane a machine reaches."""
-        return self.control if self.control.is_up else None
+        old = self.old
+        control = old[-1] if wire.dials_old and old else self.control
+        return control if control.is_up and not control.is_paused else None
+
+    # -- who leads, where several may ----------------------------------------------------------------------------------
+
+    @property
+    def old(self) -> list[Control]:
+        """Those that led before, and have not heard yet that they do not."""
+        return [one for one in self.controls[:-1] if one.is_up]
+
+    def depose(self, *, is_paused: bool) -> None:
+        """The leader stands still, or its session with the database breaks and it goes on for a while."""
+        if not self.is_shared or self.control.is_paused:
+            return
+        self.control.is_paused = is_paused
+        if not is_paused:
+            self.lock.holder = ""
+            self._take_over()
+
+    def look_for_leader(self) -> None:
+        """What standing by and leading come to: a leader that stands still is replaced, one that leads is sure of it."""
+        control = self.control
+        if control.is_paused and self.now - self.lock.beat_ns > STALLED_S * SECOND_NS:
+            self.lock.holder = ""
+            self._take_over()
+        elif control.candidate is not None and control.is_up and not control.is_paused:
+            with suppress(TidemillError):
+                control.candidate._confirm()
+
+    def _take_over(self) -> None:
+        before = self.control
+        self.asked.clear()
+        for order in self.orders:
+            order.futures.clear()
+        self.fuse = 0
+        self._start()
+        self.note(f"control plane {self.control.number} leads instead of {before.number}")
+
+    def step_old(self, a: int) -> None:
+        """One that does not lead any more goes on as if it did: a turn, its commands, or a look."""
+        if not (old := [one for one in self.old if not one.is_paused]):
+            return
+        before, control = self.disk.look.load(), old[a % len(old)]
+        with suppress(Killed, TidemillError, RuntimeError):
+            match a // 2 % 4:
+                case 0:
+                    control.plane._turns.take_turn()
+                case 1:
+                    for work in control.plane.sites.works.values():
+                        for lane in range(4):
+                            work.work_off(lane)
+                case 2:
+                    for work in control.plane.sites.works.values():
+                        work.watch()
+                case _:
+                    control.plane.sites.look_after()
+        if a // 2 % 4 == 0 and self.disk.look.load() != before:
+            raise Broken("I3", "who does not lead any more stored something")
 
     # -- what can be done -------------------------------------------------------------------------------------------
 
@@ -392,6 +527,15 @@ class SmallCloud:
                 self.restore(a)
             case "end_stranger":
                 self.end_strangers()
+            case "pause":
+                self.depose(is_paused=a % 2 == 0)
+            case "resume":
+                for control in self.controls:
+                    control.is_paused = False
+            case "dial_old":
+                self._wire(a).dials_old = b % 4 != 0
+            case "step_old":
+                self.step_old(a)
             case _:
                 raise AssertionError(name)
         self._steps += 1
@@ -406,6 +550,7 @@ class SmallCloud:
     def breathe(self) -> None:
         """All loops of all processes go round once."""
         self._do_what_is_late()
+        self.look_for_leader()
         for outpost in self.outposts:
             outpost.step()
         self.hurry(turns=False)
@@ -419,7 +564,7 @@ class SmallCloud:
         self.report()
         self.turn(only_if_due=not turns)
         with self.running():
-            for work in self.works:
+            for work in self.acting():
                 for lane in range(4):
                     while work.work_off(lane):
                         pass
@@ -429,7 +574,7 @@ class SmallCloud:
     def work(self, a: int, b: int) -> None:
         """Two lanes get round to a command each."""
         with self.running():
-            for work in self.works:
+            for work in self.acting():
                 for lane in (a % 4, b % 4):
                     work.work_off(lane)
 
@@ -458,7 +603,7 @@ class SmallCloud:
                 self._place(self.orders[a % len(self.orders)])
 
     def _place(self, order: Order) -> None:
-        if not self.control.is_up or order.is_given_up:
+        if self.control.is_paused or order.is_given_up:
             return
         try:
             order.futures.append(
@@ -489,6 +634,8 @@ class SmallCloud:
     def turn(self, *, only_if_due: bool = False) -> None:
         """One turn; whoever waited for it learns how it went."""
         turns = self.plane._turns
+        if self.control.is_paused:
+            return
         if not only_if_due or turns._inbox or 0 < turns.wake_ns <= self.plane._clock():
             with self.running():
                 turns.take_turn()
@@ -511,11 +658,12 @@ class SmallCloud:
             self._telling = None
             if future.exception() is None:
                 del self.told[:count]
-        flying = self.control.flying
-        if flying and (landed := [flight for flight in flying if flight.answer.done()]):
-            self.control.flying = [flight for flight in self.control.flying if not flight.answer.done()]
-            for flight in landed:
-                self._land(flight)
+        for control in self.controls[-2:]:
+            flying = control.flying
+            if flying and (landed := [flight for flight in flying if flight.answer.done()]):
+                control.flying = [flight for flight in flying if not flight.answer.done()]
+                for flight in landed:
+                    self._land(flight)
 
     def report(self) -> None:
         """Every runner and the machines send what they have to tell, if their last report was answered."""
@@ -582,13 +730,13 @@ class SmallCloud:
             flight.machine.answered(
                 flight.runner, sent_ns=flight.sent_ns, told=flight.told, stop=told.stop, grace_ns=told.grace_ns
             )
-        elif isinstance(error, Fenced):
+        elif isinstance(error, Fenced) and not isinstance(error, Deposed):
             flight.machine.fenced(flight.runner)
 
     def look(self, meanwhile: list[Op] | None = None) -> None:
         """Compare with the engines' lists; ``meanwhile`` happens while the first is made."""
         self._meanwhile = [op for op in meanwhile or [] if op[0] not in ("crash", "look", "restore", "live", "long")]
-        for work in self.works:
+        for work in self.acting():
             with self.running(), suppress(TidemillError):
                 work.look()
         self._meanwhile = []
@@ -603,12 +751,14 @@ class SmallCloud:
 
     def watch(self) -> None:
         """Every site is looked at, and its nodes join."""
-        for work in self.works:
+        for work in self.acting():
             with self.running(), suppress(TidemillError, RuntimeError):
                 work.watch()
 
     def look_after(self) -> None:
         """What follows from silence is told."""
+        if self.control.is_paused:
+            return
         with self.running(), suppress(TidemillError, RuntimeError):
             self.plane.sites.look_after()
         self._hear()
@@ -618,7 +768,7 @@ class SmallCloud:
         machine = self.machines[node_id]
         if machine.is_on:
             machine.turn_off()
-            if node_id in {one.id for one in NODES}:
+            if not self.is_shared and node_id in {one.id for one in NODES}:
                 self.told.append(NodeWentAway(at_ns=self.now, node_id=node_id, detail="the machine was lost"))
 
     def return_node(self, node_id: NodeId) -> None:
@@ -629,7 +779,7 @@ class SmallCloud:
             for outpost in self.outposts:
                 if outpost.machine is machine:
                     outpost.restart()
-            if node_id in {one.id for one in NODES}:
+            if not self.is_shared and node_id in {one.id for one in NODES}:
                 self.told.append(NodeJoined(at_ns=self.now, node=machine.node))
 
     def backup(self) -> None:
@@ -675,7 +825,19 @@ class SmallCloud:
 
     def note(self, what: str) -> None:
         """Write into the diary."""
-        self.diary.append(f"{(self.now - START) / SECOND_NS:8.2f} s  {what}")
+        self.diary.append((self.now, what))
+
+    def told_story(self) -> list[str]:
+        """What was done, what really ran, and what the event log has, by time."""
+        lines = [(at, f"       {what}") for at, what in self.diary]
+        lines += [
+            (line.at_ns, f"RAN    {line.what} {line.launch_id} on {line.node_id} {line.why}") for line in self.journal.lines
+        ]
+        for event in self.disk.look.events(limit=100_000):
+            entry = event.entry
+            body = " ".join(f"{name}={value}" for name, value in entry.body if value not in ("", None))
+            lines.append((entry.at_ns, f"LOG    {entry.type} {entry.job_id} {body}"))
+        return [f"{(at - START) / SECOND_NS:9.2f} s  {what}" for at, what in sorted(lines, key=lambda line: line[0])]
 
     # -- until nothing is left to do -----------------------------------------------------------------------------------
 
@@ -697,6 +859,10 @@ class SmallCloud:
     def end_faults(self) -> None:
         """From now on nothing goes wrong."""
         self.fuse = 0
+        for control in self.controls:
+            control.is_paused = False
+            control.is_up = control.is_up and control is self.control
+        self.lock.holder = self.control.name
         self.store.mishaps.clear()
         self.engine_mishaps.clear()
         for wire in self.wires.values():
@@ -782,10 +948,20 @@ def _spec(a: int, b: int) -> WorkloadSpec:
     )
 
 
+LEADERS: Final = frozenset({"pause", "resume", "dial_old", "step_old"})
+"""What can happen only where several control planes may lead."""
+
+
+def begun(ops: list[Op], disk: Disk | None = None) -> SmallCloud:
+    """A cloud in which that history can happen."""
+    cloud = SmallCloud(disk, is_shared=any(name in LEADERS for name, _, _ in ops))
+    cloud.live(2 * SECOND_NS)
+    return cloud
+
+
 def played(ops: list[Op], disk: Disk | None = None) -> SmallCloud:
     """A cloud after that history and until nothing is left to do, audited all the while."""
-    cloud = SmallCloud(disk)
-    cloud.live(SECOND_NS)
+    cloud = begun(ops, disk)
     cloud.play(ops)
     cloud.settle()
     cloud.auditor.audit()

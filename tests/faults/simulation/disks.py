@@ -15,13 +15,21 @@ unreadable      reading fails
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+import sqlite3
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from dataclasses import replace as altered
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
+
+from sqlalchemy import create_engine, make_url, select, text
+from sqlalchemy.pool import NullPool
 
 from tidemill.core.lifecycle import is_terminal
 from tidemill.errors import Stale, StorageFull, Unavailable
@@ -29,7 +37,7 @@ from tidemill.model.ids import LaunchId
 from tidemill.model.job import Allocation, Job
 from tidemill.model.values import replace
 from tidemill.ports import Batch, Snapshot, Store
-from tidemill.store import backup, memory
+from tidemill.store import backup, memory, schema
 from tidemill.store.backup import EPOCH_STRIDE, FENCE_STRIDE, FENCES_FROM_S
 from tidemill.store.memory import MemoryStore
 from tidemill.store.sql import SqlStore
@@ -151,6 +159,10 @@ class Disk(Protocol):
         """A store as a control plane that starts now has it."""
         ...
 
+    def epoch(self) -> int:
+        """The newest epoch."""
+        ...
+
     def backup(self) -> Any:
         """All that is stored now."""
         ...
@@ -175,6 +187,10 @@ class MemoryDisk:
         store = ShakyStore()
         store._all, store._lock = self._contents, self.look._lock  # type: ignore[attr-defined]
         return store
+
+    def epoch(self) -> int:
+        """The newest epoch."""
+        return int(self._contents.epoch)
 
     def backup(self) -> Any:
         """All that is stored now: of values that never change, in tables of our own."""
@@ -207,8 +223,8 @@ def _copied(contents: Any) -> Any:
     return altered(contents, **values)
 
 
-class SqliteDisk:
-    """A file in ``folder``, a new one after each restoring."""
+class _SqlDisk:
+    """A database, a new one after each restoring. ``folder`` is for copies."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -225,6 +241,12 @@ class SqliteDisk:
         store.migrate()
         return store
 
+    def epoch(self) -> int:
+        """The newest epoch."""
+        store: Any = self.look
+        with store._database.reading() as connection:
+            return int(connection.execute(select(schema.leadership.c.epoch)).scalar_one())
+
     def backup(self) -> Any:
         """The rows, in a folder."""
         rows = self._folder / f"backup-{next(self._numbers)}"
@@ -234,20 +256,86 @@ class SqliteDisk:
     def restore(self, copy: Any, *, now_ns: int) -> None:
         """As ``tidemill restore`` does it."""
         rows, manifest = copy
-        self.close()
-        self._url = self._next()
+        self._let_go()
+        self._url = self._next(is_empty=True)
         backup.load(self._url, rows, manifest, now_ns=now_ns)
         self.look = self._keep(SqlStore(self._url))
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Let go of all of it."""
+        self._let_go()
+
+    def _let_go(self) -> None:
         for store in self._open:
             store.close()
         self._open.clear()
 
-    def _next(self) -> str:
-        return f"sqlite:///{self._folder / f'control-{next(self._numbers)}.db'}"
+    def _next(self, *, is_empty: bool = False) -> str:
+        """The address of another database."""
+        raise NotImplementedError
 
     def _keep(self, store: Any) -> Any:
         self._open.append(store)
         return store
+
+
+class SqliteDisk(_SqlDisk):
+    """Files in ``folder``."""
+
+    def _next(self, *, is_empty: bool = False) -> str:
+        path = self._folder / f"control-{next(self._numbers)}.db"
+        if not is_empty:
+            shutil.copyfile(_migrated(), path)
+        return f"sqlite:///{path}"
+
+
+@cache
+def _migrated() -> Path:
+    """A database of this version's schema with nothing in it: making one takes as long as ten seeds."""
+    path = Path(_kept_folder().name) / "empty.db"
+    store = SqlStore(f"sqlite:///{path}")
+    store.migrate()
+    store.close()
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    connection.close()
+    return path
+
+
+@cache
+def _kept_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="tidemill-simulation-")
+
+
+class PostgresDisk(_SqlDisk):
+    """Databases of our own on the server of that address, whose user may make some."""
+
+    def __init__(self, folder: Path, server: str) -> None:
+        self._server = make_url(server).set(drivername="postgresql+psycopg")
+        self._made: list[str] = []
+        super().__init__(folder)
+
+    def close(self) -> None:
+        """Let go of all of it, and drop it."""
+        super().close()
+        with self._commands() as connection:
+            for name in self._made:
+                connection.execute(text(f'DROP DATABASE "{name}" WITH (FORCE)'))
+
+    def _next(self, *, is_empty: bool = False) -> str:
+        del is_empty
+        name = f"tidemill_simulation_{os.getpid()}_{next(_DATABASES)}"
+        with self._commands() as connection:
+            connection.execute(text(f'CREATE DATABASE "{name}"'))
+        self._made.append(name)
+        address = self._server.set(database=name, drivername="postgresql")
+        return address.render_as_string(hide_password=False)
+
+    @contextmanager
+    def _commands(self) -> Iterator[Any]:
+        engine = create_engine(self._server, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        with engine.connect() as connection:
+            yield connection
+
+
+_DATABASES = itertools.count()

@@ -9,7 +9,7 @@ from typing import Final
 from hypothesis import strategies as st
 
 from tests.faults.simulation.auditor import Broken
-from tests.faults.simulation.cloud import Op, SmallCloud, played
+from tests.faults.simulation.cloud import Op, begun, played
 from tests.faults.simulation.disks import Disk, MemoryDisk
 
 _USUAL: Final = (
@@ -80,10 +80,9 @@ def shortened(ops: list[Op], disk: Callable[[], Disk] = MemoryDisk, *, tries: in
 def told(ops: list[Op], disk: Callable[[], Disk] = MemoryDisk) -> str:
     """The history as it went: what was done, what the journal and the event log have, and what is broken."""
     own = disk()
-    cloud = SmallCloud(own)
+    cloud = begun(ops, own)
     end = "nothing is broken"
     try:
-        cloud.live(1_000_000_000)
         cloud.play(ops)
         cloud.settle()
         cloud.auditor.audit()

@@ -181,8 +181,7 @@ class Channel:
         box = sites.box(self._identity)
         box.asked_s = self._cloud.now / 1e9
         control.check_leads()
-        more = {"epoch": sites.epoch} if hasattr(sites, "epoch") else {}
-        return _CALLS.encode(OutpostCalls(session=sites.session, calls=box._after(after), **more))
+        return _CALLS.encode(OutpostCalls(session=sites.session, epoch=sites.epoch, calls=box._after(after)))
 
     def _report(self, control: Control, body: bytes) -> bytes:
         """As ``POST /v1/outposts/self/report`` does; nobody here waits for facts to be stored."""

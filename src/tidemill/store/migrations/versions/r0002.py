@@ -47,6 +47,14 @@ def upgrade() -> None:
             sa.Column("id", TEXT, primary_key=True, nullable=False),
             sa.Column("body", TEXT, nullable=False),
         )
+    # Control planes that share the database.
+    op.create_table(
+        "replicas",
+        sa.Column("id", TEXT, primary_key=True, nullable=False),
+        sa.Column("api_url", TEXT, nullable=False),
+        sa.Column("beats", LONG, nullable=False),
+        sa.Column("seen_ms", LONG, nullable=False),
+    )
     # What was rented from clouds.
     op.create_table(
         "rentals",
