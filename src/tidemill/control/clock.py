@@ -32,9 +32,7 @@ def _uptime_ns() -> int:
 class SteadyClock:
     """Instants in ns since 1970, none before the last one. ``wall`` may jump, ``monotonic`` never does. Thread-safe."""
 
-    def __init__(
-        self, *, wall: Callable[[], int] = time.time_ns, monotonic: Callable[[], int] = _uptime_ns
-    ) -> None:
+    def __init__(self, *, wall: Callable[[], int] = time.time_ns, monotonic: Callable[[], int] = _uptime_ns) -> None:
         self._wall = wall
         self._monotonic = monotonic
         self._lock = threading.Lock()

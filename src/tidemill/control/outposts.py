@@ -116,8 +116,8 @@ class Mailbox:
 class SiteEngine:
     """The engine of a site: that of this process if it is ``own``, and those of the outposts that dial in.
 
-    Keeps the contract of engines. ``answer_s`` is how long a call waits for an outpost's answer, by ``clock``, which is in
-    s and never jumps; ``wait`` does so, and raises TimeoutError when none comes.
+    Keeps the contract of engines. ``answer_s`` is how long a call waits for an outpost's answer, by ``clock``, which
+    is in s and never jumps; ``wait`` does so, and raises TimeoutError when none comes.
     ``site_of`` tells where a node is known to be: an outpost speaks only for nodes of its own site that no other
     outpost works.
     """

@@ -160,8 +160,8 @@ class ControlPlane:
     ) -> None:
         """``candidate`` is what makes sure that this one leads, where others may; ``holder`` is its name.
 
-        ``clock`` gives instants and ``monotonic`` lengths of time, both in ns; ids are made of ``entropy``, which is told
-        how many bytes of it. A ``SteadyClock`` says nothing earlier than what is stored.
+        ``clock`` gives instants and ``monotonic`` lengths of time, both in ns; ids are made of ``entropy``, which is
+        told how many bytes of it. A ``SteadyClock`` says nothing earlier than what is stored.
         """
         self.settings = settings
         self.store = store

@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--store", default="memory", help="memory, sqlite, or the address of a PostgreSQL: postgresql://… (memory)"
     )
-    parser.add_argument("--whole", action="store_true", help="tell a failing history as it is, and not its shortest part")
+    parser.add_argument(
+        "--whole", action="store_true", help="tell a failing history as it is, and not its shortest part"
+    )
     given = parser.parse_args(arguments)
     logging.disable(logging.CRITICAL)  # what goes wrong here is meant to
     with tempfile.TemporaryDirectory(prefix="tidemill-simulation-") as folder:
@@ -46,7 +48,9 @@ def _play(seeds: range, store: str, disk: Callable[[], Disk], *, is_whole: bool)
         if time.monotonic() - shown_s > 10 or done == len(seeds):
             shown_s = time.monotonic()
             rate = done / max(shown_s - began_s, 1e-9)
-            print(f"{done} of {len(seeds)} seeds on {_kind(store)}, {rate:.0f} a second, {len(failed)} failed", flush=True)
+            print(
+                f"{done} of {len(seeds)} seeds on {_kind(store)}, {rate:.0f} a second, {len(failed)} failed", flush=True
+            )
     print(json.dumps({"passed": len(seeds) - len(failed), "failed": len(failed), "seeds": len(seeds)}))
     return int(bool(failed))
 

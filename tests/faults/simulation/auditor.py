@@ -18,7 +18,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.core.history import START
-from tests.faults.simulation.machines import capacity_of
+from tests.faults.simulation.machines import Line, capacity_of
 from tidemill.core.lifecycle import is_terminal
 from tidemill.model.fleet import Node
 from tidemill.model.ids import JobId, LaunchId, WorkloadId
@@ -82,6 +82,8 @@ class Auditor:
             running[attempt] += sign
             if sign > 0:
                 self._check_start(line.launch_id, run, running)
+                if self._restored_ns and self._cloud.disk.look.allocation(line.launch_id) is None:
+                    self._strangers.add(line.launch_id)
             for what, amount in self._amounts(line) if line.launch_id not in self._strangers else ():
                 held = self._held[line.node_id, what] = self._held[line.node_id, what] + sign * amount
                 capacity = self._capacity[line.node_id].get(what, 0)
@@ -223,12 +225,21 @@ class Auditor:
         lines = self._cloud.journal.lines
         for attempt in self._cloud.disk.look.attempts(row.job.id):
             mine = [line for line in lines if line.launch_id.startswith(attempt.id.replace("att_", "run_") + "-")]
+            if attempt.cause is Cause.NODE_LOST and not self._was_hurt(mine, row, attempt.id):
+                raise Broken("I5", f"{attempt.id} ended as lost, and nothing happened to it: {attempt.detail}")
             early = self._cloud.has_leapt
             if attempt.cause is Cause.TIMED_OUT and not early and not any(line.why in _HURT for line in mine):
                 began = min(line.at_ns for line in mine if line.what == "start")
                 ended = max(line.at_ns for line in mine if line.what == "stop")
                 if ended - began < row.workload.spec.max_duration_ns - 5 * SECOND_NS:
                     raise Broken("I5", f"{attempt.id} timed out after {(ended - began) // SECOND_NS} s")
+
+    def _was_hurt(self, lines: list[Line], row: JobRow, attempt: str) -> bool:
+        """Whether a worker of an attempt was killed or let its lease pass, or a machine of it was away."""
+        if any(line.why in _HURT or "lease" in line.why for line in lines):
+            return True
+        held = self._cloud.disk.look.allocations(row.job.id)
+        return any(one.node_id in self._cloud.hurt for one in held if one.attempt_id == attempt)
 
     def _audit_log(self, rows: tuple[JobRow, ...]) -> None:
         """I7: no gap, and of each job one beginning and one end, with nothing after it."""

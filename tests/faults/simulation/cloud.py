@@ -82,6 +82,9 @@ MISHAPS: Final = (
     ["lost", "unavailable"], ["unavailable"] * 4, ["lost", "unreadable"],
 )  # fmt: skip
 
+_LARGE: Final = frozenset({"crash", "look", "restore", "live", "long", "silence"})
+"""What does not happen during a look."""
+
 Op = tuple[str, int, int]
 """What is done, and two numbers that choose to what."""
 
@@ -238,7 +241,8 @@ class SmallCloud:
         self.journal = Journal()
         drifts = iter(DRIFTS_PPM)
         self.machines = {
-            one.id: Machine(one, self.journal, lambda: self.now, drift_ppm=next(drifts)) for one in (*NODES, *EDGE_NODES)
+            one.id: Machine(one, self.journal, lambda: self.now, drift_ppm=next(drifts))
+            for one in (*NODES, *EDGE_NODES)
         }
         self.wires = {one: Wire() for one in self.machines}
         self.engine_mishaps: deque[str] = deque()
@@ -266,6 +270,8 @@ class SmallCloud:
         """How many seams are left until the control plane is killed; zero: it is not."""
         self.controls: list[Control] = []
         self.lock = LeaderLock(self)
+        self.hurt: set[NodeId] = set()
+        """Machines that were off, cut off, or out of reach for another reason that is not the control plane's."""
         self._later: list[tuple[int, Callable[[], None]]] = []
         self._meanwhile: list[Op] = []
         self._steps = 0
@@ -309,7 +315,9 @@ class SmallCloud:
         store = self.disk.connect()
         candidate = self.lock.candidate() if self.is_shared else None
         control = Control(len(self.controls), None, store, lambda _: None, candidate)  # type: ignore[arg-type]
-        engine: Any = None if self.is_shared else Gate(MachineEngine([self.machines[one.id] for one in NODES]), self, control)
+        engine: Any = (
+            None if self.is_shared else Gate(MachineEngine([self.machines[one.id] for one in NODES]), self, control)
+        )
         plane = ControlPlane(
             settings=_settings(),
             store=store,
@@ -478,9 +486,9 @@ class SmallCloud:
             case "tick":
                 self.now += (1 + a) * SECOND_NS // 4
             case "live":
-                self.live((1 + a) * SECOND_NS // 2)
+                self.live((1 + a) * SECOND_NS // 2, stride_ns=3 * SECOND_NS // 2)
             case "long":
-                self.live((5 + a) * 2 * SECOND_NS, stride_ns=3 * SECOND_NS)
+                self.live((5 + a) * 2 * SECOND_NS, stride_ns=4 * SECOND_NS)
             case "stop":
                 self.stop(a)
             case "crash":
@@ -498,10 +506,14 @@ class SmallCloud:
             case "cut":
                 wire = self._wire(a)
                 wire.is_cut_out, wire.is_cut_in = b % 3 != 1, b % 3 != 0
+            case "silence":
+                wire = self._wire(2 + a % 2)
+                wire.is_cut_out = wire.is_cut_in = True
+                self.live((18 + b) * SECOND_NS, stride_ns=2 * SECOND_NS)
             case "heal":
                 self._wire(a).heal()
             case "hold":
-                self.wires[EDGE_NODES[a % 2].id].holds += 1 + b % 5
+                self._wire(2 + a % 2).holds += 1 + b % 5
             case "restart_outpost":
                 self.outposts[a % 2].restart()
             case "lose_worker":
@@ -563,11 +575,11 @@ class SmallCloud:
         """All that waits for nobody happens: reports, a turn, its commands, and what they lead to at once."""
         self.report()
         self.turn(only_if_due=not turns)
-        with self.running():
-            for work in self.acting():
-                for lane in range(4):
-                    while work.work_off(lane):
-                        pass
+        for work in self.acting():
+            for lane, waiting in enumerate(work._lanes):
+                while not waiting.empty() and self.control.is_up:
+                    with self.running():
+                        work.work_off(lane)
         self.report()
         self.turn(only_if_due=not turns)
 
@@ -698,7 +710,15 @@ class SmallCloud:
             self.later(lambda: self._serve(control, machine, runner, facts, sent, "", is_echo=True))
 
     def _serve(
-        self, control: Control, machine: Machine, runner: Runner, facts: list[Fact], sent: int, fate: str, *, is_echo: bool
+        self,
+        control: Control,
+        machine: Machine,
+        runner: Runner,
+        facts: list[Fact],
+        sent: int,
+        fate: str,
+        *,
+        is_echo: bool,
     ) -> None:
         """As ``POST /v1/runners/…/report`` and ``…/beat`` do."""
         if not control.is_up:
@@ -735,7 +755,7 @@ class SmallCloud:
 
     def look(self, meanwhile: list[Op] | None = None) -> None:
         """Compare with the engines' lists; ``meanwhile`` happens while the first is made."""
-        self._meanwhile = [op for op in meanwhile or [] if op[0] not in ("crash", "look", "restore", "live", "long")]
+        self._meanwhile = [op for op in meanwhile or [] if op[0] not in _LARGE]
         for work in self.acting():
             with self.running(), suppress(TidemillError):
                 work.look()
@@ -768,6 +788,7 @@ class SmallCloud:
         machine = self.machines[node_id]
         if machine.is_on:
             machine.turn_off()
+            self.hurt.add(node_id)
             if not self.is_shared and node_id in {one.id for one in NODES}:
                 self.told.append(NodeWentAway(at_ns=self.now, node_id=node_id, detail="the machine was lost"))
 
@@ -831,7 +852,8 @@ class SmallCloud:
         """What was done, what really ran, and what the event log has, by time."""
         lines = [(at, f"       {what}") for at, what in self.diary]
         lines += [
-            (line.at_ns, f"RAN    {line.what} {line.launch_id} on {line.node_id} {line.why}") for line in self.journal.lines
+            (line.at_ns, f"RAN    {line.what} {line.launch_id} on {line.node_id} {line.why}")
+            for line in self.journal.lines
         ]
         for event in self.disk.look.events(limit=100_000):
             entry = event.entry
@@ -897,6 +919,7 @@ class SmallCloud:
         return min((at for at in found if at), default=0)
 
     def _wire(self, a: int) -> Wire:
+        self.hurt.add(NodeId(f"n{a % 4}"))
         return self.wires[NodeId(f"n{a % 4}")]
 
     def _machine_of(self, launch: LaunchId) -> Machine:
@@ -934,7 +957,7 @@ def _spec(a: int, b: int) -> WorkloadSpec:
     return WorkloadSpec(
         kind=Kind.ARRAY if b % 5 == 0 else Kind.TASK,
         name="w",
-        run=f"{fate} {1 + (a + b) % 12} {b % 4}",
+        run=f"{fate} {(1 + (a + b) % 12) * (5 if (a + b) % 8 == 3 else 1)} {b % 4}",
         nodes=nodes,
         nodes_min=1 if a % 4 == 1 and nodes > 1 else 0,
         array_size=2 if b % 5 == 0 else 1,

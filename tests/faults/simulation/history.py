@@ -18,14 +18,25 @@ _USUAL: Final = (
 )  # fmt: skip
 """What happens anyway, in large steps and in small ones."""
 _FAULTS: Final = (
-    ["crash"] + ["kill"] * 3 + ["store"] * 3 + ["engine"] * 2 + ["wire"] * 3 + ["cut", "cut", "heal", "heal", "hold"]
+    ["crash"] + ["kill"] * 3 + ["store"] * 3 + ["engine"] * 2 + ["wire"] * 3 + ["cut", "silence", "heal", "heal", "hold"]
     + ["lose_worker", "lose_node", "return_node", "return_node", "reboot", "restart_outpost", "nodes"]
 )  # fmt: skip
 FLAVOURS: Final[dict[str, list[str]]] = {
     "faults": [*_USUAL, *_FAULTS],
     "clocks": [*_USUAL, *_FAULTS, "wall", "wall", "machine_wall"],
     "backups": [*_USUAL, *_FAULTS, "backup", "backup", "restore", "restore", "end_stranger"],
-    "leaders": [*_USUAL, *_FAULTS, "pause", "pause", "resume", "resume", "dial_old", "step_old", "step_old", "step_old"],
+    "leaders": [
+        *_USUAL,
+        *_FAULTS,
+        "pause",
+        "pause",
+        "resume",
+        "resume",
+        "dial_old",
+        "step_old",
+        "step_old",
+        "step_old",
+    ],
 }
 """What histories are made of. A seed has one of them, by its remainder."""
 

@@ -316,7 +316,9 @@ class Machine:
         else:
             if runner.kill_ns and at >= runner.kill_ns and not (runner.end_ns and runner.end_ns <= at):
                 runner.exit_code = KILLED
-            self._end(runner, at, why=(runner.fault[1] if runner.fault else "stopped") if runner.is_stopping else "by itself")
+            self._end(
+                runner, at, why=(runner.fault[1] if runner.fault else "stopped") if runner.is_stopping else "by itself"
+            )
 
     def _fault(self, runner: Runner, _at: int) -> None:
         runner.fault = (Cause.NODE_LOST, "the control plane did not answer for the length of the lease")

@@ -19,7 +19,6 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 
@@ -134,7 +133,7 @@ class Channel:
         return self
 
     def open(self, _method: str, path: str, _body: bytes | None = None, **_: Any) -> _Content:
-        after = int(parse_qs(urlsplit(path).query)["after"][0])
+        after = int(path.partition("after=")[2].partition("&")[0])
         return _Content(self._exchange(lambda control: self._calls(control, after)))
 
     def call(self, _method: str, _path: str, body: bytes | None = None, **_: Any) -> dict[str, Any]:
@@ -255,8 +254,10 @@ def wait_by_stepping(cloud: SmallCloud, control: Control) -> Callable[[Future[En
         for _ in range(2):
             if answer.done():
                 break
+            boxes = {key: box for engine in control.plane.sites._engines.values() for key, box in engine.boxes.items()}
             for outpost in cloud.outposts:
-                outpost.step()
+                if (box := boxes.get(outpost.outpost.id)) is not None and box._waiting:
+                    outpost.step()
         control.seam("after an outpost was asked")
         if not answer.done():
             raise TimeoutError
