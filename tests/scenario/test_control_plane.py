@@ -7,14 +7,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.core.history import SITE, START
+from tests.core.history import GB, SITE
 from tests.faults.simulation.cloud import NODES, SmallCloud
+from tests.faults.simulation.machines import START
 from tidemill.control.enginework import EngineWork
 from tidemill.control.plane import ControlPlane
-from tidemill.errors import Fenced, Stale, StorageFull, Unavailable
+from tidemill.core.place import Place, Placed
+from tidemill.core.world import Promise
+from tidemill.errors import Fenced, InvalidSpec, Stale, StorageFull, Unavailable
 from tidemill.model.events import NeverLaunched, Prepared, StopRequested, Vanished
+from tidemill.model.fleet import NodeState
 from tidemill.model.ids import JobId, LaunchId, NodeId
-from tidemill.model.job import AllocationState, JobState
+from tidemill.model.job import AllocationState, Cause, JobState
+from tidemill.model.resources import Resources
 from tidemill.model.values import replace
 from tidemill.ports import JobFilter
 from tidemill.units import SECOND_NS
@@ -294,3 +299,53 @@ def test_a_meter_that_was_never_cut_begins_when_its_machine_joined() -> None:
     cloud.now += 3 * SECOND_NS
     cloud.crash()
     assert {meter.since_ns for meter in cloud.plane.world.meters.values()} == {START}
+
+
+def test_a_restart_counts_every_worker_once(cloud: SmallCloud) -> None:
+    cloud.hurry()
+    assert len(cloud.plane.world.rows.rows()) == 1
+    cloud.crash()
+    assert len(cloud.plane.world.rows.rows()) == 1
+
+
+def test_promises_that_cannot_both_be_kept_do_not_wait_for_each_other() -> None:
+    """As after a machine came back with fewer processors than were promised of it."""
+    cloud = SmallCloud()
+    cloud.turn()
+    for at, place in enumerate(NODES):
+        cloud.do(("mark", at, 2))
+        cloud.turn()
+        assert cloud.plane.world.nodes[place.id].state is NodeState.CORDONED
+    for _ in range(2):
+        cloud.submit(*PLAIN, resources=Resources(cpu_milli=3_000, memory_bytes=GB))
+    cloud.turn()
+    world = cloud.plane.world
+    world.begin()
+    for job in list(world.jobs.values()):
+        line = world.line_of(job)
+        world.queue.remove(line, job.id)
+        placed = Placed(choice=0, places=(Place(node_id=NODES[1].id, devices=()),))
+        world.promise(Promise(job_id=job.id, line=line, placed=placed, waits_for=()))
+    world.commit()
+    cloud.do(("mark", 1, 1))
+    cloud.turn()
+    assert sorted(job.state for job in world.jobs.values()) == [JobState.QUEUED, JobState.STARTING]
+    assert not world.promises
+    cloud.settle()
+    cloud.auditor.audit()
+
+
+def test_a_launch_that_cannot_be_described_is_not_tried_for_ever(
+    cloud: SmallCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artifact that it names is gone, for example."""
+
+    def gone(_: LaunchId) -> None:
+        raise InvalidSpec("There is no artifact data:3.", field="inputs", value="data:3")
+
+    monkeypatch.setattr(work_of(cloud.plane), "_build", gone)
+    cloud.hurry()
+    row = cloud.store.job(JOB)
+    assert row is not None
+    assert (row.job.state, row.job.cause) == (JobState.FAILED, Cause.LAUNCH_FAILED)
+    assert "no artifact data:3" in row.job.detail

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from zlib import crc32
 
-from tidemill.errors import Conflict, EngineLost, EngineRefused, NotFound, TidemillError
+from tidemill.errors import Conflict, EngineLost, EngineRefused, InvalidSpec, NotFound, TidemillError
 from tidemill.model.events import Exited, Fact, LaunchRefused, NeverLaunched, NodeJoined, Vanished
 from tidemill.model.ids import JobId, LaunchId, NodeId, job_of_launch
 from tidemill.model.job import Allocation, AllocationState, Cause
@@ -297,7 +297,7 @@ class EngineWork:
                     self._engine.forget(command.launch_id, node_id=command.node_id)
         except NotFound:
             log.debug("%s: it is over already", command)
-        except EngineRefused as error:
+        except (EngineRefused, InvalidSpec) as error:  # refused there, or not to be described here
             if isinstance(command, Launch) and (held := self._live().get(command.launch_id)) is not None:
                 self._tell([LaunchRefused(at_ns=self._clock(), launch_id=held.id, fence=held.fence, detail=str(error))])
         except (EngineLost, Conflict) as error:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from tests.faults.simulation.cloud import Op
 from tests.faults.simulation.disks import Disk, MemoryDisk, PostgresDisk, SqliteDisk
 from tests.faults.simulation.history import broken_by, history, shortened, told
 
@@ -25,48 +28,67 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--store", default="memory", help="memory, sqlite, or the address of a PostgreSQL: postgresql://… (memory)"
     )
-    parser.add_argument(
-        "--whole", action="store_true", help="tell a failing history as it is, and not its shortest part"
-    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes that play beside each other (1)")
+    parser.add_argument("--whole", action="store_true", help="tell a failing history as it is, not its shortest part")
     given = parser.parse_args(arguments)
-    logging.disable(logging.CRITICAL)  # what goes wrong here is meant to
-    with tempfile.TemporaryDirectory(prefix="tidemill-simulation-") as folder:
-        disk = _disks(given.store, Path(folder))
-        if given.seed is not None:
-            return _tell(given.seed, given.store, disk, is_whole=given.whole)
-        return _play(range(given.first, given.first + given.seeds), given.store, disk, is_whole=given.whole)
+    if given.store not in ("memory", "sqlite") and "://" not in given.store:
+        parser.error(f"--store {given.store}: stores are memory, sqlite and postgresql://…")
+    if given.seed is not None:
+        return _tell(given.seed, given.store, is_whole=given.whole)
+    seeds = range(given.first, given.first + given.seeds)
+    return _play(seeds, given.store, jobs=given.jobs, is_whole=given.whole)
 
 
-def _play(seeds: range, store: str, disk: Callable[[], Disk], *, is_whole: bool) -> int:
-    began_s, shown_s, failed = time.monotonic(), time.monotonic(), []
-    for done, seed in enumerate(seeds, 1):
-        if (broken := broken_by(history(seed), disk)) is not None:
-            failed.append(seed)
+def _play(seeds: range, store: str, *, jobs: int, is_whole: bool) -> int:
+    began_s, shown_s, failed = time.monotonic(), time.monotonic(), 0
+    for done, (seed, broken) in enumerate(_checked(seeds, store, jobs), 1):
+        if broken:
+            failed += 1
             print(f"seed {seed}: {broken}", flush=True)
-            if len(failed) <= 3:
-                _tell(seed, store, disk, is_whole=is_whole, is_short=True)
+            if failed <= 3:
+                _tell(seed, store, is_whole=is_whole, is_last=False)
         if time.monotonic() - shown_s > 10 or done == len(seeds):
             shown_s = time.monotonic()
             rate = done / max(shown_s - began_s, 1e-9)
-            print(
-                f"{done} of {len(seeds)} seeds on {_kind(store)}, {rate:.0f} a second, {len(failed)} failed", flush=True
-            )
-    print(json.dumps({"passed": len(seeds) - len(failed), "failed": len(failed), "seeds": len(seeds)}))
+            print(f"{done} of {len(seeds)} seeds on {_kind(store)}, {rate:.0f} a second, {failed} failed", flush=True)
+    print(json.dumps({"passed": len(seeds) - failed, "failed": failed, "seeds": len(seeds)}))
     return int(bool(failed))
 
 
-def _tell(seed: int, store: str, disk: Callable[[], Disk], *, is_whole: bool, is_short: bool = False) -> int:
+def _checked(seeds: range, store: str, jobs: int) -> Iterator[tuple[int, str]]:
+    """Each seed, and what it breaks."""
+    check = partial(_check, store=store)
+    if jobs <= 1:
+        yield from map(check, seeds)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(check, seeds, chunksize=4)
+
+
+def _check(seed: int, *, store: str) -> tuple[int, str]:
+    return seed, _outcome(history(seed), store)
+
+
+def _outcome(ops: list[Op], store: str) -> str:
+    """What the history breaks, in words; empty when it breaks nothing."""
+    with _quietly(store) as disk:
+        broken = broken_by(ops, disk)
+    return str(broken) if broken is not None else ""
+
+
+def _tell(seed: int, store: str, *, is_whole: bool, is_last: bool = True) -> int:
     ops = history(seed)
-    broken = broken_by(ops, disk)
-    if broken is not None and not is_whole:
-        ops = shortened(ops, disk)
-    print(told(ops, disk))
+    broken = _outcome(ops, store)
+    with _quietly(store) as disk:
+        if broken and not is_whole:
+            ops = shortened(ops, disk)
+        print(told(ops, disk))
     again = "" if store == "memory" else f" --store {_kind(store)}"
     print(f"again: python -m tests.faults.simulation --seed {seed}{again}", flush=True)
-    if not is_short:
-        failed = int(broken is not None)
+    if is_last:
+        failed = int(bool(broken))
         print(json.dumps({"passed": 1 - failed, "failed": failed, "seeds": 1}))
-    return int(broken is not None)
+    return int(bool(broken))
 
 
 def _kind(store: str) -> str:
@@ -74,20 +96,23 @@ def _kind(store: str) -> str:
     return "postgresql://…" if "://" in store else store
 
 
-def _disks(store: str, folder: Path) -> Callable[[], Disk]:
-    if store == "memory":
-        return MemoryDisk
+@contextmanager
+def _quietly(store: str) -> Iterator[Callable[[], Disk]]:
+    """What makes disks; what goes wrong on them is meant to, and not logged."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with tempfile.TemporaryDirectory(prefix="tidemill-simulation-") as folder:
 
-    def new_folder() -> Path:
-        shutil.rmtree(folder / "seed", ignore_errors=True)
-        (folder / "seed").mkdir()
-        return folder / "seed"
+            def make() -> Disk:
+                if store == "memory":
+                    return MemoryDisk()
+                own = Path(tempfile.mkdtemp(dir=folder))
+                return SqliteDisk(own) if store == "sqlite" else PostgresDisk(own, store)
 
-    if store == "sqlite":
-        return lambda: SqliteDisk(new_folder())
-    if "://" in store:
-        return lambda: PostgresDisk(new_folder(), store)
-    raise SystemExit(f"--store {store}: stores are memory, sqlite and postgresql://…")
+            yield make
+    finally:
+        logging.disable(before)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
-from tests.core.history import START
-from tests.faults.simulation.machines import Line, capacity_of
+from tests.faults.simulation.machines import START, Line, capacity_of
 from tidemill.core.lifecycle import is_terminal
 from tidemill.model.fleet import Node
 from tidemill.model.ids import JobId, LaunchId, WorkloadId

@@ -19,10 +19,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from tests.core.history import GB, PROJECTS, RATES, SITE, START, node
+from tests.core.history import GB, PROJECTS, RATES, SITE, node
 from tests.faults.simulation.auditor import Auditor, Broken
 from tests.faults.simulation.disks import Disk, Killed, MemoryDisk, ShakySqlStore, ShakyStore
-from tests.faults.simulation.machines import Journal, Machine, MachineEngine, Runner
+from tests.faults.simulation.machines import START, Journal, Machine, MachineEngine, Runner
 from tests.faults.simulation.network import FATES, Gate, SteppedOutpost, Wire, wait_by_stepping
 from tidemill.control.clock import SteadyClock
 from tidemill.control.enginework import EngineWork
@@ -813,6 +813,7 @@ class SmallCloud:
             return
         copy, _, submitted, stopped = self.backups[a % len(self.backups)]
         self._bury()
+        self.now += 5 * SECOND_NS
         self.fuse = 0
         self.disk.restore(copy, now_ns=self.now + self.wall_ns)
         self.submitted, self.stopped = set(submitted), set(stopped)

@@ -24,6 +24,8 @@ from tidemill.model.values import replace
 from tidemill.ports import EngineCapabilities
 from tidemill.units import HOUR_NS, MILLI, SECOND_NS
 
+START: Final = 1_800_000_000 * SECOND_NS
+"""When every history begins."""
 TERMINATED, KILLED = 143, 137
 QUIET_NS: Final = 10 * SECOND_NS
 """How long a runner that was told to stop waits for an answer before it goes without having told how it ended."""

