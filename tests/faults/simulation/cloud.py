@@ -793,9 +793,9 @@ class SmallCloud:
                 self.told.append(NodeWentAway(at_ns=self.now, node_id=node_id, detail="the machine was lost"))
 
     def return_node(self, node_id: NodeId) -> None:
-        """It boots."""
+        """It boots, once whoever has to was told that it went: no engine tells so of a machine that is back."""
         machine = self.machines[node_id]
-        if not machine.is_on:
+        if not machine.is_on and not any(isinstance(one, NodeWentAway) and one.node_id == node_id for one in self.told):
             machine.turn_on()
             for outpost in self.outposts:
                 if outpost.machine is machine:
@@ -868,6 +868,8 @@ class SmallCloud:
         """Nothing goes wrong any more, and time passes until nothing is left to do, which it has to be in time."""
         self.end_faults()
         for _ in range(400):
+            for node_id in self.machines:
+                self.return_node(node_id)
             self.breathe()
             self._want_again()
             self._resume()
@@ -890,8 +892,6 @@ class SmallCloud:
         self.engine_mishaps.clear()
         for wire in self.wires.values():
             wire.heal()
-        for node_id in self.machines:
-            self.return_node(node_id)
         self.auditor.faults_end_ns = self.now
 
     def is_quiet(self) -> bool:
