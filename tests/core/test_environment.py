@@ -25,6 +25,7 @@ def variables(
     job = samples.a_job(workload, index)
     attempt = replace(samples.an_attempt(job, 2), workers=2, rendezvous_port=4711)
     worker = replace(samples.an_allocation(attempt, rank), cpu_milli=2_000, memory_bytes=GIB)
+    worker = replace(worker, node_id=samples.a_node("b" if rank else "a").id)
     nodes = [replace(samples.a_node(name), address=f"10.0.0.{number}") for number, name in enumerate(("a", "b"), 1)]
     return dict(worker_environment(workload, job, attempt, worker, nodes, api_url="http://x"))
 
@@ -46,6 +47,11 @@ def test_a_worker_finds_its_gang_in_the_words_of_each_tool():
     assert {name: found[name] for name in wanted} == wanted
     assert "SLURM_ARRAY_TASK_ID" not in found
     assert "SKYPILOT_SERVE_REPLICA_ID" not in found
+
+
+def test_a_rank_of_an_elastic_gang_may_be_beyond_its_size():
+    found = variables(rank=2)
+    assert (found["RANK"], found["WORLD_SIZE"], found["TIDEMILL_NODE_RANK"]) == ("2", "2", "1")
 
 
 @pytest.mark.parametrize(

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 
-from tests.core.history import START
-from tests.scenario.small_cloud import NAMES, NODES, OPS, Op, SmallCloud, played, work_of
-from tidemill.control import driver, plane
+from tests.core.history import GB, SITE
+from tests.faults.simulation.cloud import NODES, SmallCloud
+from tests.faults.simulation.machines import START
 from tidemill.control.enginework import EngineWork
-from tidemill.control.turns import TurnLoop
-from tidemill.core.queueing import WaitingLines
-from tidemill.core.world import World
-from tidemill.engines import simulated
-from tidemill.engines.simulated import Mishap
-from tidemill.errors import EngineLost, Fenced, NotFound, Stale, StorageFull, Unavailable
-from tidemill.model.events import LaunchRefused, NeverLaunched, Prepared, StopRequested, Vanished
-from tidemill.model.ids import JobId, LaunchId
+from tidemill.control.plane import ControlPlane
+from tidemill.core.place import Place, Placed
+from tidemill.core.world import Promise
+from tidemill.errors import Fenced, InvalidSpec, Stale, StorageFull, Unavailable
+from tidemill.model.events import NeverLaunched, Prepared, StopRequested, Vanished
+from tidemill.model.fleet import NodeState
+from tidemill.model.ids import JobId, LaunchId, NodeId
 from tidemill.model.job import AllocationState, Cause, JobState
-from tidemill.model.plan import Command, Launch, Stop
+from tidemill.model.resources import Resources
 from tidemill.model.values import replace
 from tidemill.ports import JobFilter
 from tidemill.units import SECOND_NS
@@ -40,208 +36,12 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-# -- whatever happens ----------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(OPS)
-def test_whatever_happens_the_promises_are_kept(ops: list[Op]) -> None:
-    played(ops)
-
-
-def histories(count: int) -> Iterator[list[Op]]:
-    """Histories longer than Hypothesis likes to make, the same each time."""
-    for seed in range(count):
-        chance = random.Random(seed)
-        length = chance.randrange(20, 160)
-        yield [(chance.choice(NAMES), chance.randrange(31), chance.randrange(31)) for _ in range(length)]
-
-
-def is_caught(count: int) -> bool:
-    """Whether the auditor objects to one of so many histories."""
-    for ops in histories(count):
-        try:
-            played(ops)
-        except AssertionError:
-            return True
-    return False
-
-
-def test_long_histories_are_kept_too_and_reach_every_end() -> None:
-    ends: set[tuple[JobState, Cause]] = set()
-    attempts = set()
-    for ops in histories(150):
-        for row in played(ops).store.find_jobs(JobFilter(), limit=1_000).items:
-            ends.add((row.job.state, row.job.cause))
-            attempts.add(row.job.attempts)
-    assert {cause for _, cause in ends} == {
-        Cause.COMPLETED, Cause.CANCELLED, Cause.ERROR, Cause.OUT_OF_MEMORY, Cause.LAUNCH_FAILED, Cause.TIMED_OUT
-    }  # fmt: skip
-    assert {0, 1, 2, 3} <= attempts
-
-
-# -- planted bugs ----------------------------------------------------------------------------------------------------
-
-
-def an_engine_starts_again_what_it_has(patch: pytest.MonkeyPatch) -> None:
-    launch = simulated._Machines.launch
-
-    def launch_again(machines: Any, spec: Any, now: int) -> None:
-        machines.workers.pop(spec.launch_id, None)
-        launch(machines, spec, now)
-
-    patch.setattr(simulated._Machines, "launch", launch_again)
-
-
-def a_lost_reply_is_taken_for_a_failure(patch: pytest.MonkeyPatch) -> None:
-    def carry_out(work: Any, command: Command) -> None:
-        try:
-            if isinstance(command, Launch):
-                work._engine.launch(work._build(command.launch_id))
-            elif isinstance(command, Stop):
-                work._engine.stop(command.launch_id, node_id=command.node_id, grace_ns=command.grace_ns)
-            else:
-                work._engine.forget(command.launch_id, node_id=command.node_id)
-        except NotFound:
-            return
-        except EngineLost:
-            if isinstance(command, Launch) and (held := work._live().get(command.launch_id)) is not None:
-                work._tell([LaunchRefused(at_ns=work._clock(), launch_id=held.id, fence=held.fence)])
-
-    patch.setattr(EngineWork, "_carry_out", carry_out)
-
-
-def what_should_be_is_read_after_looking(patch: pytest.MonkeyPatch) -> None:
-    def look(work: Any) -> None:
-        observed = {seen.launch_id: seen for seen in work._engine.observe().launches}
-        live = work._live()
-        busy = set(work._in_flight)
-        facts = [
-            fact
-            for launch, held in live.items()
-            if launch not in busy and (fact := work._compare(held, observed.get(launch)))
-        ]
-        work._tell(facts)
-        for launch, seen in observed.items():
-            if launch not in live and launch not in busy:
-                work._clean_up(seen)
-
-    patch.setattr(EngineWork, "look", look)
-
-
-def a_look_forgets_what_was_commanded_meanwhile(patch: pytest.MonkeyPatch) -> None:
-    """As it was written first: only what was on its way when the look began is left alone."""
-
-    def look(work: Any) -> None:
-        live = work._live()
-        busy = set(work._in_flight)
-        observed = {seen.launch_id: seen for seen in work._engine.observe().launches}
-        facts = [
-            fact
-            for launch, held in live.items()
-            if launch not in busy and (fact := work._compare(held, observed.get(launch)))
-        ]
-        work._tell([replace(fact, state=None) if isinstance(fact, NeverLaunched) else fact for fact in facts])
-        for launch, seen in observed.items():
-            if launch not in live and launch not in busy:
-                work._clean_up(seen)
-
-    patch.setattr(EngineWork, "look", look)
-
-
-def asking_to_stop_is_taken_for_having_stopped(patch: pytest.MonkeyPatch) -> None:
-    carry_out = EngineWork._carry_out
-
-    def and_gone(work: Any, command: Command) -> None:
-        carry_out(work, command)
-        if isinstance(command, Stop) and (held := work._live().get(command.launch_id)) is not None:
-            work._tell([Vanished(at_ns=work._clock(), launch_id=held.id, fence=held.fence)])
-
-    patch.setattr(EngineWork, "_carry_out", and_gone)
-
-
-def nothing_is_cleaned_up(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(EngineWork, "_clean_up", lambda *_: None)
-
-
-def a_restart_meters_from_now(patch: pytest.MonkeyPatch) -> None:
-    load = plane.world_from
-
-    def forgetful(*args: Any, now: int, **kwargs: Any) -> World:
-        world = load(*args, now=now, **kwargs)
-        for meter in world.meters.values():
-            meter.since_ns = now
-        return world
-
-    patch.setattr(plane, "world_from", forgetful)
-
-
-def a_restart_forgets_what_is_due(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(driver, "_restore_timers", lambda *_args, **_kwargs: None)
-
-
-def a_restart_forgets_who_waits(patch: pytest.MonkeyPatch) -> None:
-    load = plane.world_from
-
-    def forgetful(*args: Any, **kwargs: Any) -> World:
-        world = load(*args, **kwargs)
-        world.delayed.clear()
-        world.timers.clear()
-        return world
-
-    patch.setattr(plane, "world_from", forgetful)
-
-
-def the_world_is_trusted_though_the_store_knows_more(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(TurnLoop, "_load_if_stale", lambda _: None)
-
-
-def what_is_not_stored_is_acknowledged(patch: pytest.MonkeyPatch) -> None:
-    store_plan = TurnLoop._store_plan
-
-    def careless(loop: Any, *args: Any) -> None:
-        try:
-            store_plan(loop, *args)
-        except (Unavailable, StorageFull):
-            return
-
-    patch.setattr(TurnLoop, "_store_plan", careless)
-
-
-def an_undone_turn_takes_jobs_out_of_the_queue(patch: pytest.MonkeyPatch) -> None:
-    """As it was written first."""
-    patch.setattr(WaitingLines, "rollback", WaitingLines.commit)
-
-
-def an_undone_turn_is_kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(World, "rollback", World.commit)
-
-
-@pytest.mark.parametrize(
-    "plant",
-    [
-        an_engine_starts_again_what_it_has,
-        a_lost_reply_is_taken_for_a_failure,
-        what_should_be_is_read_after_looking,
-        a_look_forgets_what_was_commanded_meanwhile,
-        asking_to_stop_is_taken_for_having_stopped,
-        nothing_is_cleaned_up,
-        a_restart_meters_from_now,
-        a_restart_forgets_what_is_due,
-        a_restart_forgets_who_waits,
-        the_world_is_trusted_though_the_store_knows_more,
-        what_is_not_stored_is_acknowledged,
-        an_undone_turn_takes_jobs_out_of_the_queue,
-        an_undone_turn_is_kept,
-    ],
-    ids=lambda bug: bug.__name__,
-)
-def test_a_planted_bug_is_caught(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch)
-    assert is_caught(2_000)
-
-
 # -- one thing at a time: what the histories found first, and what they do not reach -----------------------------------
+
+
+def work_of(plane: ControlPlane) -> EngineWork:
+    """The hands of a control plane on its own engine."""
+    return plane.sites.works[SITE.id]
 
 
 @pytest.fixture
@@ -261,13 +61,14 @@ def held(cloud: SmallCloud, launch: LaunchId = LAUNCH) -> AllocationState:
 
 
 def test_a_look_that_is_overtaken_by_a_launch_ends_nothing(cloud: SmallCloud) -> None:
-    cloud.engine_mishaps.append(Mishap.LOST_BEFORE)
+    cloud.engine_mishaps.append("lost")
     for lane in range(4):
         work_of(cloud.plane).work_off(lane)
     cloud.look()
     cloud.look([("hurry", 0, 0)])  # its list is made before the launch and read after the runner's report
     cloud.turn()
     assert held(cloud) is AllocationState.PREPARING
+    cloud.now += SECOND_NS
     assert cloud.alive() == [LAUNCH]
 
 
@@ -311,14 +112,14 @@ def test_a_stop_is_acknowledged_only_when_it_is_stored() -> None:
     cloud.turn()
     assert cloud.stopped
     cloud.settle()
-    cloud.audit()
+    cloud.auditor.audit()
 
 
 def test_a_stop_that_could_not_be_stored_leaves_the_job_in_the_queue() -> None:
     cloud = SmallCloud()
     cloud.turn()
     for place in NODES:
-        cloud.engine.lose_node(place.id)
+        cloud.lose_node(place.id)
     cloud.hurry()
     cloud.submit(*PLAIN)
     cloud.turn()
@@ -329,7 +130,7 @@ def test_a_stop_that_could_not_be_stored_leaves_the_job_in_the_queue() -> None:
     assert row is not None
     assert row.job.state is JobState.QUEUED
     cloud.settle()
-    cloud.audit()
+    cloud.auditor.audit()
 
 
 @pytest.mark.parametrize(
@@ -346,7 +147,7 @@ def test_a_turn_that_is_not_stored_is_told_and_commands_nothing(mishap: str, err
     assert not any(work_of(cloud.plane).work_off(lane) for lane in range(4))
     cloud.submit(*PLAIN)
     cloud.settle()
-    cloud.audit()
+    cloud.auditor.audit()
     assert len(cloud.store.find_jobs(JobFilter()).items) == (2 if mishap == "lost" else 1)
 
 
@@ -362,7 +163,7 @@ def test_a_stale_world_is_loaded_again_before_anything_else(mishaps: list[str]) 
     told = [future.exception() for future in (first, second)]
     assert told == [None, None] if len(mishaps) == 1 else isinstance(told[0], Unavailable)
     cloud.settle()
-    cloud.audit()
+    cloud.auditor.audit()
 
 
 def test_what_is_stale_twice_is_told_to_who_asked() -> None:
@@ -376,9 +177,10 @@ def test_what_is_stale_twice_is_told_to_who_asked() -> None:
 
 def test_who_does_not_lead_any_more_commands_nothing(cloud: SmallCloud) -> None:
     zombie = cloud.plane
-    cloud.crash()
+    cloud._start()
     assert sum(work_of(zombie).work_off(lane) for lane in range(4)) == 1
-    cloud.engine._machines.workers.clear()
+    for machine in cloud.machines.values():
+        machine.folders.clear()
     told = zombie._turns.put([NeverLaunched(at_ns=cloud.now, launch_id=LAUNCH, fence=1)])
     zombie._turns.take_turn()
     assert isinstance(told.exception(), Fenced)
@@ -425,7 +227,7 @@ def test_an_item_that_breaks_a_turn_is_found_and_only_it_fails(cloud: SmallCloud
     assert isinstance(broken.exception(), TypeError)
     assert first.exception() is last.exception() is None
     cloud.settle()
-    cloud.audit()
+    cloud.auditor.audit()
 
 
 def test_a_question_changes_nothing_and_its_failure_is_told(cloud: SmallCloud) -> None:
@@ -443,7 +245,7 @@ def test_what_the_store_never_heard_of_is_left_alone(cloud: SmallCloud) -> None:
     """An older backup was restored: what runs may be somebody's work."""
     spec = cloud.plane._build_launch(LAUNCH)
     stranger = LaunchId("run_9999-0-1-0")
-    cloud.engine.launch(replace(spec, launch_id=stranger, run="endless 1 0"))
+    cloud.machines[NodeId(spec.node_id)].launch(replace(spec, launch_id=stranger, run="endless 1 0"))
     for _ in range(30):
         cloud.now += SECOND_NS
         cloud.look()
@@ -456,7 +258,6 @@ def test_what_was_released_and_runs_all_the_same_is_ended(cloud: SmallCloud) -> 
     cloud.plane._turns.put([Vanished(at_ns=cloud.now, launch_id=LAUNCH, fence=1)])
     cloud.turn()
     assert held(cloud) is AllocationState.RELEASED
-    cloud.engine.forget = lambda _: None
     for _ in range(15):
         cloud.now += SECOND_NS
         cloud.look()
@@ -498,3 +299,53 @@ def test_a_meter_that_was_never_cut_begins_when_its_machine_joined() -> None:
     cloud.now += 3 * SECOND_NS
     cloud.crash()
     assert {meter.since_ns for meter in cloud.plane.world.meters.values()} == {START}
+
+
+def test_a_restart_counts_every_worker_once(cloud: SmallCloud) -> None:
+    cloud.hurry()
+    assert len(cloud.plane.world.rows.rows()) == 1
+    cloud.crash()
+    assert len(cloud.plane.world.rows.rows()) == 1
+
+
+def test_promises_that_cannot_both_be_kept_do_not_wait_for_each_other() -> None:
+    """As after a machine came back with fewer processors than were promised of it."""
+    cloud = SmallCloud()
+    cloud.turn()
+    for at, place in enumerate(NODES):
+        cloud.do(("mark", at, 2))
+        cloud.turn()
+        assert cloud.plane.world.nodes[place.id].state is NodeState.CORDONED
+    for _ in range(2):
+        cloud.submit(*PLAIN, resources=Resources(cpu_milli=3_000, memory_bytes=GB))
+    cloud.turn()
+    world = cloud.plane.world
+    world.begin()
+    for job in list(world.jobs.values()):
+        line = world.line_of(job)
+        world.queue.remove(line, job.id)
+        placed = Placed(choice=0, places=(Place(node_id=NODES[1].id, devices=()),))
+        world.promise(Promise(job_id=job.id, line=line, placed=placed, waits_for=()))
+    world.commit()
+    cloud.do(("mark", 1, 1))
+    cloud.turn()
+    assert sorted(job.state for job in world.jobs.values()) == [JobState.QUEUED, JobState.STARTING]
+    assert not world.promises
+    cloud.settle()
+    cloud.auditor.audit()
+
+
+def test_a_launch_that_cannot_be_described_is_not_tried_for_ever(
+    cloud: SmallCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artifact that it names is gone, for example."""
+
+    def gone(_: LaunchId) -> None:
+        raise InvalidSpec("There is no artifact data:3.", field="inputs", value="data:3")
+
+    monkeypatch.setattr(work_of(cloud.plane), "_build", gone)
+    cloud.hurry()
+    row = cloud.store.job(JOB)
+    assert row is not None
+    assert (row.job.state, row.job.cause) == (JobState.FAILED, Cause.LAUNCH_FAILED)
+    assert "no artifact data:3" in row.job.detail

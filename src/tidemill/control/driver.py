@@ -96,7 +96,7 @@ def world_from(
     world.rebuild_fleet()
     world.lay_fleet()
     for allocation in snapshot.allocations:
-        world.hold(allocation)
+        world.account(allocation)
     world.quota.restore(snapshot.queue_usages)
     world.quota.advance(now)
     for reservation in world.reservations.values():

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from zlib import crc32
 
-from tidemill.errors import Conflict, EngineLost, EngineRefused, NotFound, TidemillError
+from tidemill.errors import Conflict, EngineLost, EngineRefused, InvalidSpec, NotFound, TidemillError
 from tidemill.model.events import Exited, Fact, LaunchRefused, NeverLaunched, NodeJoined, Vanished
 from tidemill.model.ids import JobId, LaunchId, NodeId, job_of_launch
 from tidemill.model.job import Allocation, AllocationState, Cause
@@ -86,6 +86,8 @@ class EngineWork:
         self._has_looked = False
         self._strays: set[LaunchId] = set()
         """What the engine knew at the last look and the world did not: the turn that ends it may not be stored yet."""
+        self._refresh_ns = 0
+        """When the nodes are asked for next, though no look shows anything new."""
         self._closing = threading.Event()
         self._threads = [
             *(threading.Thread(target=self._work, args=(lane,), name="engine", daemon=True) for lane in self._lanes),
@@ -241,14 +243,17 @@ class EngineWork:
             elif self._clock() - stored.released_ns > 10_000_000_000:
                 self.obey([Stop(launch_id=launch, node_id=stored.node_id, grace_ns=0)])
 
+    def watch(self) -> None:
+        """Look once, and ask for the nodes when it is time."""
+        is_news = self._is_news(self.look())
+        if is_news or self._clock() >= self._refresh_ns:
+            self._refresh_ns = self._clock() + int(self._nodes_every_s * 1e9)
+            self._tell([NodeJoined(at_ns=self._clock(), node=node) for node in self._engine.nodes()])
+
     def _watch(self) -> None:
-        refresh_ns = 0
         while not self._closing.is_set():
             try:
-                is_news = self._is_news(self.look())
-                if is_news or self._clock() >= refresh_ns:
-                    refresh_ns = self._clock() + int(self._nodes_every_s * 1e9)
-                    self._tell([NodeJoined(at_ns=self._clock(), node=node) for node in self._engine.nodes()])
+                self.watch()
             except TidemillError as error:
                 log.warning("the engine could not be observed: %s", error)
             except Exception:
@@ -293,7 +298,7 @@ class EngineWork:
                     self._engine.forget(command.launch_id, node_id=command.node_id)
         except NotFound:
             log.debug("%s: it is over already", command)
-        except EngineRefused as error:
+        except (EngineRefused, InvalidSpec) as error:  # refused there, or not to be described here
             if isinstance(command, Launch) and (held := self._live().get(command.launch_id)) is not None:
                 self._tell([LaunchRefused(at_ns=self._clock(), launch_id=held.id, fence=held.fence, detail=str(error))])
         except (EngineLost, Conflict) as error:

@@ -116,7 +116,8 @@ class Mailbox:
 class SiteEngine:
     """The engine of a site: that of this process if it is ``own``, and those of the outposts that dial in.
 
-    Keeps the contract of engines. ``answer_s`` is how long a call waits for an outpost's answer.
+    Keeps the contract of engines. ``answer_s`` is how long a call waits for an outpost's answer, by ``clock``, which
+    is in s and never jumps; ``wait`` does so, and raises TimeoutError when none comes.
     ``site_of`` tells where a node is known to be: an outpost speaks only for nodes of its own site that no other
     outpost works.
     """
@@ -128,12 +129,16 @@ class SiteEngine:
         own: Engine | None = None,
         site_of: Callable[[NodeId], SiteId | None] = lambda _: None,
         answer_s: float = ANSWER_S,
+        clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[Future[EngineAnswer], float], EngineAnswer] = Future.result,
     ) -> None:
         self.site_id = site_id
         self._site_of = site_of
         self._own = own
         self._own_nodes = frozenset(node.id for node in own.nodes()) if own is not None else frozenset[NodeId]()
         self._answer_s = answer_s
+        self._clock = clock
+        self._wait = wait
         self._boxes: dict[OutpostId, Mailbox] = {}
         self._where: dict[NodeId, OutpostId] = {}
 
@@ -151,7 +156,7 @@ class SiteEngine:
 
     def add(self, outpost: Outpost) -> Mailbox:
         """The mailbox of an outpost of this site."""
-        box = self._boxes.get(outpost.id) or Mailbox(outpost)
+        box = self._boxes.get(outpost.id) or Mailbox(outpost, self._clock)
         self._boxes = {**self._boxes, outpost.id: box}
         return box
 
@@ -255,17 +260,17 @@ class SiteEngine:
         """The answers that come; each call is made after this one began."""
         sent = [(box, box.send(method)) for box in self._boxes.values() if box.is_there]
         answers: list[tuple[Mailbox, EngineAnswer]] = []
-        until_s = time.monotonic() + self._answer_s
+        until_s = self._clock() + self._answer_s
         for box, waiting in sent:
             try:
-                answers.append((box, self._await(box, waiting, max(0.0, until_s - time.monotonic()))))
+                answers.append((box, self._await(box, waiting, max(0.0, until_s - self._clock()))))
             except TidemillError:
                 continue
         return answers
 
     def _await(self, box: Mailbox, waiting: _Waiting, within_s: float | None = None) -> EngineAnswer:
         try:
-            answer = waiting.answer.result(self._answer_s if within_s is None else within_s)
+            answer = self._wait(waiting.answer, self._answer_s if within_s is None else within_s)
         except TimeoutError:
             box.drop(waiting)
             raise EngineLost(f"{box.outpost.name} did not answer in time") from None

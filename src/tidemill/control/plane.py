@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import msgspec
 from tidemill import __version__
 from tidemill.control.answers import Receipt, Status, Why, mend_for, receipt_of
 from tidemill.control.blobs import BlobStore
+from tidemill.control.clock import SteadyClock, newest_instant
 from tidemill.control.cloudsettings import CloudSettings
 from tidemill.control.datasets import DataSets
 from tidemill.control.driver import Driver, world_from
@@ -157,8 +159,14 @@ class ControlPlane:
         on_fenced: Callable[[], None] = lambda: None,
         holder: str = "",
         candidate: Candidate | None = None,
+        monotonic: Callable[[], int] = time.monotonic_ns,
+        entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
-        """``candidate`` is what makes sure that this one leads, where others may; ``holder`` is its name."""
+        """``candidate`` is what makes sure that this one leads, where others may; ``holder`` is its name.
+
+        ``clock`` gives instants and ``monotonic`` lengths of time, both in ns; ids are made of ``entropy``, which is
+        told how many bytes of it. A ``SteadyClock`` says nothing earlier than what is stored.
+        """
         self.settings = settings
         self.store = store
         self.site = site
@@ -168,6 +176,7 @@ class ControlPlane:
         self.relay = Relay()
         self._vault = vault
         self._clock = clock
+        self._entropy = entropy
         self._sample = sample
         self._engine = engine
         self._rates = rates
@@ -177,12 +186,14 @@ class ControlPlane:
         self._candidate = candidate
         if candidate is not None:
             candidate.lead(epoch)
-        last_seq = store.load().last_seq
+        stored = store.load()
+        if isinstance(clock, SteadyClock):
+            clock.not_before(newest_instant(store, stored))
         self._turns = TurnLoop(
             Driver(self._load_world(), settings.policy),
             store,
             epoch=epoch,
-            last_seq=last_seq,
+            last_seq=stored.last_seq,
             clock=clock,
             obey=lambda commands: self.sites.obey(commands),
             reload=self._load_world,
@@ -199,6 +210,7 @@ class ControlPlane:
             tell=self._turns.put,
             met=self._let_stranger_in,
             epoch=epoch,
+            monotonic=monotonic,
         )
         self.data = DataSets(
             store,
@@ -463,7 +475,7 @@ class ControlPlane:
         now = self._clock()
         specs = [self._checked(spec, project, now=now) for spec in specs]
         self._check_room(project, sum(spec.job_count for spec in specs))
-        entropy = os.urandom(5 * len(specs))
+        entropy = self._entropy(5 * len(specs))
         ids = [
             WorkloadId(sortable_id("wl", now=now, entropy=int.from_bytes(entropy[at : at + 5], "big")))
             for at in range(0, len(entropy), 5)

@@ -50,6 +50,7 @@ from tidemill.model.job import Allocation
 from tidemill.model.plan import Command, LaunchSpec, Sight
 from tidemill.model.tenant import Principal, PrincipalKind, Scope, Token
 from tidemill.ports import Engine, Store
+from tidemill.units import SECOND_NS
 from tidemill.wire.outposts import OutpostReport
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class Sites:
         self._met = met
         self._own = engine
         self.leases = Leases(monotonic)
+        self._monotonic = monotonic
         self.session = secrets.token_hex(8)
         """Names this object to outposts, whose calls are numbered anew with each."""
         self._lock = threading.Lock()
@@ -432,7 +434,9 @@ class Sites:
 
     def _open(self, site: Site) -> None:
         own = self._own if site.id == self.home.id else None
-        engine = self._engines[site.id] = SiteEngine(site.id, own=own, site_of=self._site_of)
+        engine = self._engines[site.id] = SiteEngine(
+            site.id, own=own, site_of=self._site_of, clock=lambda: self._monotonic() / SECOND_NS
+        )
         work = EngineWork(
             engine,
             self._store,

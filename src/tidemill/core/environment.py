@@ -18,13 +18,14 @@ from tidemill.units import MILLI
 def worker_environment(
     workload: Workload, job: Job, attempt: Attempt, worker: Allocation, nodes: Sequence[Node], *, api_url: str
 ) -> tuple[tuple[str, str], ...]:
-    """Names and values for one worker; ``nodes`` are those of all ranks, in rank order.
+    """Names and values for one worker; ``nodes`` are those of all workers, in the order of their ranks, which in an
+    elastic gang have gaps.
 
     What the user sets in ``envs`` comes last and wins.
     """
     spec = workload.spec
     size, rank = str(attempt.workers), str(worker.rank)
-    here = nodes[worker.rank]
+    here = next(node for node in nodes if node.id == worker.node_id)
     node_rank = str(list(dict.fromkeys(node.id for node in nodes)).index(here.id))
     master, port = nodes[0].address, str(attempt.rendezvous_port)
     addresses = [node.address for node in nodes]

@@ -68,7 +68,7 @@ def _keep_promises(world: World, out: Outcome) -> None:
         job, places = world.jobs[promise.job_id], promise.placed.places
         ready = all(world.fleet.can_serve(place.node_id, place.devices) for place in places)
         free = ready and all(world.fleet.is_within(place.node_id, place.devices) for place in places)
-        if ready and not free and _shares_nodes(world, promise):
+        if ready and not free and _is_waited_for_beside(world, promise):
             continue  # others are still going there, for another job
         world.unpromise(promise, give=not free)
         if free:
@@ -77,11 +77,15 @@ def _keep_promises(world: World, out: Outcome) -> None:
             world.queue_up(job)
 
 
-def _shares_nodes(world: World, promise: Promise) -> bool:
-    """Whether another job was promised something on one of the same nodes."""
+def _is_waited_for_beside(world: World, promise: Promise) -> bool:
+    """Whether another job was promised something on one of the same nodes, and waits for somebody to go."""
     mine = {place.node_id for place in promise.placed.places}
     others = (other for other in world.promises.values() if other is not promise)
-    return any(place.node_id in mine for other in others for place in other.placed.places)
+    return any(
+        any(place.node_id in mine for place in other.placed.places)
+        and any(launch in world.allocations for launch in other.waits_for)
+        for other in others
+    )
 
 
 class _Pass:

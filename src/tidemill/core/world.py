@@ -128,6 +128,7 @@ class World:
             self.quota.open_project(project)
         self.order: OrderPolicy = order_named(policy.order)
         self._learner = self.order if isinstance(self.order, Learns) else None
+        self._forgetter = self.order if isinstance(self.order, Forgets) else None
         self.score: Score = score_named(policy.score)
         self.meters: dict[tuple[NodeId, str], Meter] = {}
         self.fleet = FleetArrays()
@@ -408,7 +409,7 @@ class World:
 
     def note_gone(self, job: Job) -> None:
         """Have an order plug-in told, when this turn is stored, of a job that will not end by itself."""
-        if isinstance(self.order, Forgets):
+        if self._forgetter is not None:
             self._gone.append(job.id)
 
     def ask(self, workload: Workload) -> None:
@@ -480,9 +481,9 @@ class World:
         if self._learner is not None:
             for facts, finished in self._noted:
                 self._learner.note(facts, finished=finished)
-        if isinstance(self.order, Forgets):
+        if self._forgetter is not None:
             for job_id in self._gone:
-                self.order.forget(job_id)
+                self._forgetter.forget(job_id)
         for shape, count in self._asked:
             self._mix[shape] = self._mix.get(shape, 0.0) + count
             self._mix_count += count
@@ -520,14 +521,18 @@ class World:
 
     def hold(self, allocation: Allocation) -> None:
         """Count an allocation whose room is taken from the fleet already, against its queue and on its meters."""
+        self.account(allocation)
+        self.rows.add(allocation, self.fleet, **self._row_values(allocation))
+        self._undo.append(partial(self._unhold, allocation))
+
+    def account(self, allocation: Allocation) -> None:
+        """As ``hold``, for one that has its row since the fleet was laid. Not undone."""
         self._count(allocation, 1)
         node_id, launch, meters = allocation.node_id, allocation.id, self.meters
         for name, holder in shares_of(allocation):
             meter = meters.get((node_id, name))
             if meter is not None:
                 meter.holders[launch] = holder
-        self.rows.add(allocation, self.fleet, **self._row_values(allocation))
-        self._undo.append(partial(self._unhold, allocation))
 
     def _unhold(self, allocation: Allocation) -> None:
         self.rows.remove(allocation.id)

@@ -26,8 +26,9 @@ from tidemill.store.codec import decode, encode
 from tidemill.store.connections import Database, connect
 from tidemill.store.sql import upgrade
 
-EPOCH_STRIDE: Final = 1 << 32
-"""By how much at least epochs lie above the copy's after a restoring: 136 years of a leader a second."""
+EPOCH_STRIDE: Final = 1 << 20
+"""By how much at least epochs lie above the copy's after a restoring: more leaders than there can have been since. Far
+less than an hour of microseconds, so that a later restoring of an older copy gives later epochs nevertheless."""
 FENCES_FROM_S: Final = 1_767_225_600
 """The instant, 2026-01-01 in seconds, from which the seconds are counted at which fences go on after a restoring."""
 FENCE_STRIDE: Final = 1_000_000
