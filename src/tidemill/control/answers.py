@@ -101,6 +101,21 @@ def explain(world: World, job: Job, workload: Workload, stored: Reason | None, *
     return _why(live, reasons[0].sentence, position, tuple(reasons), holdings_for(world, live))
 
 
+def with_word(answer: Why, word: str) -> Why:
+    """The answer for a job that starts, with what the engine that is to start it says: another scheduler's reason."""
+    if not word:
+        return answer
+    reason = Reason(
+        code="WaitsInEngine",
+        subject="engine",
+        needed="its workers started",
+        available=word,
+        resolvable_by=ResolvableBy.TIME,
+        sentence=f"It has its place here, and waits at its site: {word}.",
+    )
+    return replace(answer, sentence=reason.sentence, reasons=(reason,))
+
+
 def _reasons(
     world: World, job: Job, workload: Workload, stored: Reason | None, *, now: int, policy: Policy
 ) -> list[Reason]:

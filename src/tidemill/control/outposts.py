@@ -67,6 +67,13 @@ class Mailbox:
         with self._lock:
             self._waiting.pop(waiting.call.number, None)
 
+    def close(self) -> None:
+        """Whoever waits for an answer waits for nothing any more: none can come."""
+        with self._lock:
+            waiting, self._waiting = list(self._waiting.values()), {}
+        for each in waiting:
+            each.answer.set_exception(EngineLost("the control plane is going down"))
+
     async def fetch(self, after: int, wait_s: float) -> tuple[EngineCall, ...]:
         """The calls numbered above ``after`` that are not answered, at once when there are any; after ``wait_s``
         none."""
@@ -125,6 +132,7 @@ class SiteEngine:
         self._answer_s = answer_s
         self._boxes: dict[OutpostId, Mailbox] = {}
         self._where: dict[NodeId, OutpostId] = {}
+        self._is_closed = False
 
     @property
     def capabilities(self) -> EngineCapabilities:
@@ -202,7 +210,10 @@ class SiteEngine:
             self._ask(node_id, "forget", launch_id=launch_id)
 
     def close(self) -> None:
-        """Let go without touching what runs."""
+        """Let go without touching what runs: nobody is waited for any more."""
+        self._is_closed = True
+        for box in self._boxes.values():
+            box.close()
 
     def _claim(self, node_id: NodeId, box: Mailbox) -> bool:
         """Whether an outpost may speak for a node: it is of this site, and no other outpost that is there works it."""
@@ -216,13 +227,13 @@ class SiteEngine:
 
     def _ask(self, node_id: NodeId, method: str, **given: object) -> EngineAnswer:
         box = self._boxes.get(self._where.get(node_id, OutpostId("")))
-        if box is None or not box.is_there:
+        if box is None or not box.is_there or self._is_closed:
             raise EngineLost(f"no outpost of {self.site_id} answers for {node_id}")
         return self._await(box, box.send(method, node_id=node_id, **given))
 
     def _ask_all(self, method: str) -> Sequence[tuple[Mailbox, EngineAnswer]]:
         """The answers that come; each call is made after this one began."""
-        sent = [(box, box.send(method)) for box in self._boxes.values() if box.is_there]
+        sent = [(box, box.send(method)) for box in self._boxes.values() if box.is_there and not self._is_closed]
         answers: list[tuple[Mailbox, EngineAnswer]] = []
         until_s = time.monotonic() + self._answer_s
         for box, waiting in sent:

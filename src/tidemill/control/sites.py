@@ -11,7 +11,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Final
@@ -136,6 +136,8 @@ class Sites:
     def close(self) -> None:
         """Finish what was begun and stop watching; whatever runs goes on."""
         self._closing.set()
+        for engine in self._engines.values():
+            engine.close()
         for work in self.works.values():
             work.close()
         if self._own is not None:
@@ -370,6 +372,11 @@ class Sites:
             self._tell(gone).result(timeout=30)
             self._remove(outpost)
         return tuple(sorted(running))
+
+    def word_of(self, launches: Iterable[LaunchId]) -> str:
+        """What the engines said last of the first of these launches of which they said something."""
+        works = list(self.works.copy().values())
+        return next((word for launch in launches for work in works if (word := work.word_of(launch))), "")
 
     def strangers(self, *, but: SiteId = SiteId("")) -> tuple[Stranger, ...]:
         """What engines have and the store has never heard of, by site and launch; those of one site left out."""

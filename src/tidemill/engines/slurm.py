@@ -287,7 +287,7 @@ class SlurmEngine:
         name = self._name(launch_id)
         job = jobs.get(name)
         if job is not None and job.state in _LIVE:
-            return seen(ObservedState.ALIVE, detail=f"Slurm job {job.id} is {job.state.lower()}: {job.reason}")
+            return seen(ObservedState.ALIVE, detail=f"Slurm job {job.id} is {job.state.lower()} ({job.reason})")
         first = self._folder(_sibling(launch_id, 0)) if spec.get("gang") else folder
         if job is None and not (first.path / "slurm.json").exists():
             return None
