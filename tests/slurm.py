@@ -55,6 +55,16 @@ class Slurm:
     def start_controller(self) -> None:
         self.run(_program("slurmctld"), "-f", str(self.folder / "slurm.conf"))
 
+    def await_saved(self) -> None:
+        """Until slurmctld has on its disk what it knows now: jobs that it forgets when killed, it ends as strangers."""
+        now, until = time.time(), time.monotonic() + 30
+        while (self.folder / "state" / "job_state").stat().st_mtime < now:
+            if time.monotonic() > until:
+                raise RuntimeError("slurmctld does not save its jobs")
+            if time.time() > now + 6:
+                self.run("scontrol", "reconfigure")
+            time.sleep(0.1)
+
     def kill_controller(self) -> None:
         """kill -9 of slurmctld, and of nothing else."""
         os.kill(int((self.folder / "ctld.pid").read_text()), signal.SIGKILL)
@@ -62,8 +72,9 @@ class Slurm:
 
 
 @contextlib.contextmanager
-def slurm_cluster(folder: Path) -> Iterator[Slurm]:
-    """A cluster whose nodes are idle; afterwards nothing of it runs."""
+def slurm_cluster(folder: Path, *, scheduler: str = "batch_sched_delay=0") -> Iterator[Slurm]:
+    """A cluster whose nodes are idle; afterwards nothing of it runs. ``scheduler`` are its SchedulerParameters: here
+    Slurm does not let a new job wait for up to three seconds in case that more come."""
     for name in ("state", "spool", "log", "dev", "munge"):
         (folder / name).mkdir()
     (folder / "munge").chmod(0o700)
@@ -71,7 +82,7 @@ def slurm_cluster(folder: Path) -> Iterator[Slurm]:
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
     made = Slurm(folder)
-    _write_configuration(folder)
+    _write_configuration(folder, scheduler)
     try:
         munge = folder / "munge"
         words = [
@@ -99,7 +110,7 @@ def slurm_cluster(folder: Path) -> Iterator[Slurm]:
         _end_all_of(folder)
 
 
-def _write_configuration(folder: Path) -> None:
+def _write_configuration(folder: Path, scheduler: str) -> None:
     host = socket.gethostname().partition(".")[0]
     ports = [free_port() for _ in NODES]
     nodes = "\n".join(
@@ -127,8 +138,10 @@ SelectTypeParameters=CR_CPU_Memory
 SlurmdParameters=config_overrides
 ReturnToService=2
 MpiDefault=none
+SchedulerParameters={scheduler}
 KillWait=5
 MinJobAge=300
+DefMemPerCPU=100
 SlurmdTimeout=30
 GresTypes=gpu
 {nodes}

@@ -54,6 +54,10 @@ class Centre:
         journals = self.home.glob(f"slurm/volumes/*/{job_id}/output/journal")
         return sorted(line for journal in journals for line in journal.read_text().splitlines())
 
+    def why(self, job_id: str) -> str:
+        """The first line of ``tidemill why``."""
+        return str(self.cloud.call("GET", f"/v1/jobs/{job_id}/why")[1]["lines"][0])
+
     def jobs(self, *options: str) -> list[str]:
         """Our jobs in Slurm's own list, as ``id state``."""
         lines = self.slurm.run("squeue", "-h", "-t", "all", "-o", "%A|%T|%j", *options).splitlines()
@@ -128,20 +132,35 @@ def test_a_job_has_no_longer_than_it_may(centre: Centre) -> None:
 
 
 def test_what_waits_in_slurm_says_what_slurm_says(centre: Centre) -> None:
-    others = [centre.slurm.run("sbatch", "--parsable", "--exclusive", "--output=/dev/null", "--wrap=sleep 600").strip()
-              for _ in NODES]  # fmt: skip
+    centre.slurm.run("scontrol", "update", "partitionname=main", "state=down")
     try:
         job = centre.submit("echo here")
         centre.cloud.wait(job, "starting")
+        eventually(lambda: "is pending (PartitionDown)" in centre.why(job), within_s=20, what="why")
+        assert centre.why(job).startswith("It has its place here, and waits at its site: Slurm job ")
+    finally:
+        centre.slurm.run("scontrol", "update", "partitionname=main", "state=up")
+    assert centre.cloud.wait(job)["state"] == "succeeded"
 
-        def why() -> str:
-            return str(centre.cloud.call("GET", f"/v1/jobs/{job}/why")[1]["lines"][0])
 
-        eventually(lambda: "is pending (Resources)" in why(), within_s=20, what="why")
-        assert why().startswith("It has its place here, and waits at its site: Slurm job ")
+def test_nodes_full_of_others_jobs_are_not_chosen_and_why_says_so(centre: Centre) -> None:
+    hold = ("--parsable", "--exclusive", "--output=/dev/null", "--wrap=sleep 600")
+    others = [centre.slurm.run("sbatch", *hold).strip() for _ in NODES]
+    try:
+
+        def held() -> list[int]:
+            return [centre.joined.node(name)["others_cpu_milli"] for name in NODES]
+
+        eventually(lambda: held() == [4_000] * 3, within_s=30, what="it is seen that others hold all")
+        job = centre.submit("echo here")
+        assert centre.cloud.job(job)["state"] == "queued"
+        expected = "1 core needed, 0 cores free now; work of others that is not this cloud's holds 12 cores."
+        assert centre.why(job) == expected
+        centre.slurm.run("scancel", others.pop())
+        assert centre.cloud.wait(job)["state"] == "succeeded"
     finally:
         centre.slurm.run("scancel", *others)
-    assert centre.cloud.wait(job)["state"] == "succeeded"
+    eventually(lambda: held() == [0] * 3, within_s=30, what="they are gone")
 
 
 def test_jobs_outlive_control_plane_and_outpost_and_are_adopted(centre: Centre) -> None:
@@ -149,8 +168,9 @@ def test_jobs_outlive_control_plane_and_outpost_and_are_adopted(centre: Centre) 
     running = [centre.submit(BEGIN + hold), centre.submit(BEGIN + hold, nodes=2)]
     for job in running:
         centre.cloud.wait(job, "running")
-    short = centre.submit(BEGIN + "sleep 3; echo end; exit 7")
+    short = centre.submit(BEGIN + "sleep 8; echo end; exit 7")
     centre.cloud.wait(short, "running")
+    centre.slurm.await_saved()
     centre.joined.kill(centre.home)
     centre.cloud.kill()
     centre.slurm.kill_controller()
@@ -174,7 +194,7 @@ def test_jobs_outlive_control_plane_and_outpost_and_are_adopted(centre: Centre) 
 
 def test_a_killed_control_plane_in_the_midst_of_submitting_doubles_nothing(centre: Centre) -> None:
     jobs = []
-    for _ in range(3):
+    for _ in range(2):
         jobs += [centre.submit(BEGIN + "sleep 1; echo end") for _ in range(3)]
         centre.cloud.kill()
         centre.joined.kill(centre.home)

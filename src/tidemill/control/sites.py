@@ -57,6 +57,9 @@ _SITE_PREFIX: Final = "sys_site_"
 _MEMBERS: Final = ("ray",)
 """Engines of outposts that are machines of a cluster, for which its head speaks."""
 
+_PACE: Final[dict[str, dict[str, float]]] = {"slurm": {"observe_every_s": 2.0, "nodes_every_s": 5.0}}
+"""Of looks at engines that are others', too: a look costs their controller as much as anybody's ``squeue``."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteState:
@@ -417,6 +420,7 @@ class Sites:
             is_news=self._saw,
             met=self._met,
             elsewhere=lambda: self.strangers(but=site.id),
+            **_PACE.get(site.engine, {}),
         )
         self.works[site.id] = work
         if self._started:

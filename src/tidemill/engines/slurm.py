@@ -13,13 +13,15 @@ stopped before it was launched                 GONE; the folder stays, so that a
 =============================================  ==========================================================
 
 ``sbatch`` is not idempotent and its answer can be lost, so a job bears the name of its launch, and is looked for by
-that name before it is submitted. Source: slurm-wlm 22.05; https://slurm.schedmd.com.
+that name before it is submitted again. Should Slurm have two of them all the same, the first to run is the one.
+Source: slurm-wlm 22.05; https://slurm.schedmd.com.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import shlex
 import shutil
@@ -44,13 +46,19 @@ from tidemill.units import MILLI, MINUTE_NS, SECOND_NS
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _GRES: Final = re.compile(r"gpu(?::(?P<type>[^:()=,]+))?[:=](?P<count>\d+)")
+_FORM: Final = "%A|%T|%N|%C|%D|%m|%b|%r|%j"
 _ASKED_S: Final = 30.0
 _SOURCE: Final = Path(__file__).parents[2]
 _START: Final = "import sys; sys.path.append(sys.argv.pop(1)); from tidemill.runner.slurmstep import main; main()"
+_RECORD: Final = "slurm.json"
+"""In a launch's folder: Slurm's number of its job, empty while it is not known whether there is one."""
 _LIVE: Final = frozenset({"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STAGE_OUT", "SIGNALING"})
-_AWAY: Final = ("DOWN", "FAIL", "NO_RESPOND", "POWERED_DOWN", "UNKNOWN", "FUTURE")
+_AWAY: Final = frozenset({"DOWN", "FAIL", "NO_RESPOND", "NOT_RESPONDING"})
+_NEVER_THERE: Final = frozenset({"UNKNOWN", "FUTURE"})
+_HOLDING: Final = frozenset({"RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT"})
 _MARGIN_NS: Final = 2 * MINUTE_NS
 _BACKSTOP_S: Final = 10.0
+_KEPT: Final = ("PATH", "LD_LIBRARY_PATH", "HOME", "USER", "LOGNAME", "LANG", "SLURM_CONF", "SLURM_CLUSTERS")
 _UNREACHABLE: Final = ("Unable to contact slurm controller", "Connection refused", "timed out", "Socket timed out")
 
 
@@ -72,12 +80,33 @@ class SlurmSettings:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """A job as ``squeue`` lists it."""
+    """A job as ``squeue`` lists it: what it holds in all (CPUs) and on each node (bytes, GPUs), if it has nodes."""
 
     id: str
     name: str
     state: str
     reason: str
+    nodes: str
+    node_count: int
+    cpus: int
+    memory_bytes: int
+    gpus: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    """What jobs hold of a node."""
+
+    cpus: int = 0
+    memory_bytes: int = 0
+    gpus: int = 0
+
+    def __add__(self, other: _Held) -> _Held:
+        return _Held(
+            cpus=self.cpus + other.cpus,
+            memory_bytes=self.memory_bytes + other.memory_bytes,
+            gpus=self.gpus + other.gpus,
+        )
 
 
 class SlurmEngine:
@@ -107,24 +136,12 @@ class SlurmEngine:
         return EngineCapabilities(name="slurm", images=False, exec=True, places=False)
 
     def nodes(self) -> tuple[Node, ...]:
-        """The cluster's nodes that are up, with the GPUs that are configured there."""
-        found = tuple(self._list_nodes())
+        """The cluster's nodes with the GPUs that are configured there and with what jobs of others hold. Those that are
+        down or drained are tainted: what ran there is Slurm's to tell."""
+        ours = self._held_by_us()
+        found = tuple(self._list_nodes(ours))
         self._nodes = frozenset(node.id for node in found)
         return found
-
-    def used_elsewhere(self) -> dict[NodeId, tuple[int, int]]:
-        """Milli-CPU and memory (bytes) that jobs of others hold on each node."""
-        ours = {job.id for job in self._jobs() if self._folder_of(job.name) is not None}
-        used: dict[NodeId, tuple[int, int]] = {}
-        for line in self._ask("squeue", "-h", "-a", "-t", "running", "-o", "%A|%N|%C|%m|%D").splitlines():
-            job, names, cpus, memory, count = line.split("|")
-            if job in ours:
-                continue
-            for name in self._ask("scontrol", "show", "hostnames", names).split():
-                held = used.get(self._node_id(name), (0, 0))
-                share = int(cpus) * MILLI // max(int(count), 1)
-                used[self._node_id(name)] = (held[0] + share, held[1] + _memory(memory))
-        return used
 
     def launch(self, spec: LaunchSpec) -> None:
         """Have that worker's job submitted; nothing more when its launch id was before, even if it ended."""
@@ -199,14 +216,17 @@ class SlurmEngine:
     # ------------------------------------------------------------------ submitting
 
     def _submit(self, spec: LaunchSpec, gang: Sequence[LaunchFolder]) -> None:
+        """Have the gang's job submitted, once: that it may have been is on the disk before it is."""
         name = self._name(spec.launch_id)
-        record = gang[0].path / "slurm.json"
-        if record.exists():
-            return
-        if known := self._jobs_named(name):
-            write_json(record, {"job": known[0].id, "name": name}, durable=True)
-            return
-        command = [sys.executable if not self._settings.python else self._settings.python, "-I", "-c", _START]
+        record = gang[0].path / _RECORD
+        if (before := read_json(record)) is not None:
+            if before["job"]:
+                return
+            if known := self._jobs_named(name):
+                write_json(record, {"job": known[0].id, "name": name})
+                return
+        write_json(record, {"job": "", "name": name}, durable=True)
+        command = [self._settings.python or sys.executable, "-I", "-S", "-c", _START]
         words = [*command, str(_SOURCE), *(str(folder.path) for folder in gang)]
         if len(gang) > 1:
             words = [
@@ -219,10 +239,10 @@ class SlurmEngine:
             ]
         script = "#!/bin/sh\nexec " + shlex.join(words) + "\n"
         answer = self._ask("sbatch", *self._options(spec, name, len(gang)), input_text=script)
-        write_json(record, {"job": answer.strip().partition(";")[0], "name": name}, durable=True)
+        write_json(record, {"job": answer.strip().partition(";")[0], "name": name})
 
     def _options(self, spec: LaunchSpec, name: str, nodes: int) -> Iterator[str]:
-        yield from ("--parsable", f"--job-name={name}", f"--comment={spec.job_id}", "--no-requeue", "--export=NIL")
+        yield from ("--parsable", f"--job-name={name}", f"--comment={spec.job_id}", "--no-requeue", "--export=ALL")
         yield from (f"--nodes={nodes}", "--ntasks-per-node=1", "--output=/dev/null", f"--chdir={self.root}")
         yield f"--cpus-per-task={max(1, math.ceil(spec.cpu_milli / MILLI))}"
         if spec.memory_bytes:
@@ -289,7 +309,7 @@ class SlurmEngine:
         if job is not None and job.state in _LIVE:
             return seen(ObservedState.ALIVE, detail=f"Slurm job {job.id} is {job.state.lower()} ({job.reason})")
         first = self._folder(_sibling(launch_id, 0)) if spec.get("gang") else folder
-        if job is None and not (first.path / "slurm.json").exists():
+        if job is None and not (read_json(first.path / _RECORD) or {}).get("job"):
             return None
         how = f"ended as {job.state.lower()}: {job.reason}" if job is not None else "is not known to Slurm any more"
         record = {"detail": f"its Slurm job {how}", "ended_ns": time.time_ns()}
@@ -304,21 +324,41 @@ class SlurmEngine:
         return list(self._listed(f"--name={name}"))
 
     def _listed(self, *options: str) -> Iterator[_Job]:
-        form = "%A|%j|%T|%r"
-        for line in self._ask("squeue", "-h", "-a", "-t", "all", "-o", form, *options).splitlines():
-            number, name, state, reason = line.split("|", 3)
-            yield _Job(id=number, name=name, state=state, reason=reason)
+        """Our user's jobs, those that ended a moment ago among them."""
+        for line in self._ask("squeue", "-h", "-a", "--me", "-t", "all", "-o", _FORM, *options).splitlines():
+            number, state, nodes, cpus, count, memory, gres, reason, name = line.split("|", 8)
+            yield _Job(
+                id=number, name=name, state=state, reason=reason, nodes=nodes, node_count=max(1, int(count)),
+                cpus=int(cpus), memory_bytes=_memory(memory), gpus=_gpus(gres),
+            )  # fmt: skip
 
-    def _list_nodes(self) -> Iterator[Node]:
-        for line in self._ask("scontrol", "--oneliner", "show", "node").splitlines():
-            said = dict(word.split("=", 1) for word in line.split() if "=" in word)
-            state = said.get("State", "UNKNOWN")
-            if not said.get("NodeName") or any(word in state.replace("*", "+NO_RESPOND").split("+") for word in _AWAY):
+    def _held_by_us(self) -> dict[str, _Held]:
+        """What our launches hold, by Slurm's name of the node."""
+        held: dict[str, _Held] = {}
+        for job in self._jobs():
+            if job.state not in _HOLDING or not job.nodes or self._folder_of(job.name) is None:
                 continue
-            yield self._node(said, is_draining="DRAIN" in state)
+            share = _Held(cpus=job.cpus // job.node_count, memory_bytes=job.memory_bytes, gpus=job.gpus)
+            for name in self._ask("scontrol", "show", "hostnames", job.nodes).split():
+                held[name] = held.get(name, _Held()) + share
+        return held
 
-    def _node(self, said: dict[str, str], *, is_draining: bool) -> Node:
+    def _list_nodes(self, ours: dict[str, _Held]) -> Iterator[Node]:
+        for line in self._ask("scontrol", "--oneliner", "--details", "show", "node").splitlines():
+            said = dict(word.split("=", 1) for word in line.split() if "=" in word)
+            states = set(said.get("State", "UNKNOWN").replace("*", "+NO_RESPOND").split("+"))
+            if not said.get("NodeName") or states & _NEVER_THERE:
+                continue
+            taint = "slurm=down" if states & _AWAY else "slurm=draining" if "DRAIN" in states else ""
+            yield self._node(said, ours.get(said["NodeName"], _Held()), (taint,) if taint else ())
+
+    def _node(self, said: dict[str, str], ours: _Held, taints: tuple[str, ...]) -> Node:
         """A node as ``scontrol`` tells of it. The type of its gres is taken for the first model that answers to it."""
+        held = _Held(
+            cpus=int(said.get("CPUAlloc", "0")),
+            memory_bytes=int(said.get("AllocMem", "0")) * 2**20,
+            gpus=_gpus(said.get("GresUsed", "")),
+        )
         name = said["NodeName"]
         devices: list[Device] = []
         for found in _GRES.finditer(said.get("Gres", "")):
@@ -349,7 +389,10 @@ class SlurmEngine:
             memory_bytes=max(1, int(said.get("RealMemory", "1"))) * 2**20,
             disk_bytes=int(said.get("TmpDisk", "0")) * 2**20,
             devices=tuple(devices),
-            taints=("slurm=draining",) if is_draining else (),
+            taints=taints,
+            others_cpu_milli=max(0, held.cpus - ours.cpus) * MILLI,
+            others_memory_bytes=max(0, held.memory_bytes - ours.memory_bytes),
+            others_gpus=max(0, held.gpus - ours.gpus),
         )
 
     def _node_id(self, name: str) -> NodeId:
@@ -375,8 +418,9 @@ class SlurmEngine:
         """What the command printed. Raises: EngineLost, EngineRefused as Slurm says."""
         try:
             done = subprocess.run(
-                command, input=input_text, capture_output=True, text=True, timeout=_ASKED_S, check=False
-            )
+                command, input=input_text, env=_surroundings(), capture_output=True, text=True, timeout=_ASKED_S,
+                check=False,
+            )  # fmt: skip
         except FileNotFoundError:
             raise EngineRefused(
                 f"{command[0]} is not installed here.", field="engine", value="slurm",
@@ -394,9 +438,22 @@ class SlurmEngine:
         )
 
 
+def _surroundings() -> dict[str, str]:
+    """The variables of Slurm's commands, which are also those of our jobs' scripts: nobody's habits are among them.
+
+    ``--export=NONE`` would do the latter too, and have slurmd run a login shell first, which takes a second or more.
+    """
+    return {name: value for name in _KEPT if (value := os.environ.get(name))}
+
+
 def _sibling(launch_id: str, rank: int) -> LaunchId:
     """The launch of another rank of the same attempt."""
     return LaunchId(f"{launch_id.rpartition('-')[0]}-{rank}")
+
+
+def _gpus(text: str) -> int:
+    """How many GPUs a list of gres has: ``gpu:h100:2(IDX:0-1)``, ``gres:gpu:2``."""
+    return sum(int(found["count"]) for found in _GRES.finditer(text))
 
 
 def _memory(text: str) -> int:
