@@ -10,7 +10,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,14 @@ def why_not() -> str:
     if missing:
         return f"not installed: {', '.join(missing)} (Debian's slurm-wlm and munge)"
     return "" if os.geteuid() == 0 else "slurmd starts jobs as root only"
+
+
+def why_no_accounting() -> str:
+    """Why no cluster with accounting can be started here; empty when one can."""
+    missing = [name for name in ("slurmdbd", "mariadbd", "mariadb-install-db", "sacct") if not _program(name)]
+    if missing:
+        return f"not installed: {', '.join(missing)} (Debian's slurmdbd and mariadb-server)"
+    return why_not()
 
 
 def _program(name: str) -> str:
@@ -72,9 +80,12 @@ class Slurm:
 
 
 @contextlib.contextmanager
-def slurm_cluster(folder: Path, *, scheduler: str = "batch_sched_delay=0") -> Iterator[Slurm]:
+def slurm_cluster(
+    folder: Path, *, scheduler: str = "batch_sched_delay=0", accounting: bool = False, min_job_age_s: int = 300
+) -> Iterator[Slurm]:
     """A cluster whose nodes are idle; afterwards nothing of it runs. ``scheduler`` are its SchedulerParameters: here
-    Slurm does not let a new job wait for up to three seconds in case that more come."""
+    Slurm does not let a new job wait for up to three seconds in case that more come. ``accounting`` has slurmdbd and a
+    database keep what ended, with account ``ai`` and QOS ``fast``; only who has an account may submit then."""
     for name in ("state", "spool", "log", "dev", "munge"):
         (folder / name).mkdir()
     (folder / "munge").chmod(0o700)
@@ -82,7 +93,8 @@ def slurm_cluster(folder: Path, *, scheduler: str = "batch_sched_delay=0") -> It
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
     made = Slurm(folder)
-    _write_configuration(folder, scheduler)
+    accounts = _accounting_lines(folder, free_port()) if accounting else ""
+    _write_configuration(folder, scheduler, min_job_age_s, accounts)
     try:
         munge = folder / "munge"
         words = [
@@ -96,7 +108,11 @@ def slurm_cluster(folder: Path, *, scheduler: str = "batch_sched_delay=0") -> It
             )
         ]
         subprocess.run([_program("munged"), "--force", *words], check=True, capture_output=True)
+        if accounting:
+            _start_accounting(made)
         made.start_controller()
+        if accounting:
+            _make_accounts(made)
         for node in NODES:
             (folder / "spool" / node).mkdir()
             made.run(_program("slurmd"), "-N", node, "-f", str(folder / "slurm.conf"))
@@ -110,7 +126,7 @@ def slurm_cluster(folder: Path, *, scheduler: str = "batch_sched_delay=0") -> It
         _end_all_of(folder)
 
 
-def _write_configuration(folder: Path, scheduler: str) -> None:
+def _write_configuration(folder: Path, scheduler: str, min_job_age_s: int, accounts: str) -> None:
     host = socket.gethostname().partition(".")[0]
     ports = [free_port() for _ in NODES]
     nodes = "\n".join(
@@ -140,10 +156,11 @@ ReturnToService=2
 MpiDefault=none
 SchedulerParameters={scheduler}
 KillWait=5
-MinJobAge=300
+MinJobAge={min_job_age_s}
 DefMemPerCPU=100
 SlurmdTimeout=30
 GresTypes=gpu
+{accounts}
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """)
@@ -153,6 +170,75 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
             os.mknod(folder / "dev" / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))  # as /dev/null is
         lines.append(f"NodeName={node} Name=gpu Type=h100 File={folder}/dev/gpu[{2 * at}-{2 * at + 1}]")
     (folder / "gres.conf").write_text("\n".join(lines) + "\n")
+
+
+def _accounting_lines(folder: Path, port: int) -> str:
+    """What slurm.conf says of the accounting; slurmdbd's own configuration is written."""
+    host = socket.gethostname().partition(".")[0]
+    configuration = folder / "slurmdbd.conf"
+    configuration.write_text(f"""
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/sock
+DbdHost={host}
+DbdAddr=127.0.0.1
+DbdPort={port}
+SlurmUser=root
+PidFile={folder}/slurmdbd.pid
+LogFile={folder}/log/slurmdbd
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={free_port()}
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=slurm_test
+""")
+    configuration.chmod(0o600)
+    return f"""AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePass={folder}/munge/sock
+AccountingStoragePort={port}
+AccountingStorageEnforce=associations,qos
+AccountingStorageTRES=gres/gpu"""
+
+
+def _start_accounting(made: Slurm) -> None:
+    folder = made.folder
+    data, at = folder / "mariadb", folder / "mariadb.sock"
+    lines = (folder / "slurmdbd.conf").read_text().splitlines()
+    port = next(line.partition("=")[2] for line in lines if line.startswith("StoragePort="))
+    made.run(
+        _program("mariadb-install-db"), "--no-defaults", "--user=root", f"--datadir={data}", "--skip-test-db",
+        "--auth-root-authentication-method=normal",
+    )  # fmt: skip
+    with (folder / "log" / "mariadb").open("wb") as log:
+        subprocess.Popen(
+            [_program("mariadbd"), "--no-defaults", "--user=root", f"--datadir={data}", f"--socket={at}",
+             f"--port={port}", "--bind-address=127.0.0.1", "--innodb-buffer-pool-size=32M",
+             "--innodb-log-file-size=16M", f"--pid-file={folder}/mariadb.pid"],
+            stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    grant = "CREATE USER slurm@'127.0.0.1' IDENTIFIED BY 'slurm'; GRANT ALL ON *.* TO slurm@'127.0.0.1';"
+    _until(lambda: made.run("mariadb", "--no-defaults", f"--socket={at}", "-e", grant), "MariaDB")
+    made.run(_program("slurmdbd"), text=None)
+    _until(lambda: made.run("sacctmgr", "-n", "list", "cluster"), "slurmdbd")
+
+
+def _make_accounts(made: Slurm) -> None:
+    _until(lambda: "test" in made.run("sacctmgr", "-n", "list", "cluster") or made.run("false"), "the cluster in it")
+    for words in (("account", "ai"), ("qos", "fast"), ("user", "root", "account=ai", "qos=normal,fast")):
+        made.run("sacctmgr", "-i", "add", *words)
+
+
+def _until(act: Callable[[], str], what: str) -> None:
+    """Until ``act`` does not fail any more."""
+    until = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            act()
+            return
+        if time.monotonic() > until:
+            raise RuntimeError(f"{what} does not answer")
+        time.sleep(0.1)
 
 
 def _end_all_of(folder: Path) -> None:

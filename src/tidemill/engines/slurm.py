@@ -309,13 +309,31 @@ class SlurmEngine:
         if job is not None and job.state in _LIVE:
             return seen(ObservedState.ALIVE, detail=f"Slurm job {job.id} is {job.state.lower()} ({job.reason})")
         first = self._folder(_sibling(launch_id, 0)) if spec.get("gang") else folder
-        if job is None and not (read_json(first.path / _RECORD) or {}).get("job"):
+        number = str((read_json(first.path / _RECORD) or {}).get("job", ""))
+        if job is None and not number:
             return None
-        how = f"ended as {job.state.lower()}: {job.reason}" if job is not None else "is not known to Slurm any more"
-        record = {"detail": f"its Slurm job {how}", "ended_ns": time.time_ns()}
+        if job is None and any(one.state in _LIVE for one in self._jobs_named(name)):  # since the list was asked for
+            return seen(ObservedState.ALIVE)
+        record = {"detail": f"its Slurm job {self._how_it_ended(job, number, name)}", "ended_ns": time.time_ns()}
         with suppress(OSError):
+            folder.claim()  # no runner may begin on it any more
             write_json(folder.gone, record)
         return seen(ObservedState.GONE, **record)
+
+    def _how_it_ended(self, job: _Job | None, number: str, name: str) -> str:
+        """In Slurm's words: of slurmctld, or when that has forgotten it of the accounting, if there is one."""
+        if job is not None:
+            return f"ended as {job.state.lower()}{f' on {job.nodes}' if job.nodes else ''}: {job.reason}"
+        fields = "--format=JobName,State,ExitCode,NodeList"
+        try:
+            lines = self._ask("sacct", "-X", "-n", "-P", "-j", number, fields).splitlines()
+        except (EngineLost, EngineRefused):
+            lines = []
+        for line in lines:
+            known, state, code, nodes = line.rsplit("|", 3)
+            if known == name:  # numbers are given anew when slurmctld has lost its state
+                return f"ended as {state.lower()} with exit code {code} on {nodes}"
+        return "is not known to Slurm any more"
 
     def _jobs(self) -> tuple[_Job, ...]:
         return tuple(self._listed())
