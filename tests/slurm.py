@@ -22,6 +22,10 @@ NODES = ("n1", "n2", "n3")
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "srun", "scontrol")
 
 
+LONG = bool(os.environ.get("TIDEMILL_LONG_TESTS"))
+"""Whether tests run too that wait for Slurm for half a minute: ``make test-slurm``."""
+
+
 def why_not() -> str:
     """Why no cluster can be started here; empty when one can."""
     missing = [name for name in _PROGRAMS if not _program(name)]
@@ -81,11 +85,17 @@ class Slurm:
 
 @contextlib.contextmanager
 def slurm_cluster(
-    folder: Path, *, scheduler: str = "batch_sched_delay=0", accounting: bool = False, min_job_age_s: int = 300
+    folder: Path,
+    *,
+    scheduler: str = "batch_sched_delay=0",
+    accounting: bool = False,
+    min_job_age_s: int = 300,
+    cpus: int = 4,
 ) -> Iterator[Slurm]:
     """A cluster whose nodes are idle; afterwards nothing of it runs. ``scheduler`` are its SchedulerParameters: here
     Slurm does not let a new job wait for up to three seconds in case that more come. ``accounting`` has slurmdbd and a
-    database keep what ended, with account ``ai`` and QOS ``fast``; only who has an account may submit then."""
+    database keep what ended, with account ``ai`` and QOS ``fast``; only who has an account may submit then. Each node
+    says that it has so many ``cpus``, and 500 MB for each."""
     for name in ("state", "spool", "log", "dev", "munge"):
         (folder / name).mkdir()
     (folder / "munge").chmod(0o700)
@@ -94,7 +104,7 @@ def slurm_cluster(
     key.chmod(0o600)
     made = Slurm(folder)
     accounts = _accounting_lines(folder, free_port()) if accounting else ""
-    _write_configuration(folder, scheduler, min_job_age_s, accounts)
+    _write_configuration(folder, scheduler, min_job_age_s, accounts, cpus)
     try:
         munge = folder / "munge"
         words = [
@@ -126,11 +136,11 @@ def slurm_cluster(
         _end_all_of(folder)
 
 
-def _write_configuration(folder: Path, scheduler: str, min_job_age_s: int, accounts: str) -> None:
+def _write_configuration(folder: Path, scheduler: str, min_job_age_s: int, accounts: str, cpus: int) -> None:
     host = socket.gethostname().partition(".")[0]
     ports = [free_port() for _ in NODES]
     nodes = "\n".join(
-        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=2000 Gres=gpu:h100:2 State=UNKNOWN"
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory={500 * cpus} Gres=gpu:h100:2 State=UNKNOWN"
         for node, port in zip(NODES, ports, strict=True)
     )
     (folder / "slurm.conf").write_text(f"""

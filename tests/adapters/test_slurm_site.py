@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.adapters.test_joining import Joined
-from tests.cloud import eventually
-from tests.slurm import NODES, Slurm, slurm_cluster, why_not
+from tests.cloud import LIVE, eventually
+from tests.slurm import LONG, NODES, Slurm, slurm_cluster, why_not
 from tidemill.outpost import joining
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
@@ -131,6 +131,19 @@ def test_a_job_has_no_longer_than_it_may(centre: Centre) -> None:
     assert (ended["state"], ended["cause"]) == ("failed", "timed_out")
 
 
+def test_an_array_becomes_jobs_of_slurm_one_by_one(centre: Centre) -> None:
+    spec = {"name": "sweep", "array": {"size": 4, "parallel": 2}, "run": "echo index $TIDEMILL_ARRAY_INDEX; sleep 1"}
+    status, made = centre.cloud.call("POST", "/v1/workloads", {"spec": {**spec, "resources": {"cpus": 1}}})
+    assert status == 201, made
+    jobs = [job["id"] for job in made["jobs"]]
+    most = 0
+    while any(centre.cloud.job(job)["state"] in LIVE for job in jobs):
+        most = max(most, len(centre.jobs("-t", "running")))
+    assert [centre.cloud.job(job)["state"] for job in jobs] == ["succeeded"] * 4
+    assert [centre.cloud.logs(job) for job in jobs] == [f"index {at}\n".encode() for at in range(4)]
+    assert most <= 2, "array.parallel holds in Slurm too"
+
+
 def test_what_waits_in_slurm_says_what_slurm_says(centre: Centre) -> None:
     centre.slurm.run("scontrol", "update", "partitionname=main", "state=down")
     try:
@@ -192,6 +205,7 @@ def test_jobs_outlive_control_plane_and_outpost_and_are_adopted(centre: Centre) 
     eventually(lambda: not centre.jobs("-t", "running,pending"), within_s=20, what="nothing is left in Slurm")
 
 
+@pytest.mark.skipif(not LONG, reason="takes half a minute: make test-slurm")
 def test_a_killed_control_plane_in_the_midst_of_submitting_doubles_nothing(centre: Centre) -> None:
     jobs = []
     for _ in range(2):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm import NODES, Slurm, slurm_cluster, why_not
+from tests.slurm import LONG, NODES, Slurm, slurm_cluster, why_not
 from tidemill.engines.slurm import SlurmEngine, SlurmSettings
 from tidemill.errors import EngineLost, EngineRefused
 from tidemill.model.ids import LaunchId, NodeId, SiteId
@@ -157,6 +157,23 @@ def test_what_somebody_else_cancels_is_gone_with_slurms_word_for_it(centre: Cent
     assert seen is not None
     assert (seen.cause, seen.detail) == ("node_lost", "Slurm ended the job that it ran in")
     engine.forget(spec.launch_id, node_id=spec.node_id)
+
+
+@pytest.mark.skipif(not LONG, reason="Slurm looks at time limits every half minute: make test-slurm")
+def test_slurms_own_time_limit_leaves_the_grace(centre: Centre) -> None:
+    """The limit is Slurm's, not the spec's: somebody shortened the job. Slurm warns as long before as the grace is."""
+    engine, bench = centre.engine(), centre.bench
+    script = BEGIN + "trap 'echo saved; exit 0' TERM; sleep 600 & wait"
+    spec = bench.spec(script, max_duration_ns=3_600 * SECOND_NS, grace_ns=50 * SECOND_NS)
+    engine.launch(spec)
+    eventually(lambda: bench.starts(spec) == 1, what="it runs")
+    number = centre.slurm.run("squeue", "-h", f"--name=tidemill-{spec.launch_id}", "-o", "%A").strip()
+    centre.slurm.run("scontrol", "update", f"jobid={number}", "timelimit=1")
+    eventually(lambda: state(engine, spec.launch_id) is ObservedState.EXITED, timeout_s=90, what="it is over")
+    assert bytes(centre.control.record(spec.launch_id).log) == b"started-here\nsaved\n"
+    seen = observed(engine, spec.launch_id)
+    assert seen is not None
+    assert (seen.cause, seen.detail) == ("node_lost", "Slurm ended the job that it ran in")
 
 
 def test_work_that_waits_in_slurm_is_alive_with_slurms_reason(centre: Centre) -> None:

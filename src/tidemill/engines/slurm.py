@@ -29,10 +29,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
+from zlib import crc32
 
 from tidemill import catalog
 from tidemill.errors import Conflict, EngineLost, EngineRefused
@@ -56,6 +57,7 @@ _LIVE: Final = frozenset({"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SU
 _AWAY: Final = frozenset({"DOWN", "FAIL", "NO_RESPOND", "NOT_RESPONDING"})
 _NEVER_THERE: Final = frozenset({"UNKNOWN", "FUTURE"})
 _HOLDING: Final = frozenset({"RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT"})
+_AT_ONCE: Final = 16
 _MARGIN_NS: Final = 2 * MINUTE_NS
 _BACKSTOP_S: Final = 10.0
 _KEPT: Final = ("PATH", "LD_LIBRARY_PATH", "HOME", "USER", "LOGNAME", "LANG", "SLURM_CONF", "SLURM_CLUSTERS")
@@ -127,7 +129,7 @@ class SlurmEngine:
         self._launches.mkdir(mode=0o700, parents=True, exist_ok=True)
         accounts = self.root / "accounts"
         accounts.mkdir(exist_ok=True)
-        self._submitting = threading.Lock()
+        self._submitting = tuple(threading.Lock() for _ in range(_AT_ONCE))
         self._nodes: frozenset[NodeId] = frozenset()
 
     @property
@@ -163,7 +165,7 @@ class SlurmEngine:
         ranks = range(len(spec.gang))
         gang = [self._folder(_sibling(spec.launch_id, rank)) for rank in ranks] or [folder]
         if all(one.spec.exists() for one in gang):
-            with self._submitting:
+            with self._submitting[crc32(gang[0].path.name.encode()) % len(self._submitting)]:
                 self._submit(spec, gang)
 
     def stop(self, launch_id: LaunchId, *, node_id: NodeId, grace_ns: int) -> None:  # noqa: ARG002 - ids are enough
@@ -192,9 +194,9 @@ class SlurmEngine:
         """Every launch that it has not forgotten, from its folders and Slurm's list."""
         if not self._nodes:
             self.nodes()
-        jobs = {job.name: job for job in self._jobs()}
+        listed = {job.name: job for job in self._jobs()}
         folders = [LaunchFolder(path) for path in sorted(self._launches.iterdir()) if not path.name.startswith(".")]
-        seen = [found for folder in folders if (found := self._look(folder, jobs)) is not None]
+        seen = [found for folder in folders if (found := self._look(folder, lambda: listed)) is not None]
         return Sight(nodes=self._nodes, launches=tuple(seen))
 
     def forget(self, launch_id: LaunchId, *, node_id: NodeId) -> None:  # noqa: ARG002 - ids are enough
@@ -202,7 +204,7 @@ class SlurmEngine:
         folder = self._folder(launch_id)
         if not folder.path.exists():
             return
-        seen = self._look(folder, {job.name: job for job in self._jobs()})
+        seen = self._look(folder, lambda: {job.name: job for job in self._jobs()})
         if seen is not None and seen.state is ObservedState.ALIVE:
             raise Conflict(f"{launch_id} still runs")
         doomed = self._launches / f".forgotten-{launch_id}-{time.monotonic_ns()}"
@@ -281,7 +283,7 @@ class SlurmEngine:
 
     # ------------------------------------------------------------------ observing
 
-    def _look(self, folder: LaunchFolder, jobs: dict[str, _Job]) -> Observation | None:
+    def _look(self, folder: LaunchFolder, jobs: Callable[[], dict[str, _Job]]) -> Observation | None:
         launch_id = LaunchId(folder.path.name)
         spec = read_json(folder.spec)
         node_id = NodeId(str((spec or {}).get("node_id", "")))
@@ -305,7 +307,7 @@ class SlurmEngine:
         if spec is None:
             return seen(ObservedState.GONE, detail="stopped before it was launched") if folder.stop.exists() else None
         name = self._name(launch_id)
-        job = jobs.get(name)
+        job = jobs().get(name)
         if job is not None and job.state in _LIVE:
             return seen(ObservedState.ALIVE, detail=f"Slurm job {job.id} is {job.state.lower()} ({job.reason})")
         first = self._folder(_sibling(launch_id, 0)) if spec.get("gang") else folder
@@ -357,9 +359,13 @@ class SlurmEngine:
             if job.state not in _HOLDING or not job.nodes or self._folder_of(job.name) is None:
                 continue
             share = _Held(cpus=job.cpus // job.node_count, memory_bytes=job.memory_bytes, gpus=job.gpus)
-            for name in self._ask("scontrol", "show", "hostnames", job.nodes).split():
+            for name in self._names(job.nodes):
                 held[name] = held.get(name, _Held()) + share
         return held
+
+    def _names(self, nodes: str) -> list[str]:
+        """The nodes of a list as Slurm writes it: ``n[1-3,7]``."""
+        return self._ask("scontrol", "show", "hostnames", nodes).split() if set(nodes) & set("[,") else [nodes]
 
     def _list_nodes(self, ours: dict[str, _Held]) -> Iterator[Node]:
         for line in self._ask("scontrol", "--oneliner", "--details", "show", "node").splitlines():
