@@ -39,6 +39,11 @@ quickstart: $(RUNTIME) ## train, serve and ask a small model on this machine, an
 test: $(DEV) ## the tests
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(TESTS) $(ARGS)
 
+.PHONY: test-slurm
+test-slurm: $(DEV) ## all tests of Slurm, those too that wait for it
+	@TIDEMILL_LONG_TESTS=1 $(BIN)/python -m pytest tests/contract/test_engine_slurm.py tests/contract/test_slurm_*.py \
+		tests/adapters/test_slurm_site.py $(ARGS)
+
 .PHONY: check
 check: lint types layers docs-check test ## all that continuous integration checks
 

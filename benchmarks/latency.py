@@ -1,16 +1,21 @@
-"""From submitting a command to the first line of its own output: Tidemill, Tidemill on Ray, Ray jobs, a subprocess.
+"""From submitting a command to the first line of its own output: Tidemill alone, on Ray and on Slurm, beside Ray jobs,
+sbatch and a subprocess.
 
 Each round runs every contender once, in turn, with the same command; what is measured ends when a line that is
 exactly the command's marker can be read. ``cli`` rows start a command line (``tidemill run -- COMMAND``, ``ray job
 submit -- COMMAND``) and read its standard output; ``sdk`` rows submit and read the log from a Python client that is
 connected already. ``tidemill_ray`` is a cloud whose machine is a Ray cluster's (``engine: ray``); the other Ray is one
-of its own, from an environment in ``.bench/ray``, installed on first use. All are idle and warm. The last line is JSON.
+of its own, from an environment in ``.bench/ray``, installed on first use. ``tidemill_slurm`` is a cloud whose machines
+are those of a Slurm cluster, ``sbatch`` that same cluster without us; its output is read from the file, every two
+milliseconds. Slurm looks for what to start about once a second, so these begin at fractions of a second that are
+evenly spread, and the same for each: else one would meet that moment more often. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -26,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.centre import cloud_on_slurm, cluster, why_not
 from benchmarks.clouds import PROGRAMS, Home, cloud, end_on_signals, free_port, machine, median, percentile, table
 
 RAY = "ray[default]==2.60.0"
@@ -39,6 +45,8 @@ _RAY_PORTS = (
 """Which Ray would take from fixed numbers, where another Ray on this machine may be."""
 _ANSI = re.compile(rb"\x1b\[[0-9;]*m")
 _LIMIT_S = 120.0
+_GOLDEN = 0.6180339887
+"""Multiples of it, without their whole part, are spread evenly."""
 _RAY_CLIENT = """
 import asyncio, sys, time
 from ray.job_submission import JobSubmissionClient
@@ -202,6 +210,34 @@ def _end_group(head: subprocess.Popen[bytes]) -> None:
     head.wait(timeout=20)
 
 
+def by_sbatch(folder: Path) -> Measure:
+    """The measure of ``sbatch``, whose jobs write into that folder."""
+
+    def measure(marker: str, command: list[str]) -> float:
+        output = folder / marker
+        submit = ["sbatch", "--parsable", f"--output={output}", f"--wrap={_shell(command)}"]
+        began = time.perf_counter()
+        subprocess.run(submit, check=True, capture_output=True)
+        while marker not in (output.read_text().splitlines() if output.exists() else ()):
+            if time.perf_counter() - began > _LIMIT_S:
+                raise RuntimeError("the job did not write its line")
+            time.sleep(0.002)
+        return time.perf_counter() - began
+
+    return measure
+
+
+def at_all_times(measure: Measure) -> Measure:
+    """The same, begun each time at another fraction of a second, evenly spread."""
+    calls = itertools.count(1)
+
+    def after_a_pause(marker: str, command: list[str]) -> float:
+        time.sleep((next(calls) * _GOLDEN - time.time()) % 1.0)
+        return measure(marker, command)
+
+    return after_a_pause
+
+
 def _shell(command: list[str]) -> str:
     import shlex
 
@@ -218,6 +254,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=30, help="of echo; of Python a third")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--no-ray", action="store_true", help="only Tidemill and the bare subprocess")
+    parser.add_argument("--no-slurm", action="store_true", help="without Slurm")
     given = parser.parse_args()
     end_on_signals()
     kinds = ["echo", *(["python"] if Path("/usr/bin/python3").exists() else [])]
@@ -237,6 +274,18 @@ def main() -> None:
             )
             sdk["tidemill_ray sdk"] = tidemill_sdk(on_ray)
             contenders["ray cli"], sdk["ray sdk"] = stack.enter_context(ray_head(cores))
+        if given.no_slurm or why_not():
+            print(why_not() or "without Slurm", file=sys.stderr)
+        else:
+            slurm = stack.enter_context(cluster())
+            on_slurm = stack.enter_context(cloud_on_slurm(slurm))
+            contenders["tidemill_slurm cli"] = at_all_times(
+                lambda marker, command: first_line(
+                    [str(PROGRAMS / "tidemill"), "run", "--", *command], marker, on_slurm.environment
+                )
+            )
+            sdk["tidemill_slurm sdk"] = at_all_times(tidemill_sdk(on_slurm))
+            contenders["sbatch"] = at_all_times(by_sbatch(slurm.folder))
         contenders |= {"bare": lambda marker, command: first_line(command, marker, None), **sdk}
         taken: dict[tuple[str, str], list[float]] = {(kind, name): [] for kind in kinds for name in contenders}
         for number in range(-given.warmup, given.runs):
@@ -258,6 +307,8 @@ def _report(taken: dict[tuple[str, str], list[float]], runs: int) -> None:
         middle, worst = median(values), percentile(values, 99)
         rival = taken.get((kind, f"tidemill_{name}")) if name.startswith("ray") else None
         times = f"{middle / median(rival):.1f} x tidemill on ray" if rival else ""
+        if name.startswith("tidemill_slurm"):
+            times = f"{(middle - median(taken[kind, 'sbatch'])) * 1000:+.0f} ms to sbatch"
         rows.append((f"{kind}: {name}", f"{middle * 1000:.1f} ms", f"{worst * 1000:.1f} ms", times))
         prefix = ("" if kind == "echo" else f"{kind}_") + name.replace(" cli", "").replace(" ", "_")
         result |= {f"{prefix}_p50_s": round(middle, 5), f"{prefix}_p99_s": round(worst, 5)}

@@ -10,7 +10,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +22,24 @@ NODES = ("n1", "n2", "n3")
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "srun", "scontrol")
 
 
+LONG = bool(os.environ.get("TIDEMILL_LONG_TESTS"))
+"""Whether tests run too that wait for Slurm for half a minute: ``make test-slurm``."""
+
+
 def why_not() -> str:
     """Why no cluster can be started here; empty when one can."""
     missing = [name for name in _PROGRAMS if not _program(name)]
     if missing:
         return f"not installed: {', '.join(missing)} (Debian's slurm-wlm and munge)"
     return "" if os.geteuid() == 0 else "slurmd starts jobs as root only"
+
+
+def why_no_accounting() -> str:
+    """Why no cluster with accounting can be started here; empty when one can."""
+    missing = [name for name in ("slurmdbd", "mariadbd", "mariadb-install-db", "sacct") if not _program(name)]
+    if missing:
+        return f"not installed: {', '.join(missing)} (Debian's slurmdbd and mariadb-server)"
+    return why_not()
 
 
 def _program(name: str) -> str:
@@ -55,6 +67,16 @@ class Slurm:
     def start_controller(self) -> None:
         self.run(_program("slurmctld"), "-f", str(self.folder / "slurm.conf"))
 
+    def await_saved(self) -> None:
+        """Until slurmctld has on its disk what it knows now: jobs that it forgets when killed, it ends as strangers."""
+        now, until = time.time(), time.monotonic() + 30
+        while (self.folder / "state" / "job_state").stat().st_mtime < now:
+            if time.monotonic() > until:
+                raise RuntimeError("slurmctld does not save its jobs")
+            if time.time() > now + 6:
+                self.run("scontrol", "reconfigure")
+            time.sleep(0.1)
+
     def kill_controller(self) -> None:
         """kill -9 of slurmctld, and of nothing else."""
         os.kill(int((self.folder / "ctld.pid").read_text()), signal.SIGKILL)
@@ -62,8 +84,18 @@ class Slurm:
 
 
 @contextlib.contextmanager
-def slurm_cluster(folder: Path) -> Iterator[Slurm]:
-    """A cluster whose nodes are idle; afterwards nothing of it runs."""
+def slurm_cluster(
+    folder: Path,
+    *,
+    scheduler: str = "batch_sched_delay=0",
+    accounting: bool = False,
+    min_job_age_s: int = 300,
+    cpus: int = 4,
+) -> Iterator[Slurm]:
+    """A cluster whose nodes are idle; afterwards nothing of it runs. ``scheduler`` are its SchedulerParameters: here
+    Slurm does not let a new job wait for up to three seconds in case that more come. ``accounting`` has slurmdbd and a
+    database keep what ended, with account ``ai`` and QOS ``fast``; only who has an account may submit then. Each node
+    says that it has so many ``cpus``, and 500 MB for each."""
     for name in ("state", "spool", "log", "dev", "munge"):
         (folder / name).mkdir()
     (folder / "munge").chmod(0o700)
@@ -71,7 +103,8 @@ def slurm_cluster(folder: Path) -> Iterator[Slurm]:
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
     made = Slurm(folder)
-    _write_configuration(folder)
+    accounts = _accounting_lines(folder, free_port()) if accounting else ""
+    _write_configuration(folder, scheduler, min_job_age_s, accounts, cpus)
     try:
         munge = folder / "munge"
         words = [
@@ -85,7 +118,11 @@ def slurm_cluster(folder: Path) -> Iterator[Slurm]:
             )
         ]
         subprocess.run([_program("munged"), "--force", *words], check=True, capture_output=True)
+        if accounting:
+            _start_accounting(made)
         made.start_controller()
+        if accounting:
+            _make_accounts(made)
         for node in NODES:
             (folder / "spool" / node).mkdir()
             made.run(_program("slurmd"), "-N", node, "-f", str(folder / "slurm.conf"))
@@ -99,11 +136,11 @@ def slurm_cluster(folder: Path) -> Iterator[Slurm]:
         _end_all_of(folder)
 
 
-def _write_configuration(folder: Path) -> None:
+def _write_configuration(folder: Path, scheduler: str, min_job_age_s: int, accounts: str, cpus: int) -> None:
     host = socket.gethostname().partition(".")[0]
     ports = [free_port() for _ in NODES]
     nodes = "\n".join(
-        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=2000 Gres=gpu:h100:2 State=UNKNOWN"
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory={500 * cpus} Gres=gpu:h100:2 State=UNKNOWN"
         for node, port in zip(NODES, ports, strict=True)
     )
     (folder / "slurm.conf").write_text(f"""
@@ -127,10 +164,13 @@ SelectTypeParameters=CR_CPU_Memory
 SlurmdParameters=config_overrides
 ReturnToService=2
 MpiDefault=none
+SchedulerParameters={scheduler}
 KillWait=5
-MinJobAge=300
+MinJobAge={min_job_age_s}
+DefMemPerCPU=100
 SlurmdTimeout=30
 GresTypes=gpu
+{accounts}
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """)
@@ -140,6 +180,75 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
             os.mknod(folder / "dev" / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))  # as /dev/null is
         lines.append(f"NodeName={node} Name=gpu Type=h100 File={folder}/dev/gpu[{2 * at}-{2 * at + 1}]")
     (folder / "gres.conf").write_text("\n".join(lines) + "\n")
+
+
+def _accounting_lines(folder: Path, port: int) -> str:
+    """What slurm.conf says of the accounting; slurmdbd's own configuration is written."""
+    host = socket.gethostname().partition(".")[0]
+    configuration = folder / "slurmdbd.conf"
+    configuration.write_text(f"""
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/sock
+DbdHost={host}
+DbdAddr=127.0.0.1
+DbdPort={port}
+SlurmUser=root
+PidFile={folder}/slurmdbd.pid
+LogFile={folder}/log/slurmdbd
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={free_port()}
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=slurm_test
+""")
+    configuration.chmod(0o600)
+    return f"""AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePass={folder}/munge/sock
+AccountingStoragePort={port}
+AccountingStorageEnforce=associations,qos
+AccountingStorageTRES=gres/gpu"""
+
+
+def _start_accounting(made: Slurm) -> None:
+    folder = made.folder
+    data, at = folder / "mariadb", folder / "mariadb.sock"
+    lines = (folder / "slurmdbd.conf").read_text().splitlines()
+    port = next(line.partition("=")[2] for line in lines if line.startswith("StoragePort="))
+    made.run(
+        _program("mariadb-install-db"), "--no-defaults", "--user=root", f"--datadir={data}", "--skip-test-db",
+        "--auth-root-authentication-method=normal",
+    )  # fmt: skip
+    with (folder / "log" / "mariadb").open("wb") as log:
+        subprocess.Popen(
+            [_program("mariadbd"), "--no-defaults", "--user=root", f"--datadir={data}", f"--socket={at}",
+             f"--port={port}", "--bind-address=127.0.0.1", "--innodb-buffer-pool-size=32M",
+             "--innodb-log-file-size=16M", f"--pid-file={folder}/mariadb.pid"],
+            stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    grant = "CREATE USER slurm@'127.0.0.1' IDENTIFIED BY 'slurm'; GRANT ALL ON *.* TO slurm@'127.0.0.1';"
+    _until(lambda: made.run("mariadb", "--no-defaults", f"--socket={at}", "-e", grant), "MariaDB")
+    made.run(_program("slurmdbd"), text=None)
+    _until(lambda: made.run("sacctmgr", "-n", "list", "cluster"), "slurmdbd")
+
+
+def _make_accounts(made: Slurm) -> None:
+    _until(lambda: "test" in made.run("sacctmgr", "-n", "list", "cluster") or made.run("false"), "the cluster in it")
+    for words in (("account", "ai"), ("qos", "fast"), ("user", "root", "account=ai", "qos=normal,fast")):
+        made.run("sacctmgr", "-i", "add", *words)
+
+
+def _until(act: Callable[[], str], what: str) -> None:
+    """Until ``act`` does not fail any more."""
+    until = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            act()
+            return
+        if time.monotonic() > until:
+            raise RuntimeError(f"{what} does not answer")
+        time.sleep(0.1)
 
 
 def _end_all_of(folder: Path) -> None:

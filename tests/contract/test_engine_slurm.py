@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm import NODES, Slurm, slurm_cluster, why_not
+from tests.slurm import LONG, NODES, Slurm, slurm_cluster, why_not
 from tidemill.engines.slurm import SlurmEngine, SlurmSettings
 from tidemill.errors import EngineLost, EngineRefused
 from tidemill.model.ids import LaunchId, NodeId, SiteId
@@ -73,7 +73,9 @@ def test_nodes_are_those_of_the_cluster_with_their_gpus(centre: Centre) -> None:
     assert [len(node.devices) for node in nodes] == [2, 2, 2]
     assert all(device.model.startswith("H100") for node in nodes for device in node.devices)
     centre.slurm.run("scontrol", "update", "nodename=n3", "state=down", "reason=test")
-    assert [node.name for node in centre.engine().nodes()] == ["n1", "n2"]
+    taints = {node.name: node.taints for node in centre.engine().nodes()}
+    assert taints == {"n1": (), "n2": (), "n3": ("slurm=down",)}
+    assert len(centre.engine().observe().nodes) == 3, "what ran there is known still: Slurm says so"
     centre.slurm.run("scontrol", "update", "nodename=n3", "state=resume")
 
 
@@ -99,7 +101,8 @@ def test_a_gang_is_one_job_whose_ranks_are_slurms_nodes(centre: Centre) -> None:
     ]  # fmt: skip
     for spec in specs[:2]:
         engine.launch(spec)
-    assert centre.slurm.run("squeue", "-h", "-o", "%j") == "", "all or nothing: it is submitted when all are there"
+    names = centre.slurm.run("squeue", "-h", "-o", "%j").split()
+    assert not [name for name in names if "gang" in name], "all or nothing: it is submitted when all are there"
     engine.launch(specs[2])
     nodes = set()
     for rank, spec in enumerate(specs):
@@ -123,6 +126,26 @@ def test_devices_are_those_that_slurm_gives(centre: Centre) -> None:
     assert bytes(centre.control.record(spec.launch_id).log).strip() == b"devices 0,1"
 
 
+def test_what_others_hold_is_told_apart_from_what_we_do(centre: Centre) -> None:
+    engine, bench = centre.engine(), centre.bench
+    wrap = "--wrap=sleep 600"
+    others = ("--nodelist=n1", "--cpus-per-task=1", "--gres=gpu:h100:1", "--mem=300M", "--output=/dev/null", wrap)
+    theirs = centre.slurm.run("sbatch", "--parsable", *others).strip()
+    spec = bench.spec("sleep 600", devices=(("n1/h100/0", 1_000),), cpu_milli=2_000, memory_bytes=400 << 20)
+    engine.launch(spec)
+
+    def held() -> dict[str, tuple[int, int, int]]:
+        nodes = engine.nodes()
+        return {one.name: (one.others_cpu_milli, one.others_memory_bytes >> 20, one.others_gpus) for one in nodes}
+
+    both = lambda: centre.slurm.run("squeue", "-h", "-t", "running", "-o", "%j").split()  # noqa: E731
+    eventually(lambda: len(both()) == 2, what="both run")
+    assert held() == {"n1": (1_000, 300, 1), "n2": (0, 0, 0), "n3": (0, 0, 0)}
+    engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=0)
+    centre.slurm.run("scancel", theirs)
+    eventually(lambda: not any(map(any, held().values())), what="nobody holds anything")
+
+
 def test_what_somebody_else_cancels_is_gone_with_slurms_word_for_it(centre: Centre) -> None:
     engine, bench = centre.engine(), centre.bench
     spec = bench.spec(BEGIN + "sleep 600")
@@ -134,6 +157,23 @@ def test_what_somebody_else_cancels_is_gone_with_slurms_word_for_it(centre: Cent
     assert seen is not None
     assert (seen.cause, seen.detail) == ("node_lost", "Slurm ended the job that it ran in")
     engine.forget(spec.launch_id, node_id=spec.node_id)
+
+
+@pytest.mark.skipif(not LONG, reason="Slurm looks at time limits every half minute: make test-slurm")
+def test_slurms_own_time_limit_leaves_the_grace(centre: Centre) -> None:
+    """The limit is Slurm's, not the spec's: somebody shortened the job. Slurm warns as long before as the grace is."""
+    engine, bench = centre.engine(), centre.bench
+    script = BEGIN + "trap 'echo saved; exit 0' TERM; sleep 600 & wait"
+    spec = bench.spec(script, max_duration_ns=3_600 * SECOND_NS, grace_ns=50 * SECOND_NS)
+    engine.launch(spec)
+    eventually(lambda: bench.starts(spec) == 1, what="it runs")
+    number = centre.slurm.run("squeue", "-h", f"--name=tidemill-{spec.launch_id}", "-o", "%A").strip()
+    centre.slurm.run("scontrol", "update", f"jobid={number}", "timelimit=1")
+    eventually(lambda: state(engine, spec.launch_id) is ObservedState.EXITED, timeout_s=90, what="it is over")
+    assert bytes(centre.control.record(spec.launch_id).log) == b"started-here\nsaved\n"
+    seen = observed(engine, spec.launch_id)
+    assert seen is not None
+    assert (seen.cause, seen.detail) == ("node_lost", "Slurm ended the job that it ran in")
 
 
 def test_work_that_waits_in_slurm_is_alive_with_slurms_reason(centre: Centre) -> None:
@@ -148,8 +188,8 @@ def test_work_that_waits_in_slurm_is_alive_with_slurms_reason(centre: Centre) ->
     seen = observed(engine, spec.launch_id)
     assert seen is not None
     assert (seen.state, "pending" in seen.detail) == (ObservedState.ALIVE, True)
-    eventually(lambda: len(engine.used_elsewhere()) == 3, what="what others use is seen")
-    assert {cpu for cpu, _ in engine.used_elsewhere().values()} == {4_000}
+    eventually(lambda: all(node.others_cpu_milli for node in engine.nodes()), what="what others hold is seen")
+    assert {node.others_cpu_milli for node in engine.nodes()} == {4_000}
     engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=0)
     eventually(lambda: state(engine, spec.launch_id) is ObservedState.GONE, what="it is gone")
     centre.slurm.run("scancel", *holders)

@@ -314,6 +314,9 @@ def node_json(node: Node, world: World) -> NodeOut:
         "memory_bytes": node.memory_bytes,
         "free_memory_bytes": max(0, int(fleet.memory_free[row])) if has_free else 0,
         "disk_bytes": node.disk_bytes,
+        "others_cpu_milli": node.others_cpu_milli,
+        "others_memory_bytes": node.others_memory_bytes,
+        "others_gpus": node.others_gpus,
         "devices": [
             {
                 "id": device.id,

@@ -342,7 +342,8 @@ class FailingOut(TypedDict):
 class NodeOut(TypedDict):
     """A machine: what it has, what of it is free, and what is wrong with it.
 
-    ``marking`` is the cordon or drain that stands; ``workers`` counts those that hold something there.
+    ``marking`` is the cordon or drain that stands; ``workers`` counts those that hold something there. ``others_`` is
+    what work holds there that another scheduler than ours started.
     """
 
     id: str
@@ -363,6 +364,9 @@ class NodeOut(TypedDict):
     memory_bytes: int
     free_memory_bytes: int
     disk_bytes: int
+    others_cpu_milli: int
+    others_memory_bytes: int
+    others_gpus: int
     devices: list[dict[str, Any]]
     images: bool
     labels: dict[str, str]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tidemill.cli.output import clock, emit, facts, note, paint, say, state, table
+from tidemill.cli.output import clock, count, emit, facts, note, paint, say, state, table
 from tidemill.cli.parsing import Json
 from tidemill.cli.ticker import Ticker
 from tidemill.errors import InvalidRequest
@@ -183,6 +183,10 @@ def _node_notes(node: NodeInfo, has_sites: bool) -> tuple[str, str, str, str]:
     held = (
         f"held back until {clock(node.held_until_at_ns)}" if node.state == "suspect" and node.held_until_at_ns else ""
     )
+    others = [count(node.others_gpus, "GPU")] if node.others_gpus else []
+    others += [f"{node.others_cpu_milli / 1_000:g} CPUs"] if node.others_cpu_milli else []
+    if others:
+        failing.append(f"others hold {', '.join(others)}")
     return (
         where,
         ", ".join(f"{name}={value}" for name, value in node.labels.items()),

@@ -122,6 +122,21 @@ def _sites_of(world: World, job: Job, workload: Workload) -> str:
     return ", ".join(sorted(described(site) for site in sites)) + (f", as asked: {asked}" if asked else "")
 
 
+def with_word(answer: Why, word: str) -> Why:
+    """The answer for a job that starts, with what the engine that is to start it says: another scheduler's reason."""
+    if not word:
+        return answer
+    reason = Reason(
+        code="WaitsInEngine",
+        subject="engine",
+        needed="its workers started",
+        available=word,
+        resolvable_by=ResolvableBy.TIME,
+        sentence=f"It has its place here, and waits at its site: {word}.",
+    )
+    return replace(answer, sentence=reason.sentence, reasons=(reason,))
+
+
 def _reasons(
     world: World, job: Job, workload: Workload, stored: Reason | None, *, now: int, policy: Policy
 ) -> list[Reason]:

@@ -84,6 +84,7 @@ class EngineWork:
         self._unwanted: set[LaunchId] = set()
         """Strangers that somebody had ended."""
         self._has_looked = False
+        self._words: dict[LaunchId, str] = {}
         self._strays: set[LaunchId] = set()
         """What the engine knew at the last look and the world did not: the turn that ends it may not be stored yet."""
         self._refresh_ns = 0
@@ -121,6 +122,10 @@ class EngineWork:
     def strangers(self) -> tuple[Stranger, ...]:
         """What the engine had at the last look and the store has never heard of, by launch."""
         return tuple(sorted(self._strangers.copy().values(), key=lambda one: one.launch_id))
+
+    def word_of(self, launch: LaunchId) -> str:
+        """What the engine said of a launch that is alive, at the last look; empty when it said nothing."""
+        return self._words.get(launch, "")
 
     def end_stranger(self, launch: LaunchId, *, grace_ns: int) -> Stranger:
         """The stranger, which is stopped, and forgotten once it is gone. Raises: NotFound."""
@@ -177,6 +182,8 @@ class EngineWork:
         """What the engine has; strangers among it are found at the first look, and kept up to date."""
         sight = self._engine.observe()
         observed = {observation.launch_id: observation for observation in sight.launches}
+        alive = (seen for seen in sight.launches if seen.detail and seen.state is ObservedState.ALIVE)
+        self._words = {seen.launch_id: seen.detail for seen in alive}
         for launch, known in list(self._strangers.items()):
             seen = observed.get(launch)
             if seen is None and known.node_id in sight.nodes:

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from tidemill import __version__
-from tidemill.control.answers import Receipt, Status, Why, mend_for, receipt_of
+from tidemill.control.answers import Receipt, Status, Why, mend_for, receipt_of, with_word
 from tidemill.control.blobs import BlobStore
 from tidemill.control.clock import SteadyClock, newest_instant
 from tidemill.control.cloudsettings import CloudSettings
@@ -97,7 +97,7 @@ from tidemill.model.ids import (
     queue_id,
     sortable_id,
 )
-from tidemill.model.job import Allocation, AllocationState, Attempt, Cause, Job, Workload
+from tidemill.model.job import Allocation, AllocationState, Attempt, Cause, Job, JobState, Workload
 from tidemill.model.ledger import RateCard
 from tidemill.model.plan import LaunchSpec, Quote, Reason
 from tidemill.model.queue import Queue
@@ -572,7 +572,12 @@ class ControlPlane:
         row = self.store.job(job_id)
         if row is None:
             raise NotFound("There is no such job.", field="job", value=job_id)
-        return why(self._turns, row, self.settings.policy, now=self._clock())
+        answer = why(self._turns, row, self.settings.policy, now=self._clock())
+        if answer.state != JobState.STARTING.value:
+            return answer
+        attempt = self.world.attempts.get(job_id)
+        workers = self.world.workers_of(attempt) if attempt is not None else ()
+        return with_word(answer, self.sites.word_of(worker.id for worker in workers))
 
     def receipt(self, job_id: JobId) -> Receipt:
         """What a job took and cost, as far as it is metered. Raises: NotFound."""

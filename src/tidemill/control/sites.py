@@ -11,7 +11,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Final
@@ -58,6 +58,9 @@ _LOOKED_AFTER_S: Final = 1.0
 _SITE_PREFIX: Final = "sys_site_"
 _MEMBERS: Final = ("ray",)
 """Engines of outposts that are machines of a cluster, for which its head speaks."""
+
+_PACE: Final[dict[str, dict[str, float]]] = {"slurm": {"observe_every_s": 2.0, "nodes_every_s": 5.0}}
+"""Of looks at engines that are others', too: a look costs their controller as much as anybody's ``squeue``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -406,6 +409,11 @@ class Sites:
             self._remove(outpost)
         return tuple(sorted(running))
 
+    def word_of(self, launches: Iterable[LaunchId]) -> str:
+        """What the engines said last of the first of these launches of which they said something."""
+        works = list(self.works.copy().values())
+        return next((word for launch in launches for work in works if (word := work.word_of(launch))), "")
+
     def strangers(self, *, but: SiteId = SiteId("")) -> tuple[Stranger, ...]:
         """What engines have and the store has never heard of, by site and launch; those of one site left out."""
         works = sorted(self.works.copy().items())
@@ -447,6 +455,7 @@ class Sites:
             is_news=self._saw,
             met=self._met,
             elsewhere=lambda: self.strangers(but=site.id),
+            **_PACE.get(site.engine, {}),
         )
         self.works[site.id] = work
         if self._started:

@@ -181,7 +181,8 @@ def why_not_now(fleet: FleetArrays, gang: Gang, *, mask: NDArray[np.bool_] | Non
     if request is not None and not request.profile:
         free = np.where(static.devices & ready[:, None], np.maximum(fleet.gpu_free, 0), 0)
         need = _least_milli(static) if request.share_bytes else request.total_milli
-        reason = _short("Gpus", "gpus", need * gang.smallest, int(free.sum()), _gpus, request.model)
+        others = int(fleet.others_gpus[ready].sum()) * MILLI
+        reason = _short("Gpus", "gpus", need * gang.smallest, int(free.sum()), _gpus, request.model, others=others)
         if reason is not None:
             return reason
     elif request is not None:
@@ -190,12 +191,13 @@ def why_not_now(fleet: FleetArrays, gang: Gang, *, mask: NDArray[np.bool_] | Non
             need_text = f"{request.count * gang.smallest} x {request.profile}"
             sentence = f"{need_text} needed, room for {slices} now."
             return _busy("NotEnoughFreeSlices", "gpus", need_text, f"{slices} free", sentence)
-    for name, subject, need, column, unit in (
-        ("Cpus", "cpus", resources.cpu_milli, fleet.cpu_free, _cores),
-        ("Memory", "memory", resources.memory_bytes, fleet.memory_free, format_size),
+    for name, subject, need, column, held, unit in (
+        ("Cpus", "cpus", resources.cpu_milli, fleet.cpu_free, fleet.others_cpu, _cores),
+        ("Memory", "memory", resources.memory_bytes, fleet.memory_free, fleet.others_memory, format_size),
     ):
         left = int(np.where(ready, np.maximum(column, 0), 0).sum())
-        if (reason := _short(name, subject, need * gang.smallest, left, unit)) is not None:
+        reason = _short(name, subject, need * gang.smallest, left, unit, others=int(held[ready].sum()))
+        if reason is not None:
             return reason
     room = int(workers_that_fit(fleet, shape, mask=mask).sum())
     if gang.within is not None and room >= gang.smallest:
@@ -210,6 +212,8 @@ def why_not_now(fleet: FleetArrays, gang: Gang, *, mask: NDArray[np.bool_] | Non
         sentence = f"There is room, but not on {gang.smallest} different {gang.spread}s."
         return _busy("NoDomainWithRoom", "placement.spread", f"{gang.smallest} {gang.spread}s", "", sentence)
     sentence = f"What is free is spread over machines: {room} of {gang.smallest} workers fit now."
+    if others := int(np.count_nonzero(fleet.others_cpu[ready] + fleet.others_gpus[ready])):
+        sentence += f" On {others} of them, work of others that is not this cloud's holds part."
     return _busy("NoNodeWithRoom", "nodes", f"{gang.smallest} workers", f"room for {room}", sentence)
 
 
@@ -229,11 +233,15 @@ def _least_milli(static: Fitting) -> int:
     return int(static.milli[static.devices].min())
 
 
-def _short(name: str, subject: str, need: int, free: int, unit: Callable[[int], str], model: str = "") -> Reason | None:
+def _short(
+    name: str, subject: str, need: int, free: int, unit: Callable[[int], str], model: str = "", *, others: int = 0
+) -> Reason | None:
     if free >= need:
         return None
     what = f" of {subject}" if subject == "memory" else f" ({model})" if model else ""
     sentence = f"{unit(need)}{what} needed, {unit(free)} free now."
+    if others:
+        sentence = f"{sentence[:-1]}; work of others that is not this cloud's holds {unit(others)}."
     return _busy(f"NotEnoughFree{name}", subject, unit(need), f"{unit(free)} free", sentence)
 
 

@@ -269,12 +269,19 @@ def _node_joined(fact: NodeJoined, world: World, out: Outcome) -> None:
         if not same:
             joined_ns = out.now if absent else known.joined_ns
             _change_node(world, known, replace(after, joined_ns=joined_ns))
+        if not _is_same_machine(after, known):
             out.note("NodeJoined", node=node.name, cpus=node.cpu_milli // 1000, gpus=len(node.devices))
             if after.state is NodeState.SUSPECT:
                 world.set_timer(after.held_until_ns, "recheck", node.id)
                 out.note("NodeSuspected", node=node.name, losses=len(after.lost_at_ns))
     world.open_meters(node, now=out.now)
     world.rebuild_fleet()
+
+
+def _is_same_machine(after: Node, before: Node) -> bool:
+    """Whether nothing but what others hold there, and when it joined, is different."""
+    held = {name: getattr(before, name) for name in ("others_cpu_milli", "others_memory_bytes", "others_gpus")}
+    return replace(after, joined_ns=before.joined_ns, version=before.version, **held) == before
 
 
 def _rejoined(known: Node, node: Node, out: Outcome) -> Node:

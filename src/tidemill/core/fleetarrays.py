@@ -87,6 +87,10 @@ class FleetArrays:
         self.disk_total: Ints = np.array([node.disk_bytes for node in self.nodes], np.int64)
         self.cpu_free: Ints = self.cpu_total.copy()
         self.memory_free: Ints = self.memory_total.copy()
+        self.others_cpu: Ints = np.zeros(len(self.nodes), np.int64)
+        """What work holds on each node that is not ours, (N,); so are the next two."""
+        self.others_memory: Ints = np.zeros(len(self.nodes), np.int64)
+        self.others_gpus: Ints = np.zeros(len(self.nodes), np.int64)
         self.is_ready: NDArray[np.bool_] = np.array([node.state is NodeState.READY for node in self.nodes], np.bool_)
         self.has_images: NDArray[np.bool_] = np.array([node.images for node in self.nodes], np.bool_)
         self.gpu_free: Ints = np.zeros(shape, np.int64)
@@ -173,6 +177,17 @@ class FleetArrays:
         self._move(row, -cpu_milli, -memory_bytes, columns)
         self._undo.append((row, cpu_milli, memory_bytes, tuple((at, -milli, bits) for at, milli, bits in columns)))
         self.released += 1
+
+    def leave_to_others(self, node: Node) -> None:
+        """Take what work holds there that is not ours, as far as it is free: the devices of which nothing is taken."""
+        row = self.row[node.id]
+        self.others_cpu[row] = min(node.others_cpu_milli, max(0, self.cpu_free[row]))
+        self.others_memory[row] = min(node.others_memory_bytes, max(0, self.memory_free[row]))
+        self.cpu_free[row] -= self.others_cpu[row]
+        self.memory_free[row] -= self.others_memory[row]
+        whole = np.flatnonzero(self.gpu_free[row] == MILLI)[: node.others_gpus]
+        self.gpu_free[row, whole] = 0
+        self.others_gpus[row] = len(whole)
 
     def take_from(
         self, free: Free, node: NodeId, cpu_milli: int, memory_bytes: int, devices: tuple[DeviceShare, ...]

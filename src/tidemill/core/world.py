@@ -782,6 +782,9 @@ class World:
                         if share.device_id in {device.id for device in self.nodes[allocation.node_id].devices}
                     ),
                 )
+        for node in fleet.nodes:
+            if node.others_cpu_milli or node.others_memory_bytes or node.others_gpus:
+                fleet.leave_to_others(node)
         self.fleet = fleet
         self.rows.clear()
         for allocation in self.allocations.values():

@@ -13,13 +13,15 @@ stopped before it was launched                 GONE; the folder stays, so that a
 =============================================  ==========================================================
 
 ``sbatch`` is not idempotent and its answer can be lost, so a job bears the name of its launch, and is looked for by
-that name before it is submitted. Source: slurm-wlm 22.05; https://slurm.schedmd.com.
+that name before it is submitted again. Should Slurm have two of them all the same, the first to run is the one.
+Source: slurm-wlm 22.05; https://slurm.schedmd.com.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import shlex
 import shutil
@@ -27,10 +29,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
+from zlib import crc32
 
 from tidemill import catalog
 from tidemill.errors import Conflict, EngineLost, EngineRefused
@@ -44,13 +47,20 @@ from tidemill.units import MILLI, MINUTE_NS, SECOND_NS
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _GRES: Final = re.compile(r"gpu(?::(?P<type>[^:()=,]+))?[:=](?P<count>\d+)")
+_FORM: Final = "%A|%T|%N|%C|%D|%m|%b|%r|%j"
 _ASKED_S: Final = 30.0
 _SOURCE: Final = Path(__file__).parents[2]
 _START: Final = "import sys; sys.path.append(sys.argv.pop(1)); from tidemill.runner.slurmstep import main; main()"
+_RECORD: Final = "slurm.json"
+"""In a launch's folder: Slurm's number of its job, empty while it is not known whether there is one."""
 _LIVE: Final = frozenset({"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STAGE_OUT", "SIGNALING"})
-_AWAY: Final = ("DOWN", "FAIL", "NO_RESPOND", "POWERED_DOWN", "UNKNOWN", "FUTURE")
+_AWAY: Final = frozenset({"DOWN", "FAIL", "NO_RESPOND", "NOT_RESPONDING"})
+_NEVER_THERE: Final = frozenset({"UNKNOWN", "FUTURE"})
+_HOLDING: Final = frozenset({"RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT"})
+_AT_ONCE: Final = 16
 _MARGIN_NS: Final = 2 * MINUTE_NS
 _BACKSTOP_S: Final = 10.0
+_KEPT: Final = ("PATH", "LD_LIBRARY_PATH", "HOME", "USER", "LOGNAME", "LANG", "SLURM_CONF", "SLURM_CLUSTERS")
 _UNREACHABLE: Final = ("Unable to contact slurm controller", "Connection refused", "timed out", "Socket timed out")
 
 
@@ -72,12 +82,33 @@ class SlurmSettings:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """A job as ``squeue`` lists it."""
+    """A job as ``squeue`` lists it: what it holds in all (CPUs) and on each node (bytes, GPUs), if it has nodes."""
 
     id: str
     name: str
     state: str
     reason: str
+    nodes: str
+    node_count: int
+    cpus: int
+    memory_bytes: int
+    gpus: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    """What jobs hold of a node."""
+
+    cpus: int = 0
+    memory_bytes: int = 0
+    gpus: int = 0
+
+    def __add__(self, other: _Held) -> _Held:
+        return _Held(
+            cpus=self.cpus + other.cpus,
+            memory_bytes=self.memory_bytes + other.memory_bytes,
+            gpus=self.gpus + other.gpus,
+        )
 
 
 class SlurmEngine:
@@ -98,7 +129,7 @@ class SlurmEngine:
         self._launches.mkdir(mode=0o700, parents=True, exist_ok=True)
         accounts = self.root / "accounts"
         accounts.mkdir(exist_ok=True)
-        self._submitting = threading.Lock()
+        self._submitting = tuple(threading.Lock() for _ in range(_AT_ONCE))
         self._nodes: frozenset[NodeId] = frozenset()
 
     @property
@@ -107,24 +138,12 @@ class SlurmEngine:
         return EngineCapabilities(name="slurm", images=False, exec=True, places=False)
 
     def nodes(self) -> tuple[Node, ...]:
-        """The cluster's nodes that are up, with the GPUs that are configured there."""
-        found = tuple(self._list_nodes())
+        """The cluster's nodes with the GPUs that are configured there and with what jobs of others hold. Those that are
+        down or drained are tainted: what ran there is Slurm's to tell."""
+        ours = self._held_by_us()
+        found = tuple(self._list_nodes(ours))
         self._nodes = frozenset(node.id for node in found)
         return found
-
-    def used_elsewhere(self) -> dict[NodeId, tuple[int, int]]:
-        """Milli-CPU and memory (bytes) that jobs of others hold on each node."""
-        ours = {job.id for job in self._jobs() if self._folder_of(job.name) is not None}
-        used: dict[NodeId, tuple[int, int]] = {}
-        for line in self._ask("squeue", "-h", "-a", "-t", "running", "-o", "%A|%N|%C|%m|%D").splitlines():
-            job, names, cpus, memory, count = line.split("|")
-            if job in ours:
-                continue
-            for name in self._ask("scontrol", "show", "hostnames", names).split():
-                held = used.get(self._node_id(name), (0, 0))
-                share = int(cpus) * MILLI // max(int(count), 1)
-                used[self._node_id(name)] = (held[0] + share, held[1] + _memory(memory))
-        return used
 
     def launch(self, spec: LaunchSpec) -> None:
         """Have that worker's job submitted; nothing more when its launch id was before, even if it ended."""
@@ -143,7 +162,7 @@ class SlurmEngine:
         ranks = range(len(spec.gang))
         gang = [self._folder(_sibling(spec.launch_id, rank)) for rank in ranks] or [folder]
         if all(one.spec.exists() for one in gang):
-            with self._submitting:
+            with self._submitting[crc32(gang[0].path.name.encode()) % len(self._submitting)]:
                 self._submit(spec, gang)
 
     def stop(self, launch_id: LaunchId, *, node_id: NodeId, grace_ns: int) -> None:  # noqa: ARG002 - ids are enough
@@ -168,9 +187,9 @@ class SlurmEngine:
         """Every launch that it has not forgotten, from its folders and Slurm's list."""
         if not self._nodes:
             self.nodes()
-        jobs = {job.name: job for job in self._jobs()}
+        listed = {job.name: job for job in self._jobs()}
         folders = [LaunchFolder(path) for path in sorted(self._launches.iterdir()) if not path.name.startswith(".")]
-        seen = [found for folder in folders if (found := self._look(folder, jobs)) is not None]
+        seen = [found for folder in folders if (found := self._look(folder, lambda: listed)) is not None]
         return Sight(nodes=self._nodes, launches=tuple(seen))
 
     def forget(self, launch_id: LaunchId, *, node_id: NodeId) -> None:  # noqa: ARG002 - ids are enough
@@ -178,7 +197,7 @@ class SlurmEngine:
         folder = self._folder(launch_id)
         if not folder.path.exists():
             return
-        seen = self._look(folder, {job.name: job for job in self._jobs()})
+        seen = self._look(folder, lambda: {job.name: job for job in self._jobs()})
         if seen is not None and seen.state is ObservedState.ALIVE:
             raise Conflict(f"{launch_id} still runs")
         doomed = self._launches / f".forgotten-{launch_id}-{time.monotonic_ns()}"
@@ -192,14 +211,17 @@ class SlurmEngine:
     # ------------------------------------------------------------------ submitting
 
     def _submit(self, spec: LaunchSpec, gang: Sequence[LaunchFolder]) -> None:
+        """Have the gang's job submitted, once: that it may have been is on the disk before it is."""
         name = self._name(spec.launch_id)
-        record = gang[0].path / "slurm.json"
-        if record.exists():
-            return
-        if known := self._jobs_named(name):
-            write_json(record, {"job": known[0].id, "name": name}, durable=True)
-            return
-        command = [sys.executable if not self._settings.python else self._settings.python, "-I", "-c", _START]
+        record = gang[0].path / _RECORD
+        if (before := read_json(record)) is not None:
+            if before["job"]:
+                return
+            if known := self._jobs_named(name):
+                write_json(record, {"job": known[0].id, "name": name})
+                return
+        write_json(record, {"job": "", "name": name}, durable=True)
+        command = [self._settings.python or sys.executable, "-I", "-S", "-c", _START]
         words = [*command, str(_SOURCE), *(str(folder.path) for folder in gang)]
         if len(gang) > 1:
             words = [
@@ -212,10 +234,10 @@ class SlurmEngine:
             ]
         script = "#!/bin/sh\nexec " + shlex.join(words) + "\n"
         answer = self._ask("sbatch", *self._options(spec, name, len(gang)), input_text=script)
-        write_json(record, {"job": answer.strip().partition(";")[0], "name": name}, durable=True)
+        write_json(record, {"job": answer.strip().partition(";")[0], "name": name})
 
     def _options(self, spec: LaunchSpec, name: str, nodes: int) -> Iterator[str]:
-        yield from ("--parsable", f"--job-name={name}", f"--comment={spec.job_id}", "--no-requeue", "--export=NIL")
+        yield from ("--parsable", f"--job-name={name}", f"--comment={spec.job_id}", "--no-requeue", "--export=ALL")
         yield from (f"--nodes={nodes}", "--ntasks-per-node=1", "--output=/dev/null", f"--chdir={self.root}")
         yield f"--cpus-per-task={max(1, math.ceil(spec.cpu_milli / MILLI))}"
         if spec.memory_bytes:
@@ -254,7 +276,7 @@ class SlurmEngine:
 
     # ------------------------------------------------------------------ observing
 
-    def _look(self, folder: LaunchFolder, jobs: dict[str, _Job]) -> Observation | None:
+    def _look(self, folder: LaunchFolder, jobs: Callable[[], dict[str, _Job]]) -> Observation | None:
         launch_id = LaunchId(folder.path.name)
         spec = read_json(folder.spec)
         node_id = NodeId(str((spec or {}).get("node_id", "")))
@@ -278,17 +300,35 @@ class SlurmEngine:
         if spec is None:
             return seen(ObservedState.GONE, detail="stopped before it was launched") if folder.stop.exists() else None
         name = self._name(launch_id)
-        job = jobs.get(name)
+        job = jobs().get(name)
         if job is not None and job.state in _LIVE:
-            return seen(ObservedState.ALIVE, detail=f"Slurm job {job.id} is {job.state.lower()}: {job.reason}")
+            return seen(ObservedState.ALIVE, detail=f"Slurm job {job.id} is {job.state.lower()} ({job.reason})")
         first = self._folder(_sibling(launch_id, 0)) if spec.get("gang") else folder
-        if job is None and not (first.path / "slurm.json").exists():
+        number = str((read_json(first.path / _RECORD) or {}).get("job", ""))
+        if job is None and not number:
             return None
-        how = f"ended as {job.state.lower()}: {job.reason}" if job is not None else "is not known to Slurm any more"
-        record = {"detail": f"its Slurm job {how}", "ended_ns": time.time_ns()}
+        if job is None and any(one.state in _LIVE for one in self._jobs_named(name)):  # since the list was asked for
+            return seen(ObservedState.ALIVE)
+        record = {"detail": f"its Slurm job {self._how_it_ended(job, number, name)}", "ended_ns": time.time_ns()}
         with suppress(OSError):
+            folder.claim()  # no runner may begin on it any more
             write_json(folder.gone, record)
         return seen(ObservedState.GONE, **record)
+
+    def _how_it_ended(self, job: _Job | None, number: str, name: str) -> str:
+        """In Slurm's words: of slurmctld, or when that has forgotten it of the accounting, if there is one."""
+        if job is not None:
+            return f"ended as {job.state.lower()}{f' on {job.nodes}' if job.nodes else ''}: {job.reason}"
+        fields = "--format=JobName,State,ExitCode,NodeList"
+        try:
+            lines = self._ask("sacct", "-X", "-n", "-P", "-j", number, fields).splitlines()
+        except (EngineLost, EngineRefused):
+            lines = []
+        for line in lines:
+            known, state, code, nodes = line.rsplit("|", 3)
+            if known == name:  # numbers are given anew when slurmctld has lost its state
+                return f"ended as {state.lower()} with exit code {code} on {nodes}"
+        return "is not known to Slurm any more"
 
     def _jobs(self) -> tuple[_Job, ...]:
         return tuple(self._listed())
@@ -297,21 +337,45 @@ class SlurmEngine:
         return list(self._listed(f"--name={name}"))
 
     def _listed(self, *options: str) -> Iterator[_Job]:
-        form = "%A|%j|%T|%r"
-        for line in self._ask("squeue", "-h", "-a", "-t", "all", "-o", form, *options).splitlines():
-            number, name, state, reason = line.split("|", 3)
-            yield _Job(id=number, name=name, state=state, reason=reason)
+        """Our user's jobs, those that ended a moment ago among them."""
+        for line in self._ask("squeue", "-h", "-a", "--me", "-t", "all", "-o", _FORM, *options).splitlines():
+            number, state, nodes, cpus, count, memory, gres, reason, name = line.split("|", 8)
+            yield _Job(
+                id=number, name=name, state=state, reason=reason, nodes=nodes, node_count=max(1, int(count)),
+                cpus=int(cpus), memory_bytes=_memory(memory), gpus=_gpus(gres),
+            )  # fmt: skip
 
-    def _list_nodes(self) -> Iterator[Node]:
-        for line in self._ask("scontrol", "--oneliner", "show", "node").splitlines():
-            said = dict(word.split("=", 1) for word in line.split() if "=" in word)
-            state = said.get("State", "UNKNOWN")
-            if not said.get("NodeName") or any(word in state.replace("*", "+NO_RESPOND").split("+") for word in _AWAY):
+    def _held_by_us(self) -> dict[str, _Held]:
+        """What our launches hold, by Slurm's name of the node."""
+        held: dict[str, _Held] = {}
+        for job in self._jobs():
+            if job.state not in _HOLDING or not job.nodes or self._folder_of(job.name) is None:
                 continue
-            yield self._node(said, is_draining="DRAIN" in state)
+            share = _Held(cpus=job.cpus // job.node_count, memory_bytes=job.memory_bytes, gpus=job.gpus)
+            for name in self._names(job.nodes):
+                held[name] = held.get(name, _Held()) + share
+        return held
 
-    def _node(self, said: dict[str, str], *, is_draining: bool) -> Node:
+    def _names(self, nodes: str) -> list[str]:
+        """The nodes of a list as Slurm writes it: ``n[1-3,7]``."""
+        return self._ask("scontrol", "show", "hostnames", nodes).split() if set(nodes) & set("[,") else [nodes]
+
+    def _list_nodes(self, ours: dict[str, _Held]) -> Iterator[Node]:
+        for line in self._ask("scontrol", "--oneliner", "--details", "show", "node").splitlines():
+            said = dict(word.split("=", 1) for word in line.split() if "=" in word)
+            states = set(said.get("State", "UNKNOWN").replace("*", "+NO_RESPOND").split("+"))
+            if not said.get("NodeName") or states & _NEVER_THERE:
+                continue
+            taint = "slurm=down" if states & _AWAY else "slurm=draining" if "DRAIN" in states else ""
+            yield self._node(said, ours.get(said["NodeName"], _Held()), (taint,) if taint else ())
+
+    def _node(self, said: dict[str, str], ours: _Held, taints: tuple[str, ...]) -> Node:
         """A node as ``scontrol`` tells of it. The type of its gres is taken for the first model that answers to it."""
+        held = _Held(
+            cpus=int(said.get("CPUAlloc", "0")),
+            memory_bytes=int(said.get("AllocMem", "0")) * 2**20,
+            gpus=_gpus(said.get("GresUsed", "")),
+        )
         name = said["NodeName"]
         devices: list[Device] = []
         for found in _GRES.finditer(said.get("Gres", "")):
@@ -342,7 +406,10 @@ class SlurmEngine:
             memory_bytes=max(1, int(said.get("RealMemory", "1"))) * 2**20,
             disk_bytes=int(said.get("TmpDisk", "0")) * 2**20,
             devices=tuple(devices),
-            taints=("slurm=draining",) if is_draining else (),
+            taints=taints,
+            others_cpu_milli=max(0, held.cpus - ours.cpus) * MILLI,
+            others_memory_bytes=max(0, held.memory_bytes - ours.memory_bytes),
+            others_gpus=max(0, held.gpus - ours.gpus),
         )
 
     def _node_id(self, name: str) -> NodeId:
@@ -368,8 +435,9 @@ class SlurmEngine:
         """What the command printed. Raises: EngineLost, EngineRefused as Slurm says."""
         try:
             done = subprocess.run(
-                command, input=input_text, capture_output=True, text=True, timeout=_ASKED_S, check=False
-            )
+                command, input=input_text, env=_surroundings(), capture_output=True, text=True, timeout=_ASKED_S,
+                check=False,
+            )  # fmt: skip
         except FileNotFoundError:
             raise EngineRefused(
                 f"{command[0]} is not installed here.", field="engine", value="slurm",
@@ -387,9 +455,22 @@ class SlurmEngine:
         )
 
 
+def _surroundings() -> dict[str, str]:
+    """The variables of Slurm's commands, which are also those of our jobs' scripts: nobody's habits are among them.
+
+    ``--export=NONE`` would do the latter too, and have slurmd run a login shell first, which takes a second or more.
+    """
+    return {name: value for name in _KEPT if (value := os.environ.get(name))}
+
+
 def _sibling(launch_id: str, rank: int) -> LaunchId:
     """The launch of another rank of the same attempt."""
     return LaunchId(f"{launch_id.rpartition('-')[0]}-{rank}")
+
+
+def _gpus(text: str) -> int:
+    """How many GPUs a list of gres has: ``gpu:h100:2(IDX:0-1)``, ``gres:gpu:2``."""
+    return sum(int(found["count"]) for found in _GRES.finditer(text))
 
 
 def _memory(text: str) -> int:

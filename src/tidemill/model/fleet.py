@@ -177,7 +177,7 @@ class Node:
     ``taints`` keep work away that does not tolerate them. ``failing`` lists devices that nothing is placed on, with
     what they fail of. ``state_cause`` says why the node is in its state; ``marking`` is the ``cordon`` or ``drain``
     that stands, also while the node is lost. ``lost_at_ns`` remembers when it was lost lately, ``held_until_ns``
-    until when it is held back for that.
+    until when it is held back for that. ``others_`` is what work holds there that another scheduler than ours started.
     """
 
     id: NodeId
@@ -205,6 +205,9 @@ class Node:
     marking: str = ""
     lost_at_ns: tuple[int, ...] = ()
     held_until_ns: int = 0
+    others_cpu_milli: int = 0
+    others_memory_bytes: int = 0
+    others_gpus: int = 0
 
     def __post_init__(self) -> None:
         if self.cpu_milli <= 0 or self.memory_bytes <= 0:

@@ -54,6 +54,8 @@ _BACKSTOP_S: Final = 30.0
 _QUIET_S: Final = 10.0
 _IDLE: Final = "exec sleep infinity"
 _IMAGE_IDLE: Final = "while :; do sleep 3600; done"
+_BY_SIGNAL: Final = 128
+_MOMENT_S: Final = 0.5
 STOPPED: Final = 143
 
 
@@ -287,9 +289,22 @@ class Runner:
             kind, value = self._next()
             if kind == "ended":
                 self._process = None
+                if int(value) > _BY_SIGNAL and self.settings.get("scheduler"):
+                    self._hear_of_a_stop()
                 return int(value)
             if kind == "ready":
                 on_ready()
+
+    def _hear_of_a_stop(self) -> None:
+        """A scheduler signals the worker's processes and this one, in any order: give its signal to us a moment."""
+        until_s = time.monotonic() + _MOMENT_S
+        while not self._stopping.is_set() and (left_s := until_s - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                kind, value = self._inbox.get(timeout=left_s)
+                if kind == "stop":
+                    self._stop(value)
+                elif kind == "fenced":
+                    raise Fenced
 
     def _next(self) -> tuple[str, Any]:
         """The next happening; stops, fences, timeouts and leftovers are dealt with on the way."""

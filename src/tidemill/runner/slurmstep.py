@@ -6,6 +6,7 @@ addresses of the gang's nodes by rank, and Slurm's own variables, with which ``s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -53,12 +54,22 @@ def main() -> None:
     rank = int(os.environ.get("SLURM_NODEID", "0")) if len(folders) > 1 else 0
     folder = LaunchFolder(folders[rank])
     spec = read_json(folder.spec)
-    if spec is None or folder.claimed.exists():
+    if spec is None or folder.claimed.exists() or not _is_first(folders[0]):
         return
     addresses = _addresses() if len(folders) > 1 else [os.environ.get("SLURMD_NODENAME", "127.0.0.1")]
     write_json(folder.spec, placed(spec, os.environ, addresses, rank), durable=True)
     prepare_process(folder.diary)
     run_launch(folder.path, lambda: None)
+
+
+def _is_first(folder: Path) -> bool:
+    """Whether no other job of Slurm's began on this launch: all ranks of a gang are of one job."""
+    own = os.environ.get("SLURM_JOB_ID", "")
+    mine, first = folder / f"job-{own}", folder / "job"
+    mine.write_text(own)
+    with contextlib.suppress(FileExistsError):
+        os.link(mine, first)
+    return first.read_text() == own
 
 
 def _addresses() -> list[str]:

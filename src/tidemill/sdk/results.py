@@ -355,7 +355,8 @@ class Stranger(Record):
 class NodeInfo(Record):
     """A machine: what it has, what of it is free, and what is wrong with it.
 
-    ``marking`` is the cordon or drain that stands; ``workers`` counts those that hold something there.
+    ``marking`` is the cordon or drain that stands; ``workers`` counts those that hold something there. ``others_`` is
+    what work holds there that another scheduler than ours started.
     """
 
     id: str = ""
@@ -370,6 +371,9 @@ class NodeInfo(Record):
     rack: str = ""
     workers: int = 0
     held_until_at_ns: int = 0
+    others_cpu_milli: int = 0
+    others_memory_bytes: int = 0
+    others_gpus: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
     cpu_model: str = ""
     cpu_milli: int = 0
