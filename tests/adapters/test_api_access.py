@@ -69,11 +69,11 @@ def test_the_policies_are_these() -> None:
         "read|job": 2,
         "submit|job": 1,
         "job": 1,
-        "read": 21,
+        "read": 22,
         "exec": 3,
         "runner": 8,
         "admin": 17,
-        "gateway": 1,
+        "gateway": 2,
         "join": 2,
         "outpost": 3,
     }

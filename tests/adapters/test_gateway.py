@@ -916,7 +916,7 @@ def test_a_change_is_followed_and_a_revoked_token_is_gone(tmp_path: Path) -> Non
         assert gateway.table is not None
         assert gateway.table.key(USER, PEPPER) is not None
         replica = gateway.table.routes["m"].replicas[0]
-        replica.outstanding = 3
+        replica.circuit.is_suspect = True
         changed = json.loads(feed_of({"m": ["127.0.0.1:1", "127.0.0.1:2"]}, version=2))
         del changed["tokens"][tokens.digest(USER, PEPPER)]
         told_at = time.monotonic()
@@ -924,7 +924,7 @@ def test_a_change_is_followed_and_a_revoked_token_is_gone(tmp_path: Path) -> Non
         await eventually(lambda: gateway.table is not None and gateway.table.version == 2)
         assert time.monotonic() - told_at < 1
         assert gateway.table.key(USER, PEPPER) is None
-        assert gateway.table.routes["m"].replicas[0] is replica
+        assert gateway.table.routes["m"].replicas[0] is replica, "what is known of it stays"
         assert b"Authorization: Bearer " + GATEWAY.encode() in control.polls[0]
         await eventually(lambda: load(tmp_path / "feed.json") is not None)
 
@@ -972,16 +972,26 @@ def test_an_endpoint_that_cannot_be_reached_by_its_name_is_a_bad_feed(endpoint: 
         read_feed(feed_of({"m": [endpoint]}))
 
 
-def test_the_choice_of_a_replica_is_the_least_busy_then_the_longest_idle_and_refusers_last() -> None:
+def test_the_choice_of_a_replica_is_the_least_busy_then_the_longest_idle_and_suspects_last() -> None:
     replicas = tuple(Replica(job=str(i), host="h", port=i, prefix=b"") for i in range(3))
     route = Route(model="m", project="p", service="m", replicas=replicas)
-    replicas[0].outstanding, replicas[1].turn, replicas[2].turn = 1, 9, 4
-    assert route.choose(now=0.0) is replicas[2]
-    replicas[2].refuse(now=0.0)
-    assert route.choose(now=0.5) is replicas[1]
-    assert route.choose(now=2.0) is replicas[2]
-    assert route.choose(now=0.5, tried=replicas[1:]) is replicas[0]
-    assert route.choose(now=0.5, tried=replicas) is None
+    busy: Any = object()
+    replicas[0].under_way.add(busy)
+    replicas[1].turn, replicas[2].turn = 9, 4
+    assert route.choose() is replicas[2]
+    replicas[2].circuit.is_suspect = True
+    assert route.choose() is replicas[1]
+    replicas[2].circuit.is_suspect = False
+    replicas[2].circuit.fail("it is gone", now=0.0)
+    assert route.choose() is replicas[1]
+    assert route.choose(tried=replicas[1:]) is replicas[0]
+    assert route.choose(tried=replicas) is None
+    replicas[2].circuit.probed(now=1.0)
+    assert route.choose() is replicas[2], "a trial takes the next request there is"
+    replicas[2].circuit.begin()
+    assert route.choose() is replicas[1], "one trial at a time"
+    full = Route(model="m", project="p", service="m", replicas=replicas[:1], concurrency=1)
+    assert full.choose() is None
 
 
 # The process

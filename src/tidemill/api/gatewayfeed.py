@@ -8,10 +8,12 @@ from typing import Annotated, Any
 from fastapi import Query
 from starlette.responses import Response
 
-from tidemill.api.bodies import json_answer
+from tidemill.api.bodies import body_of, json_answer
 from tidemill.api.follow import rung
 from tidemill.api.guard import Call, Caller, Routes, blocking, unless_gone
-from tidemill.api.shapes import FeedOut
+from tidemill.api.shapes import EnteredOut, FeedOut, RequestUsagesIn
+from tidemill.model.ids import JobId, ProjectId, TokenId, WorkloadId
+from tidemill.model.ledger import TokenUsage
 from tidemill.model.tenant import Scope
 
 routes = Routes("gateway")
@@ -27,6 +29,28 @@ async def gateway_feed(
 ) -> Response:
     """Get all keys and routes, when their version is another than `since` or after `wait` seconds."""
     return json_answer(await unless_gone(call, _changed(call, since, wait)))
+
+
+@routes.post("/v1/gateway/usage", allow=Scope.GATEWAY, body=RequestUsagesIn, answer=EnteredOut)
+async def enter_usage(call: Caller) -> Response:
+    """Enter what requests took into the ledger. Harmless to repeat: each is entered once."""
+    given = await body_of(call.request, RequestUsagesIn)
+    usages = [
+        TokenUsage(
+            id=one.id,
+            at_ns=one.at_ns,
+            project_id=ProjectId(one.project),
+            token_id=TokenId(one.token),
+            model=one.model,
+            workload_id=WorkloadId(one.workload),
+            job_id=JobId(one.job),
+            prompt_tokens=one.prompt_tokens,
+            completion_tokens=one.completion_tokens,
+            is_estimated=one.is_estimated,
+        )
+        for one in given.usages
+    ]
+    return json_answer({"entered": await blocking(call.plane.serving.enter, usages)})
 
 
 async def _changed(call: Call, since: int, wait_s: float) -> dict[str, Any]:

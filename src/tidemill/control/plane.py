@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import secrets
@@ -29,6 +28,7 @@ from tidemill.control.logs import LogStore
 from tidemill.control.relay import Relay
 from tidemill.control.renting import Renting
 from tidemill.control.replicas import Candidate
+from tidemill.control.serving import Serving
 from tidemill.control.settings import Settings
 from tidemill.control.sites import Sites
 from tidemill.control.steering import (
@@ -196,6 +196,7 @@ class ControlPlane:
             met=self._let_stranger_in,
             epoch=epoch,
         )
+        self.serving = Serving(store, directory, world=lambda: self.world, projects=lambda: self._projects)
         self.renting: Renting | None = None
         """What rents machines, when this installation does."""
         self._epoch = epoch
@@ -824,32 +825,7 @@ class ControlPlane:
 
     def gateway_feed(self) -> tuple[str, dict[str, Any]]:
         """Everything the gateway needs: token hashes and where each model's ready replicas are, and its version."""
-        world = self.world
-        routes: dict[str, dict[str, Any]] = {}
-        for held in sorted(world.allocations.copy().values(), key=lambda held: held.id):
-            job = world.jobs.get(held.job_id)
-            workload = world.workloads.get(job.workload_id) if job is not None else None
-            if workload is None or workload.spec.service is None:
-                continue
-            model = workload.spec.service.model or workload.spec.name
-            route = routes.setdefault(
-                model, {"project": workload.project_id, "service": workload.spec.name, "replicas": []}
-            )
-            if held.endpoint and route["project"] == workload.project_id:
-                route["replicas"].append({"job": held.job_id, "endpoint": held.endpoint})
-        known = {
-            token.hash: {
-                "project": token.project_id,
-                "organization": token.organization_id,
-                "scopes": [scope.value for scope in token.scopes],
-                "expires_ns": token.expires_ns,
-            }
-            for token in self.directory.all()
-            if not token.revoked_ns
-        }
-        feed = {"tokens": known, "routes": routes}
-        version = hashlib.sha256(msgspec.json.encode(feed)).hexdigest()[:16]
-        return version, feed
+        return self.serving.feed()
 
     # -- inside ---------------------------------------------------------------------------------------------------
 

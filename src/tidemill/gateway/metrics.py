@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class ModelCounts:
-    """One model's figures since the process started; ``in_flight`` is the present."""
+    """One model's figures since the process started; ``in_flight`` and ``waiting`` are the present."""
 
     requests: int = 0
     errors: int = 0
@@ -16,7 +16,11 @@ class ModelCounts:
     retries: int = 0
     request_bytes: int = 0
     response_bytes: int = 0
+    ejections: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     in_flight: int = 0
+    waiting: int = 0
 
 
 _HELP = {
@@ -25,6 +29,9 @@ _HELP = {
     "streams": "Responses that were streams of events.",
     "aborted": "Requests whose client went away first.",
     "retries": "Second and later tries before the first byte.",
+    "ejections": "Times that a replica was given up: it refused connections, or hung.",
+    "prompt_tokens": "Tokens of requests, as metered.",
+    "completion_tokens": "Tokens of responses, as metered.",
     "request_bytes": "Bytes of request bodies.",
     "response_bytes": "Bytes of response bodies passed on.",
 }
@@ -58,11 +65,12 @@ class Metrics:
                 f'tidemill_gateway_{name}_total{{model="{_escape(model)}"}} {getattr(counts, name)}'
                 for model, counts in self.models.items()
             ]
-        lines += ["# HELP tidemill_gateway_in_flight Requests under way.", "# TYPE tidemill_gateway_in_flight gauge"]
-        lines += [
-            f'tidemill_gateway_in_flight{{model="{_escape(model)}"}} {counts.in_flight}'
-            for model, counts in self.models.items()
-        ]
+        for name, text in (("in_flight", "Requests under way."), ("waiting", "Requests that wait for a replica.")):
+            lines += [f"# HELP tidemill_gateway_{name} {text}", f"# TYPE tidemill_gateway_{name} gauge"]
+            lines += [
+                f'tidemill_gateway_{name}{{model="{_escape(model)}"}} {getattr(counts, name)}'
+                for model, counts in self.models.items()
+            ]
         lines += [
             "# HELP tidemill_gateway_refused_total Requests that the gateway itself refused.",
             "# TYPE tidemill_gateway_refused_total counter",

@@ -20,6 +20,8 @@ _LABEL: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 PRIORITY_RANGE: Final = (-1_000, 1_000)
 MAX_WORKERS: Final = 4_096
 MAX_ARRAY: Final = 100_000
+MAX_CONCURRENCY: Final = 65_536
+MAX_WAIT_NS: Final = 600 * SECOND_NS
 SECRET_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
 
@@ -99,7 +101,8 @@ class Port:
 class Service:
     """How a service is reached: its port, its readiness probe, its number of replicas, its model's name.
 
-    ``readiness_path`` empty means that an open port is enough.
+    ``readiness_path`` empty means that an open port is enough. ``concurrency`` is how many requests a replica is sent
+    at a time, ``wait_ns`` how long a request may wait for its turn when all are taken, or none is there.
     """
 
     port: str
@@ -107,10 +110,16 @@ class Service:
     readiness_timeout_ns: int = 120 * SECOND_NS
     replicas: int = 1
     model: str = ""
+    concurrency: int = 256
+    wait_ns: int = 30 * SECOND_NS
 
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= 64:
             raise ValueError("replicas lies between 1 and 64")
+        if not 1 <= self.concurrency <= MAX_CONCURRENCY:
+            raise ValueError(f"concurrency lies between 1 and {MAX_CONCURRENCY}")
+        if not 0 <= self.wait_ns <= MAX_WAIT_NS:
+            raise ValueError("a request waits for 10 minutes at most")
         if self.readiness_path and not self.readiness_path.startswith("/"):
             raise ValueError("the readiness path begins with /")
 

@@ -14,6 +14,7 @@ from tidemill.model.fleet import Level
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import (
     MAX_ARRAY,
+    MAX_CONCURRENCY,
     MAX_WORKERS,
     PRIORITY_RANGE,
     Alternative,
@@ -49,6 +50,7 @@ from tidemill.wire.checks import (
     shown,
     size_of,
     text_of,
+    wait_of,
     whole_number,
 )
 from tidemill.wire.fields import (
@@ -227,6 +229,14 @@ class ServiceIn(StrictSection):
     replicas: Annotated[int, *counted(1, 64)] = Field(default=1, description="How many run at a time.")
     model: Annotated[str, *taking(model_of, {**TEXT, "examples": ["llama-3.1-8b"]})] = Field(
         default="", description="Name under which the gateway serves it; its own name when left out."
+    )
+    concurrency: Annotated[int, *counted(1, MAX_CONCURRENCY)] = Field(
+        default=256, description="How many requests a replica is sent at a time; the rest wait in the gateway."
+    )
+    wait: Annotated[int, *taking(wait_of, _DURATION_SCHEMA)] = Field(
+        default=30 * SECOND_NS,
+        description="How long a request may wait for a replica, unless it says so itself (`X-Tidemill-Wait`).",
+        json_schema_extra={"default": "30s"},
     )
 
 
@@ -696,6 +706,8 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         readiness_timeout_ns=section.readiness.timeout,
         replicas=section.replicas,
         model=section.model,
+        concurrency=section.concurrency,
+        wait_ns=section.wait,
     )
 
 
