@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -56,8 +57,10 @@ class Metrics:
         """Count one refusal."""
         self.refused[status] = self.refused.get(status, 0) + 1
 
-    def text(self, *, connections: int, feed_version: int, feed_age_s: float) -> bytes:
-        """The Prometheus exposition of everything."""
+    def text(
+        self, *, connections: int, feed_version: int, feed_age_s: float, replicas: Mapping[tuple[str, str], int]
+    ) -> bytes:
+        """The Prometheus exposition of everything; ``replicas`` by model and state of their circuit."""
         lines: list[str] = []
         for name, text in _HELP.items():
             lines += [f"# HELP tidemill_gateway_{name}_total {text}", f"# TYPE tidemill_gateway_{name}_total counter"]
@@ -71,6 +74,14 @@ class Metrics:
                 f'tidemill_gateway_{name}{{model="{_escape(model)}"}} {getattr(counts, name)}'
                 for model, counts in self.models.items()
             ]
+        lines += [
+            "# HELP tidemill_gateway_replicas Replicas by whether they are sent requests: those of a closed circuit are.",
+            "# TYPE tidemill_gateway_replicas gauge",
+        ]
+        lines += [
+            f'tidemill_gateway_replicas{{model="{_escape(model)}",state="{state}"}} {n}'
+            for (model, state), n in replicas.items()
+        ]
         lines += [
             "# HELP tidemill_gateway_refused_total Requests that the gateway itself refused.",
             "# TYPE tidemill_gateway_refused_total counter",

@@ -26,6 +26,7 @@ from tidemill.core import tokens
 from tidemill.gateway import answers
 from tidemill.gateway.answers import Answer
 from tidemill.gateway.books import Books
+from tidemill.gateway.circuit import State
 from tidemill.gateway.exchange import Asking, Exchange
 from tidemill.gateway.health import Prober
 from tidemill.gateway.messages import ChunkedBody, Malformed, RequestHead, cut_head, read_request, write_head
@@ -175,6 +176,15 @@ class Gateway:
             for route in self._routes_of(replica):
                 self.advance(route.model)
 
+    def _states(self) -> dict[tuple[str, str], int]:
+        """How many replicas of each model have their circuit in each state."""
+        routes = self.table.routes if self.table is not None else {}
+        found = {(model, state.value): 0 for model in routes for state in State}
+        for model, route in routes.items():
+            for replica in route.replicas:
+                found[model, replica.circuit.state.value] += 1
+        return found
+
     def _routes_of(self, replica: Replica) -> list[Route]:
         routes = self.table.routes.values() if self.table is not None else ()
         return [route for route in routes if replica in route.replicas]
@@ -264,6 +274,7 @@ class Gateway:
                 connections=len(self.connections),
                 feed_version=table.version if table is not None else -1,
                 feed_age_s=self._feed_age_s(),
+                replicas=self._states(),
             )
             return Answer(status=200, body=text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
         if table is None:
