@@ -7,10 +7,28 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import struct
 import time
+from typing import Any
 
 from tests.cloud import Cloud, eventually
-from tests.faults.serving import Crowd, Journals, percentile, pid_of, replicas, service, serving, watch
+from tests.faults.serving import (
+    Crowd,
+    Journals,
+    flood,
+    gateway_pid,
+    half_read,
+    metered,
+    metric,
+    percentile,
+    pid_of,
+    replicas,
+    rss_of,
+    service,
+    serving,
+    watch,
+)
 
 
 def case_7(cloud: Cloud, *, streams: int = 10, whole: int = 20) -> str:
@@ -111,3 +129,112 @@ def _is_back(cloud: Cloud) -> bool:
     crowd.ask("trial", max_tokens=1)
     crowd.wait(within_s=40)
     return replicas(cloud, "case8") == 2
+
+
+def case_24(cloud: Cloud, *, streams: int = 256, seconds: float = 60.0, leaving: int = 1000) -> str:
+    """kill -9 of the gateway with many open streams, then ten times too many requests, slow readers, and who leaves."""
+    told = [_killed_with_open_streams(cloud, streams)]
+    spec = service("case24", replicas=2, concurrency=4, wait="1s")
+    with serving(cloud, spec):
+        told.append(_overload(cloud, seconds))
+        told.append(_clients_that_leave(cloud, leaving))
+    return "; ".join(told)
+
+
+def _killed_with_open_streams(cloud: Cloud, streams: int) -> str:
+    journals, pause = Journals(cloud.home), 0.25
+    with serving(cloud, service("killed24", replicas=2)):
+        crowd = Crowd(cloud, "killed24")
+        for number in range(streams):
+            crowd.ask(f"k{number}", stream=True, max_tokens=400, pause=pause)
+        eventually(lambda: all(one.tokens for one in crowd.seen), within_s=60, what="all streams have begun")
+        time.sleep(2)
+        os.kill(gateway_pid(cloud), signal.SIGKILL)
+        killed_at = time.monotonic()
+        crowd.wait(within_s=5)
+        gone_s = watch(
+            lambda: sum(line["tag"].startswith("k") for line in journals.of("end")) == streams,
+            within_s=10,
+            what="replicas work on nothing more",
+        )
+        eventually(lambda: replicas(cloud, "killed24") == 2, within_s=10, what="the gateway serves again")
+        again_s = time.monotonic() - killed_at
+        books = eventually(
+            lambda: len(found := metered(cloud, "killed24")) == streams and found, within_s=10, what="all are settled"
+        )
+        assert all(one["estimated"] for one in books)
+        seen, entered = sum(one.tokens for one in crowd.seen), sum(one["completion_tokens"] for one in books)
+        sent = sum(line["tokens"] for line in journals.of("end") if line["tag"].startswith("k"))
+        most_lost = streams * (1 / pause + 1)
+        assert seen - most_lost <= entered <= sent, f"{entered} entered, {seen} seen by clients, {sent} sent"
+        assert gone_s <= 2, f"replicas worked on for {gone_s:.1f} s"
+    return (
+        f"gateway killed with {streams} open streams: serving again after {again_s:.1f} s, {entered} tokens settled as "
+        f"estimated of {seen} that clients had ({(seen - entered) / streams * pause:.2f} s each), replicas free after "
+        f"{gone_s:.2f} s"
+    )
+
+
+def _overload(cloud: Cloud, seconds: float) -> str:
+    pid = gateway_pid(cloud)
+    body: dict[str, Any] = {"max_tokens": 5, "pause": 0.02}
+    idle = rss_of(pid)
+    alone, took_s = flood(cloud, "case24", seconds=min(5.0, seconds), at_once=8, **body)
+    capacity = sum(one.status == 200 for one in alone) / took_s
+    outcomes, took_s = flood(cloud, "case24", seconds=seconds, rate=10 * capacity, **body)
+    loaded = rss_of(pid)
+    good = [one for one in outcomes if one.status == 200]
+    refused = [one for one in outcomes if one.status in (429, 503)]
+    rate = len(good) / took_s
+    assert len(good) + len(refused) == len(outcomes), {one.status for one in outcomes}
+    assert all(one.retry_after for one in refused), "a refusal does not say when to come again"
+    late_s = percentile([one.took_s for one in refused], 0.99)
+    assert rate >= 0.9 * capacity, f"{rate:.0f} answers/s of {capacity:.0f}"
+    assert late_s <= 0.05, f"p99 of refusals is {late_s * 1000:.0f} ms"
+    assert loaded <= 2 * idle, f"{loaded >> 20} MiB of memory instead of {idle >> 20}"
+    told = sum(one.tokens for one in [*alone, *good])
+    eventually(
+        lambda: sum(one["completion_tokens"] for one in metered(cloud, "case24")) == told,
+        within_s=20,
+        what=f"the ledger has the {told} tokens that were answered, and no more",
+    )
+    return (
+        f"{len(outcomes) / took_s:.0f} requests/s of which {capacity:.0f} can be answered: {rate:.0f} were "
+        f"({rate / capacity:.0%}), refusals with Retry-After within {late_s * 1000:.0f} ms (p99), memory "
+        f"{loaded / idle:.2f} times, {told} tokens metered exactly"
+    )
+
+
+def _clients_that_leave(cloud: Cloud, leaving: int) -> str:
+    """Clients that go away in every phase, and some that take nothing of a long stream."""
+    slow = [half_read(cloud, "case24", stream=True, max_tokens=100_000, pause=0.0) for _ in range(4)]
+    eventually(lambda: metric(cloud, "in_flight", model="case24") == len(slow), within_s=10, what="they are served")
+    phases: tuple[dict[str, Any], ...] = (
+        {"max_tokens": 50, "pause": 0.1},
+        {"think": 30, "stream": True},
+        {"max_tokens": 500, "pause": 0.02, "stream": True},
+        {"max_tokens": 5, "pause": 0.01},
+    )
+    for at in range(0, leaving, 20):  # eight are served at a time, the others are queued
+        clients = [half_read(cloud, "case24", **phases[number % len(phases)]) for number in range(at, at + 20)]
+        time.sleep(0.02)
+        for number, client in enumerate(clients):
+            if number % 2:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, no farewell
+            client.close()
+    for client in slow:
+        client.close()
+    free_s = watch(
+        lambda: metric(cloud, "in_flight", model="case24") == metric(cloud, "waiting", model="case24") == 0,
+        within_s=10,
+        what="no slot is taken by who left",
+    )
+    assert free_s <= 2, f"slots were free after {free_s:.1f} s"
+    crowd = Crowd(cloud, "case24")
+    for number in range(8):
+        crowd.ask(f"after{number}", max_tokens=5, pause=0.02)
+    crowd.wait(within_s=10)
+    slowest_s = max(one.took_s for one in crowd.seen)
+    assert all(one.is_whole for one in crowd.seen), [(one.status, one.error) for one in crowd.seen]
+    assert slowest_s <= 5
+    return f"{leaving} clients left and 4 read nothing: all slots free after {free_s:.2f} s, then 8 answers in {slowest_s:.2f} s"

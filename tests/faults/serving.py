@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -304,3 +305,94 @@ def half_read(cloud: Cloud, model: str, **body: Any) -> socket.socket:
         b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (cloud.token.encode(), len(content)) + content
     )
     return client
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One request of a flood."""
+
+    status: int
+    took_s: float
+    retry_after: str = ""
+    tokens: int = 0
+
+
+def flood(
+    cloud: Cloud, model: str, *, seconds: float, rate: float = 0.0, at_once: int = 0, **body: Any
+) -> tuple[list[Outcome], float]:
+    """What became of requests sent at that rate, whatever comes back, or ``at_once`` at a time; and how long it took."""
+    return asyncio.run(_flood(cloud, model, seconds=seconds, rate=rate, at_once=at_once, body=body))
+
+
+async def _flood(
+    cloud: Cloud, model: str, *, seconds: float, rate: float, at_once: int, body: dict[str, Any]
+) -> tuple[list[Outcome], float]:
+    content = json.dumps({"model": model, **body}).encode()
+    request = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {cloud.token}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    ).encode() + content
+    idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    outcomes: list[Outcome] = []
+
+    async def one() -> None:
+        began = time.monotonic()
+        try:
+            reader, writer = idle.pop() if idle else await asyncio.open_connection("127.0.0.1", cloud.gateway_port)
+            writer.write(request)
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            fields = {k.lower(): v for k, _, v in (line.partition(": ") for line in head.split("\r\n")[1:])}
+            answer = json.loads(await reader.readexactly(int(fields["content-length"])))
+            idle.append((reader, writer))
+            status, after = int(head.split()[1]), fields.get("retry-after", "")
+            tokens = answer.get("usage", {}).get("completion_tokens", 0)
+        except (OSError, asyncio.IncompleteReadError):
+            status, after, tokens = 0, "", 0
+        outcomes.append(Outcome(status, time.monotonic() - began, after, tokens))
+
+    async def again_and_again(until: float) -> None:
+        while time.monotonic() < until:
+            await one()
+
+    began = time.monotonic()
+    until = began + seconds
+    if at_once:
+        await asyncio.gather(*(again_and_again(until) for _ in range(at_once)))
+    else:
+        tasks = []
+        for number in range(round(rate * seconds)):
+            await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
+            tasks.append(asyncio.create_task(one()))
+        await asyncio.gather(*tasks)
+    took_s = time.monotonic() - began
+    for _, writer in idle:
+        writer.close()
+    return outcomes, took_s
+
+
+def gateway_pid(cloud: Cloud) -> int:
+    """The process id of the gateway of that cloud; 0 while there is none."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+                if command[1:3] == [b"-m", b"tidemill.gateway"] and str(cloud.home).encode() in command:
+                    return int(entry.name)
+    return 0
+
+
+def rss_of(pid: int) -> int:
+    """Bytes of memory that a process has resident."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+
+
+def metered(cloud: Cloud, model: str) -> list[dict[str, Any]]:
+    """What the ledger has of requests to a model."""
+    items: list[dict[str, Any]] = []
+    cursor = ""
+    while True:
+        status, body = cloud.call("GET", f"/v1/ledger/tokens?limit=1000&cursor={cursor}")
+        assert status == 200, body
+        items += [item for item in body["items"] if item["model"] == model]
+        if not (cursor := body["next_cursor"]):
+            return items
