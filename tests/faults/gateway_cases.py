@@ -31,12 +31,12 @@ from tests.faults.serving import (
 )
 
 
-def case_7(cloud: Cloud, *, streams: int = 10, whole: int = 20) -> str:
+def case_7(cloud: Cloud, *, streams: int = 10, whole: int = 20, length: int = 400) -> str:
     """kill -9 of a replica's engine while it streams and while it thinks about what it has not answered at all."""
     journals = Journals(cloud.home)
     with serving(cloud, service("case7", replicas=2, wait="20s")) as jobs:
         crowd = Crowd(cloud, "case7")
-        open_streams = [crowd.ask(f"s{n}", stream=True, max_tokens=400, pause=0.05) for n in range(2 * streams)]
+        open_streams = [crowd.ask(f"s{n}", stream=True, max_tokens=length, pause=0.05) for n in range(2 * streams)]
         eventually(lambda: all(one.tokens for one in open_streams), within_s=20, what="all streams have begun")
         unanswered = [crowd.ask(f"w{n}", think=1.5, max_tokens=2) for n in range(2 * whole)]
         eventually(
@@ -63,7 +63,7 @@ def case_7(cloud: Cloud, *, streams: int = 10, whole: int = 20) -> str:
         assert not late, f"streams that did not end with an error event within 1 s: {late}"
         assert {one.error for one in broken} == {"replica_failed"}
         others = [one for one in open_streams if one.tag not in on_victim]
-        assert all(one.is_whole and one.tokens == 400 for one in others), "streams elsewhere were disturbed"
+        assert all(one.is_whole and one.tokens == length for one in others), "streams elsewhere were disturbed"
         failed = [(one.tag, one.status, one.error) for one in [*unanswered, *during] if not one.is_whole]
         assert not failed, f"requests of which nothing was answered were not tried elsewhere: {failed[:5]}"
         retried = sum(len(made) == 2 for made in calls.values())

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.cloud import Cloud, eventually
 
-ENGINE = r'''
+ENGINE = r"""
 import json, os, socketserver, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -95,7 +95,7 @@ if os.environ.get("ENGINE_FAILS_FIRST") and not os.path.exists(fails):
 time.sleep(start)
 note("start")
 Server(("", int(os.environ["PORT"])), Handler).serve_forever()
-'''
+"""
 
 
 def service(model: str, **more: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import orjson
 
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _HAS_USAGE: Final = re.compile(rb'"usage"\s*:\s*\{')
+_DONE: Final = b"data: [DONE]"
 _ASK: Final = b'"stream_options":{"include_usage":true},'
 _LONGEST_EVENT: Final = 256 * 1024
 _SEEN: Final = 16 * 1024
@@ -207,7 +208,8 @@ class StreamMeter:
 
     def _count(self, events: bytes) -> None:
         separator = self._separator or b"\n\n"
-        self._events += events.count(separator) - events.count(b"data: [DONE]") - events.startswith(b":")
+        is_done = events.startswith(_DONE) or separator + _DONE in events
+        self._events += events.count(separator) - is_done - events.startswith(b":")
 
 
 def _separator_in(data: bytes) -> bytes:

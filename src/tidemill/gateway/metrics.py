@@ -75,7 +75,7 @@ class Metrics:
                 for model, counts in self.models.items()
             ]
         lines += [
-            "# HELP tidemill_gateway_replicas Replicas by whether they are sent requests: those of a closed circuit are.",
+            "# HELP tidemill_gateway_replicas Replicas by circuit; those that are closed are sent requests.",
             "# TYPE tidemill_gateway_replicas gauge",
         ]
         lines += [
