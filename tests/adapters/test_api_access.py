@@ -73,7 +73,7 @@ def test_the_policies_are_these() -> None:
         "exec": 3,
         "runner": 8,
         "admin": 17,
-        "gateway": 2,
+        "gateway": 3,
         "join": 2,
         "outpost": 3,
     }

@@ -16,6 +16,7 @@ from tests.cloud import Cloud, eventually
 from tests.faults.serving import (
     Crowd,
     Journals,
+    Seen,
     flood,
     gateway_pid,
     half_read,
@@ -238,3 +239,84 @@ def _clients_that_leave(cloud: Cloud, leaving: int) -> str:
     assert all(one.is_whole for one in crowd.seen), [(one.status, one.error) for one in crowd.seen]
     assert slowest_s <= 5
     return f"{leaving} clients left and 4 read nothing: all slots free after {free_s:.2f} s, then 8 answers in {slowest_s:.2f} s"
+
+
+def case_25(cloud: Cloud, *, requests: int = 200, start_s: float = 3.0, rounds: int = 8) -> str:
+    """Requests to a service of which nothing runs, whose first launch fails and whose second is slow; then idleness."""
+    journals = Journals(cloud.home)
+    spec = service(
+        "case25",
+        replicas="0..2",
+        idle="1500ms",
+        concurrency=8,
+        wait="60s",
+        envs={"ENGINE_FAILS_FIRST": "1", "ENGINE_START_S": str(start_s)},
+    )
+    tenants = {"one": _token(cloud, "one25"), "two": _token(cloud, "two25")}
+    with serving(cloud, spec) as jobs:
+        assert replicas(cloud, "case25") == 0
+        crowd, most_coming = Crowd(cloud, "case25"), 0
+        hurried: list[Seen] = []
+        for number in range(requests):
+            name = ("one", "two")[number % 2]
+            if number % 10 == 9:
+                hurried.append(crowd.ask(f"h{number}", token=tenants[name], wait_s=1.0, max_tokens=1))
+            else:
+                crowd.ask(f"{name} {number}", token=tenants[name], max_tokens=2, pause=0.02)
+            time.sleep(0.004)
+        while replicas(cloud, "case25") < 1:
+            states = [cloud.job(job) for job in jobs]
+            most_coming = max(most_coming, sum(one["state"] in ("starting", "running") for one in states))
+            assert time.monotonic() - crowd.seen[0].began < 60, "no replica came up"
+        crowd.wait(within_s=60)
+        assert journals.of("fail"), "the first launch was to fail"
+        assert most_coming == 1, f"{most_coming} launches at a time"
+        late = [one for one in hurried if one.status != 503 or not one.retry_after or not 0.9 <= one.took_s <= 1.6]
+        assert not late, f"not refused by their deadline: {[(one.status, one.took_s) for one in late[:5]]}"
+        patient = [one for one in crowd.seen if one not in hurried]
+        failed = [(one.tag, one.status, one.error) for one in patient if not one.is_whole]
+        assert not failed, f"{failed[:5]}"
+        for name in tenants:
+            called = [int(line["tag"].split()[1]) for line in journals.of("call") if line["tag"].startswith(name)]
+            moved = max(abs(at - place) for at, place in zip(range(len(called)), _ranks(called), strict=True))
+            assert moved <= 16, f"a request of tenant {name} was passed by {moved} later ones, and 16 go at a time"
+        held_s = max(one.took_s for one in patient)
+        for number in range(rounds):  # each begins about when the one replica left is to be given up
+            crowd.ask(f"r{number}", stream=True, max_tokens=20, pause=0.02)
+            crowd.wait(within_s=40)
+            assert crowd.seen[-1].is_whole, f"round {number}: {crowd.seen[-1].error}"
+            time.sleep(1.3 + 0.1 * (number % 6))
+        long = crowd.ask("long", stream=True, max_tokens=200, pause=0.02)  # longer than idleness, on one of them
+        crowd.wait(within_s=40)
+        assert (long.is_whole, long.tokens) == (True, 200), f"scaling down ended a stream: {long.error}"
+        zero_s = watch(lambda: _is_at_zero(cloud, jobs), within_s=20, what="nothing runs when nothing is asked")
+        starts = len(journals.of("start"))
+        cold = crowd.ask("cold", max_tokens=1)
+        crowd.wait(within_s=40)
+        assert cold.is_whole, cold.error
+        after_s = cold.ended - journals.of("start")[starts]["at"]
+    return (
+        f"{requests} requests at no replica: {len(patient)} held up to {held_s:.1f} s and answered in order, "
+        f"{len(hurried)} refused with Retry-After by their deadline of 1 s; {most_coming} launch at a time though the "
+        f"first failed; {rounds} requests around idleness and a stream longer than it were whole; at zero {zero_s:.1f} s "
+        f"after the last, and from there answered {after_s * 1000:.0f} ms after the replica was up"
+    )
+
+
+def _ranks(numbers: list[int]) -> list[int]:
+    """The place of each number among all of them."""
+    places = {number: place for place, number in enumerate(sorted(numbers))}
+    return [places[number] for number in numbers]
+
+
+def _is_at_zero(cloud: Cloud, jobs: list[str]) -> bool:
+    """Whether no replica runs, and none is to."""
+    states = [cloud.job(job) for job in jobs]
+    return all(one["state"] == "queued" and one["reason"]["code"] == "NotNeeded" for one in states)
+
+
+def _token(cloud: Cloud, name: str) -> str:
+    """A key for inference in the default project."""
+    status, body = cloud.call("POST", "/v1/tokens", {"name": name, "scopes": ["infer"], "project": "default"})
+    assert status == 201, body
+    return str(body["token"])

@@ -11,7 +11,8 @@ from starlette.responses import Response
 from tidemill.api.bodies import body_of, json_answer
 from tidemill.api.follow import rung
 from tidemill.api.guard import Call, Caller, Routes, blocking, unless_gone
-from tidemill.api.shapes import EnteredOut, FeedOut, RequestUsagesIn
+from tidemill.api.shapes import EnteredOut, FeedOut, LoadIn, RequestUsagesIn
+from tidemill.control.replicating import Load
 from tidemill.model.ids import JobId, ProjectId, TokenId, WorkloadId
 from tidemill.model.ledger import TokenUsage
 from tidemill.model.tenant import Scope
@@ -51,6 +52,20 @@ async def enter_usage(call: Caller) -> Response:
         for one in given.usages
     ]
     return json_answer({"entered": await blocking(call.plane.serving.enter, usages)})
+
+
+@routes.post("/v1/gateway/load", allow=Scope.GATEWAY, body=LoadIn, status=204)
+async def hear_load(call: Caller) -> Response:
+    """Tell how many requests there are, from which the number of replicas follows."""
+    given = await body_of(call.request, LoadIn)
+    call.plane.serving.scaler.hear(
+        given.worker,
+        Load(
+            models={model: (one.in_flight, one.waiting) for model, one in given.models.items()},
+            replicas={JobId(job): (one.in_flight, one.is_leaving) for job, one in given.replicas.items()},
+        ),
+    )
+    return Response(status_code=204)
 
 
 async def _changed(call: Call, since: int, wait_s: float) -> dict[str, Any]:

@@ -717,6 +717,31 @@ class RequestUsagesIn(Body):
     usages: list[RequestUsageIn] = Field(max_length=10_000)
 
 
+_Count = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class ModelLoadIn(Body):
+    """Requests under way on replicas of a model, and waiting for one."""
+
+    in_flight: _Count
+    waiting: _Count
+
+
+class ReplicaLoadIn(Body):
+    """Requests under way on a replica, and whether it gets no more."""
+
+    in_flight: _Count
+    is_leaving: bool
+
+
+class LoadIn(Body):
+    """What a gateway has on its hands, by model and by replica's job."""
+
+    worker: _Name
+    models: Annotated[dict[_Name, ModelLoadIn], Field(max_length=10_000)]
+    replicas: Annotated[dict[_Name, ReplicaLoadIn], Field(max_length=100_000)]
+
+
 class EnteredOut(TypedDict):
     """How many of them were not known before."""
 

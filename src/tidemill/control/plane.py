@@ -28,6 +28,7 @@ from tidemill.control.logs import LogStore
 from tidemill.control.relay import Relay
 from tidemill.control.renting import Renting
 from tidemill.control.replicas import Candidate
+from tidemill.control.replicating import Scaler
 from tidemill.control.serving import Serving
 from tidemill.control.settings import Settings
 from tidemill.control.sites import Sites
@@ -196,7 +197,13 @@ class ControlPlane:
             met=self._let_stranger_in,
             epoch=epoch,
         )
-        self.serving = Serving(store, directory, world=lambda: self.world, projects=lambda: self._projects)
+        self.serving = Serving(
+            store,
+            directory,
+            world=lambda: self.world,
+            projects=lambda: self._projects,
+            scaler=Scaler(world=lambda: self.world, tell=self._turns.put, clock=clock),
+        )
         self.renting: Renting | None = None
         """What rents machines, when this installation does."""
         self._epoch = epoch
@@ -231,11 +238,13 @@ class ControlPlane:
         self.sites.start()
         if self.renting is not None:
             self.renting.start()
+        self.serving.scaler.start()
         self._sampler.start()
 
     def close(self) -> None:
         """Stop acting. With nothing running, the machines leave, so that no time counts while they are away."""
         self._closing.set()
+        self.serving.scaler.close()
         if self.renting is not None:
             self.renting.close()
         self.sites.close()

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from tidemill.control.identity import Directory
+from tidemill.control.replicating import Scaler, endpoints
 from tidemill.core.world import World
 from tidemill.model.ids import ProjectId
 from tidemill.model.ledger import TokenUsage
@@ -27,19 +28,21 @@ class Serving:
         *,
         world: Callable[[], World],
         projects: Callable[[], Mapping[ProjectId, Project]],
+        scaler: Scaler,
     ) -> None:
         self._store = store
         self._directory = directory
         self._world = world
         self._projects = projects
+        self.scaler = scaler
 
     def feed(self) -> tuple[str, dict[str, Any]]:
         """Everything the gateway needs: token hashes and where each model's ready replicas are, and its version."""
         world = self._world()
         routes: dict[str, dict[str, Any]] = {}
-        for held in sorted(world.allocations.copy().values(), key=lambda held: held.id):
-            job = world.jobs.get(held.job_id)
-            workload = world.workloads.get(job.workload_id) if job is not None else None
+        leaving = self.scaler.leaving
+        for workload_id in sorted(world.services.copy()):
+            workload = world.workloads.get(workload_id)
             if workload is None or workload.spec.service is None:
                 continue
             service = workload.spec.service
@@ -55,8 +58,11 @@ class Serving:
                     "replicas": [],
                 },
             )
-            if held.endpoint and route["project"] == workload.project_id:
-                route["replicas"].append({"job": held.job_id, "endpoint": held.endpoint})
+            if route["project"] == workload.project_id:
+                route["replicas"] += [
+                    {"job": held.job_id, "endpoint": held.endpoint, "is_leaving": held.job_id in leaving}
+                    for held in endpoints(world, workload)
+                ]
         known = {
             token.hash: {
                 "id": token.id,

@@ -88,6 +88,7 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
         gateway.sweep(),
         gateway.watch_replicas().run(),
         books.keep(),
+        gateway.tell_load(partial(feed.report, "/v1/gateway/load")),
         books.deliver(partial(feed.report, "/v1/gateway/usage")),
     ]
     tasks = [loop.create_task(one) for one in keeping]

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, cast
@@ -25,7 +25,7 @@ import orjson
 from tidemill.core import tokens
 from tidemill.gateway import answers
 from tidemill.gateway.answers import Answer
-from tidemill.gateway.books import Books
+from tidemill.gateway.books import Books, Refused
 from tidemill.gateway.circuit import State
 from tidemill.gateway.exchange import Asking, Exchange
 from tidemill.gateway.health import Prober
@@ -175,6 +175,34 @@ class Gateway:
         if replica.circuit.probed(now=asyncio.get_running_loop().time()) or was_suspect:
             for route in self._routes_of(replica):
                 self.advance(route.model)
+
+    def load(self) -> bytes:
+        """What the control plane follows with the number of replicas, as JSON."""
+        routes = self.table.routes if self.table is not None else {}
+        models, replicas = {}, {}
+        for model, route in routes.items():
+            counts = self.metrics.models.get(model)
+            if counts is not None and counts.in_flight:
+                models[model] = {"in_flight": counts.in_flight - counts.waiting, "waiting": counts.waiting}
+            for replica in route.replicas:
+                replicas[replica.job] = {"in_flight": replica.outstanding, "is_leaving": replica.is_leaving}
+        return orjson.dumps({"worker": self._request_prefix, "models": models, "replicas": replicas})
+
+    async def tell_load(
+        self, tell: Callable[[bytes], Awaitable[None]], *, every_s: float = 0.1, at_least_every_s: float = 1.0
+    ) -> None:
+        """Tell the load for ever, when it changes and every while."""
+        loop, told, told_at = asyncio.get_running_loop(), b"", float("-inf")
+        while True:
+            await asyncio.sleep(every_s)
+            load = self.load()
+            if load != told or loop.time() - told_at >= at_least_every_s:
+                told, told_at = load, loop.time()
+                try:
+                    await tell(load)
+                except (OSError, Refused) as error:
+                    _log.debug("the load was not heard: %s", error)
+                    told = b""
 
     def _states(self) -> dict[tuple[str, str], int]:
         """How many replicas of each model have their circuit in each state."""

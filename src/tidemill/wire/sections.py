@@ -15,6 +15,7 @@ from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import (
     MAX_ARRAY,
     MAX_CONCURRENCY,
+    MAX_REPLICAS,
     MAX_WORKERS,
     PRIORITY_RANGE,
     Alternative,
@@ -83,6 +84,7 @@ from tidemill.wire.scheduling import (
     level_of,
     moment_of,
     priority_of,
+    replicas_of,
     span_of,
     speed_of,
     tier_of,
@@ -226,7 +228,22 @@ class ServiceIn(StrictSection):
     readiness: Annotated[ReadinessIn, _wrapped("path", str)] = Field(
         default_factory=_shared(ReadinessIn), description="A path, or a section.", json_schema_extra={"default": {}}
     )
-    replicas: Annotated[int, *counted(1, 64)] = Field(default=1, description="How many run at a time.")
+    replicas: Annotated[
+        Span,
+        *taking(
+            replicas_of,
+            {"type": ["integer", "string"], "minimum": 0, "maximum": MAX_REPLICAS, "examples": [2, "0..8"]},
+        ),
+    ] = Field(
+        default=Span(1, 1),
+        description="How many run: a number, or a range within which the number follows the requests.",
+        json_schema_extra={"default": 1},
+    )
+    idle: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=300 * SECOND_NS,
+        description="For how long fewer replicas have to be enough before one is given up.",
+        json_schema_extra={"default": "5m"},
+    )
     model: Annotated[str, *taking(model_of, {**TEXT, "examples": ["llama-3.1-8b"]})] = Field(
         default="", description="Name under which the gateway serves it; its own name when left out."
     )
@@ -704,7 +721,9 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         port=name,
         readiness_path=section.readiness.path,
         readiness_timeout_ns=section.readiness.timeout,
-        replicas=section.replicas,
+        replicas=section.replicas.largest,
+        replicas_min=section.replicas.smallest if section.replicas.smallest < section.replicas.largest else None,
+        idle_ns=section.idle,
         model=section.model,
         concurrency=section.concurrency,
         wait_ns=section.wait,

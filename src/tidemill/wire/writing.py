@@ -50,9 +50,13 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
                 "path": spec.service.readiness_path,
                 "timeout": _duration_json(spec.service.readiness_timeout_ns),
             },
-            "replicas": spec.service.replicas,
+            "replicas": f"{spec.service.smallest}..{spec.service.replicas}"
+            if spec.service.is_scaled
+            else spec.service.replicas,
             "model": spec.service.model,
         }
+        if spec.service.idle_ns != _SERVICE.idle_ns:
+            written["service"]["idle"] = _duration_json(spec.service.idle_ns)
         if spec.service.concurrency != _SERVICE.concurrency:
             written["service"]["concurrency"] = spec.service.concurrency
         if spec.service.wait_ns != _SERVICE.wait_ns:
