@@ -19,7 +19,7 @@ from tidemill.model.tenant import Scope
 
 routes = Routes("gateway")
 _LOOK_S = 0.2
-"""How soon a new or revoked token is noticed: tokens are no events."""
+"""How soon a new or revoked token, or a replica that is to leave, is noticed: these are no events."""
 
 
 @routes.get("/v1/gateway/feed", allow=Scope.GATEWAY, answer=FeedOut)
@@ -72,14 +72,14 @@ async def _changed(call: Call, since: int, wait_s: float) -> dict[str, Any]:
     deadline = time.monotonic() + wait_s
     with call.services.hub.commits() as bell:
         while True:
-            keys = call.plane.directory.version
+            stamp = call.plane.serving.stamp
             feed = await blocking(_feed, call)
             if feed["version"] != since:
                 return feed
             while not await rung(bell, max(0.0, min(_LOOK_S, deadline - time.monotonic()))):
                 if time.monotonic() >= deadline or call.services.hub.closed:
                     return feed
-                if call.plane.directory.version != keys:
+                if call.plane.serving.stamp != stamp:
                     break
 
 

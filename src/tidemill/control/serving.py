@@ -11,7 +11,7 @@ import msgspec
 from tidemill.control.identity import Directory
 from tidemill.control.replicating import Scaler, endpoints
 from tidemill.core.world import World
-from tidemill.model.ids import ProjectId
+from tidemill.model.ids import JobId, ProjectId
 from tidemill.model.ledger import TokenUsage
 from tidemill.model.tenant import Project
 from tidemill.ports import Store
@@ -35,6 +35,11 @@ class Serving:
         self._world = world
         self._projects = projects
         self.scaler = scaler
+
+    @property
+    def stamp(self) -> tuple[int, frozenset[JobId]]:
+        """Another value whenever the feed changes for another reason than a commit."""
+        return self._directory.version, self.scaler.leaving
 
     def feed(self) -> tuple[str, dict[str, Any]]:
         """Everything the gateway needs: token hashes and where each model's ready replicas are, and its version."""
