@@ -131,5 +131,5 @@ def test_a_day_of_a_service_that_goes_to_zero() -> None:
 
 def test_bounds_that_cannot_be_are_refused() -> None:
     for wrong in ({"least": 3, "most": 2}, {"least": -1}, {"concurrency": 0}, {"idle_ns": -1}):
-        with pytest.raises(ValueError, match="replica|time"):
+        with pytest.raises(ValueError, match=r"replica|time"):
             scaling.Bounds(**{"least": 0, "most": 2, "concurrency": 1, "idle_ns": 0, **wrong})

@@ -79,7 +79,7 @@ def case_7(cloud: Cloud, *, streams: int = 10, whole: int = 20, length: int = 40
     )
 
 
-def case_8(cloud: Cloud, *, requests: int = 150) -> str:
+def case_8(cloud: Cloud, *, requests: int = 150, length: int = 1500) -> str:
     """SIGSTOP of a replica's engine: its port stays open, connections succeed, and nothing is ever answered."""
     with serving(cloud, service("case8", replicas=2, wait="30s")) as jobs:
 
@@ -95,7 +95,7 @@ def case_8(cloud: Cloud, *, requests: int = 150) -> str:
 
         before_s = percentile(load("before"), 0.99)
         crowd = Crowd(cloud, "case8")
-        streams = [crowd.ask(f"s{n}", stream=True, max_tokens=1500, pause=0.01) for n in range(4)]
+        streams = [crowd.ask(f"s{n}", stream=True, max_tokens=length, pause=0.01) for n in range(4)]
         eventually(lambda: all(one.tokens for one in streams), within_s=20, what="all streams have begun")
         pid = pid_of(jobs[0])
         os.kill(pid, signal.SIGSTOP)
@@ -241,13 +241,15 @@ def _clients_that_leave(cloud: Cloud, leaving: int) -> str:
     return f"{leaving} clients left and 4 read nothing: all slots free after {free_s:.2f} s, then 8 answers in {slowest_s:.2f} s"
 
 
-def case_25(cloud: Cloud, *, requests: int = 200, start_s: float = 3.0, rounds: int = 8) -> str:
+def case_25(
+    cloud: Cloud, *, requests: int = 200, start_s: float = 3.0, rounds: int = 8, idle_s: float = 1.5, length: int = 200
+) -> str:
     """Requests to a service of which nothing runs, whose first launch fails and whose second is slow; then idleness."""
     journals = Journals(cloud.home)
     spec = service(
         "case25",
         replicas="0..2",
-        idle="1500ms",
+        idle=f"{round(idle_s * 1000)}ms",
         concurrency=8,
         wait="60s",
         envs={"ENGINE_FAILS_FIRST": "1", "ENGINE_START_S": str(start_s)},
@@ -285,10 +287,10 @@ def case_25(cloud: Cloud, *, requests: int = 200, start_s: float = 3.0, rounds: 
             crowd.ask(f"r{number}", stream=True, max_tokens=20, pause=0.02)
             crowd.wait(within_s=40)
             assert crowd.seen[-1].is_whole, f"round {number}: {crowd.seen[-1].error}"
-            time.sleep(1.3 + 0.1 * (number % 6))
-        long = crowd.ask("long", stream=True, max_tokens=200, pause=0.02)  # longer than idleness, on one of them
+            time.sleep(idle_s - 0.2 + 0.1 * (number % 6))
+        long = crowd.ask("long", stream=True, max_tokens=length, pause=0.02)  # longer than idleness, on one of them
         crowd.wait(within_s=40)
-        assert (long.is_whole, long.tokens) == (True, 200), f"scaling down ended a stream: {long.error}"
+        assert (long.is_whole, long.tokens) == (True, length), f"scaling down ended a stream: {long.error}"
         zero_s = watch(lambda: _is_at_zero(cloud, jobs), within_s=20, what="nothing runs when nothing is asked")
         starts = len(journals.of("start"))
         cold = crowd.ask("cold", max_tokens=1)

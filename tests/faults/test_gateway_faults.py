@@ -23,12 +23,12 @@ def test_a_killed_replica_is_ejected_and_replaced_and_what_it_had_not_answered_i
 
 
 def test_a_hung_replica_is_ejected_and_what_it_held_is_tried_elsewhere(cloud: Cloud) -> None:
-    assert "ejected" in gateway_cases.case_8(cloud, requests=40)
+    assert "ejected" in gateway_cases.case_8(cloud, requests=15, length=200)
 
 
 def test_a_killed_gateway_settles_streams_and_overload_and_leaving_clients_cost_no_slot(cloud: Cloud) -> None:
-    assert "slots free" in gateway_cases.case_24(cloud, streams=16, seconds=3, leaving=80)
+    assert "slots free" in gateway_cases.case_24(cloud, streams=8, seconds=2, leaving=40)
 
 
 def test_a_service_comes_up_from_nothing_once_asked_and_goes_without_ending_a_stream(cloud: Cloud) -> None:
-    assert "whole" in gateway_cases.case_25(cloud, requests=60, start_s=1.2, rounds=2)
+    assert "whole" in gateway_cases.case_25(cloud, requests=40, start_s=0.3, rounds=0, idle_s=0.6, length=50)
