@@ -55,7 +55,7 @@ def check(choose: Decide) -> None:
             decision, memory = choose(given_bounds, signals, memory, now=now)
             need = min(given_bounds.most, max(given_bounds.least, -(-asked // given_bounds.concurrency)))
             needs.append((now, need))
-            lately = max(count for at, count in needs if at > now - given_bounds.idle_ns or at == now)
+            lately = max([need, *(count for at, count in needs if at > now - given_bounds.idle_ns)])
             one_at_a_time = is_failing or not ready
             assert decision.wanted <= given_bounds.most
             assert decision.wanted >= min(need, 1), "nothing runs though something is asked"
