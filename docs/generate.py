@@ -167,7 +167,7 @@ def metric_lines() -> dict[str, tuple[str, str]]:
     """Every metric that is exposed: its type and its help."""
     from tidemill.gateway.metrics import Metrics
 
-    text = Metrics().text(connections=0, feed_version=0, feed_age_s=0.0).decode()
+    text = Metrics().text(connections=0, feed_version=0, feed_age_s=0.0, replicas={}).decode()
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
     return {name: (kinds[name], told) for name, told in re.findall(r"^# HELP (\S+) (.+)$", text, re.MULTILINE)}
 

@@ -30,7 +30,7 @@ from tidemill.model.ids import (
     WorkloadId,
 )
 from tidemill.model.job import Allocation, Attempt, Job, JobState, Workload
-from tidemill.model.ledger import LedgerLine, LedgerTotals
+from tidemill.model.ledger import LedgerLine, LedgerTotals, TokenTotals, TokenUsage
 from tidemill.model.plan import Change, LaunchSpec, Reason, Sight, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.reservation import Reservation
@@ -203,6 +203,19 @@ class Store(Protocol):
         self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId(""), idle: bool = False
     ) -> LedgerTotals:
         """Exact sums of a job's or a project's lines, or of idle time when ``idle``; of all lines otherwise."""
+
+    def put_token_usages(self, usages: Sequence[TokenUsage]) -> int:
+        """How many of these were not in the books before; all are there now, each once, or none."""
+
+    def token_usages(
+        self, *, project_id: ProjectId = ProjectId(""), cursor: str = "", limit: int = 100
+    ) -> Page[TokenUsage]:
+        """What requests took, in the order in which they were stored."""
+
+    def token_totals(
+        self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId("")
+    ) -> tuple[TokenTotals, ...]:
+        """Sums of a replica's or a project's requests, else of all, by model and key."""
 
     def rentals(self, *, since_ns: int = 0) -> tuple[Rental, ...]:
         """Rented instances that are not over, and those that ended at ``since_ns`` or later, by id."""

@@ -69,11 +69,11 @@ def test_the_policies_are_these() -> None:
         "read|job": 2,
         "submit|job": 1,
         "job": 1,
-        "read": 26,
+        "read": 27,
         "exec": 3,
         "runner": 9,
         "admin": 21,
-        "gateway": 1,
+        "gateway": 3,
         "join": 2,
         "outpost": 3,
     }

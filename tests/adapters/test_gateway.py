@@ -88,6 +88,8 @@ class Engine:
         self.left = asyncio.Event()
         self.sent = 0
         self.go_on = asyncio.Event()
+        self.is_hung = False
+        """It answers no probe."""
         self.server: asyncio.Server | None = None
         self.tasks: set[asyncio.Task[None]] = set()
 
@@ -103,6 +105,11 @@ class Engine:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
+                if head.startswith(b"GET"):
+                    while self.is_hung:
+                        await asyncio.sleep(0.01)
+                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                    continue
                 length = re.search(rb"content-length: (\d+)", head)
                 body = await reader.readexactly(int(length[1]) if length else 0)
                 self.heads.append(head)
@@ -177,6 +184,12 @@ class Engine:
                 half = len(event) // 2
                 writer.write(b"%x\r\n%b\r\n%x\r\n%b\r\n" % (half, event[:half], len(event) - half, event[half:]))
                 await asyncio.sleep(0.005)
+            writer.write(b"0\r\n\r\n")
+        elif mode == "slow flood":
+            writer.write(sse)
+            for _ in range(60):
+                writer.write(b"9\r\ndata: x\n\n\r\n")
+                await asyncio.sleep(0.01)
             writer.write(b"0\r\n\r\n")
         elif mode == "flood":
             writer.transport.set_write_buffer_limits(high=65536)
@@ -843,6 +856,102 @@ async def test_many_requests_leave_no_objects_behind(rig: Rig) -> None:
     assert sum(type(thing).__name__ == "Exchange" for thing in gc.get_objects()) <= 1
 
 
+# Waiting for a replica
+
+
+def held_feed(routes: dict[str, list[str]], *, version: int, concurrency: int = 0, wait_s: float = 5.0) -> bytes:
+    """A feed in which requests may wait."""
+    feed = json.loads(feed_of(routes, version=version))
+    for route in feed["routes"].values():
+        route |= {"wait_ms": int(wait_s * 1000), "concurrency": concurrency}
+    return json.dumps(feed).encode()
+
+
+@live()
+async def test_a_request_waits_for_a_replica_in_order_and_no_longer_than_it_may(rig: Rig) -> None:
+    rig.gateway.adopt(read_feed(held_feed({"m": []}, version=2)))
+    waiting = [asyncio.create_task(rig.post({"model": "m", "n": n})) for n in range(3)]
+    for number in range(3):
+        await eventually(lambda number=number: rig.gateway.metrics.of("m").waiting > number)  # type: ignore[misc]
+    answer = await rig.raw(request({"model": "m"}, headers="Connection: close\r\nX-Tidemill-Wait: 0.05\r\n"))
+    status, headers, body = parse(answer)
+    assert (status, headers["retry-after"], error_of(body)["code"]) == (503, "5", "no_ready_replica")
+    rig.gateway.adopt(read_feed(held_feed({"m": rig.endpoints}, version=3, concurrency=1), rig.gateway.table))
+    assert [(await task)[0] for task in waiting] == [200, 200, 200]
+    assert [json.loads(body)["n"] for body in rig.engine.bodies] == [0, 1, 2]
+    for wrong in ("soon", "-1", "601", "nan"):
+        answer = await rig.raw(request({"model": "m"}, headers=f"Connection: close\r\nX-Tidemill-Wait: {wrong}\r\n"))
+        assert error_of(parse(answer)[2])["code"] == "invalid_wait"
+
+
+@live(limits=Limits(waiting=4))
+async def test_a_full_line_is_said_at_once_and_whose_it_is(rig: Rig) -> None:
+    rig.gateway.adopt(read_feed(held_feed({"m": []}, version=2, wait_s=0.5)))
+    waiting = [asyncio.create_task(rig.post({"model": "m"})) for _ in range(2)]
+    await eventually(lambda: rig.gateway.metrics.of("m").waiting == 2)
+    status, headers, body = await rig.post({"model": "m"})
+    assert (status, error_of(body)["code"]) == (429, "queue_full"), "half of the line is this tenant's own"
+    assert headers["retry-after"] == "1"
+    waiting += [asyncio.create_task(rig.post({"model": "m"}, token=ADMIN)) for _ in range(2)]
+    await eventually(lambda: rig.gateway.metrics.of("m").waiting == 4)
+    status, _, body = await rig.post({"model": "m"}, token=ADMIN)
+    assert (status, error_of(body)["code"]) == (503, "queue_full")
+    assert [(await task)[0] for task in waiting] == [503] * 4
+
+
+@live()
+async def test_a_client_that_leaves_the_line_leaves_nothing(rig: Rig) -> None:
+    rig.gateway.adopt(read_feed(held_feed({"m": []}, version=2)))
+    _, writer = await rig.connect()
+    writer.write(request({"model": "m"}))
+    await eventually(lambda: rig.gateway.metrics.of("m").waiting == 1)
+    writer.transport.abort()
+    await eventually(lambda: rig.gateway.line("m").count == 0)
+    assert rig.gateway.metrics.of("m").in_flight == 0
+
+
+# Replicas that hang
+
+
+@live(engines=2)
+async def test_a_hung_replica_is_given_up_and_is_tried_again_once_it_answers(rig: Rig) -> None:
+    prober = rig.gateway.watch_replicas()
+    prober._every_s, prober._patience_s = 0.05, 0.05
+    watching = asyncio.create_task(prober.run(step_s=0.01))
+    assert rig.gateway.table is not None
+    replicas = rig.gateway.table.routes["m"].replicas
+    hung = rig.engines[0]
+    reader, writer = await rig.connect()
+    writer.write(request({"model": "m", "mode": "hang in stream"}))
+    await reader.readuntil(b"w1")
+    [mine] = [one for one in replicas if one.under_way]
+    hung = rig.engines[replicas.index(mine)]
+    hung.is_hung = True
+    assert b"event: error" in await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    assert not mine.circuit.allows
+    for _ in range(4):
+        assert (await rig.post({"model": "m"}))[0] == 200
+    hung.is_hung = False
+    await eventually(lambda: mine.circuit.allows)
+    assert (await rig.post({"model": "m"}))[0] == 200
+    assert (mine.circuit.state.value, rig.gateway.metrics.of("m").ejections) == ("closed", 1)
+    watching.cancel()
+
+
+@live(engines=1)
+async def test_a_busy_replica_that_leaves_probes_unanswered_but_streams_on_is_kept(rig: Rig) -> None:
+    prober = rig.gateway.watch_replicas()
+    prober._every_s, prober._patience_s = 0.05, 0.05
+    rig.engine.is_hung = True  # to probes only: the flood goes on
+    watching = asyncio.create_task(prober.run(step_s=0.01))
+    reader, writer = await rig.connect()
+    writer.write(request({"model": "m", "mode": "slow flood"}, headers="Connection: close\r\n"))
+    assert (await reader.read()).endswith(b"0\r\n\r\n")
+    writer.close()
+    watching.cancel()
+
+
 # The feed
 
 
@@ -916,7 +1025,7 @@ def test_a_change_is_followed_and_a_revoked_token_is_gone(tmp_path: Path) -> Non
         assert gateway.table is not None
         assert gateway.table.key(USER, PEPPER) is not None
         replica = gateway.table.routes["m"].replicas[0]
-        replica.outstanding = 3
+        replica.circuit.is_suspect = True
         changed = json.loads(feed_of({"m": ["127.0.0.1:1", "127.0.0.1:2"]}, version=2))
         del changed["tokens"][tokens.digest(USER, PEPPER)]
         told_at = time.monotonic()
@@ -924,7 +1033,7 @@ def test_a_change_is_followed_and_a_revoked_token_is_gone(tmp_path: Path) -> Non
         await eventually(lambda: gateway.table is not None and gateway.table.version == 2)
         assert time.monotonic() - told_at < 1
         assert gateway.table.key(USER, PEPPER) is None
-        assert gateway.table.routes["m"].replicas[0] is replica
+        assert gateway.table.routes["m"].replicas[0] is replica, "what is known of it stays"
         assert b"Authorization: Bearer " + GATEWAY.encode() in control.polls[0]
         await eventually(lambda: load(tmp_path / "feed.json") is not None)
 
@@ -972,16 +1081,26 @@ def test_an_endpoint_that_cannot_be_reached_by_its_name_is_a_bad_feed(endpoint: 
         read_feed(feed_of({"m": [endpoint]}))
 
 
-def test_the_choice_of_a_replica_is_the_least_busy_then_the_longest_idle_and_refusers_last() -> None:
+def test_the_choice_of_a_replica_is_the_least_busy_then_the_longest_idle_and_suspects_last() -> None:
     replicas = tuple(Replica(job=str(i), host="h", port=i, prefix=b"") for i in range(3))
     route = Route(model="m", project="p", service="m", replicas=replicas)
-    replicas[0].outstanding, replicas[1].turn, replicas[2].turn = 1, 9, 4
-    assert route.choose(now=0.0) is replicas[2]
-    replicas[2].refuse(now=0.0)
-    assert route.choose(now=0.5) is replicas[1]
-    assert route.choose(now=2.0) is replicas[2]
-    assert route.choose(now=0.5, tried=replicas[1:]) is replicas[0]
-    assert route.choose(now=0.5, tried=replicas) is None
+    busy: Any = object()
+    replicas[0].under_way.add(busy)
+    replicas[1].turn, replicas[2].turn = 9, 4
+    assert route.choose() is replicas[2]
+    replicas[2].circuit.is_suspect = True
+    assert route.choose() is replicas[1]
+    replicas[2].circuit.is_suspect = False
+    replicas[2].circuit.fail("it is gone", now=0.0)
+    assert route.choose() is replicas[1]
+    assert route.choose(tried=replicas[1:]) is replicas[0]
+    assert route.choose(tried=replicas) is None
+    replicas[2].circuit.probed(now=1.0)
+    assert route.choose() is replicas[2], "a trial takes the next request there is"
+    replicas[2].circuit.begin()
+    assert route.choose() is replicas[1], "one trial at a time"
+    full = Route(model="m", project="p", service="m", replicas=replicas[:1], concurrency=1)
+    assert full.choose() is None
 
 
 # The process

@@ -524,6 +524,9 @@ def specs(draw: st.DrawFn) -> WorkloadSpec:
             readiness_timeout_ns=draw(DURATION),
             replicas=draw(st.integers(1, 64)),
             model=draw(st.sampled_from(["", "gpt", "a/b"])),
+            idle_ns=draw(st.integers(0, DAY_NS)),
+            concurrency=draw(st.integers(1, 65_536)),
+            wait_ns=draw(st.integers(0, 600 * SECOND_NS)),
         )
         if kind is Kind.SERVICE
         else None,

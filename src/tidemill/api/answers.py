@@ -21,6 +21,7 @@ from tidemill.api.shapes import (
     ReservationOut,
     ShareOut,
     SiteOptionOut,
+    TokenUsageOut,
     UsageOut,
     WorkerOut,
     WorkloadOut,
@@ -32,7 +33,7 @@ from tidemill.model.artifact import Artifact
 from tidemill.model.fleet import Node
 from tidemill.model.ids import JobId, LaunchId, NodeId
 from tidemill.model.job import Allocation, AllocationState, Attempt, Job, JobState, Workload
-from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals
+from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals, TokenTotals, TokenUsage
 from tidemill.model.plan import Forecast, Holding, Quote, Reason, SiteOption
 from tidemill.model.queue import Queue
 from tidemill.model.reservation import Reservation
@@ -455,7 +456,23 @@ def ledger_json(line: LedgerLine) -> LedgerLineOut:
     }
 
 
-def usage_json(totals: Sequence[LedgerTotals]) -> UsageOut:
+def token_usage_json(usage: TokenUsage) -> TokenUsageOut:
+    """A request's fields."""
+    return {
+        "id": usage.id,
+        "at_ns": usage.at_ns,
+        "project_id": usage.project_id,
+        "token_id": usage.token_id,
+        "model": usage.model,
+        "workload_id": usage.workload_id,
+        "job_id": usage.job_id,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "estimated": usage.is_estimated,
+    }
+
+
+def usage_json(totals: Sequence[LedgerTotals], tokens: Sequence[TokenTotals]) -> UsageOut:
     """The sum of sums."""
     held: dict[str, int] = {}
     for one in totals:
@@ -472,6 +489,17 @@ def usage_json(totals: Sequence[LedgerTotals]) -> UsageOut:
         "energy_evidence": (Evidence.MEASURED if measured and lines else Evidence.ESTIMATED).value,
         "carbon_mg": sum(one.carbon_mg for one in totals),
         "lines": lines,
+        "tokens": [
+            {
+                "model": one.model,
+                "token_id": one.token_id,
+                "requests": one.requests,
+                "estimated": one.estimated,
+                "prompt_tokens": one.prompt_tokens,
+                "completion_tokens": one.completion_tokens,
+            }
+            for one in tokens
+        ],
     }
 
 

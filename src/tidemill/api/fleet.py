@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from tidemill import __version__
-from tidemill.api.answers import event_data, event_json, ledger_json, node_json, usage_json
+from tidemill.api.answers import event_data, event_json, ledger_json, node_json, token_usage_json, usage_json
 from tidemill.api.bodies import json_answer
 from tidemill.api.follow import PING, PING_S, event_stream, rung, sse
 from tidemill.api.guard import OPEN, Call, Caller, Routes, blocking
@@ -29,6 +29,7 @@ from tidemill.api.shapes import (
     ReplicaOut,
     StatusOut,
     StrangerOut,
+    TokenUsageOut,
     UsageOut,
 )
 from tidemill.control.enginework import Stranger
@@ -221,10 +222,28 @@ async def usage(
     def answer() -> UsageOut:
         store = call.plane.store
         if job:
-            return usage_json([store.ledger_totals(job_id=find_job(call, job, project).job.id)])
-        return usage_json([store.ledger_totals(project_id=one) for one in call.visible_projects(project)])
+            job_id = find_job(call, job, project).job.id
+            return usage_json([store.ledger_totals(job_id=job_id)], store.token_totals(job_id=job_id))
+        projects = call.visible_projects(project)
+        return usage_json(
+            [store.ledger_totals(project_id=one) for one in projects],
+            [totals for one in projects for totals in store.token_totals(project_id=one)],
+        )
 
     return json_answer(await blocking(answer))
+
+
+@routes.get("/v1/ledger/tokens", allow=Scope.READ, answer=PageOf[TokenUsageOut])
+async def list_token_usages(
+    call: Caller, project: ProjectName = "", cursor: Cursor = "", limit: Limit = 100
+) -> Response:
+    """List what requests of a project to models took, in the order in which they were entered."""
+
+    def page() -> dict[str, Any]:
+        found = call.plane.store.token_usages(project_id=call.project(project).id, cursor=cursor, limit=limit)
+        return {"items": [token_usage_json(usage) for usage in found.items], "next_cursor": found.next_cursor}
+
+    return json_answer(await blocking(page))
 
 
 @routes.get("/v1/ledger", allow=Scope.READ, answer=PageOf[LedgerLineOut])

@@ -8,15 +8,18 @@ from typing import Annotated, Any
 from fastapi import Query
 from starlette.responses import Response
 
-from tidemill.api.bodies import json_answer
+from tidemill.api.bodies import body_of, json_answer
 from tidemill.api.follow import rung
 from tidemill.api.guard import Call, Caller, Routes, blocking, unless_gone
-from tidemill.api.shapes import FeedOut
+from tidemill.api.shapes import EnteredOut, FeedOut, LoadIn, RequestUsagesIn
+from tidemill.control.replicating import Load
+from tidemill.model.ids import JobId, ProjectId, TokenId, WorkloadId
+from tidemill.model.ledger import TokenUsage
 from tidemill.model.tenant import Scope
 
 routes = Routes("gateway")
 _LOOK_S = 0.2
-"""How soon a new or revoked token is noticed: tokens are no events."""
+"""How soon a new or revoked token, or a replica that is to leave, is noticed: these are no events."""
 
 
 @routes.get("/v1/gateway/feed", allow=Scope.GATEWAY, answer=FeedOut)
@@ -29,18 +32,54 @@ async def gateway_feed(
     return json_answer(await unless_gone(call, _changed(call, since, wait)))
 
 
+@routes.post("/v1/gateway/usage", allow=Scope.GATEWAY, body=RequestUsagesIn, answer=EnteredOut)
+async def enter_usage(call: Caller) -> Response:
+    """Enter what requests took into the ledger. Harmless to repeat: each is entered once."""
+    given = await body_of(call.request, RequestUsagesIn)
+    usages = [
+        TokenUsage(
+            id=one.id,
+            at_ns=one.at_ns,
+            project_id=ProjectId(one.project),
+            token_id=TokenId(one.token),
+            model=one.model,
+            workload_id=WorkloadId(one.workload),
+            job_id=JobId(one.job),
+            prompt_tokens=one.prompt_tokens,
+            completion_tokens=one.completion_tokens,
+            is_estimated=one.is_estimated,
+        )
+        for one in given.usages
+    ]
+    return json_answer({"entered": await blocking(call.plane.serving.enter, usages)})
+
+
+@routes.post("/v1/gateway/load", allow=Scope.GATEWAY, body=LoadIn, status=204)
+async def hear_load(call: Caller) -> Response:
+    """Tell how many requests there are, from which the number of replicas follows."""
+    given = await body_of(call.request, LoadIn)
+    call.plane.serving.scaler.hear(
+        given.worker,
+        Load(
+            models={model: (one.in_flight, one.waiting) for model, one in given.models.items()},
+            replicas={JobId(job): (one.in_flight, one.is_leaving) for job, one in given.replicas.items()},
+        ),
+    )
+    return Response(status_code=204)
+
+
 async def _changed(call: Call, since: int, wait_s: float) -> dict[str, Any]:
     deadline = time.monotonic() + wait_s
     with call.services.hub.commits() as bell:
         while True:
-            keys = call.plane.directory.version
+            stamp = call.plane.serving.stamp
             feed = await blocking(_feed, call)
             if feed["version"] != since:
                 return feed
             while not await rung(bell, max(0.0, min(_LOOK_S, deadline - time.monotonic()))):
                 if time.monotonic() >= deadline or call.services.hub.closed:
                     return feed
-                if call.plane.directory.version != keys:
+                if call.plane.serving.stamp != stamp:
                     break
 
 

@@ -588,6 +588,32 @@ class EventOut(TypedDict):
     data: dict[str, Any]
 
 
+class TokenTotalsOut(TypedDict):
+    """Sums over the requests to a model with one key; ``estimated`` of them did not come to their end."""
+
+    model: str
+    token_id: str
+    requests: int
+    estimated: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class TokenUsageOut(TypedDict):
+    """What one request to a model took; ``estimated`` when it did not come to its end."""
+
+    id: str
+    at_ns: int
+    project_id: str
+    token_id: str
+    model: str
+    workload_id: str
+    job_id: str
+    prompt_tokens: int
+    completion_tokens: int
+    estimated: bool
+
+
 class UsageOut(TypedDict):
     """Exact sums over ledger lines. ``held_milli_ns`` maps a resource to milli-units x ns."""
 
@@ -599,6 +625,7 @@ class UsageOut(TypedDict):
     energy_evidence: str
     carbon_mg: int
     lines: int
+    tokens: list[TokenTotalsOut]
 
 
 class LedgerLineOut(TypedDict):
@@ -753,6 +780,61 @@ class Body(BaseModel):
     """What is sent; fields that are not known are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+
+_Name = Annotated[str, Field(max_length=300, pattern=r"^[^\x00]*$")]
+
+
+class RequestUsageIn(Body):
+    """What one request took, as the gateway tells."""
+
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{1,32}-[0-9a-f]{1,16}$")]
+    at_ns: Annotated[int, Field(ge=0, lt=2**63)]
+    project: _Name
+    token: _Name
+    model: _Name
+    workload: _Name
+    job: _Name
+    prompt_tokens: Annotated[int, Field(ge=0, lt=2**31)]
+    completion_tokens: Annotated[int, Field(ge=0, lt=2**31)]
+    is_estimated: bool
+
+
+class RequestUsagesIn(Body):
+    """What requests took."""
+
+    usages: list[RequestUsageIn] = Field(max_length=10_000)
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class ModelLoadIn(Body):
+    """Requests under way on replicas of a model, and waiting for one."""
+
+    in_flight: _Count
+    waiting: _Count
+
+
+class ReplicaLoadIn(Body):
+    """Requests under way on a replica, and whether it gets no more."""
+
+    in_flight: _Count
+    is_leaving: bool
+
+
+class LoadIn(Body):
+    """What a gateway has on its hands, by model and by replica's job."""
+
+    worker: _Name
+    models: Annotated[dict[_Name, ModelLoadIn], Field(max_length=10_000)]
+    replicas: Annotated[dict[_Name, ReplicaLoadIn], Field(max_length=100_000)]
+
+
+class EnteredOut(TypedDict):
+    """How many of them were not known before."""
+
+    entered: int
 
 
 class SubmitIn(Body):

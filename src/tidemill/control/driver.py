@@ -76,6 +76,7 @@ def world_from(
     world.usages = {usage.id: usage for usage in snapshot.queue_usages}
     world.reservations = {one.id: one for one in snapshot.reservations if not one.cancelled_ns}
     world.workloads = {workload.id: workload for workload in snapshot.workloads}
+    world.services = {one.id: None for one in snapshot.workloads if one.spec.service is not None}
     world.unlucky = dict(snapshot.unlucky)
     world.jobs = {job.id: job for job in snapshot.jobs}
     for job in snapshot.jobs:

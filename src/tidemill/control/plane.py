@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import secrets
@@ -32,6 +31,8 @@ from tidemill.control.logs import LogStore
 from tidemill.control.relay import Relay
 from tidemill.control.renting import Renting
 from tidemill.control.replicas import Candidate
+from tidemill.control.replicating import Scaler
+from tidemill.control.serving import Serving
 from tidemill.control.settings import Settings
 from tidemill.control.siteoptions import sites_open_to
 from tidemill.control.sites import Sites
@@ -223,6 +224,13 @@ class ControlPlane:
             workloads=lambda: tuple(self.world.workloads.copy().values()),
             elsewhere=self.sites.read_file,
         )
+        self.serving = Serving(
+            store,
+            directory,
+            world=lambda: self.world,
+            projects=lambda: self._projects,
+            scaler=Scaler(world=lambda: self.world, tell=self._turns.put, clock=clock),
+        )
         self.renting: Renting | None = None
         """What rents machines, when this installation does."""
         self._epoch = epoch
@@ -262,11 +270,13 @@ class ControlPlane:
         self.data.start()
         if self.renting is not None:
             self.renting.start()
+        self.serving.scaler.start()
         self._sampler.start()
 
     def close(self) -> None:
         """Stop acting. With nothing running, the machines leave, so that no time counts while they are away."""
         self._closing.set()
+        self.serving.scaler.close()
         if self.renting is not None:
             self.renting.close()
         self.data.close()
@@ -879,32 +889,7 @@ class ControlPlane:
 
     def gateway_feed(self) -> tuple[str, dict[str, Any]]:
         """Everything the gateway needs: token hashes and where each model's ready replicas are, and its version."""
-        world = self.world
-        routes: dict[str, dict[str, Any]] = {}
-        for held in sorted(world.allocations.copy().values(), key=lambda held: held.id):
-            job = world.jobs.get(held.job_id)
-            workload = world.workloads.get(job.workload_id) if job is not None else None
-            if workload is None or workload.spec.service is None:
-                continue
-            model = workload.spec.service.model or workload.spec.name
-            route = routes.setdefault(
-                model, {"project": workload.project_id, "service": workload.spec.name, "replicas": []}
-            )
-            if held.endpoint and route["project"] == workload.project_id:
-                route["replicas"].append({"job": held.job_id, "endpoint": held.endpoint})
-        known = {
-            token.hash: {
-                "project": token.project_id,
-                "organization": token.organization_id,
-                "scopes": [scope.value for scope in token.scopes],
-                "expires_ns": token.expires_ns,
-            }
-            for token in self.directory.all()
-            if not token.revoked_ns
-        }
-        feed = {"tokens": known, "routes": routes}
-        version = hashlib.sha256(msgspec.json.encode(feed)).hexdigest()[:16]
-        return version, feed
+        return self.serving.feed()
 
     # -- inside ---------------------------------------------------------------------------------------------------
 

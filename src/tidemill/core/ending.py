@@ -167,6 +167,8 @@ def finish_if_gone(world: World, held: Allocation, out: Outcome) -> None:
         end_job(world, job, "cancelled", Cause.CANCELLED, out, detail=attempt.detail, exit_code=attempt.exit_code)
     elif attempt.cause is Cause.COMPLETED:
         end_job(world, job, "succeeded", Cause.COMPLETED, out, exit_code=0)
+    elif attempt.cause is Cause.RESIZED and spec.service is not None:
+        _rest(world, job, attempt, out)
     elif attempt.cause is Cause.PREEMPTED and should_retry(spec, attempt):
         _queue_after_displacing(world, job, attempt, out)
     elif job.retries < spec.retry.max and should_retry(spec, attempt):
@@ -211,6 +213,24 @@ def _queue_again(world: World, job: Job, attempt: Attempt, out: Outcome) -> None
     world.set(world.delayed, job.id, not_before)
     world.set_timer(not_before, "requeue", job.id)
     out.note("Requeued", job, retry=job.retries + 1, cause=attempt.cause.value, detail=attempt.detail)
+
+
+def _rest(world: World, job: Job, attempt: Attempt, out: Outcome) -> None:
+    """A replica that was given up waits until it is needed again."""
+    after = world.update(
+        world.jobs,
+        job.id,
+        job,
+        state=apply(JOB, job.state, "requeued"),
+        cause=attempt.cause,
+        detail=attempt.detail,
+        exit_code=attempt.exit_code,
+        waiting_since_ns=out.now,
+        started_ns=0,
+    )
+    world.line_up(job.project_id, 1)
+    waiting.rest(world, after, out)
+    out.note("Requeued", job, retry=job.retries, cause=attempt.cause.value, detail=attempt.detail)
 
 
 def _queue_after_displacing(world: World, job: Job, attempt: Attempt, out: Outcome) -> None:

@@ -38,6 +38,7 @@ from tidemill.model.events import (
     ReservationCancelled,
     ReservationMade,
     Sampled,
+    Scaled,
     SiteSet,
     Started,
     StopRequested,
@@ -78,6 +79,8 @@ def _submitted(fact: Submitted, world: World, out: Outcome) -> None:
     spec = workload.spec
     world.add(world.workloads, workload.id, workload)
     world.set(world.live_jobs, workload.id, spec.job_count)
+    if spec.service is not None:
+        world.set(world.services, workload.id, None)
     jobs = []
     for index in range(spec.job_count):
         job = Job(
@@ -117,6 +120,22 @@ def _stop_requested(fact: StopRequested, world: World, out: Outcome) -> None:
         world.update(world.jobs, job.id, job, state=apply(JOB, job.state, "stop_requested"), stop_requested=True)
         detail = f"stopped by {fact.by}" if fact.by else ""
         ending.end_attempt(world, world.attempts[job.id], Cause.CANCELLED, out, detail=detail)
+
+
+@_take.register
+def _scaled(fact: Scaled, world: World, out: Outcome) -> None:
+    workload = world.workloads.get(fact.workload_id)
+    if workload is None or workload.spec.service is None or not workload.spec.service.is_scaled:
+        return
+    jobs = [
+        world.jobs[one] for index in range(workload.spec.job_count) if (one := job_id(workload.id, index)) in world.jobs
+    ]
+    leaving = [job for job in jobs if job.id in fact.give_up and job.id in world.attempts]
+    for job in leaving:
+        ending.end_attempt(world, world.attempts[job.id], Cause.RESIZED, out, detail="fewer replicas are needed")
+    changed = waiting.scale(world, jobs, fact.wanted, out)
+    if jobs and (changed or leaving):
+        out.note("Scaled", jobs[0], wanted=fact.wanted, detail=fact.why)
 
 
 @_take.register

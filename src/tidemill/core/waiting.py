@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from tidemill.core.outcome import Outcome
 from tidemill.core.world import World
 from tidemill.model.ids import JobId, ProjectId, WorkloadId, job_id
-from tidemill.model.job import Job, JobState, Workload
+from tidemill.model.job import AttemptState, Cause, Job, JobState, Workload
 from tidemill.model.plan import Reason, ResolvableBy
 from tidemill.model.spec import DependsOn
 from tidemill.units import SECOND_NS
@@ -41,9 +41,45 @@ def enter(world: World, workload: Workload, jobs: list[Job], out: Outcome, *, li
             _park(world, job, _after(world, missing), out)
         elif spec.array_parallel and index >= spec.array_parallel:
             _park(world, job, _array(spec.array_parallel), out)
+        elif spec.service is not None and index >= spec.service.smallest:
+            _park(world, job, _spare(), out)
         else:
             ready(world, job, out)
     return []
+
+
+def scale(world: World, jobs: list[Job], wanted: int, out: Outcome) -> bool:
+    """Whether replicas began or ceased to wait for room, so that ``wanted`` of a service's jobs do, or run.
+
+    Those that run are left alone, and do not count when they are being given up.
+    """
+    active = [job for job in jobs if job.id not in world.parked and not _is_given_up(world, job)]
+    spare = [job for job in jobs if world.parked.get(job.id) == _spare()]
+    for job in spare[: max(0, wanted - len(active))]:
+        world.drop(world.parked, job.id)
+        ready(world, job, out)
+    idle = [job for job in active if job.state is JobState.QUEUED]
+    leaving = idle[max(0, len(idle) - max(0, len(active) - wanted)) :]
+    for job in leaving:
+        rest(world, job, out)
+    return bool(leaving) or (bool(spare) and wanted > len(active))
+
+
+def rest(world: World, job: Job, out: Outcome) -> None:
+    """Let a queued replica wait until it is needed again, in no line."""
+    break_promise(world, job.id)
+    plan = world.held_back
+    if plan is not None and plan.job_id == job.id:
+        world.hold_back(None)
+    world.drop(world.delayed, job.id)
+    world.queue.remove(world.line_of(job), job.id)
+    _park(world, job, _spare(), out)
+
+
+def _is_given_up(world: World, job: Job) -> bool:
+    """Whether it ends because fewer replicas are needed."""
+    attempt = world.attempts.get(job.id)
+    return attempt is not None and attempt.state is AttemptState.ENDING and attempt.cause is Cause.RESIZED
 
 
 def ready(world: World, job: Job, out: Outcome) -> None:
@@ -214,6 +250,17 @@ def _array(parallel: int) -> Reason:
         available=f"{parallel} at a time",
         resolvable_by=ResolvableBy.TIME,
         sentence=f"Its array runs {parallel} jobs at a time, and others are before it.",
+    )
+
+
+def _spare() -> Reason:
+    return Reason(
+        code="NotNeeded",
+        subject="service.replicas",
+        needed="more requests",
+        available="the replicas that there are",
+        resolvable_by=ResolvableBy.TIME,
+        sentence="Fewer replicas are enough for the requests there are; it starts when they are not.",
     )
 
 

@@ -144,6 +144,7 @@ class World:
         self.delayed: dict[JobId, int] = {}
         """Jobs that wait for an instant before they queue again."""
         self.parked: dict[JobId, Reason] = {}
+        self.services: dict[WorkloadId, None] = {}
         """Jobs that wait for something else than room: another workload, the rest of their array or group."""
         self.promises: dict[JobId, Promise] = {}
         self.held_back: HeldBack | None = None
@@ -394,6 +395,7 @@ class World:
     def forget(self, workload_id: WorkloadId) -> None:
         """Drop a workload that is over."""
         self.drop(self.live_jobs, workload_id)
+        self.drop(self.services, workload_id)
         self.drop(self.workloads, workload_id)
         self.drop(self.unlucky, workload_id)
         line = self._lines.pop(workload_id, None)

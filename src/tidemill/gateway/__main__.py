@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -12,10 +13,12 @@ import signal
 import stat
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import uvloop
 
+from tidemill.gateway.books import Books
 from tidemill.gateway.feed import Feed
 from tidemill.gateway.server import Gateway, Limits
 
@@ -54,12 +57,14 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 async def _serve(options: argparse.Namespace, host: str, port: int, pepper: bytes) -> int:
     log = logging.getLogger("tidemill.gateway")
     loop = asyncio.get_running_loop()
+    books = Books(options.home / "usage")
     gateway = Gateway(
         pepper=pepper,
         own_token=lambda: feed.token,
         hosts=frozenset(name.lower().encode() for name in _hosts(host, options.allow_host)),
         limits=Limits(connections=_raise_file_limit()),
         feed_age_s=lambda: loop.time() - feed.heard_at,
+        books=books,
     )
     feed = Feed(
         control=options.control,
@@ -78,15 +83,30 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
     hurrying = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: hurrying.set() if stopping.is_set() else stopping.set())
-    tasks = [loop.create_task(feed.follow()), loop.create_task(gateway.sweep())]
+    keeping = [
+        feed.follow(),
+        gateway.sweep(),
+        gateway.watch_replicas().run(),
+        books.keep(),
+        gateway.tell_load(partial(feed.report, "/v1/gateway/load")),
+        books.deliver(partial(feed.report, "/v1/gateway/usage")),
+    ]
+    tasks = [loop.create_task(one) for one in keeping]
     log.info("serving on http://%s:%d", *server.sockets[0].getsockname()[:2])
     await asyncio.wait({loop.create_task(stopping.wait()), *tasks}, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         if task.done():
-            task.result()  # neither ever ends well
+            task.result()  # none ever ends well
     server.close()
     drained = loop.create_task(gateway.drain(within_s=options.drain))
     await asyncio.wait({drained, loop.create_task(hurrying.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    books.write()
+    tasks[-1].cancel()
+    with contextlib.suppress(OSError):
+        async with asyncio.timeout(1.0):
+            while await books.hand_on(partial(feed.report, "/v1/gateway/usage")):
+                pass
+    books.close()
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from tidemill.gateway.books import Refused
 from tidemill.gateway.table import FeedError, Table, read_feed
 from tidemill.gateway.upstream import Pool, fetch
 
@@ -84,6 +85,22 @@ class Feed:
                 if failures:
                     _log.warning("the control plane gives its feed again")
                 failures = 0
+
+    async def report(self, target: str, body: bytes) -> None:
+        """Tell the control plane something, in JSON. Raises: OSError when it was not taken, Refused for good."""
+        status, answer = await fetch(
+            self._pool,
+            self._address,
+            target,
+            headers={"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"},
+            timeout_s=10,
+            limit=64 * 1024,
+            body=body,
+        )
+        if status in (400, 413, 422):
+            raise Refused(answer[:500].decode(errors="replace"))
+        if not 200 <= status < 300:
+            raise ConnectionError(f"it answered {status}")
 
     async def _poll(self) -> None:
         asked_at = asyncio.get_running_loop().time()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
 class ModelCounts:
-    """One model's figures since the process started; ``in_flight`` is the present."""
+    """One model's figures since the process started; ``in_flight`` and ``waiting`` are the present."""
 
     requests: int = 0
     errors: int = 0
@@ -16,7 +17,11 @@ class ModelCounts:
     retries: int = 0
     request_bytes: int = 0
     response_bytes: int = 0
+    ejections: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     in_flight: int = 0
+    waiting: int = 0
 
 
 _HELP = {
@@ -25,6 +30,9 @@ _HELP = {
     "streams": "Responses that were streams of events.",
     "aborted": "Requests whose client went away first.",
     "retries": "Second and later tries before the first byte.",
+    "ejections": "Times that a replica was given up: it refused connections, or hung.",
+    "prompt_tokens": "Tokens of requests, as metered.",
+    "completion_tokens": "Tokens of responses, as metered.",
     "request_bytes": "Bytes of request bodies.",
     "response_bytes": "Bytes of response bodies passed on.",
 }
@@ -49,8 +57,10 @@ class Metrics:
         """Count one refusal."""
         self.refused[status] = self.refused.get(status, 0) + 1
 
-    def text(self, *, connections: int, feed_version: int, feed_age_s: float) -> bytes:
-        """The Prometheus exposition of everything."""
+    def text(
+        self, *, connections: int, feed_version: int, feed_age_s: float, replicas: Mapping[tuple[str, str], int]
+    ) -> bytes:
+        """The Prometheus exposition of everything; ``replicas`` by model and state of their circuit."""
         lines: list[str] = []
         for name, text in _HELP.items():
             lines += [f"# HELP tidemill_gateway_{name}_total {text}", f"# TYPE tidemill_gateway_{name}_total counter"]
@@ -58,10 +68,19 @@ class Metrics:
                 f'tidemill_gateway_{name}_total{{model="{_escape(model)}"}} {getattr(counts, name)}'
                 for model, counts in self.models.items()
             ]
-        lines += ["# HELP tidemill_gateway_in_flight Requests under way.", "# TYPE tidemill_gateway_in_flight gauge"]
+        for name, text in (("in_flight", "Requests under way."), ("waiting", "Requests that wait for a replica.")):
+            lines += [f"# HELP tidemill_gateway_{name} {text}", f"# TYPE tidemill_gateway_{name} gauge"]
+            lines += [
+                f'tidemill_gateway_{name}{{model="{_escape(model)}"}} {getattr(counts, name)}'
+                for model, counts in self.models.items()
+            ]
         lines += [
-            f'tidemill_gateway_in_flight{{model="{_escape(model)}"}} {counts.in_flight}'
-            for model, counts in self.models.items()
+            "# HELP tidemill_gateway_replicas Replicas by circuit; those that are closed are sent requests.",
+            "# TYPE tidemill_gateway_replicas gauge",
+        ]
+        lines += [
+            f'tidemill_gateway_replicas{{model="{_escape(model)}",state="{state}"}} {n}'
+            for (model, state), n in replicas.items()
         ]
         lines += [
             "# HELP tidemill_gateway_refused_total Requests that the gateway itself refused.",

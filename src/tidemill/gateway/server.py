@@ -14,10 +14,10 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final, cast
+from typing import Any, Final, cast
 from urllib.parse import unquote
 
 import orjson
@@ -25,21 +25,16 @@ import orjson
 from tidemill.core import tokens
 from tidemill.gateway import answers
 from tidemill.gateway.answers import Answer
-from tidemill.gateway.messages import (
-    LAST_CHUNK,
-    ChunkedBody,
-    Malformed,
-    RequestHead,
-    ResponseHead,
-    chunk,
-    cut_head,
-    end_to_end,
-    read_request,
-    write_head,
-)
+from tidemill.gateway.books import Books, Refused
+from tidemill.gateway.circuit import State
+from tidemill.gateway.exchange import Asking, Exchange
+from tidemill.gateway.health import Prober
+from tidemill.gateway.messages import ChunkedBody, Malformed, RequestHead, cut_head, read_request, write_head
+from tidemill.gateway.metering import ask_for_usage
 from tidemill.gateway.metrics import Metrics
 from tidemill.gateway.table import Key, Replica, Route, Table
-from tidemill.gateway.upstream import BUFFER_HIGH, Pool, UpstreamConnection, tune
+from tidemill.gateway.upstream import Pool, tune
+from tidemill.gateway.waiting import Line
 
 INFERENCE_PATHS: Final = frozenset(
     {b"/v1/completions", b"/v1/chat/completions", b"/v1/embeddings", b"/v1/responses", b"/v1/rerank"}
@@ -48,7 +43,9 @@ _MODELS_PATH: Final = b"/v1/models"
 _READ_AHEAD: Final = 64 * 1024
 _DRAINED_BODY: Final = 64 * 1024
 _REQUESTS_PER_STEP: Final = 64
-_NOT_FORWARDED: Final = frozenset({b"authorization", b"content-length", b"cookie", b"expect", b"host", b"x-request-id"})
+_USAGE_ON_REQUEST: Final = frozenset({b"/v1/completions", b"/v1/chat/completions"})
+"""Where a stream tells of its usage only when it is asked to."""
+_WAIT_HEADER: Final = b"x-tidemill-wait"
 _log = logging.getLogger("tidemill.gateway")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -74,7 +71,9 @@ class Limits:
     stall_s: float = 60.0
     """How long a client may take nothing of an answer that waits for it."""
     linger_s: float = 2.0
-    attempts: int = 3
+    waiting: int = 1024
+    """Requests of one model that may wait for a replica; one tenant's at most half of them."""
+    longest_wait_s: float = 600.0
 
 
 class Gateway:
@@ -88,7 +87,9 @@ class Gateway:
         hosts: frozenset[bytes],
         limits: Limits | None = None,
         feed_age_s: Callable[[], float] = lambda: 0.0,
+        books: Books | None = None,
     ) -> None:
+        """``books`` is where usage is entered; None: tokens are not metered."""
         self.pepper = pepper
         self.hosts = hosts
         self.limits = limits or Limits()
@@ -99,6 +100,10 @@ class Gateway:
         self.held = 0
         """Bytes of request bodies held now."""
         self.is_draining = False
+        self.books = books
+        self.prober: Prober | None = None
+        """What looks at replicas from outside, while it runs."""
+        self._lines: dict[str, Line] = {}
         self._own_token = own_token
         self._feed_age_s = feed_age_s
         self._turns = itertools.count(1)
@@ -106,8 +111,111 @@ class Gateway:
         self._request_numbers = itertools.count(1)
 
     def adopt(self, table: Table) -> None:
-        """Use another table from the next request on."""
+        """Use another table from the next request on, also for those that wait."""
         self.table = table
+        for model in [model for model, line in self._lines.items() if line.count]:
+            self._lines[model].advance()
+
+    def line(self, model: str) -> Line:
+        """Where requests wait for that model."""
+        line = self._lines.get(model)
+        if line is None:
+            line = self._lines[model] = Line()
+        return line
+
+    def advance(self, model: str) -> None:
+        """There may be room for a request that waits."""
+        line = self._lines.get(model)
+        if line is not None and line.count:
+            line.advance()
+
+    def has_route(self, route: Route) -> bool:
+        """Whether the model is still served."""
+        return self.table is not None and route.model in self.table.routes
+
+    def route_now(self, route: Route) -> Route:
+        """The route of the same model as it is now."""
+        return self.table.routes.get(route.model, route) if self.table is not None else route
+
+    # Replicas that fail
+
+    def watch_replicas(self) -> Prober:
+        """What probes all replicas while it runs, from now on also those of which something broke."""
+        self.prober = Prober(
+            lambda: self.table.routes.values() if self.table is not None else (),
+            hung=self._hung,
+            gone=self.eject,
+            well=self._well,
+        )
+        return self.prober
+
+    def eject(self, replica: Replica, why: str) -> None:
+        """Send nothing more to a replica until it is well again."""
+        if not replica.circuit.fail(why, now=asyncio.get_running_loop().time()):
+            return
+        self.pool.forget(replica.address)
+        for route in self._routes_of(replica):
+            self.metrics.of(route.model).ejections += 1
+            _log.warning("replica %s of %s is ejected: %s", replica.job, route.model, why)
+            self.advance(route.model)
+
+    def suspect(self, replica: Replica, route: Route) -> None:
+        """Find out at once whether a replica that broke something is still there; meanwhile others go first."""
+        if self.prober is not None:
+            replica.circuit.is_suspect = True
+            self.prober.look(replica, route.health)
+
+    def _hung(self, replica: Replica, why: str) -> None:
+        self.eject(replica, why)
+        for one in list(replica.under_way):
+            one.ejected(why)
+
+    def _well(self, replica: Replica) -> None:
+        was_suspect = replica.circuit.is_suspect
+        if replica.circuit.probed(now=asyncio.get_running_loop().time()) or was_suspect:
+            for route in self._routes_of(replica):
+                self.advance(route.model)
+
+    def load(self) -> bytes:
+        """What the control plane follows with the number of replicas, as JSON."""
+        routes = self.table.routes if self.table is not None else {}
+        models, replicas = {}, {}
+        for model, route in routes.items():
+            counts = self.metrics.models.get(model)
+            if counts is not None and counts.in_flight:
+                models[model] = {"in_flight": counts.in_flight - counts.waiting, "waiting": counts.waiting}
+            for replica in route.replicas:
+                replicas[replica.job] = {"in_flight": replica.outstanding, "is_leaving": replica.is_leaving}
+        return orjson.dumps({"worker": self._request_prefix, "models": models, "replicas": replicas})
+
+    async def tell_load(
+        self, tell: Callable[[bytes], Awaitable[None]], *, every_s: float = 0.1, at_least_every_s: float = 1.0
+    ) -> None:
+        """Tell the load for ever, when it changes and every while."""
+        loop, told, told_at = asyncio.get_running_loop(), b"", float("-inf")
+        while True:
+            await asyncio.sleep(every_s)
+            load = self.load()
+            if load != told or loop.time() - told_at >= at_least_every_s:
+                told, told_at = load, loop.time()
+                try:
+                    await tell(load)
+                except (OSError, Refused) as error:
+                    _log.debug("the load was not heard: %s", error)
+                    told = b""
+
+    def _states(self) -> dict[tuple[str, str], int]:
+        """How many replicas of each model have their circuit in each state."""
+        routes = self.table.routes if self.table is not None else {}
+        found = {(model, state.value): 0 for model in routes for state in State}
+        for model, route in routes.items():
+            for replica in route.replicas:
+                found[model, replica.circuit.state.value] += 1
+        return found
+
+    def _routes_of(self, replica: Replica) -> list[Route]:
+        routes = self.table.routes.values() if self.table is not None else ()
+        return [route for route in routes if replica in route.replicas]
 
     def connection(self) -> Connection:
         """The protocol of a new client."""
@@ -181,8 +289,8 @@ class Gateway:
             return key if head.method == b"GET" else _wrong_method(b"GET")
         return answers.refuse(404, "unknown_url", f"There is no {path[:256].decode('ascii', 'replace')} here.")
 
-    def answer(self, head: RequestHead, key: Key | None, body: bytes) -> Answer | Route:
-        """The answer to a whole request, or the route that it takes."""
+    def answer(self, head: RequestHead, key: Key | None, body: bytes) -> Answer | Asking:
+        """The answer to a whole request, or what is to be asked of a replica."""
         path = head.target.partition(b"?")[0]
         table = self.table
         if key is None:
@@ -194,6 +302,7 @@ class Gateway:
                 connections=len(self.connections),
                 feed_version=table.version if table is not None else -1,
                 feed_age_s=self._feed_age_s(),
+                replicas=self._states(),
             )
             return Answer(status=200, body=text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
         if table is None:
@@ -204,13 +313,43 @@ class Gateway:
             name = unquote(path[len(_MODELS_PATH) + 1 :].decode("ascii"))
             route = table.route(name, key)
             return answers.model(route) if route else answers.model_not_found(name, table.near(name, key))
-        model = _model(body)
-        if isinstance(model, Answer):
-            return model
+        content = _content(body)
+        if isinstance(content, Answer):
+            return content
+        model: str = content["model"]
         route = table.route(model, key)
         if route is None:
             return answers.model_not_found(model, table.near(model, key))
-        return route
+        wait_s = self._wait_s(head)
+        if isinstance(wait_s, Answer):
+            return wait_s
+        hides_usage = False
+        if self.books is not None and path in _USAGE_ON_REQUEST and content.get("stream") is True:
+            asked = ask_for_usage(body, content)
+            body, hides_usage = asked.body, asked.hides_usage
+        return Asking(
+            route=route,
+            body=body,
+            token=key.id,
+            tenant=key.project,
+            is_metered=self.books is not None,
+            hides_usage=hides_usage,
+            wait_s=wait_s,
+        )
+
+    def _wait_s(self, head: RequestHead) -> float | Answer | None:
+        """How long the client says that its request may wait for a replica; None when it does not say."""
+        value = head.header(_WAIT_HEADER)
+        if value is None:
+            return None
+        try:
+            wait_s = float(value)
+        except ValueError:
+            wait_s = -1.0
+        if not 0 <= wait_s <= self.limits.longest_wait_s:
+            message = f"X-Tidemill-Wait is a number of seconds from 0 to {self.limits.longest_wait_s:g}."
+            return answers.refuse(400, "invalid_wait", message, param="X-Tidemill-Wait")
+        return wait_s
 
     def _is_own(self, secret: str) -> bool:
         return tokens.parse(secret) == "gw" and hmac.compare_digest(secret, self._own_token())
@@ -507,7 +646,7 @@ class Connection(asyncio.Protocol):
         if isinstance(outcome, Answer):
             self._reply(outcome)
             return True
-        self._exchange = Exchange(self, head, body, outcome)
+        self._exchange = Exchange(self.gateway, self, head, outcome)
         self._exchange.start()
         return True
 
@@ -607,243 +746,6 @@ class Connection(asyncio.Protocol):
         return asyncio.get_running_loop().time()
 
 
-class Exchange:
-    """One request on its way to a replica and its response on the way back.
-
-    Until the first byte of a response another replica may be tried. A response that is no event stream is held, up
-    to a bound, until it is whole, so that a replica's death in the middle of it is an honest 502.
-    """
-
-    def __init__(self, client: Connection, head: RequestHead, body: bytes, route: Route) -> None:
-        gateway = client.gateway
-        self._client = client
-        self._gateway = gateway
-        self._route = route
-        self._http_1_0 = head.http_1_0
-        self._request_id = gateway.request_id(head)
-        self._target = head.target
-        headers = end_to_end(head.headers, without=_NOT_FORWARDED)
-        headers += [(b"content-length", b"%d" % len(body)), (b"x-request-id", self._request_id)]
-        self._headers = write_head(b"", headers)
-        self._body = body
-        self._tried: list[Replica] = []
-        self._replica: Replica | None = None
-        self._upstream: UpstreamConnection | None = None
-        self._connecting: asyncio.Task[None] | None = None
-        self._was_reused = False
-        self._is_refused = True
-        """Whether every replica tried so far refused the connection."""
-        self._response: ResponseHead | None = None
-        self._held: list[bytes] = []
-        self._held_size = 0
-        self._is_committed = False
-        self._is_chunked = False
-        self._is_over = False
-        self._heard_at = 0.0
-        self._counts = gateway.metrics.of(route.model)
-        self._counts.requests += 1
-        self._counts.in_flight += 1
-        self._counts.request_bytes += len(body)
-
-    def start(self) -> None:
-        """Try the best replica, or say that there is none."""
-        now = self._heard_at = asyncio.get_running_loop().time()
-        replica = None
-        if len(self._tried) < self._gateway.limits.attempts:
-            replica = self._route.choose(now=now, tried=self._tried)
-        if replica is None:
-            self._give_up()
-            return
-        if self._tried:
-            self._counts.retries += 1
-        self._tried.append(replica)
-        self._assign(replica)
-        upstream = self._gateway.pool.take(replica.address)
-        if upstream is not None:
-            self._send(upstream, replica)
-        else:
-            self._connecting = asyncio.get_running_loop().create_task(self._connect(replica))
-
-    def abandon(self) -> None:
-        """The client went away: stop the replica's work at once."""
-        if not self._is_over:
-            self._counts.aborted += 1
-            self._over()
-
-    def check(self, now: float) -> None:
-        """End a response that a replica no longer sends."""
-        if self._client.is_writable and now - self._heard_at > self._gateway.limits.silence_s:
-            self._break("replica_timeout", "The model's replica sent nothing for too long.", status=504)
-
-    def pause(self) -> None:
-        """Read no more from the replica while the client does not keep up."""
-        if self._upstream is not None:
-            self._upstream.pause()
-
-    def resume(self) -> None:
-        """Read on."""
-        self._heard_at = asyncio.get_running_loop().time()
-        if self._upstream is not None:
-            self._upstream.resume()
-
-    # What the upstream calls
-
-    def response_started(self, head: ResponseHead) -> None:
-        self._response = head
-        self._heard_at = asyncio.get_running_loop().time()
-        self._body = b""
-        self._client.release()
-        if head.is_event_stream:
-            self._counts.streams += 1
-            self._commit(head.length)
-        elif head.length is not None and head.length > BUFFER_HIGH:
-            self._commit(head.length)
-
-    def response_data(self, data: bytes) -> None:
-        if not data or self._is_over:
-            return
-        self._heard_at = asyncio.get_running_loop().time()
-        self._counts.response_bytes += len(data)
-        if self._is_committed:
-            self._client.write(chunk(data) if self._is_chunked else data)
-            return
-        self._held.append(data)
-        self._held_size += len(data)
-        if self._held_size > BUFFER_HIGH and self._response is not None:
-            self._commit(self._response.length)
-
-    def response_ended(self) -> None:
-        if self._is_over:
-            return
-        if not self._is_committed:
-            self._commit(self._held_size)
-        if self._is_chunked:
-            self._client.write(LAST_CHUNK)
-        if self._response is not None and self._response.status >= 500:
-            self._counts.errors += 1
-        close = self._http_1_0
-        self._upstream = None  # it is the pool's again
-        self._over()
-        self._client.ended(close=close)
-
-    def response_failed(self, reason: str, *, started: bool) -> None:
-        if self._is_over:
-            return
-        self._upstream = None
-        _log.info("replica %s of %s: %s", self._tried[-1].job, self._route.model, reason)
-        if started:
-            self._break("replica_failed", "The model's replica broke off in the middle of the response.")
-        elif self._was_reused:  # the replica closed an idle connection just as it was used
-            self._tried.pop()
-            self._unassign()
-            self.start()
-        else:
-            self._is_refused = False
-            self._unassign()
-            self.start()
-
-    # Ways there
-
-    async def _connect(self, replica: Replica) -> None:
-        try:
-            upstream = await self._gateway.pool.connect(replica.address)
-        except (OSError, ValueError):
-            self._connecting = None
-            if not self._is_over:
-                replica.refuse(now=asyncio.get_running_loop().time())
-                self._unassign()
-                self.start()
-            return
-        self._connecting = None
-        if self._is_over:
-            self._gateway.pool.give(upstream, replica.address)
-        elif upstream.is_usable:
-            self._send(upstream, replica)
-        else:
-            self._unassign()
-            self.start()
-
-    def _send(self, upstream: UpstreamConnection, replica: Replica) -> None:
-        self._upstream = upstream
-        self._was_reused = upstream.served > 0
-        first = b"POST %b%b HTTP/1.1\r\nhost: %b" % (replica.prefix, self._target, replica.authority)
-        upstream.send(self, first + self._headers, self._body)
-        if not self._client.is_writable:
-            upstream.pause()
-
-    def _assign(self, replica: Replica) -> None:
-        self._replica = replica
-        replica.outstanding += 1
-        replica.turn = self._gateway.next_turn()
-
-    def _unassign(self) -> None:
-        if self._replica is not None:
-            self._replica.outstanding -= 1
-            self._replica = None
-
-    # Ways back
-
-    def _commit(self, length: int | None) -> None:
-        """Send the response's head and what is held; from here on there is no other answer."""
-        response = self._response
-        if response is None:
-            return
-        self._is_committed = True
-        headers = end_to_end(response.headers, without=frozenset({b"content-length", b"x-request-id"}))
-        headers.append((b"x-request-id", self._request_id))
-        if response.status in (204, 304):
-            pass
-        elif length is not None:
-            headers.append((b"content-length", b"%d" % length))
-        elif not self._http_1_0:
-            self._is_chunked = True
-            headers.append((b"transfer-encoding", b"chunked"))
-        if self._http_1_0 or self._client.closes:
-            headers.append((b"connection", b"close"))
-        first = write_head(b"HTTP/1.1 %d %b" % (response.status, response.reason), headers)
-        held = b"".join(self._held)
-        self._held = []
-        self._client.write(first + (chunk(held) if held and self._is_chunked else held))
-
-    def _give_up(self) -> None:
-        """No replica is left to try."""
-        self._counts.errors += 1
-        name = self._route.model
-        if not self._tried:
-            answer = answers.overloaded("no_ready_replica", f"No replica of '{name}' is ready yet.", retry_after_s=5)
-        elif self._is_refused:
-            answer = answers.overloaded("replica_refused", f"No replica of '{name}' can be reached.", retry_after_s=2)
-        else:
-            answer = answers.refuse(502, "replica_failed", f"The replica of '{name}' broke off before it answered.")
-        self._over()
-        self._client.answer(answer, self._request_id)
-
-    def _break(self, code: str, message: str, *, status: int = 502) -> None:
-        """End a response that cannot be completed."""
-        self._counts.errors += 1
-        response = self._response
-        committed, streaming = self._is_committed, response is not None and response.is_event_stream
-        self._over()
-        if not committed:
-            self._client.answer(answers.refuse(status, code, message), self._request_id)
-            return
-        if streaming and (self._is_chunked or self._http_1_0):
-            event = answers.error_event(code, message)
-            self._client.write(chunk(event) if self._is_chunked else event)
-        self._client.broke()
-
-    def _over(self) -> None:
-        self._is_over = True
-        self._counts.in_flight -= 1
-        self._unassign()
-        upstream, self._upstream = self._upstream, None
-        if upstream is not None:
-            upstream.abandon()
-        connecting, self._connecting = self._connecting, None
-        if connecting is not None and connecting is not asyncio.current_task():
-            connecting.cancel()
-
-
 def _bearer(head: RequestHead) -> str | Answer:
     value = head.header(b"authorization")
     if value is None:
@@ -854,8 +756,8 @@ def _bearer(head: RequestHead) -> str | Answer:
     return secret.strip().decode("ascii")
 
 
-def _model(body: bytes) -> str | Answer:
-    """The model that a request's body names, or the answer that says what is wrong with the body."""
+def _content(body: bytes) -> dict[str, Any] | Answer:
+    """A request's body, which names a model, or the answer that says what is wrong with it."""
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -865,7 +767,7 @@ def _model(body: bytes) -> str | Answer:
     model = content.get("model")
     if not isinstance(model, str) or not model:
         return answers.refuse(400, "model_required", "The body must name a model.", param="model")
-    return model
+    return content
 
 
 def _starting() -> Answer:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Final, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
 
 from tidemill.core import tokens
+from tidemill.gateway.circuit import Circuit, State
 
 _ALL_OPEN: Final = frozenset({"infer", "admin"})
 _NEAR_NAMES: Final = 3
-_REFUSAL_PAUSE_S: Final = 1.0
 
 
 class FeedError(ValueError):
@@ -24,16 +24,22 @@ class FeedError(ValueError):
 class _Replica(msgspec.Struct):
     job: str
     endpoint: str
+    is_leaving: bool = False
 
 
 class _Route(msgspec.Struct):
     project: str
     service: str
     replicas: list[_Replica]
+    workload: str = ""
+    health: str = ""
+    concurrency: int = 0
+    wait_ms: int = 0
 
 
 class _Key(msgspec.Struct):
     scopes: list[str]
+    id: str = ""
     project: str = ""
     expires_ns: int = 0
 
@@ -51,6 +57,8 @@ class Key:
     scopes: frozenset[str]
     project: str
     expires_ns: int
+    id: str = ""
+    """The token's, not its secret."""
 
     def is_expired(self, *, now: int) -> bool:
         """Whether it opens nothing any more at ``now`` (ns)."""
@@ -66,6 +74,13 @@ class Key:
         return not self.project or self.project == route.project
 
 
+class UnderWay(Protocol):
+    """A request that was sent to a replica and is not over."""
+
+    def ejected(self, why: str) -> None:
+        """The replica gets no more requests, and this one is not to wait for it."""
+
+
 @dataclass(slots=True, eq=False)
 class Replica:
     """One running copy of a service, with what is under way on it now; the same object as feeds come and go."""
@@ -74,10 +89,18 @@ class Replica:
     host: str
     port: int
     prefix: bytes
-    outstanding: int = 0
     turn: int = 0
-    refused_until: float = 0.0
-    """Until then (s, the loop's clock) others are preferred, because it refused a connection."""
+    heard_at: float = float("-inf")
+    """When its last byte of any response came (s, the loop's clock)."""
+    is_leaving: bool = False
+    """It is to end: what is under way may finish, and nothing more is sent."""
+    circuit: Circuit = field(default_factory=Circuit)
+    under_way: set[UnderWay] = field(default_factory=set)
+
+    @property
+    def outstanding(self) -> int:
+        """How many requests are under way on it."""
+        return len(self.under_way)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -89,31 +112,39 @@ class Replica:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}".encode()
 
-    def refuse(self, *, now: float) -> None:
-        """Prefer others for a moment."""
-        self.refused_until = now + _REFUSAL_PAUSE_S
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """A model's name, whose it is, and the replicas that are ready."""
+    """A model's name, whose it is, and the replicas that are ready.
+
+    ``health`` is the path that tells whether a replica is well, empty when nothing was agreed. ``concurrency`` is how
+    many requests a replica takes at a time, zero for any number; ``wait_s`` is how long one may wait for its turn.
+    """
 
     model: str
     project: str
     service: str
     replicas: tuple[Replica, ...]
+    workload: str = ""
+    health: str = ""
+    concurrency: int = 0
+    wait_s: float = 0.0
 
-    def choose(self, *, now: float, tried: Sequence[Replica] = ()) -> Replica | None:
+    def choose(self, *, tried: Sequence[Replica] = ()) -> Replica | None:
         """The replica with the fewest requests under way; ties go to the one that waited longest for a turn.
 
-        Replicas that refused a moment ago come last, those in ``tried`` never; None when none is left.
+        One that is on trial gets the next request there is, suspects come last, those that are full, ejected, leaving
+        or in ``tried`` never; None when none is left.
         """
         best: Replica | None = None
-        rank: tuple[bool, int, int] = (True, 0, 0)
+        rank: tuple[bool, bool, int, int] = (True, True, 0, 0)
         for replica in self.replicas:
+            circuit, outstanding = replica.circuit, len(replica.under_way)
+            if replica.is_leaving or not circuit.allows or (self.concurrency and outstanding >= self.concurrency):
+                continue
             if replica in tried:
                 continue
-            mine = (replica.refused_until > now, replica.outstanding, replica.turn)
+            mine = (circuit.state is State.CLOSED, circuit.is_suspect, outstanding, replica.turn)
             if best is None or mine < rank:
                 best, rank = replica, mine
         return best
@@ -165,10 +196,21 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
         for each in route.replicas:
             replica = _replica(each)
             identity = (replica.job, replica.host, replica.port, replica.prefix)
-            replicas.append(known.setdefault(identity, replica))
-        routes[model] = Route(model=model, project=route.project, service=route.service, replicas=tuple(replicas))
+            same = known.setdefault(identity, replica)
+            same.is_leaving = each.is_leaving
+            replicas.append(same)
+        routes[model] = Route(
+            model=model,
+            project=route.project,
+            service=route.service,
+            replicas=tuple(replicas),
+            workload=route.workload,
+            health=route.health,
+            concurrency=route.concurrency,
+            wait_s=route.wait_ms / 1000,
+        )
     keys = {
-        digest: Key(scopes=frozenset(key.scopes), project=key.project, expires_ns=key.expires_ns)
+        digest: Key(scopes=frozenset(key.scopes), project=key.project, expires_ns=key.expires_ns, id=key.id)
         for digest, key in feed.tokens.items()
     }
     return Table(version=feed.version, keys=keys, routes=routes, raw=raw)

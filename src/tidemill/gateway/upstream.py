@@ -215,6 +215,11 @@ class Pool:
         if idle and connection in idle:
             idle.remove(connection)
 
+    def forget(self, address: Address) -> None:
+        """Close the idle connections to that address."""
+        for connection in self._idle.pop(address, []):
+            connection.abandon()
+
     def sweep(self, now: float) -> None:
         """Close what has been idle too long, so that a replica's own time limit is not met halfway."""
         for address, idle in list(self._idle.items()):
@@ -234,9 +239,16 @@ class Pool:
 
 
 async def fetch(
-    pool: Pool, address: Address, target: str, *, headers: Mapping[str, str], timeout_s: float, limit: int
+    pool: Pool,
+    address: Address,
+    target: str,
+    *,
+    headers: Mapping[str, str],
+    timeout_s: float,
+    limit: int,
+    body: bytes | None = None,
 ) -> tuple[int, bytes]:
-    """The status and body of one GET on a connection of its own.
+    """The status and body of one GET, or of one POST of ``body``, on a connection of its own.
 
     Raises: OSError when the peer cannot be reached, breaks off, takes too long or answers more than ``limit`` bytes.
     """
@@ -245,8 +257,12 @@ async def fetch(
         collector = _Collector(limit)
         request = [(b"Host", f"{address[0]}:{address[1]}".encode()), (b"Connection", b"close")]
         request += [(name.encode(), value.encode()) for name, value in headers.items()]
+        method = "GET" if body is None else "POST"
+        if body is not None:
+            request.append((b"Content-Length", b"%d" % len(body)))
         try:
-            connection.send(collector, write_head(f"GET {target} HTTP/1.1".encode(), request))
+            head = write_head(f"{method} {target} HTTP/1.1".encode(), request)
+            connection.send(collector, head, body or b"")
             return await collector.whole
         finally:
             connection.abandon()

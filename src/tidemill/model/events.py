@@ -37,6 +37,17 @@ class StopRequested:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scaled:
+    """A service was found to need ``wanted`` replicas; those in ``give_up`` have nothing under way and are to end."""
+
+    at_ns: int
+    workload_id: WorkloadId
+    wanted: int
+    why: str = ""
+    give_up: tuple[JobId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A launch's runner is there and prepares the worker's environment."""
 
@@ -266,6 +277,7 @@ class ReservationCancelled:
 Fact = (
     Submitted
     | StopRequested
+    | Scaled
     | Prepared
     | Started
     | Became

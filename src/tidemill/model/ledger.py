@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from msgspec import Struct
 
-from tidemill.model.ids import AttemptId, JobId, LaunchId, NodeId, ProjectId
+from tidemill.model.ids import AttemptId, JobId, LaunchId, NodeId, ProjectId, TokenId, WorkloadId
 
 CPU_METER = "cpu"
 """The meter of a node's processors; every other meter is a device id."""
@@ -92,6 +92,36 @@ class LedgerLine(Struct, frozen=True, kw_only=True, gc=False):
     amount_micro: int
     energy_mj: int
     carbon_mg: int
+
+
+class TokenUsage(Struct, frozen=True, kw_only=True, gc=False):
+    """What one request to a model took; ``id`` is the gateway's, so that it is in the books once however often told.
+
+    ``project_id`` is who asked, ``token_id`` with which key, ``job_id`` the replica that answered. ``is_estimated``:
+    the answer did not come to its end, and its tokens are those that were counted as they passed.
+    """
+
+    id: str
+    at_ns: int
+    project_id: ProjectId
+    token_id: TokenId
+    model: str
+    workload_id: WorkloadId
+    job_id: JobId
+    prompt_tokens: int
+    completion_tokens: int
+    is_estimated: bool
+
+
+class TokenTotals(Struct, frozen=True, kw_only=True, gc=False):
+    """Sums over the requests to a model with one key; ``estimated`` counts requests."""
+
+    model: str
+    token_id: TokenId
+    requests: int
+    estimated: int
+    prompt_tokens: int
+    completion_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,9 @@ _LABEL: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 PRIORITY_RANGE: Final = (-1_000, 1_000)
 MAX_WORKERS: Final = 4_096
 MAX_ARRAY: Final = 100_000
+MAX_REPLICAS: Final = 64
+MAX_CONCURRENCY: Final = 65_536
+MAX_WAIT_NS: Final = 600 * SECOND_NS
 SECRET_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
 
@@ -100,7 +103,8 @@ class Port:
 class Service:
     """How a service is reached: its port, its readiness probe, its number of replicas, its model's name.
 
-    ``readiness_path`` empty means that an open port is enough.
+    ``readiness_path`` empty means that an open port is enough. ``concurrency`` is how many requests a replica is sent
+    at a time, ``wait_ns`` how long a request may wait for its turn when all are taken, or none is there.
     """
 
     port: str
@@ -108,12 +112,36 @@ class Service:
     readiness_timeout_ns: int = 120 * SECOND_NS
     replicas: int = 1
     model: str = ""
+    replicas_min: int | None = None
+    """As many run at least, and up to ``replicas`` as requests need them; None: always ``replicas``."""
+    idle_ns: int = 300 * SECOND_NS
+    """For how long fewer have to be enough before a replica is given up."""
+    concurrency: int = 256
+    wait_ns: int = 30 * SECOND_NS
 
     def __post_init__(self) -> None:
-        if not 1 <= self.replicas <= 64:
-            raise ValueError("replicas lies between 1 and 64")
+        if not 1 <= self.replicas <= MAX_REPLICAS:
+            raise ValueError(f"replicas lies between 1 and {MAX_REPLICAS}")
+        if self.replicas_min is not None and not 0 <= self.replicas_min <= self.replicas:
+            raise ValueError("the smallest number of replicas lies between 0 and the largest")
+        if not 0 <= self.idle_ns <= DAY_NS:
+            raise ValueError("a replica is given up after a day without need at most")
+        if not 1 <= self.concurrency <= MAX_CONCURRENCY:
+            raise ValueError(f"concurrency lies between 1 and {MAX_CONCURRENCY}")
+        if not 0 <= self.wait_ns <= MAX_WAIT_NS:
+            raise ValueError("a request waits for 10 minutes at most")
         if self.readiness_path and not self.readiness_path.startswith("/"):
             raise ValueError("the readiness path begins with /")
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the number of replicas follows the requests."""
+        return self.replicas_min is not None and self.replicas_min < self.replicas
+
+    @property
+    def smallest(self) -> int:
+        """How many replicas there are at least."""
+        return self.replicas if self.replicas_min is None else self.replicas_min
 
 
 class Tier(StrEnum):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, TypeVar
 
@@ -28,7 +28,7 @@ from tidemill.model.ids import (
     WorkloadId,
 )
 from tidemill.model.job import Allocation, Attempt, Job, JobState, Workload
-from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals
+from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals, TokenTotals, TokenUsage
 from tidemill.model.plan import Reason, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.reservation import Reservation
@@ -56,6 +56,7 @@ class _Contents:
     reasons: dict[JobId, Reason] = field(default_factory=dict)
     events: list[StoredEvent] = field(default_factory=list)
     ledger: dict[str, LedgerLine] = field(default_factory=dict)
+    token_usages: dict[str, TokenUsage] = field(default_factory=dict)
     marks: dict[tuple[NodeId, str], int] = field(default_factory=dict)
     idempotency: dict[tuple[PrincipalId, str], IdempotencyRecord] = field(default_factory=dict)
     organizations: dict[OrganizationId, Organization] = field(default_factory=dict)
@@ -259,6 +260,49 @@ class MemoryStore:
             carbon_mg=sum(line.carbon_mg for line in lines),
             evidence=Evidence.MEASURED if all_measured else Evidence.ESTIMATED,
             lines=len(lines),
+        )
+
+    def put_token_usages(self, usages: Sequence[TokenUsage]) -> int:
+        """How many of these were not in the books before; all are there now, each once."""
+        with self._lock:
+            before = len(self._all.token_usages)
+            for usage in usages:
+                self._all.token_usages.setdefault(usage.id, usage)
+            return len(self._all.token_usages) - before
+
+    def token_usages(
+        self, *, project_id: ProjectId = ProjectId(""), cursor: str = "", limit: int = 100
+    ) -> Page[TokenUsage]:
+        """What requests took, in the order in which they were stored. Raises: InvalidRequest for a bad cursor."""
+        after = from_cursor(cursor, int) if cursor else 0
+        with self._lock:
+            numbered = list(enumerate(self._all.token_usages.values(), 1))
+        found = [(n, usage) for n, usage in numbered if n > after and project_id in ("", usage.project_id)]
+        return Page(
+            items=tuple(usage for _, usage in found[:limit]),
+            next_cursor=to_cursor(found[limit - 1][0]) if len(found) > limit else "",
+        )
+
+    def token_totals(
+        self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId("")
+    ) -> tuple[TokenTotals, ...]:
+        """Sums of a replica's or a project's requests, else of all, by model and key."""
+        with self._lock:
+            stored = tuple(self._all.token_usages.values())
+        groups: dict[tuple[str, TokenId], list[TokenUsage]] = {}
+        for usage in stored:
+            if job_id in ("", usage.job_id) and project_id in ("", usage.project_id):
+                groups.setdefault((usage.model, usage.token_id), []).append(usage)
+        return tuple(
+            TokenTotals(
+                model=model,
+                token_id=token,
+                requests=len(usages),
+                estimated=sum(usage.is_estimated for usage in usages),
+                prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+                completion_tokens=sum(usage.completion_tokens for usage in usages),
+            )
+            for (model, token), usages in sorted(groups.items())
         )
 
     def rentals(self, *, since_ns: int = 0) -> tuple[Rental, ...]:

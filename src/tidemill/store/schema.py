@@ -167,6 +167,24 @@ ledger = Table(
 """``held_high`` and ``held_low`` are milli-units x ns, which a day of a large node brings past 63 bits: the
 number over 2**32, and the rest."""
 
+token_usages = Table(
+    "token_usages",
+    metadata,
+    Column("line", ROW_NUMBER, primary_key=True),
+    _text("id", unique=True),
+    _text("project_id"),
+    _text("job_id"),
+    _text("token_id"),
+    _text("model"),
+    _long("prompt_tokens"),
+    _long("completion_tokens"),
+    _long("estimated"),
+    _text("body"),
+    Index("ix_token_usages_project", "project_id", "line"),
+    Index("ix_token_usages_job", "job_id", "line"),
+)
+"""A request to a model in each row."""
+
 meter_marks = Table(
     "meter_marks",
     metadata,

@@ -55,7 +55,7 @@ from tidemill.model.ids import (
     WorkloadId,
 )
 from tidemill.model.job import Allocation, AllocationState, Attempt, AttemptState, Job, JobState, Workload
-from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals
+from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals, TokenTotals, TokenUsage
 from tidemill.model.plan import Reason, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.reservation import Reservation
@@ -468,6 +468,83 @@ class SqlStore:
             carbon_mg=total(9),
             evidence=Evidence.MEASURED if all_measured else Evidence.ESTIMATED,
             lines=count,
+        )
+
+    def put_token_usages(self, usages: Sequence[TokenUsage]) -> int:
+        """How many of these were not in the books before; all are there now, each once, or none."""
+        if not usages:
+            return 0
+        new = (sqlite.insert if self._database.is_sqlite else postgresql.insert)(schema.token_usages)
+        rows = [
+            {
+                "id": usage.id,
+                "project_id": usage.project_id,
+                "job_id": usage.job_id,
+                "token_id": usage.token_id,
+                "model": usage.model,
+                "prompt_tokens": usage.prompt_tokens,
+                "completion_tokens": usage.completion_tokens,
+                "estimated": int(usage.is_estimated),
+                "body": encode(usage),
+            }
+            for usage in {usage.id: usage for usage in reversed(usages)}.values()
+        ][::-1]
+        count = select(func.count()).select_from(schema.token_usages)
+        with self._writing() as connection:
+            self._check_leads(connection)
+            known = count.where(schema.token_usages.c.id.in_(bindparam("ids", expanding=True)))
+            before = sum(
+                connection.execute(known, {"ids": [row["id"] for row in rows[at : at + 500]]}).scalar_one()
+                for at in range(0, len(rows), 500)
+            )
+            connection.execute(new.on_conflict_do_nothing(index_elements=["id"]), rows)
+        return len(rows) - before
+
+    def token_usages(
+        self, *, project_id: ProjectId = ProjectId(""), cursor: str = "", limit: int = 100
+    ) -> Page[TokenUsage]:
+        """What requests took, in the order in which they were stored. Raises: InvalidRequest for a bad cursor."""
+        usages = schema.token_usages.c
+        query = select(usages.line, usages.body).where(usages.line > (from_cursor(cursor, int) if cursor else 0))
+        if project_id:
+            query = query.where(usages.project_id == project_id)
+        with self._database.reading() as connection:
+            rows = connection.execute(query.order_by(usages.line).limit(limit + 1)).all()
+        return Page(
+            items=tuple(decode(TokenUsage, body) for _, body in rows[:limit]),
+            next_cursor=to_cursor(rows[limit - 1][0]) if len(rows) > limit else "",
+        )
+
+    def token_totals(
+        self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId("")
+    ) -> tuple[TokenTotals, ...]:
+        """Sums of a replica's or a project's requests, else of all, by model and key."""
+        usages = schema.token_usages.c
+        query = select(
+            usages.model,
+            usages.token_id,
+            func.count(),
+            func.sum(usages.estimated),
+            func.sum(usages.prompt_tokens),
+            func.sum(usages.completion_tokens),
+        )
+        if job_id:
+            query = query.where(usages.job_id == job_id)
+        if project_id:
+            query = query.where(usages.project_id == project_id)
+        query = query.group_by(usages.model, usages.token_id).order_by(usages.model, usages.token_id)
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        return tuple(
+            TokenTotals(
+                model=model,
+                token_id=TokenId(token),
+                requests=requests,
+                estimated=int(estimated),
+                prompt_tokens=int(prompt),
+                completion_tokens=int(completion),
+            )
+            for model, token, requests, estimated, prompt, completion in rows
         )
 
     def rentals(self, *, since_ns: int = 0) -> tuple[Rental, ...]:

@@ -35,7 +35,7 @@ from tidemill.model.job import (
     Job,
     JobState,
 )
-from tidemill.model.ledger import CPU_METER, Evidence
+from tidemill.model.ledger import CPU_METER, Evidence, TokenUsage
 from tidemill.model.plan import Change, Reason, Waiting
 from tidemill.model.spec import Kind
 from tidemill.model.storage import DataSet, DataSetState
@@ -220,6 +220,44 @@ def check_only_the_leader_commits(open_store: OpenStore) -> None:
     same(len(first.nodes()), 2, "the nodes")
     first.close()
     second.close()
+
+
+def check_a_request_is_in_the_books_once(open_store: OpenStore) -> None:
+    """What requests took is stored once however often it comes, is listed in order, and adds up by model and key."""
+    with _Session(open_store) as it:
+        usages = [
+            TokenUsage(
+                id=f"worker-{number}",
+                at_ns=number,
+                project_id=BLUE if number == 3 else RED,
+                token_id=TokenId("tok_b" if number == 2 else "tok_a"),
+                model="m",
+                workload_id=WorkloadId("wl_1"),
+                job_id=JobId("job_1"),
+                prompt_tokens=10,
+                completion_tokens=number,
+                is_estimated=number == 1,
+            )
+            for number in range(4)
+        ]
+        same(it.store.put_token_usages([]), 0, "nothing")
+        same(it.store.put_token_usages([*usages[:2], usages[0]]), 2, "one comes twice at a time")
+        same(it.store.put_token_usages(usages), 2, "two of four were there")
+        same(it.store.put_token_usages(usages), 0, "all were there")
+        same(it.store.token_usages().items, tuple(usages), "each is there once, in order")
+        first = it.store.token_usages(project_id=RED, limit=2)
+        rest = it.store.token_usages(project_id=RED, cursor=first.next_cursor, limit=2)
+        same((*first.items, *rest.items), tuple(usages[:3]), "those of one project, page by page")
+        same(rest.next_cursor, "", "no further page")
+        red = it.store.token_totals(project_id=RED)
+        expected = [("tok_a", 2, 1, 20, 1), ("tok_b", 1, 0, 10, 2)]
+        same(
+            [(it.token_id, it.requests, it.estimated, it.prompt_tokens, it.completion_tokens) for it in red],
+            expected,
+            "the sums by key",
+        )
+        same(sum(it.requests for it in it.store.token_totals(job_id=JobId("job_1"))), 4, "what a replica answered")
+        same(it.store.token_totals(job_id=JobId("job_2")), (), "nothing")
 
 
 def check_a_ledger_line_is_written_once(open_store: OpenStore) -> None:

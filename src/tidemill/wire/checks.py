@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from pydantic_core import PydanticCustomError
 
+from tidemill.model.spec import MAX_WAIT_NS
 from tidemill.units import DAY_NS, parse_duration, parse_size
 
 MAX_SCRIPT_BYTES: Final = 131_000
@@ -117,6 +118,14 @@ def grace_of(value: object) -> int:
     duration = duration_of(value)
     if duration > DAY_NS:
         raise Refusal(f"{shown(value)} is longer than a day.", "Write for example 30s or 10m.")
+    return duration
+
+
+def wait_of(value: object) -> int:
+    """Nanoseconds, up to ten minutes; 0 for not at all."""
+    duration = duration_of(value)
+    if duration > MAX_WAIT_NS:
+        raise Refusal(f"{shown(value)} is longer than ten minutes.", "Write for example 30s, or 0 to refuse at once.")
     return duration
 
 

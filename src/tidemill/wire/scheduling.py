@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from tidemill.errors import InvalidSetting
 from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.ids import WorkloadId
-from tidemill.model.spec import MAX_WORKERS, PRIORITY_RANGE, Dependency, DependsOn, Tier, Weight
+from tidemill.model.spec import MAX_REPLICAS, MAX_WORKERS, PRIORITY_RANGE, Dependency, DependsOn, Tier, Weight
 from tidemill.units import MILLI, SECOND_NS
 from tidemill.wire.checks import LABEL, NAME, Refusal, duration_of, label_of, list_of, shown, text_of
 
@@ -47,7 +47,22 @@ class Moment(NamedTuple):
 
 def span_of(value: object) -> Span:
     """Raises: Refusal, as everything here."""
-    mend = f"Write 1 to {MAX_WORKERS}, without quotes, or a range such as 2..8."
+    return _span(value, "workers", least=1, most=MAX_WORKERS)
+
+
+def replicas_of(value: object) -> Span:
+    """How many replicas a service has at least and at most."""
+    found = _span(value, "replicas", least=0, most=MAX_REPLICAS)
+    if not found.largest:
+        raise Refusal(
+            f"{shown(value)} is no replica at all.", "Write for example 0..1 to have one when it is asked for."
+        )
+    return found
+
+
+def _span(value: object, what: str, *, least: int, most: int) -> Span:
+    example = "0..8" if not least else "2..8"
+    mend = f"Write 1 to {most}, without quotes, or a range such as {example}."
     if type(value) is str and (match := _SPAN.fullmatch(value.strip())):
         smallest, largest = int(match[1]), int(match[2])
         if smallest > largest:
@@ -55,8 +70,8 @@ def span_of(value: object) -> Span:
     elif type(value) is int:
         smallest = largest = value
     else:
-        raise Refusal(f"{shown(value)} is not a number of workers.", mend)
-    if not 1 <= smallest <= largest <= MAX_WORKERS:
+        raise Refusal(f"{shown(value)} is not a number of {what}.", mend)
+    if not least <= smallest <= largest <= most:
         raise Refusal(f"{shown(value)} is out of range.", mend)
     return Span(smallest, largest)
 

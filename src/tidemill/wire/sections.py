@@ -14,6 +14,8 @@ from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import (
     MAX_ARRAY,
+    MAX_CONCURRENCY,
+    MAX_REPLICAS,
     MAX_WORKERS,
     PRIORITY_RANGE,
     Alternative,
@@ -53,6 +55,7 @@ from tidemill.wire.checks import (
     shown,
     size_of,
     text_of,
+    wait_of,
     whole_number,
 )
 from tidemill.wire.fields import (
@@ -91,6 +94,7 @@ from tidemill.wire.scheduling import (
     level_of,
     moment_of,
     priority_of,
+    replicas_of,
     site_of,
     span_of,
     speed_of,
@@ -236,9 +240,32 @@ class ServiceIn(StrictSection):
     readiness: Annotated[ReadinessIn, _wrapped("path", str)] = Field(
         default_factory=_shared(ReadinessIn), description="A path, or a section.", json_schema_extra={"default": {}}
     )
-    replicas: Annotated[int, *counted(1, 64)] = Field(default=1, description="How many run at a time.")
+    replicas: Annotated[
+        Span,
+        *taking(
+            replicas_of,
+            {"type": ["integer", "string"], "minimum": 0, "maximum": MAX_REPLICAS, "examples": [2, "0..8"]},
+        ),
+    ] = Field(
+        default=Span(1, 1),
+        description="How many run: a number, or a range within which the number follows the requests.",
+        json_schema_extra={"default": 1},
+    )
+    idle: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=300 * SECOND_NS,
+        description="For how long fewer replicas have to be enough before one is given up.",
+        json_schema_extra={"default": "5m"},
+    )
     model: Annotated[str, *taking(model_of, {**TEXT, "examples": ["llama-3.1-8b"]})] = Field(
         default="", description="Name under which the gateway serves it; its own name when left out."
+    )
+    concurrency: Annotated[int, *counted(1, MAX_CONCURRENCY)] = Field(
+        default=256, description="How many requests a replica is sent at a time; the rest wait in the gateway."
+    )
+    wait: Annotated[int, *taking(wait_of, _DURATION_SCHEMA)] = Field(
+        default=30 * SECOND_NS,
+        description="How long a request may wait for a replica, unless it says so itself (`X-Tidemill-Wait`).",
+        json_schema_extra={"default": "30s"},
     )
 
 
@@ -873,8 +900,12 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         port=name,
         readiness_path=section.readiness.path,
         readiness_timeout_ns=section.readiness.timeout,
-        replicas=section.replicas,
+        replicas=section.replicas.largest,
+        replicas_min=section.replicas.smallest if section.replicas.smallest < section.replicas.largest else None,
+        idle_ns=section.idle,
         model=section.model,
+        concurrency=section.concurrency,
+        wait_ns=section.wait,
     )
 
 

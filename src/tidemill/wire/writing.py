@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from tidemill.model.resources import GpuRequest, Resources
-from tidemill.model.spec import Dependency, DependsOn, Kind, Placement, Port, Tier, WorkloadSpec
+from tidemill.model.spec import Dependency, DependsOn, Kind, Placement, Port, Service, Tier, WorkloadSpec
 from tidemill.units import MILLI, SECOND_NS
 from tidemill.wire.scheduling import instant_text
 from tidemill.wire.sections import default_retry
@@ -15,6 +15,7 @@ from tidemill.wire.sections import default_retry
 _DEFAULT_RESOURCES: Final = Resources()
 _DEFAULT_GRACE_NS: Final = 10 * SECOND_NS
 _ANYWHERE: Final = Placement()
+_SERVICE: Final = Service(port="")
 
 
 def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
@@ -53,9 +54,17 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
                 "path": spec.service.readiness_path,
                 "timeout": _duration_json(spec.service.readiness_timeout_ns),
             },
-            "replicas": spec.service.replicas,
+            "replicas": f"{spec.service.smallest}..{spec.service.replicas}"
+            if spec.service.is_scaled
+            else spec.service.replicas,
             "model": spec.service.model,
         }
+        if spec.service.idle_ns != _SERVICE.idle_ns:
+            written["service"]["idle"] = _duration_json(spec.service.idle_ns)
+        if spec.service.concurrency != _SERVICE.concurrency:
+            written["service"]["concurrency"] = spec.service.concurrency
+        if spec.service.wait_ns != _SERVICE.wait_ns:
+            written["service"]["wait"] = _duration_json(spec.service.wait_ns)
     if spec.kind is Kind.ARRAY:
         written["array"] = {"size": spec.array_size}
         if spec.array_parallel:

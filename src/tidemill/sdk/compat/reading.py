@@ -42,7 +42,7 @@ _OURS: Final = frozenset(
     )
 )
 _OUR_RESOURCES: Final = frozenset(("gpus", "disk", "prefer"))
-_OUR_SERVICE: Final = frozenset(("port", "readiness", "model"))
+_OUR_SERVICE: Final = frozenset(("port", "readiness", "model", "concurrency", "wait", "idle"))
 _SHARED: Final = frozenset(("name", "workdir", "setup", "run", "envs", "resources", "secrets", "service", "inputs"))
 _COMMON_WORDS: Final = frozenset(("outputs", "config", "pool"))
 """Alone they do not tell whose file it is: anybody may write them by mistake."""

@@ -83,6 +83,22 @@ def upgrade() -> None:
         sa.Column("body", TEXT, nullable=False),
     )
     op.create_index("ix_rentals_ended", "rentals", ["ended_ns"])
+    # What requests to models took.
+    op.create_table(
+        "token_usages",
+        sa.Column("line", LONG.with_variant(sa.Integer(), "sqlite"), primary_key=True),
+        sa.Column("id", TEXT, nullable=False, unique=True),
+        sa.Column("project_id", TEXT, nullable=False),
+        sa.Column("job_id", TEXT, nullable=False),
+        sa.Column("token_id", TEXT, nullable=False),
+        sa.Column("model", TEXT, nullable=False),
+        sa.Column("prompt_tokens", LONG, nullable=False),
+        sa.Column("completion_tokens", LONG, nullable=False),
+        sa.Column("estimated", LONG, nullable=False),
+        sa.Column("body", TEXT, nullable=False),
+    )
+    op.create_index("ix_token_usages_project", "token_usages", ["project_id", "line"])
+    op.create_index("ix_token_usages_job", "token_usages", ["job_id", "line"])
 
     projects = sa.table("projects", sa.column("id", TEXT), sa.column("body", TEXT))
     connection = op.get_bind()

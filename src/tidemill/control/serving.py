@@ -1,0 +1,92 @@
+"""What the gateway serves by, and what it tells: routes and keys go out, what requests took comes in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from tidemill.control.identity import Directory
+from tidemill.control.replicating import Scaler, endpoints
+from tidemill.core.world import World
+from tidemill.model.ids import JobId, ProjectId
+from tidemill.model.ledger import TokenUsage
+from tidemill.model.tenant import Project
+from tidemill.ports import Store
+from tidemill.units import SECOND_NS
+
+
+class Serving:
+    """The gateway's side of one control plane. Thread-safe: it reads the world and writes to the store."""
+
+    def __init__(
+        self,
+        store: Store,
+        directory: Directory,
+        *,
+        world: Callable[[], World],
+        projects: Callable[[], Mapping[ProjectId, Project]],
+        scaler: Scaler,
+    ) -> None:
+        self._store = store
+        self._directory = directory
+        self._world = world
+        self._projects = projects
+        self.scaler = scaler
+
+    @property
+    def stamp(self) -> tuple[int, frozenset[JobId]]:
+        """Another value whenever the feed changes for another reason than a commit."""
+        return self._directory.version, self.scaler.leaving
+
+    def feed(self) -> tuple[str, dict[str, Any]]:
+        """Everything the gateway needs: token hashes and where each model's ready replicas are, and its version."""
+        world = self._world()
+        routes: dict[str, dict[str, Any]] = {}
+        leaving = self.scaler.leaving
+        for workload_id in sorted(world.services.copy()):
+            workload = world.workloads.get(workload_id)
+            if workload is None or workload.spec.service is None:
+                continue
+            service = workload.spec.service
+            route = routes.setdefault(
+                service.model or workload.spec.name,
+                {
+                    "project": workload.project_id,
+                    "service": workload.spec.name,
+                    "workload": workload.id,
+                    "health": service.readiness_path,
+                    "concurrency": service.concurrency,
+                    "wait_ms": service.wait_ns * 1000 // SECOND_NS,
+                    "replicas": [],
+                },
+            )
+            if route["project"] == workload.project_id:
+                route["replicas"] += [
+                    {"job": held.job_id, "endpoint": held.endpoint, "is_leaving": held.job_id in leaving}
+                    for held in endpoints(world, workload)
+                ]
+        known = {
+            token.hash: {
+                "id": token.id,
+                "project": token.project_id,
+                "organization": token.organization_id,
+                "scopes": [scope.value for scope in token.scopes],
+                "expires_ns": token.expires_ns,
+            }
+            for token in self._directory.all()
+            if not token.revoked_ns
+        }
+        feed = {"tokens": known, "routes": routes}
+        version = hashlib.sha256(msgspec.json.encode(feed)).hexdigest()[:16]
+        return version, feed
+
+    def enter(self, usages: Sequence[TokenUsage]) -> int:
+        """How many of these are in the ledger now that were not before; those of projects that are not known are left.
+
+        It is the same however often they come.
+        """
+        known = self._projects()
+        return self._store.put_token_usages([usage for usage in usages if usage.project_id in known])

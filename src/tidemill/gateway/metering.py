@@ -1,0 +1,227 @@
+"""What a response says it took: tokens from its usage, or counted while it streams.
+
+A stream tells of its usage only when asked for it, in one more event before the last. Where the client did not ask, the
+gateway does, and takes that event out again. A stream that breaks off before it is settled by the number of its events,
+each of which carries about one token; such a figure is marked as estimated.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+import msgspec
+import orjson
+
+_USAGE: Final = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+_HAS_USAGE: Final = re.compile(rb'"usage"\s*:\s*\{')
+_DONE: Final = b"data: [DONE]"
+_ASK: Final = b'"stream_options":{"include_usage":true},'
+_LONGEST_EVENT: Final = 256 * 1024
+_SEEN: Final = 16 * 1024
+"""Bytes at both ends of a long answer in which its usage is looked for."""
+_BYTES_PER_TOKEN: Final = 4
+MOST_TOKENS: Final = 2**31 - 1
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    """One request's tokens. ``id`` is the gateway's own: a request id that clients choose could come twice."""
+
+    id: str
+    at_ns: int
+    project: str
+    """Who pays."""
+    token: str
+    """The id of the key."""
+    model: str
+    workload: str
+    job: str
+    """The replica that answered."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    is_estimated: bool = False
+
+
+class Asked(msgspec.Struct, kw_only=True, frozen=True):
+    """A request's body as it is sent on, and what of its answer the client does not expect."""
+
+    body: bytes
+    hides_usage: bool
+
+
+def ask_for_usage(body: bytes, content: dict[str, Any]) -> Asked:
+    """The body of a stream's request with the usage asked for; all else in it is the same, byte for byte."""
+    options = content.get("stream_options")
+    if isinstance(options, dict) and options.get("include_usage") is True:
+        return Asked(body=body, hides_usage=False)
+    if "stream_options" not in content:
+        at = body.index(b"{") + 1
+        return Asked(body=body[:at] + _ASK + body[at:], hides_usage=True)
+    if options is not None and not isinstance(options, dict):
+        return Asked(body=body, hides_usage=False)  # the engine says what is wrong with it
+    parts = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    parts["stream_options"] = msgspec.Raw(orjson.dumps({**(options or {}), "include_usage": True}))
+    return Asked(body=msgspec.json.encode(parts), hides_usage=True)
+
+
+def tokens_in(usage: object) -> tuple[int, int] | None:
+    """Prompt and completion tokens of a usage object, None when it is none."""
+    if not isinstance(usage, dict):
+        return None
+    found = []
+    for names in (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens")):
+        value = next((usage[name] for name in names if usage.get(name) is not None), 0)
+        if type(value) is not int or not 0 <= value <= MOST_TOKENS:
+            return None
+        found.append(value)
+    return found[0], found[1]
+
+
+def tokens_of(body: bytes) -> tuple[int, int] | None:
+    """Prompt and completion tokens that a whole answer, or both ends of a long one, tell of."""
+    for found in reversed(_USAGE.findall(body)):
+        try:
+            tokens = tokens_in(orjson.loads(found))
+        except orjson.JSONDecodeError:
+            continue
+        if tokens is not None:
+            return tokens
+    return None
+
+
+def estimated_prompt(size: int) -> int:
+    """About how many tokens a request of that many bytes holds."""
+    return size // _BYTES_PER_TOKEN
+
+
+class WholeMeter:
+    """Reads the usage of an answer that is no stream."""
+
+    def __init__(self) -> None:
+        self._first = b""
+        self._last = b""
+        self._has_gap = False
+
+    def feed(self, data: bytes) -> bytes:
+        """The data, to be passed on."""
+        if len(self._first) < _SEEN:
+            self._first += data
+        else:
+            last = self._last + data
+            self._has_gap = self._has_gap or len(last) > _SEEN
+            self._last = last[-_SEEN:]
+        return data
+
+    def finish(self) -> bytes:
+        """Nothing was held back."""
+        return b""
+
+    @property
+    def reported(self) -> tuple[int, int] | None:
+        """What the answer says."""
+        if self._has_gap:
+            return tokens_of(self._last) or tokens_of(self._first)
+        return tokens_of(self._first + self._last)
+
+    @property
+    def counted(self) -> int:
+        """An answer that is not whole has told nothing."""
+        return 0
+
+
+class StreamMeter:
+    """Reads the usage of a stream of events, counts them, and takes out the event that was not asked for.
+
+    With ``hides_usage`` an event that has begun is passed on once it is whole.
+    """
+
+    def __init__(self, *, hides_usage: bool) -> None:
+        self._hides = hides_usage
+        self._rest = b""
+        self._separator = b""
+        self._events = 0
+        self._has_role_event = False
+        self.reported: tuple[int, int] | None = None
+
+    @property
+    def counted(self) -> int:
+        """Events so far that carry a part of the answer."""
+        return max(0, self._events - self._has_role_event)
+
+    def feed(self, data: bytes) -> bytes:
+        """What is to be passed on now."""
+        separator = self._separator
+        if separator and not self._rest and data.endswith(separator) and b'"usage"' not in data:
+            self._count(data)
+            return data
+        whole = self._rest + data if self._rest else data
+        if not separator:
+            separator = self._separator = _separator_in(whole)
+        end = whole.rfind(separator) + len(separator) if separator else 0
+        if separator and end < len(separator):
+            end = 0
+        complete, self._rest = whole[:end], whole[end:]
+        given_up = b""
+        if len(self._rest) > _LONGEST_EVENT:
+            given_up, self._rest = self._rest, b""
+        passed = self._take(complete) if complete else b""
+        return passed + given_up if self._hides else data
+
+    def finish(self) -> bytes:
+        """What was held back and is the end of the stream."""
+        rest, self._rest = self._rest, b""
+        if not rest:
+            return b""
+        passed = self._take(rest)
+        return passed if self._hides else b""
+
+    def _take(self, complete: bytes) -> bytes:
+        if not self._events:
+            first = complete.partition(self._separator)[0] if self._separator else complete
+            self._has_role_event = b'"role"' in first and not re.search(rb'"content"\s*:\s*"[^"]', first)
+        if not _HAS_USAGE.search(complete):
+            self._count(complete)
+            return complete
+        kept = []
+        for event in _split(complete, self._separator):
+            if not self._is_usage(event):
+                self._count(event)
+                kept.append(event)
+        return b"".join(kept)
+
+    def _is_usage(self, event: bytes) -> bool:
+        """Whether the event is the one that the gateway asked for itself; its usage is noted whoever asked."""
+        if not _HAS_USAGE.search(event):
+            return False
+        try:
+            content = orjson.loads(event.strip().removeprefix(b"data:"))
+        except orjson.JSONDecodeError:
+            return False
+        if not isinstance(content, dict):
+            return False
+        nested = content.get("response")
+        tokens = tokens_in(content.get("usage")) or tokens_in(nested.get("usage") if isinstance(nested, dict) else None)
+        if tokens is None:
+            return False
+        self.reported = tokens
+        return self._hides and content.get("choices") == []
+
+    def _count(self, events: bytes) -> None:
+        separator = self._separator or b"\n\n"
+        is_done = events.startswith(_DONE) or separator + _DONE in events
+        self._events += events.count(separator) - is_done - events.startswith(b":")
+
+
+def _separator_in(data: bytes) -> bytes:
+    """What ends the first event in ``data``; empty when none has ended."""
+    found = [(at, one) for one in (b"\r\n\r\n", b"\n\n", b"\r\r") if (at := data.find(one)) >= 0]
+    return min(found)[1] if found else b""
+
+
+def _split(complete: bytes, separator: bytes) -> list[bytes]:
+    """The events, each with what ends it."""
+    if not separator:
+        return [complete]
+    parts = complete.split(separator)
+    events = [part + separator for part in parts[:-1]]
+    return [*events, parts[-1]] if parts[-1] else events
