@@ -77,6 +77,12 @@ docs-check: $(DEV) ## whether the generated pages are up to date
 lock: $(DEV) ## write requirements/*.txt anew (ARGS=--upgrade for the newest versions)
 	@UV=$(BIN)/uv requirements/lock.sh $(ARGS)
 
+# --- breaking it ---
+
+.PHONY: faults
+faults: $(DEV) ## kill, cut, fill and mistime a real cloud: every fault case on both databases (ARGS='--case 3,18')
+	@$(BIN)/python -m tests.faults $(ARGS)
+
 # --- measuring it ---
 
 .PHONY: bench

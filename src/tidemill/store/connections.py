@@ -109,6 +109,15 @@ def failing_clearly(path: Path | None = None) -> Iterator[None]:
         raise _unavailable("all connections are in use") from error
 
 
+def was_undone(error: TidemillError) -> bool:
+    """Whether PostgreSQL undid the transaction for the sake of another: a deadlock, or an order that cannot be.
+
+    Nothing of it is stored, and the same transaction may well be taken when it is tried again.
+    """
+    cause = error.__cause__
+    return isinstance(cause, DBAPIError) and getattr(cause.orig, "sqlstate", None) in ("40001", "40P01")
+
+
 def connect(url: str, *, patience_s: float) -> Database:
     """The database at ``url``, not opened yet; ``patience_s`` is how long to wait for a lock.
 

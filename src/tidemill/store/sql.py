@@ -8,7 +8,9 @@ that somebody was faster, and all of it is undone.
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -65,12 +67,14 @@ from tidemill.ports import Batch, IdempotencyRecord, JobFilter, JobRow, Page, Sn
 from tidemill.store import schema
 from tidemill.store.arrays import insert_all, update_all
 from tidemill.store.codec import decode, encode
-from tidemill.store.connections import connect
+from tidemill.store.connections import connect, was_undone
 from tidemill.store.cursors import from_cursor, to_cursor
 from tidemill.store.rows import LOW_BITS, LOW_MASK, Row, Rows, Thing, rows_of
 
 T = TypeVar("T")
 _MIGRATION_LOCK: Final = 7_203_685_477
+_AGAIN_S: Final = (0.02, 0.06, 0.2)
+"""After about how long a commit is tried again that the database undid for the sake of another."""
 _DELETED: Final = "deleted"
 _BITS: Final[Any] = literal_column(str(LOW_BITS))
 _MASK: Final[Any] = literal_column(str(LOW_MASK))
@@ -221,14 +225,24 @@ class SqlStore:
         out to be stored. Then what the caller knows is not what is stored, and it has to load again.
         """
         rows = rows_of(batch)
+        for pause_s in _AGAIN_S:
+            try:
+                return self._commit(batch.epoch, rows)
+            except Unavailable as error:
+                if not was_undone(error):
+                    raise
+            time.sleep(pause_s * random.uniform(0.5, 1.5))
+        return self._commit(batch.epoch, rows)
+
+    def _commit(self, epoch: int, rows: Rows) -> int:
         number = 0
         try:
             with self._writing() as connection:
-                at, seq = self._take_turn(connection, batch.epoch, len(rows.events))
+                at, seq = self._take_turn(connection, epoch, len(rows.events))
                 self._write(connection, rows, first_seq=seq - len(rows.events) + 1)
                 number = at
-        except Unavailable:
-            if not number or not self._was_stored(batch.epoch, number):
+        except Unavailable as error:
+            if was_undone(error) or not number or not self._was_stored(epoch, number):
                 raise
         return seq
 

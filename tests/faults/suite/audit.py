@@ -19,6 +19,7 @@ class Evidence:
 
     ``jobs`` are as the API shows them. ``books`` are (node, meter, from, to, milli, launch). ``running`` are launch ids
     of processes that live. ``capacity`` is the CPUs of a machine in milli. ``unsound`` is what the store says of itself.
+    ``witnesses`` are the acknowledged jobs whose workers write into the journal.
     ``may_restart`` are jobs of which a worker was killed on purpose, ``may_run`` those that are meant to run on.
     """
 
@@ -30,6 +31,7 @@ class Evidence:
     running: frozenset[str] = frozenset()
     capacity: int
     unsound: Sequence[str] = ()
+    witnesses: frozenset[str] = field(default_factory=frozenset)
     may_restart: frozenset[str] = field(default_factory=frozenset)
     may_run: frozenset[str] = field(default_factory=frozenset)
 
@@ -78,7 +80,7 @@ def _within_capacity(found: Evidence) -> Iterable[str]:
 
 
 def _acknowledged_is_there(found: Evidence) -> Iterable[str]:
-    """I3: what was answered with 2xx is there."""
+    """I3: what was answered with 2xx is there, and what is said to be done was done."""
     for job_id, name in found.acknowledged.items():
         job = found.jobs.get(job_id)
         if job is None or job["name"] != name:
@@ -87,29 +89,49 @@ def _acknowledged_is_there(found: Evidence) -> Iterable[str]:
         job = found.jobs.get(job_id)
         if job is None or job["state"] not in (*TERMINAL, "stopping"):
             yield f"I3: the stop of {job_id} was acknowledged and forgotten"
+    ended = {(life.job, life.attempt) for life in found.lives if life.ended}
+    tries = Counter(job for job, _ in {(life.job, life.attempt) for life in found.lives})
+    for job_id in found.witnesses:
+        job = found.jobs.get(job_id)
+        if job is not None and job["state"] == "succeeded":
+            last = max((life.attempt for life in found.lives if life.job == job_id), default=0)
+            if (job_id, last) not in ended:
+                yield f"I3: {job_id} is said to have succeeded; its worker began {tries[job_id]} times and did not end"
 
 
 def _nothing_without_owner(found: Evidence) -> Iterable[str]:
-    """I4: nothing lives whose job is over or unknown."""
+    """I4: nothing lives whose job is over, or lived whose job is unknown."""
     for launch in sorted(found.running):
         job = found.jobs.get("job_" + launch.removeprefix("run_").rsplit("-", 2)[0])
         if job is None or job["state"] in TERMINAL:
             yield f"I4: {launch} lives, and its job is {job['state'] if job else 'unknown'}"
+    for life in found.lives:
+        if life.job not in found.jobs:
+            yield f"I4: {life.launch} lived, and its job is unknown"
 
 
 def _never_restarted_by_us(found: Evidence) -> Iterable[str]:
-    """I5: no job is tried again of which nothing was killed."""
+    """I5: no job is tried again of which nothing was killed, nor without saying so."""
     for job_id, job in found.jobs.items():
         if job_id not in found.may_restart and job["attempts"] > 1:
             yield f"I5: {job_id} was healthy and was started {job['attempts']} times"
+    attempts: dict[str, set[int]] = defaultdict(set)
+    for life in found.lives:
+        attempts[life.job].add(life.attempt)
+    for job_id, numbers in attempts.items():
+        known = found.jobs.get(job_id)
+        if known is not None and len(numbers) > known["attempts"]:
+            yield f"I5: {job_id} lived {len(numbers)} times, and the API says {known['attempts']}"
 
 
 def _books(found: Evidence) -> Iterable[str]:
-    """I6: no stretch of a meter is booked twice, and a job that is over paid for what it held."""
+    """I6: no stretch of a meter is booked twice or backwards, and a job that is over paid for what it held."""
     by_meter: dict[tuple[str, str], list[tuple[int, int, int]]] = defaultdict(list)
     paid: Counter[str] = Counter()
     for node, meter, start, end, milli, launch in found.books:
         by_meter[node, meter].append((start, end, milli))
+        if end <= start:
+            yield f"I6: {meter} of {node} is booked from {start} to {end}, which is no time"
         if meter == "cpu" and launch:
             paid[launch] += end - start
     for (node, meter), stretches in by_meter.items():

@@ -36,6 +36,8 @@ class Bed:
         self.stopped: set[str] = set()
         self.killed: set[str] = set()
         """Jobs of which something was killed on purpose, which so may be tried again."""
+        self._witnesses: set[str] = set()
+        """The names of jobs that write into the journal."""
 
     # Doing things
 
@@ -63,6 +65,7 @@ class Bed:
         }  # fmt: skip
 
     def _spec(self, name: str, body: str, cpus: float) -> dict[str, Any]:
+        self._witnesses.add(name)
         script = journal.WITNESS.format(milli=round(cpus * 1000), body=body)
         return {"name": name, "run": f"exec python3 - <<'END'\n{script}\nEND", "resources": {"cpus": cpus}}
 
@@ -154,6 +157,7 @@ class Bed:
             audit.Evidence(
                 lives=self.lives(), acknowledged=self.acknowledged, stopped=frozenset(self.stopped), jobs=jobs,
                 books=self.cloud.books(), running=frozenset(self.running()), capacity=(os.cpu_count() or 1) * 1000,
+                witnesses=frozenset(job_id for job_id, name in self.acknowledged.items() if name in self._witnesses),
                 unsound=unsound, may_restart=frozenset(self.killed), may_run=frozenset(may_run),
             )
         )  # fmt: skip

@@ -1,0 +1,181 @@
+"""The auditor of the fault cases reports every promise that is broken on purpose; and two of the cases, as a proof that they run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults import suite
+from tests.faults.__main__ import CASES
+from tests.faults.suite import journal
+from tests.faults.suite.audit import Evidence, violations
+from tests.faults.suite.bed import Beds
+from tests.faults.suite.journal import Life
+
+SECOND = 1_000_000_000
+HOME = Path("/home/machine")
+
+
+def life(job: str = "a", *, attempt: int = 1, rank: int = 0, since: float = 0, until: float = 10, **more: Any) -> Life:
+    """A life as a worker writes it down; times in s."""
+    told = {
+        "launch": f"run_{job}-{attempt}-{rank}", "job": f"job_{job}", "attempt": attempt, "rank": rank, "milli": 1000,
+        "home": HOME, "began_ns": round(since * SECOND), "last_ns": round(until * SECOND), "ended": True,
+    }  # fmt: skip
+    return Life(**(told | more))
+
+
+def job(name: str = "a", state: str = "succeeded", *, attempts: int = 1) -> dict[str, Any]:
+    """A job as the API shows it, whose worker held its place from 0 to 10 s."""
+    worker = {
+        "attempt": attempts, "rank": 0, "launch": f"run_{name}-{attempts}-0", "held_at_ns": 0, "released_at_ns": 10 * SECOND
+    }  # fmt: skip
+    return {"id": f"job_{name}", "name": name, "state": state, "attempts": attempts, "workers": [worker]}
+
+
+def line(
+    launch: str = "run_a-1-0", *, since: float = 0, until: float = 10, milli: int = 1000, meter: str = "cpu"
+) -> tuple[str, str, int, int, int, str]:
+    """A line of the books; times in s."""
+    return ("node", meter, round(since * SECOND), round(until * SECOND), milli, launch)
+
+
+def sound() -> Evidence:
+    """What is found after a job that ran as it should, on a machine of one CPU."""
+    return Evidence(
+        lives=[life()],
+        acknowledged={"job_a": "a"},
+        witnesses=frozenset({"job_a"}),
+        jobs={"job_a": job()},
+        books=[line()],
+        capacity=1000,
+    )
+
+
+def test_nothing_is_reported_where_nothing_is_wrong() -> None:
+    assert violations(sound()) == []
+
+
+PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "one launch that was started twice": ("I1", {"lives": [life(until=3), life(since=4)]}),
+    "a second attempt that began while the first one lived": (
+        "I1",
+        {
+            "lives": [life(milli=400), life(attempt=2, since=9.9, until=10, milli=400)],
+            "jobs": {"job_a": job(attempts=2)},
+            "books": [line("run_a-2-0")],
+            "may_restart": frozenset({"job_a"}),
+        },
+    ),
+    "two that share a machine which has room for one": (
+        "I2",
+        {
+            "lives": [life(), life("b")],
+            "acknowledged": {"job_a": "a", "job_b": "b"},
+            "jobs": {"job_a": job(), "job_b": job("b")},
+            "books": [line(milli=500), line("run_b-1-0", milli=500)],
+        },
+    ),
+    "a submission that was acknowledged and is not there": ("I3", {"acknowledged": {"job_a": "a", "job_b": "b"}}),
+    "a job that another one took the id of": ("I3", {"acknowledged": {"job_a": "other"}}),
+    "a stop that was acknowledged and forgotten": (
+        "I3",
+        {"jobs": {"job_a": job(state="running")}, "stopped": frozenset({"job_a"}), "may_run": frozenset({"job_a"})},
+    ),
+    "a success that no worker knows of": ("I3", {"lives": []}),
+    "a success of a worker that did not come to its end": ("I3", {"lives": [life(ended=False)]}),
+    "a process of a job that is over": ("I4", {"running": frozenset({"run_a-1-0"})}),
+    "a process of a job that nobody knows": ("I4", {"running": frozenset({"run_zz-1-0"})}),
+    "a worker that wrote in the name of a job that nobody knows": (
+        "I4",
+        {"lives": [life(milli=500), life("zz", milli=500)]},
+    ),
+    "a healthy job that was started again": (
+        "I5",
+        {"lives": [life(attempt=2)], "jobs": {"job_a": job(attempts=2)}, "books": [line("run_a-2-0")]},
+    ),
+    "a job that lived twice, and the API says once": ("I5", {"lives": [life(until=3), life(attempt=2, since=4)]}),
+    "a second that was paid for twice": (
+        "I6",
+        {"books": [line(), line(since=3, until=4)]},
+    ),
+    "a second that nobody paid for": ("I6", {"books": [line(until=4), line(since=5)]}),
+    "a job that paid for less than it held": ("I6", {"books": [line(until=9)]}),
+    "time that went backwards in the books": (
+        "I6",
+        {"books": [line(until=11), line(since=11, until=10), line("", since=10, until=10)]},
+    ),
+    "a database that says of itself that it is damaged": ("I7", {"unsound": ["event 7 is missing"]}),
+    "a job that comes to no end": ("I8", {"jobs": {"job_a": job(state="queued")}, "lives": [], "books": []}),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_a_planted_violation_is_reported(what: str) -> None:
+    number, wrong = PLANTED[what]
+    found = violations(replace(sound(), **wrong))
+    assert {sentence.partition(":")[0] for sentence in found} == {number}, found
+
+
+def test_every_promise_has_a_planted_violation() -> None:
+    assert {number for number, _ in PLANTED.values()} == {f"I{number}" for number in range(1, 9)}
+
+
+def test_what_may_be_is_not_reported() -> None:
+    """A worker that was killed on purpose is started again, one that is to run on runs on."""
+    again = replace(
+        sound(),
+        lives=[life(until=3, ended=False), life(attempt=2, since=4)],
+        jobs={"job_a": job(attempts=2)},
+        books=[line("run_a-2-0")],
+        may_restart=frozenset({"job_a"}),
+    )
+    assert violations(again) == []
+    runs = replace(
+        sound(),
+        jobs={"job_a": job(state="running")},
+        running=frozenset({"run_a-1-0"}),
+        may_run=frozenset({"job_a"}),
+        books=[],
+    )
+    assert violations(runs) == []
+
+
+def test_the_journal_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """A line that was cut off by kill -9 is no life; two starts of one launch are two lives."""
+    folder = tmp_path / "local" / "volumes" / "project" / "job_a" / "output"
+    folder.mkdir(parents=True)
+    who = {"launch": "run_a-1-0", "job": "job_a", "attempt": 1, "rank": 0, "milli": 100}
+    told = [{"what": what, "at_ns": at} for at, what in enumerate(("start", "alive", "alive"), 1)]
+    told += [{"what": "start", "at_ns": 9}, {"what": "end", "at_ns": 12}]
+    text = "".join(json.dumps(who | each) + "\n" for each in told)
+    (folder / "journal-0").write_text(text + '{"launch": "run_a-1-0", "wh')
+    found = journal.lives([tmp_path])
+    assert [(each.began_ns, each.ended) for each in found] == [(1, True), (9, True)]
+    assert {sentence[:2] for sentence in violations(replace(sound(), lives=found))} == {"I1"}
+
+
+def test_the_registry_has_a_case_for_every_fault() -> None:
+    assert suite.__doc__
+    for number, case in CASES.items():
+        assert case.number == number
+        assert case.fault
+        assert case.criterion
+        assert set(case.stores) <= {"sqlite", "postgres"}
+
+
+@pytest.fixture
+def beds() -> Iterator[Beds]:
+    made = Beds("sqlite")
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("number", [1, 15])
+def test_a_case_runs(beds: Beds, number: int) -> None:
+    assert CASES[number].run(beds)
