@@ -10,7 +10,7 @@ import time
 import traceback
 from pathlib import Path
 
-from tests.faults.suite import clocks, crashes, machines, requests, state  # noqa: F401 - they register their cases
+from tests.faults.suite import clocks, crashes, machines, requests, serving, state  # noqa: F401 - they register their cases
 from tests.faults.suite.bed import Beds
 from tests.faults.suite.registry import BOTH, CASES, Case, Skipped
 from tests.postgres import NoPostgres, Postgres
