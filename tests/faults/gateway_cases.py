@@ -1,6 +1,7 @@
 """Fault cases of serving, on a real cloud with real replicas: what each does to requests, and by when it is over.
 
 A case takes a running cloud and returns its figures in words. It raises AssertionError when one is outside its bound.
+``slack`` loosens what depends on how busy the machine is, for runs beside other tests.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tests.faults.serving import (
 )
 
 
-def case_7(cloud: Cloud, *, streams: int = 10, whole: int = 20, length: int = 400) -> str:
+def case_7(cloud: Cloud, *, streams: int = 10, whole: int = 20, length: int = 400, slack: float = 1.0) -> str:
     """kill -9 of a replica's engine while it streams and while it thinks about what it has not answered at all."""
     journals = Journals(cloud.home)
     with serving(cloud, service("case7", replicas=2, wait="20s")) as jobs:
@@ -60,7 +61,7 @@ def case_7(cloud: Cloud, *, streams: int = 10, whole: int = 20, length: int = 40
         calls = {one.tag: journals.calls(one.tag) for one in unanswered}
         broken = [one for one in open_streams if one.tag in on_victim]
         assert len(broken) >= streams // 2, f"only {len(broken)} streams were on it"
-        late = [one.tag for one in broken if one.is_whole or not one.error or one.ended - killed_at > 1]
+        late = [one.tag for one in broken if one.is_whole or not one.error or one.ended - killed_at > slack]
         assert not late, f"streams that did not end with an error event within 1 s: {late}"
         assert {one.error for one in broken} == {"replica_failed"}
         others = [one for one in open_streams if one.tag not in on_victim]
@@ -70,8 +71,8 @@ def case_7(cloud: Cloud, *, streams: int = 10, whole: int = 20, length: int = 40
         retried = sum(len(made) == 2 for made in calls.values())
         assert all(1 <= len(made) <= 2 for made in calls.values()), "a request was sent more than twice"
         assert retried >= whole // 2, f"only {retried} requests were under way on it"
-        assert ejected_s <= 1, f"ejected after {ejected_s:.2f} s"
-        assert replaced_s <= 10, f"replaced after {replaced_s:.2f} s"
+        assert ejected_s <= slack, f"ejected after {ejected_s:.2f} s"
+        assert replaced_s <= 10 * slack, f"replaced after {replaced_s:.2f} s"
     return (
         f"ejected after {ejected_s:.2f} s, replaced after {replaced_s:.2f} s; {retried} unanswered requests were tried "
         f"elsewhere with at most one more call each, all answered; {len(broken)} open streams ended with an error event "
@@ -79,7 +80,7 @@ def case_7(cloud: Cloud, *, streams: int = 10, whole: int = 20, length: int = 40
     )
 
 
-def case_8(cloud: Cloud, *, requests: int = 150, length: int = 1500) -> str:
+def case_8(cloud: Cloud, *, requests: int = 150, length: int = 1500, slack: float = 1.0) -> str:
     """SIGSTOP of a replica's engine: its port stays open, connections succeed, and nothing is ever answered."""
     with serving(cloud, service("case8", replicas=2, wait="30s")) as jobs:
 
@@ -109,14 +110,16 @@ def case_8(cloud: Cloud, *, requests: int = 150, length: int = 1500) -> str:
         finally:
             os.kill(pid, signal.SIGCONT)
         back_s = watch(lambda: _is_back(cloud), within_s=30, what="it is sent requests again")
-        assert ejected_s <= 15, f"ejected after {ejected_s:.1f} s"
+        assert ejected_s <= 15 * slack, f"ejected after {ejected_s:.1f} s"
         lost = [(one.tag, one.status, one.error) for one in meanwhile if not one.is_whole]
         assert not lost, f"requests that it held were not tried elsewhere: {lost[:5]}"
         ended = [one for one in streams if not one.is_whole]
         assert ended, "no stream was on it"
         assert all(one.error == "replica_failed" for one in ended)
         # a fifth, and what two shared cores add to a few ms by themselves
-        assert after_s <= before_s * 1.2 + 0.03, f"p99 of the others rose from {before_s:.3f} to {after_s:.3f} s"
+        assert after_s <= before_s * 1.2 + 0.03 * slack**2, (
+            f"p99 of the others rose from {before_s:.3f} to {after_s:.3f} s"
+        )
     return (
         f"ejected after {ejected_s:.1f} s; p99 of the others {before_s * 1000:.0f} ms before and {after_s * 1000:.0f} ms "
         f"after; what it held was answered elsewhere after {answered_s:.1f} s at most, {len(ended)} streams on it ended "
@@ -132,17 +135,17 @@ def _is_back(cloud: Cloud) -> bool:
     return replicas(cloud, "case8") == 2
 
 
-def case_24(cloud: Cloud, *, streams: int = 256, seconds: float = 60.0, leaving: int = 1000) -> str:
+def case_24(cloud: Cloud, *, streams: int = 256, seconds: float = 60.0, leaving: int = 1000, slack: float = 1.0) -> str:
     """kill -9 of the gateway with many open streams, then ten times too many requests, slow readers, and who leaves."""
-    told = [_killed_with_open_streams(cloud, streams)]
+    told = [_killed_with_open_streams(cloud, streams, slack)]
     spec = service("case24", replicas=2, concurrency=4, wait="1s")
     with serving(cloud, spec):
-        told.append(_overload(cloud, seconds))
-        told.append(_clients_that_leave(cloud, leaving))
+        told.append(_overload(cloud, seconds, slack))
+        told.append(_clients_that_leave(cloud, leaving, slack))
     return "; ".join(told)
 
 
-def _killed_with_open_streams(cloud: Cloud, streams: int) -> str:
+def _killed_with_open_streams(cloud: Cloud, streams: int, slack: float) -> str:
     journals, pause = Journals(cloud.home), 0.25
     with serving(cloud, service("killed24", replicas=2)):
         crowd = Crowd(cloud, "killed24")
@@ -166,9 +169,9 @@ def _killed_with_open_streams(cloud: Cloud, streams: int) -> str:
         assert all(one["estimated"] for one in books)
         seen, entered = sum(one.tokens for one in crowd.seen), sum(one["completion_tokens"] for one in books)
         sent = sum(line["tokens"] for line in journals.of("end") if line["tag"].startswith("k"))
-        most_lost = streams * (1 / pause + 1)
+        most_lost = streams * (slack / pause + 1)
         assert seen - most_lost <= entered <= sent, f"{entered} entered, {seen} seen by clients, {sent} sent"
-        assert gone_s <= 2, f"replicas worked on for {gone_s:.1f} s"
+        assert gone_s <= 2 * slack, f"replicas worked on for {gone_s:.1f} s"
     return (
         f"gateway killed with {streams} open streams: serving again after {again_s:.1f} s, {entered} tokens settled as "
         f"estimated of {seen} that clients had ({(seen - entered) / streams * pause:.2f} s each), replicas free after "
@@ -176,7 +179,7 @@ def _killed_with_open_streams(cloud: Cloud, streams: int) -> str:
     )
 
 
-def _overload(cloud: Cloud, seconds: float) -> str:
+def _overload(cloud: Cloud, seconds: float, slack: float) -> str:
     pid = gateway_pid(cloud)
     body: dict[str, Any] = {"max_tokens": 5, "pause": 0.02}
     idle = rss_of(pid)
@@ -190,8 +193,8 @@ def _overload(cloud: Cloud, seconds: float) -> str:
     assert len(good) + len(refused) == len(outcomes), {one.status for one in outcomes}
     assert all(one.retry_after for one in refused), "a refusal does not say when to come again"
     late_s = percentile([one.took_s for one in refused], 0.99)
-    assert rate >= 0.9 * capacity, f"{rate:.0f} answers/s of {capacity:.0f}"
-    assert late_s <= 0.05, f"p99 of refusals is {late_s * 1000:.0f} ms"
+    assert rate >= 0.9 * capacity / slack, f"{rate:.0f} answers/s of {capacity:.0f}"
+    assert late_s <= 0.05 * slack**2, f"p99 of refusals is {late_s * 1000:.0f} ms"
     assert loaded <= 2 * idle, f"{loaded >> 20} MiB of memory instead of {idle >> 20}"
     told = sum(one.tokens for one in [*alone, *good])
     eventually(
@@ -206,7 +209,7 @@ def _overload(cloud: Cloud, seconds: float) -> str:
     )
 
 
-def _clients_that_leave(cloud: Cloud, leaving: int) -> str:
+def _clients_that_leave(cloud: Cloud, leaving: int, slack: float) -> str:
     """Clients that go away in every phase, and some that take nothing of a long stream."""
     slow = [half_read(cloud, "case24", stream=True, max_tokens=100_000, pause=0.0) for _ in range(4)]
     eventually(lambda: metric(cloud, "in_flight", model="case24") == len(slow), within_s=10, what="they are served")
@@ -230,19 +233,26 @@ def _clients_that_leave(cloud: Cloud, leaving: int) -> str:
         within_s=10,
         what="no slot is taken by who left",
     )
-    assert free_s <= 2, f"slots were free after {free_s:.1f} s"
+    assert free_s <= 2 * slack, f"slots were free after {free_s:.1f} s"
     crowd = Crowd(cloud, "case24")
     for number in range(8):
         crowd.ask(f"after{number}", max_tokens=5, pause=0.02)
     crowd.wait(within_s=10)
     slowest_s = max(one.took_s for one in crowd.seen)
     assert all(one.is_whole for one in crowd.seen), [(one.status, one.error) for one in crowd.seen]
-    assert slowest_s <= 5
+    assert slowest_s <= 5 * slack
     return f"{leaving} clients left and 4 read nothing: all slots free after {free_s:.2f} s, then 8 answers in {slowest_s:.2f} s"
 
 
 def case_25(
-    cloud: Cloud, *, requests: int = 200, start_s: float = 3.0, rounds: int = 8, idle_s: float = 1.5, length: int = 200
+    cloud: Cloud,
+    *,
+    requests: int = 200,
+    start_s: float = 3.0,
+    rounds: int = 8,
+    idle_s: float = 1.5,
+    length: int = 200,
+    slack: float = 1.0,
 ) -> str:
     """Requests to a service of which nothing runs, whose first launch fails and whose second is slow; then idleness."""
     journals = Journals(cloud.home)
@@ -273,7 +283,11 @@ def case_25(
         crowd.wait(within_s=60)
         assert journals.of("fail"), "the first launch was to fail"
         assert most_coming == 1, f"{most_coming} launches at a time"
-        late = [one for one in hurried if one.status != 503 or not one.retry_after or not 0.9 <= one.took_s <= 1.6]
+        late = [
+            one
+            for one in hurried
+            if one.status != 503 or not one.retry_after or not 0.9 <= one.took_s <= 1 + 0.6 * slack
+        ]
         assert not late, f"not refused by their deadline: {[(one.status, one.took_s) for one in late[:5]]}"
         patient = [one for one in crowd.seen if one not in hurried]
         failed = [(one.tag, one.status, one.error) for one in patient if not one.is_whole]

@@ -82,9 +82,16 @@ class Scaler:
             self._thread.join(timeout=5)
 
     def hear(self, worker: str, load: Load) -> None:
-        """Note what a gateway has."""
-        now = self._monotonic()
-        loads = {name: (at, one) for name, (at, one) in self._loads.items() if now - at < _REMEMBERED_S}
+        """Note what a gateway has; ``worker`` is where it listens, ``/``, and its own id.
+
+        One that listened there before is remembered only while it still tells.
+        """
+        now, place = self._monotonic(), worker.partition("/")[0]
+        loads = {
+            name: (at, one)
+            for name, (at, one) in self._loads.items()
+            if now - at < (_FRESH_S if name.partition("/")[0] == place else _REMEMBERED_S)
+        }
         self._loads = loads | {worker: (now, load)}
 
     def facts(self) -> list[Scaled]:

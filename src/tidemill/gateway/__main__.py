@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import stat
 import sys
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
         limits=Limits(connections=_raise_file_limit()),
         feed_age_s=lambda: loop.time() - feed.heard_at,
         books=books,
+        place=f"{socket.gethostname()}:{port}",
     )
     feed = Feed(
         control=options.control,

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tidemill.gateway.server import Gateway
 
 _NOT_FORWARDED: Final = frozenset({b"authorization", b"content-length", b"cookie", b"expect", b"host", b"x-request-id"})
+_CAUTION: Final = 1.25
+"""A request that is refused at once is of more use than one that is refused when its time is over."""
 _log = logging.getLogger("tidemill.gateway")
 
 
@@ -267,7 +269,7 @@ class Exchange:
         most = self._gateway.limits.waiting
         if line.count >= most or line.of(asking.tenant) >= max(1, most // 2):
             self._refuse("queue_full", "Too many requests wait", expected or 1.0, is_own=line.count < most)
-        elif expected > left:
+        elif expected * _CAUTION > left:
             self._refuse("overloaded", "No replica will be free in time", expected)
         else:
             self._line = line

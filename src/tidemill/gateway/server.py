@@ -88,8 +88,10 @@ class Gateway:
         limits: Limits | None = None,
         feed_age_s: Callable[[], float] = lambda: 0.0,
         books: Books | None = None,
+        place: str = "",
     ) -> None:
-        """``books`` is where usage is entered; None: tokens are not metered."""
+        """``books`` is where usage is entered; None: tokens are not metered. ``place`` is where this one listens."""
+        self._place = place
         self.pepper = pepper
         self.hosts = hosts
         self.limits = limits or Limits()
@@ -186,7 +188,7 @@ class Gateway:
                 models[model] = {"in_flight": counts.in_flight - counts.waiting, "waiting": counts.waiting}
             for replica in route.replicas:
                 replicas[replica.job] = {"in_flight": replica.outstanding, "is_leaving": replica.is_leaving}
-        return orjson.dumps({"worker": self._request_prefix, "models": models, "replicas": replicas})
+        return orjson.dumps({"worker": f"{self._place}/{self._request_prefix}", "models": models, "replicas": replicas})
 
     async def tell_load(
         self, tell: Callable[[bytes], Awaitable[None]], *, every_s: float = 0.1, at_least_every_s: float = 1.0
