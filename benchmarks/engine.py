@@ -101,7 +101,7 @@ def _rate(jobs: int, found: dict[str, Any]) -> float:
 
 def measure_running(jobs: int, machines: int, hold_s: float) -> dict[str, float]:
     """What it took to have so many jobs run at once, and to serve them for ``hold_s``."""
-    spec = {"name": "many", "run": "sleep 3600", "resources": {"gpus": "none", "cpus": 0.001, "memory": "1MB"}}
+    spec = {"name": "many", "run": "sleep 3600", "resources": {"gpus": "none", "cpus": 0.001, "memory": "16MB"}}
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(cloud(engine="none"))
         members(stack, home, machines)

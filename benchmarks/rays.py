@@ -15,8 +15,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import psutil
-
 from benchmarks.clouds import free_port
 from benchmarks.latency import RAY_FOLDER, end_group, install_ray
 
@@ -54,6 +52,16 @@ def measure():
     return {"took_s": time.perf_counter() - began, "well": well}
 cold = measure()
 print(json.dumps({"cold": cold, "warm": measure()}))
+"""
+_NODES = """
+import sys, time
+import ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
+until_s = time.monotonic() + 60
+while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
+    if time.monotonic() > until_s:
+        sys.exit(1)
+    time.sleep(0.2)
 """
 
 
@@ -103,9 +111,7 @@ def ray_cluster(*, nodes: int, cores: int) -> Iterator[Ray]:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         for number in range(nodes):
             _start_node(stack, head if number == 0 else ["--address", address], cores, environment)
-            if number == 0:
-                _until_nodes(address, 1, environment)
-        _until_nodes(address, nodes, environment)
+            _until_nodes(address, number + 1, environment)  # started side by side, some give up on a busy machine
         yield Ray(f"http://127.0.0.1:{dashboard}", address, environment)
 
 
@@ -124,23 +130,9 @@ def _start_node(stack: contextlib.ExitStack, role: list[str], cores: int, enviro
 
 def _until_nodes(address: str, count: int, environment: Mapping[str, str]) -> None:
     """Return once so many nodes are alive. Raises: RuntimeError when that takes long."""
-    script = (
-        "import sys, ray\nray.init(address=sys.argv[1], log_to_driver=False, logging_level='error')\n"
-        "sys.exit(sum(node['Alive'] for node in ray.nodes()) < int(sys.argv[2]))"
-    )
     until_s = time.monotonic() + _LIMIT_S
-    command = [str(_PROGRAMS / "python"), "-c", script, address, str(count)]
-    while subprocess.run(command, env=environment, capture_output=True, check=False, timeout=60).returncode:
+    command = [str(_PROGRAMS / "python"), "-c", _NODES, address, str(count)]
+    while subprocess.run(command, env=environment, capture_output=True, check=False, timeout=_LIMIT_S).returncode:
         if time.monotonic() > until_s:
             raise RuntimeError(f"the {count} nodes of the Ray cluster do not come up")
         time.sleep(0.5)
-
-
-def busy_s(processes: list[psutil.Process]) -> float:
-    """CPU seconds that these have taken so far, their ended children included."""
-    total = 0.0
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            times = process.cpu_times()
-            total += times.user + times.system + times.children_user + times.children_system
-    return total
