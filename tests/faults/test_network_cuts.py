@@ -141,11 +141,11 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     with made.network.inside("head"):
         try:
             made.up()
+            eventually(made.states, within_s=READY_S, what="the head's machine is there")
             for name in ("one", "two"):
                 made.join(name, made.network.add(name))
             for name in ("one", "two"):
                 made.until(name, "ready")
-            eventually(lambda: len(made.states()) == 3, within_s=READY_S, what="the head's machine is there")
             yield made
         finally:
             made.close()

@@ -163,7 +163,8 @@ def _environment(home: Path, config: OutpostConfig) -> dict[str, str]:
         "TIDEMILL_OUTPOST_HOME": str(home),
     }
     if redis := config.setting.get("ray_redis"):
-        given |= {"RAY_REDIS_ADDRESS": redis}
+        # Clusters that share a Redis have names of their own there: it is the outpost that stays the same.
+        given |= {"RAY_REDIS_ADDRESS": redis, "RAY_external_storage_namespace": config.node_id}
     return {**os.environ, **given}
 
 
