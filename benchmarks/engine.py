@@ -1,30 +1,34 @@
 """Many short jobs through Tidemill on Ray and on Slurm, beside the engines' own ways; and very many jobs at once.
 
 On Ray: a cloud whose machines are four nodes of a Ray cluster, all on this one machine; each job is a command of its
-own, with its own runner, log, exit status, usage and bill, and the clock runs from the first request until the last is in
-the database as over. Beside it, on a cluster of as many nodes of plain Ray: ``ray job submit`` through its client, of
-fewer jobs because it is slow, and Ray tasks that run the command, which have neither log nor record. All ask for
-the same fraction of a core.
+own, with its own runner, log, exit status, usage and bill, and the clock runs from the first request until the last is
+in the database as over. Beside it, on a cluster of as many nodes of plain Ray: ``ray job submit`` through its client, of
+fewer jobs because it is slow, and Ray tasks that run the command, which have neither log nor record: once with
+worker processes still to be started, once with them there. All ask for the same fraction of a core.
 
 At once: so many jobs that sleep, on machines that joined through outposts, until all of them run at the same time;
-then the control plane serves them for a while. It is measured alone: CPU and greatest resident memory. The last line
-is JSON.
+then the control plane serves their heartbeats for a while. Runners and workers are real processes; as many are started
+as this machine's memory holds. The control plane is measured alone: CPU and greatest resident memory. The last line is
+JSON; null is what was not measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import psutil
+
 from benchmarks.batches import Through, put_through, states, submit, until, watch
 from benchmarks.clouds import PROGRAMS, Home, cloud, end_on_signals, free_port, kill_all_of, machine, table
 from benchmarks.rays import ray_cluster
@@ -33,6 +37,9 @@ NODES: Final = 4
 SHORT: Final = {"name": "short", "run": "true", "resources": {"gpus": "none", "cpus": 0.25, "memory": "64MB"}}
 _CPUS: Final = 0.25
 _READY_S: Final = 120.0
+_A_JOB: Final = 9 << 20
+"""Memory that a runner with its sandbox and its worker takes, what the kernel keeps for them included."""
+_SPARE: Final = 2 << 30
 
 
 def members(stack: contextlib.ExitStack, home: Home, count: int) -> None:
@@ -82,8 +89,6 @@ def measure_ray(jobs: int, ray_jobs: int) -> tuple[Through, dict[str, float]]:
         put_through(home, 20, {**SHORT, "name": "warm"})
         ours = put_through(home, jobs, SHORT)
     rivals: dict[str, float] = {}
-    import os
-
     with ray_cluster(nodes=NODES, cores=len(os.sched_getaffinity(0))) as ray:
         if ray_jobs:
             ray.submit_jobs(2, "true", cpus=_CPUS)
@@ -97,6 +102,14 @@ def _rate(jobs: int, found: dict[str, Any]) -> float:
     if found["well"] != jobs:
         raise RuntimeError(f"only {found['well']} of {jobs} ended well")
     return jobs / float(found["took_s"])
+
+
+def that_fit(jobs: int) -> int:
+    """So many jobs, or as many as this machine's free memory holds."""
+    fit = max(0, psutil.virtual_memory().available - _SPARE) // _A_JOB
+    if fit < jobs:
+        print(f"running: {fit:,} of {jobs:,} jobs fit into this machine's free memory", file=sys.stderr)
+    return min(jobs, fit)
 
 
 def measure_running(jobs: int, machines: int, hold_s: float) -> dict[str, float]:
@@ -131,36 +144,46 @@ def main() -> None:
     parser.add_argument("--only", choices=("ray", "slurm", "running"))
     given = parser.parse_args()
     end_on_signals()
-    result: dict[str, Any] = {"ray_jobs_per_s": None, "slurm_jobs_per_s": None}
-    result |= {"running_jobs": None, "control_plane_rss_mib": None}
-    halves: dict[str, Callable[[], tuple[Through, dict[str, float]]]] = {}
-    if given.only in (None, "ray"):
-        halves["ray"] = lambda: measure_ray(given.jobs, given.ray_jobs)
-    if given.only in (None, "slurm"):
-        if find_spec("benchmarks.engine_slurm") is None:
-            print("slurm: is not measured here", file=sys.stderr)
-        else:
-            from benchmarks import engine_slurm
-
-            if reason := engine_slurm.why_not():
-                print(f"slurm: {reason}", file=sys.stderr)
-            else:
-                halves["slurm"] = lambda: engine_slurm.measure(given.jobs)
+    result: dict[str, Any] = dict.fromkeys(
+        ("ray_jobs_per_s", "slurm_jobs_per_s", "running_jobs", "control_plane_rss_mib")
+    )
     rows: list[tuple[str, ...]] = []
-    for name, measure in halves.items():
+    for name, measure in _halves(given.only, given.jobs, given.ray_jobs).items():
         ours, rivals = measure()
         result[f"{name}_jobs_per_s"] = round(ours.jobs_per_s, 1)
         rows += _rows(name, ours, rivals)
-    print(f"\n{given.jobs:,} short jobs, from the first request to the last end in the database\n")
-    table(("", "jobs/s", "beside Tidemill", "control plane", ""), rows)
+    about = machine()
+    if rows:
+        print(f"\n{given.jobs:,} short jobs, from the first request until the last is in the database as over")
+        print(f"{about['cpu']}, {about['cores']} cores, {about['date']}\n")
+        table(("", "jobs/s", "beside Tidemill", "control plane", ""), rows)
     if given.only in (None, "running"):
-        found = measure_running(given.running, given.machines, given.hold)
+        found = measure_running(that_fit(given.running), given.machines, given.hold)
         result |= {"running_jobs": int(found["jobs"]), "control_plane_rss_mib": round(found["rss_mib"])}
         print(
-            f"\n{found['jobs']:,.0f} jobs at once after {found['up_s']:.1f} s; the control plane took {found['cpu_up_s']:.1f} s of"
-            f" CPU for that and {found['cores_held']:.2f} cores while they ran, and {found['rss_mib']:.0f} MiB at most"
+            f"\n{found['jobs']:,.0f} jobs at once after {found['up_s']:.1f} s; the control plane took"
+            f" {found['cpu_up_s']:.1f} s of CPU for that and {found['cores_held']:.2f} cores while they ran, and"
+            f" {found['rss_mib']:.0f} MiB at most"
         )
-    print(json.dumps({**result, "machine": machine()}))
+    print(json.dumps({**result, "machine": about}))
+
+
+def _halves(only: str | None, jobs: int, ray_jobs: int) -> dict[str, Callable[[], tuple[Through, dict[str, float]]]]:
+    """What is measured of the two engines. A half that cannot be is left out with its reason."""
+    halves: dict[str, Callable[[], tuple[Through, dict[str, float]]]] = {}
+    if only in (None, "ray"):
+        halves["ray"] = lambda: measure_ray(jobs, ray_jobs)
+    if only in (None, "slurm"):
+        try:
+            engine_slurm = importlib.import_module("benchmarks.engine_slurm")
+        except ModuleNotFoundError as error:
+            print(f"slurm: {error}", file=sys.stderr)
+        else:
+            if reason := engine_slurm.why_not():
+                print(f"slurm: {reason}", file=sys.stderr)
+            else:
+                halves["slurm"] = lambda: engine_slurm.measure(jobs)
+    return halves
 
 
 def _rows(name: str, ours: Through, rivals: dict[str, float]) -> list[tuple[str, ...]]:

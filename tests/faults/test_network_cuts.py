@@ -7,6 +7,7 @@ share.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -66,7 +67,7 @@ class Machines:
         self.address = self.network.add("head")
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.cloud = Cloud(
-            folder / "head", engine="ray", host="0.0.0.0", address=self.address, site="rack",  # noqa: S104
+            folder / "head", engine="ray", host="0.0.0.0", address=self.address, site="rack",
         )  # fmt: skip
 
     def up(self) -> None:
@@ -224,7 +225,7 @@ def test_a_cut_shorter_than_the_lease_changes_nothing(pair: Machines) -> None:
     eventually(lambda: pair.journal(job)[-1][3] > at_mending + 3, within_s=30, what="it ticks on")
     journal = pair.journal(job)
     assert [(name, attempt) for name, attempt, what, _ in journal if what == "begin"] == [(where, 1)]
-    assert max(later[3] - sooner[3] for sooner, later in zip(journal, journal[1:], strict=False)) < 5
+    assert max(later[3] - sooner[3] for sooner, later in itertools.pairwise(journal)) < 5
     assert (pair.cloud.job(job)["state"], pair.cloud.job(job)["attempts"]) == ("running", 1)
     end(pair, job)
 
@@ -265,7 +266,7 @@ def test_a_machine_behind_a_router_that_lets_nobody_in_does_its_work(machines: M
     with machines.network.inside("edge"):
         server = socket.create_server(("", 0))
     for there in (address, "10.77.0.4"):
-        with pytest.raises(OSError, match="timed out|unreachable"):
+        with pytest.raises(OSError, match=r"timed out|unreachable"):
             socket.create_connection((there, server.getsockname()[1]), timeout=1.0)
     server.close()
     spec = {"name": "edge", "resources": {"cpus": 0.1}, "placement": {"labels": {"where": "field"}}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -72,10 +73,12 @@ class Rack:
         """The process id of the second machine's agent; zero when there is none."""
         for process in psutil.process_iter(["name", "cmdline"]):
             with contextlib.suppress(psutil.Error):
-                if "NodeAgent" in " ".join(process.info["cmdline"] or ()):
-                    if process.environ().get("TIDEMILL_OUTPOST_HOME") == str(self.second):
-                        return process.pid
+                if "NodeAgent" in " ".join(process.info["cmdline"] or ()) and self._is_second(process):
+                    return process.pid
         return 0
+
+    def _is_second(self, process: psutil.Process) -> bool:
+        return process.environ().get("TIDEMILL_OUTPOST_HOME") == str(self.second)
 
     def kill_head(self) -> set[int]:
         """kill -9 of what is on the head only, all at once: Ray's control store and the head's raylet."""
@@ -131,7 +134,7 @@ def check_that_work_outlives_the_head(rack: Rack, *, stays: bool) -> None:
         begin, *ticks = rack.journal(job)
         assert begin == "begin"
         times = [float(tick) for tick in ticks]
-        assert max(later - sooner for sooner, later in zip(times, times[1:], strict=False)) < 5
+        assert max(later - sooner for sooner, later in itertools.pairwise(times)) < 5
         rack.cloud.call("POST", f"/v1/jobs/{job}/stop")
         assert rack.cloud.wait(job, within_s=60)["state"] == "cancelled"
 

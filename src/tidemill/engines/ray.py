@@ -257,7 +257,7 @@ class RayEngine:
             bundles = [_bundle(place.node_id, place.cpu_milli, place.gpu_milli) for place in spec.gang]
         try:
             return placement_group(bundles, strategy="PACK", name=name, lifetime="detached")
-        except Exception:  # Ray has no class of its own for a name that is taken
+        except Exception:  # noqa: BLE001 - Ray has no class of its own for a name that is taken
             return get_placement_group(name)
 
     def _give_back(self, name: str) -> None:
