@@ -117,6 +117,10 @@ bench-twin: $(DEV) ## a million jobs of a synthetic year on 1,000 nodes
 bench-api: $(DEV) ## jobs through REST to the last ledger line, on PostgreSQL
 	@$(BIN)/python benchmarks/throughput.py $(ARGS)
 
+.PHONY: bench-engine
+bench-engine: $(DEV) ## short jobs a second on Ray and on Slurm, beside the engines' own ways; very many jobs at once
+	@$(BIN)/python benchmarks/engine.py $(ARGS)
+
 .PHONY: clean
 clean: ## remove the environment, caches and what the benchmarks installed
 	@rm -rf $(VENV) .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -131,7 +131,7 @@ def cloud_on_ray() -> Iterator[Home]:
 @contextlib.contextmanager
 def ray_head(cores: int) -> Iterator[tuple[Measure, Measure]]:
     """A Ray head of our own, and its two measures: command line and client."""
-    _install_ray()
+    install_ray()
     temporary = tempfile.mkdtemp(prefix="ray-bench-")
     dashboard = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "VIRTUAL_ENV"))}
@@ -176,11 +176,12 @@ def ray_head(cores: int) -> Iterator[tuple[Measure, Measure]]:
     finally:
         if helper is not None:
             helper.kill()
-        _end_group(head)
+        end_group(head)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _install_ray() -> None:
+def install_ray() -> None:
+    """Nothing; Ray is in its environment afterwards."""
     if (RAY_FOLDER / "bin" / "ray").exists():
         return
     print(f"installing {RAY} into {RAY_FOLDER}", file=sys.stderr)
@@ -197,7 +198,7 @@ def _until_ray_answers(ray: str, environment: dict[str, str], head: subprocess.P
         time.sleep(0.5)
 
 
-def _end_group(head: subprocess.Popen[bytes]) -> None:
+def end_group(head: subprocess.Popen[bytes]) -> None:
     """End the head and all that it started, which are in its session."""
     import psutil
 

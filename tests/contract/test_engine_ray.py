@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -158,3 +161,30 @@ def test_what_runs_outlives_its_agent_and_its_raylet(cluster: Cluster) -> None:
 def test_a_machine_that_is_not_there_is_no_failure(cluster: Cluster) -> None:
     with pytest.raises(EngineLost, match="not in the Ray cluster"):
         cluster.engine().forget(LaunchId("run_x-0-1-0"), node_id=NodeId("node_nowhere"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("token", ["", new_token()], ids=["without a token", "with another's token"])
+def test_whoever_has_not_the_token_is_no_part_of_the_cluster(cluster: Cluster, token: str) -> None:
+    """Neither as a machine nor as a driver."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
+    environment = {**ours, **given, "HOME": str(cluster.folder / "nobody"), "RAY_USAGE_STATS_ENABLED": "0"}
+    script = "import sys, ray; ray.init(address=sys.argv[1]); print('in')"
+    before = len(_alive())
+    machine = [
+        str(Path(sys.executable).with_name("ray")), "start", "--address", cluster.address, "--node-ip-address",
+        "127.0.0.1", "--num-cpus", "1", "--temp-dir", str(cluster.folder / "r"), "--block",
+    ]  # fmt: skip
+    for command in (machine, [sys.executable, "-c", script, cluster.address]):
+        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=60)
+        assert done.returncode != 0
+        assert "in\n" not in done.stdout
+        assert re.search("token|Unauthenticated|authenticat", done.stdout + done.stderr, re.IGNORECASE)
+    assert len(_alive()) == before
+
+
+def _alive() -> list[str]:
+    import ray
+
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]

@@ -525,6 +525,7 @@ class _Launcher:
         self._channel = self._process = None
 
 
+@functools.cache
 def _find_uv() -> str:
     try:
         import uv

@@ -38,6 +38,8 @@ PINS: Final = 1_000_000
 _PIN: Final = 0.001
 _NAMESPACE: Final = "tidemill"
 _ANSWER_S: Final = 12.0
+_LATE_S: Final = 4.0
+"""For so long is waited for machines that did not answer the last time, so that the others are not kept waiting."""
 _ROOM_S: Final = 10.0
 _MEMBERS_S: Final = 1.0
 _CALLS: Final = msgspec.json.Encoder()
@@ -85,6 +87,8 @@ class RayEngine:
         self._looked_s = float("-inf")
         self._agents: dict[str, Any] = {}
         self._groups: set[str] = set()
+        self._late: frozenset[NodeId] = frozenset()
+        """The machines that did not answer in time when all were asked last."""
 
     @property
     def capabilities(self) -> EngineCapabilities:
@@ -196,7 +200,7 @@ class RayEngine:
         """What the agents reply in time. Raises: EngineLost when Ray itself does not answer."""
         try:
             asked = {ask(self._agent_on(member)): node for node, member in self._look().items()}
-            ready, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S) if asked else ([], [])
+            ready = self._await(asked) if asked else []
         except Exception as error:
             raise EngineLost(f"Ray does not answer: {type(error).__name__}: {error}") from error
         for reply in ready:
@@ -205,6 +209,15 @@ class RayEngine:
             except Exception as error:  # noqa: BLE001 - whatever it is, that machine did not answer
                 log.debug("%s did not answer: %s", asked[reply], error)
                 self._drop(asked[reply])
+
+    def _await(self, asked: Mapping[Any, NodeId]) -> list[Any]:
+        """The replies that are there in time."""
+        ready, rest = self._ray.wait(list(asked), num_returns=len(asked), timeout=_LATE_S)
+        if not {asked[reply] for reply in rest} <= self._late:
+            more, rest = self._ray.wait(rest, num_returns=len(rest), timeout=_ANSWER_S - _LATE_S)
+            ready = [*ready, *more]
+        self._late = frozenset(asked[reply] for reply in rest)
+        return list(ready)
 
     def _drop(self, node_id: NodeId) -> None:
         """Find the agent of a node anew next time."""
@@ -220,16 +233,10 @@ class RayEngine:
         with self._lock:
             if name in self._groups:
                 return
-        from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
+        from ray.util.placement_group import remove_placement_group
 
         try:
-            try:
-                group = get_placement_group(name)
-            except ValueError:
-                group = placement_group(
-                    [_bundle(p.node_id, p.cpu_milli, p.gpu_milli) for p in spec.gang],
-                    strategy="PACK", name=name, lifetime="detached",
-                )  # fmt: skip
+            group = self._group(name, spec)
             if not group.wait(_ROOM_S):
                 remove_placement_group(group)
                 raise EngineLost(f"Ray has no room for the {len(spec.gang)} workers of {spec.job_id}: others use it")
@@ -239,6 +246,19 @@ class RayEngine:
             raise EngineLost(f"Ray did not hold room for {spec.job_id}: {type(error).__name__}: {error}") from error
         with self._lock:
             self._groups.add(name)
+
+    def _group(self, name: str, spec: LaunchSpec) -> Any:
+        """The placement group of that name, made when there is none; its other ranks are launched at the same time."""
+        from ray.util.placement_group import get_placement_group, placement_group
+
+        try:
+            return get_placement_group(name)
+        except ValueError:
+            bundles = [_bundle(place.node_id, place.cpu_milli, place.gpu_milli) for place in spec.gang]
+        try:
+            return placement_group(bundles, strategy="PACK", name=name, lifetime="detached")
+        except Exception:  # noqa: BLE001 - Ray has no class of its own for a name that is taken
+            return get_placement_group(name)
 
     def _give_back(self, name: str) -> None:
         from ray.util.placement_group import get_placement_group, remove_placement_group

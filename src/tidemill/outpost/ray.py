@@ -98,8 +98,7 @@ def head(home: Path, config: OutpostConfig) -> Iterator[str]:
     port = config.setting.get("ray_port", str(DEFAULT_PORT))
     environment = _environment(home, config)
     start = [
-        _ray(), "start", "--head", "--port", port, "--include-dashboard", "false",
-        "--temp-dir", _folder(home), *_common(home, config),
+        _ray(), "start", "--head", "--port", port, "--include-dashboard", "false", *_common(home, config),
     ]  # fmt: skip
 
     def is_left(text: str) -> bool:
@@ -145,7 +144,8 @@ def _address(config: OutpostConfig) -> str:
 def _common(home: Path, config: OutpostConfig) -> list[str]:
     node = describe(config, home)
     return [
-        "--block", "--node-ip-address", config.address, "--disable-usage-stats", "--include-log-monitor", "false",
+        "--block", "--node-ip-address", config.address, "--temp-dir", _folder(home), "--disable-usage-stats",
+        "--include-log-monitor", "false",
         "--num-cpus", str(-(-node.cpu_milli // MILLI)), "--num-gpus", str(len(node.devices)),
         "--object-store-memory", str(_OBJECT_STORE), "--resources", node_resources(config.node_id),
     ]  # fmt: skip
@@ -163,7 +163,8 @@ def _environment(home: Path, config: OutpostConfig) -> dict[str, str]:
         "TIDEMILL_OUTPOST_HOME": str(home),
     }
     if redis := config.setting.get("ray_redis"):
-        given |= {"RAY_REDIS_ADDRESS": redis}
+        # Clusters that share a Redis have names of their own there: it is the outpost that stays the same.
+        given |= {"RAY_REDIS_ADDRESS": redis, "RAY_external_storage_namespace": config.node_id}
     return {**os.environ, **given}
 
 

@@ -29,6 +29,8 @@ from tidemill.runner.cell import Cell, Process
 from tidemill.runner.client import Channel, Refused, Unreachable
 
 _POLL_S: Final = 20
+_FIRST_S: Final = 0.2
+"""After so long is asked for the first time: a worker that ends sooner costs the control plane no connection for it."""
 _PIECE: Final = 32 * 1024
 _WAITING: Final = 64
 _ENTER: Final = Path(__file__).with_name("enter.py")
@@ -87,6 +89,7 @@ class Commands:
 
     def _ask(self) -> None:
         channel = self._channel.copy()
+        self._ending.wait(_FIRST_S)
         while not self._ending.is_set():
             try:
                 answer = channel.call("GET", f"/commands?wait={_POLL_S}", timeout_s=_POLL_S + 15.0)
