@@ -19,7 +19,10 @@ def note(what, sync=True):
         os.fsync(journal)
 def live():
     while True:
-        note("alive", sync=False)
+        try:
+            note("alive", sync=False)
+        except OSError:
+            pass  # a full disk does not end it
         time.sleep(0.05)
 note("start")
 threading.Thread(target=live, daemon=True).start()
