@@ -2,8 +2,8 @@
 
 On Ray: a cloud whose machines are four nodes of a Ray cluster, all on this one machine; each job is a command of its
 own, with its own runner, log, exit status, usage and bill, and the clock runs from the first request until the last is
-in the database as over. Beside it, on a cluster of as many nodes of plain Ray: ``ray job submit`` through its client, of
-fewer jobs because it is slow, and Ray tasks that run the command, which have neither log nor record: once with
+in the database as over. Beside it, on a cluster of as many nodes of plain Ray: ``ray job submit`` through its client,
+of fewer jobs because it is slow, and Ray tasks that run the command, which have neither log nor record: once with
 worker processes still to be started, once with them there. All ask for the same fraction of a core.
 
 At once: so many jobs that sleep, on machines that joined through outposts, until all of them run at the same time;
