@@ -2,8 +2,8 @@
 
 On Ray: a cloud whose machines are four nodes of a Ray cluster, all on this one machine; each job is a command of its
 own, with its own runner, log, exit status, usage and bill, and the clock runs from the first request until the last is
-in the database as over. Beside it, on a cluster of as many nodes of plain Ray: ``ray job submit`` through its client, of
-fewer jobs because it is slow, and Ray tasks that run the command, which have neither log nor record: once with
+in the database as over. Beside it, on a cluster of as many nodes of plain Ray: ``ray job submit`` through its client,
+of fewer jobs because it is slow, and Ray tasks that run the command, which have neither log nor record: once with
 worker processes still to be started, once with them there. All ask for the same fraction of a core.
 
 At once: so many jobs that sleep, on machines that joined through outposts, until all of them run at the same time;
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 
 from benchmarks.batches import Through, put_through, states, submit, until, watch
-from benchmarks.clouds import PROGRAMS, Home, cloud, end_on_signals, free_port, kill_all_of, machine, table
+from benchmarks.clouds import PROGRAMS, Home, cloud, end_on_signals, free_port, machine, table
 from benchmarks.rays import ray_cluster
 
 NODES: Final = 4
@@ -42,13 +42,12 @@ _A_JOB: Final = 9 << 20
 _SPARE: Final = 2 << 30
 
 
-def members(stack: contextlib.ExitStack, home: Home, count: int) -> None:
-    """So many machines join the cloud's site, each from a home of its own, and are gone with the stack."""
+def members(home: Home, count: int) -> None:
+    """So many machines join the cloud's site, each from a home of its own, and end with the cloud."""
     answer = _tidemill(home, "site", "token", "local", "--json")
     token = json.loads(answer)["token"]
     for number in range(count):
         folder = home.folder / f"machine-{number}"
-        stack.callback(kill_all_of, folder)
         given = ["--home", str(folder), "--name", f"machine-{number}", "--address", "127.0.0.1"]
         _tidemill(home, "join", home.url, "--token", token, *given)
 
@@ -76,9 +75,9 @@ def _tidemill(home: Home, *words: str) -> str:
 @contextlib.contextmanager
 def cloud_on_ray(nodes: int) -> Iterator[Home]:
     """A cloud of so many machines, which are nodes of one Ray cluster."""
-    with contextlib.ExitStack() as stack:
-        home = stack.enter_context(cloud(engine="ray", ray_port=free_port()))
-        members(stack, home, nodes - 1)
+    with cloud(engine="ray", ray_port=free_port()) as home:
+        until_ready(home, 1)
+        members(home, nodes - 1)
         until_ready(home, nodes)
         yield home
 
@@ -115,9 +114,8 @@ def that_fit(jobs: int) -> int:
 def measure_running(jobs: int, machines: int, hold_s: float) -> dict[str, float]:
     """What it took to have so many jobs run at once, and to serve them for ``hold_s``."""
     spec = {"name": "many", "run": "sleep 3600", "resources": {"gpus": "none", "cpus": 0.001, "memory": "16MB"}}
-    with contextlib.ExitStack() as stack:
-        home = stack.enter_context(cloud(engine="none"))
-        members(stack, home, machines)
+    with cloud(engine="none") as home:
+        members(home, machines)
         until_ready(home, machines)
         with watch(home) as seen:
             began = time.monotonic()
