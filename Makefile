@@ -39,6 +39,10 @@ quickstart: $(RUNTIME) ## train, serve and ask a small model on this machine, an
 test: $(DEV) ## the tests
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(TESTS) $(ARGS)
 
+.PHONY: test-long
+test-long: $(DEV) ## the tests that take long, one after the other: links that are cut, heads that are killed
+	@$(BIN)/python -m pytest -m long $(TESTS) $(ARGS)
+
 .PHONY: check
 check: lint types layers docs-check test ## all that continuous integration checks
 

@@ -68,7 +68,7 @@ def _tidemill(home: Home, *words: str) -> str:
     command = [str(PROGRAMS / "tidemill"), *words]
     done = subprocess.run(command, env=home.environment, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"tidemill {words[0]}: {done.stderr}")
+        raise RuntimeError(f"tidemill {words[0]} ended with {done.returncode}: {done.stderr}")
     return done.stdout
 
 
