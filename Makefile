@@ -39,10 +39,9 @@ quickstart: $(RUNTIME) ## train, serve and ask a small model on this machine, an
 test: $(DEV) ## the tests
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(TESTS) $(ARGS)
 
-.PHONY: test-slurm
-test-slurm: $(DEV) ## all tests of Slurm, those too that wait for it
-	@TIDEMILL_LONG_TESTS=1 $(BIN)/python -m pytest tests/contract/test_engine_slurm.py tests/contract/test_slurm_*.py \
-		tests/adapters/test_slurm_site.py $(ARGS)
+.PHONY: test-long
+test-long: $(DEV) ## the tests that take long, one after the other: links that are cut, heads that are killed
+	@$(BIN)/python -m pytest -m long $(TESTS) $(ARGS)
 
 .PHONY: check
 check: lint types layers docs-check test ## all that continuous integration checks

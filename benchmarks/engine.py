@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 
 from benchmarks.batches import Through, put_through, states, submit, until, watch
-from benchmarks.clouds import PROGRAMS, Home, cloud, end_on_signals, free_port, kill_all_of, machine, table
+from benchmarks.clouds import PROGRAMS, Home, cloud, end_on_signals, free_port, machine, table
 from benchmarks.rays import ray_cluster
 
 NODES: Final = 4
@@ -42,13 +42,12 @@ _A_JOB: Final = 9 << 20
 _SPARE: Final = 2 << 30
 
 
-def members(stack: contextlib.ExitStack, home: Home, count: int) -> None:
-    """So many machines join the cloud's site, each from a home of its own, and are gone with the stack."""
+def members(home: Home, count: int) -> None:
+    """So many machines join the cloud's site, each from a home of its own, and end with the cloud."""
     answer = _tidemill(home, "site", "token", "local", "--json")
     token = json.loads(answer)["token"]
     for number in range(count):
         folder = home.folder / f"machine-{number}"
-        stack.callback(kill_all_of, folder)
         given = ["--home", str(folder), "--name", f"machine-{number}", "--address", "127.0.0.1"]
         _tidemill(home, "join", home.url, "--token", token, *given)
 
@@ -69,16 +68,16 @@ def _tidemill(home: Home, *words: str) -> str:
     command = [str(PROGRAMS / "tidemill"), *words]
     done = subprocess.run(command, env=home.environment, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"tidemill {words[0]}: {done.stderr}")
+        raise RuntimeError(f"tidemill {words[0]} ended with {done.returncode}: {done.stderr}")
     return done.stdout
 
 
 @contextlib.contextmanager
 def cloud_on_ray(nodes: int) -> Iterator[Home]:
     """A cloud of so many machines, which are nodes of one Ray cluster."""
-    with contextlib.ExitStack() as stack:
-        home = stack.enter_context(cloud(engine="ray", ray_port=free_port()))
-        members(stack, home, nodes - 1)
+    with cloud(engine="ray", ray_port=free_port()) as home:
+        until_ready(home, 1)
+        members(home, nodes - 1)
         until_ready(home, nodes)
         yield home
 
@@ -115,9 +114,8 @@ def that_fit(jobs: int) -> int:
 def measure_running(jobs: int, machines: int, hold_s: float) -> dict[str, float]:
     """What it took to have so many jobs run at once, and to serve them for ``hold_s``."""
     spec = {"name": "many", "run": "sleep 3600", "resources": {"gpus": "none", "cpus": 0.001, "memory": "16MB"}}
-    with contextlib.ExitStack() as stack:
-        home = stack.enter_context(cloud(engine="none"))
-        members(stack, home, machines)
+    with cloud(engine="none") as home:
+        members(home, machines)
         until_ready(home, machines)
         with watch(home) as seen:
             began = time.monotonic()

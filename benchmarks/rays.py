@@ -1,4 +1,4 @@
-"""Ray by itself, for measuring beside: a cluster of several nodes on this machine, and its own two ways to run things.
+"""Ray by itself, for measuring beside: a cluster of several nodes on this machine, and its two ways to run commands.
 
 It is installed into ``.bench/ray`` on first use, as the latency benchmark's is, and shares nothing with Tidemill's Ray.
 """

@@ -22,10 +22,6 @@ NODES = ("n1", "n2", "n3")
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "srun", "scontrol")
 
 
-LONG = bool(os.environ.get("TIDEMILL_LONG_TESTS"))
-"""Whether tests run too that wait for Slurm for half a minute: ``make test-slurm``."""
-
-
 def why_not() -> str:
     """Why no cluster can be started here; empty when one can."""
     missing = [name for name in _PROGRAMS if not _program(name)]

@@ -13,7 +13,7 @@ import pytest
 
 from tests.adapters.test_joining import Joined
 from tests.cloud import LIVE, eventually
-from tests.slurm import LONG, NODES, Slurm, slurm_cluster, why_not
+from tests.slurm import NODES, Slurm, slurm_cluster, why_not
 from tidemill.outpost import joining
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
@@ -205,7 +205,7 @@ def test_jobs_outlive_control_plane_and_outpost_and_are_adopted(centre: Centre) 
     eventually(lambda: not centre.jobs("-t", "running,pending"), within_s=20, what="nothing is left in Slurm")
 
 
-@pytest.mark.skipif(not LONG, reason="takes half a minute: make test-slurm")
+@pytest.mark.long
 def test_a_killed_control_plane_in_the_midst_of_submitting_doubles_nothing(centre: Centre) -> None:
     jobs = []
     for _ in range(2):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm import LONG, NODES, Slurm, slurm_cluster, why_not
+from tests.slurm import NODES, Slurm, slurm_cluster, why_not
 from tidemill.engines.slurm import SlurmEngine, SlurmSettings
 from tidemill.errors import EngineLost, EngineRefused
 from tidemill.model.ids import LaunchId, NodeId, SiteId
@@ -159,7 +159,7 @@ def test_what_somebody_else_cancels_is_gone_with_slurms_word_for_it(centre: Cent
     engine.forget(spec.launch_id, node_id=spec.node_id)
 
 
-@pytest.mark.skipif(not LONG, reason="Slurm looks at time limits every half minute: make test-slurm")
+@pytest.mark.long  # Slurm looks at time limits every half minute
 def test_slurms_own_time_limit_leaves_the_grace(centre: Centre) -> None:
     """The limit is Slurm's, not the spec's: somebody shortened the job. Slurm warns as long before as the grace is."""
     engine, bench = centre.engine(), centre.bench
