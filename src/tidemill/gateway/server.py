@@ -13,7 +13,6 @@ import itertools
 import logging
 import os
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -22,6 +21,7 @@ from urllib.parse import unquote
 
 import orjson
 
+from tidemill.control.clock import SteadyClock
 from tidemill.core import tokens
 from tidemill.gateway import answers
 from tidemill.gateway.answers import Answer
@@ -88,7 +88,10 @@ class Gateway:
         hosts: frozenset[bytes],
         limits: Limits | None = None,
         feed_age_s: Callable[[], float] = lambda: 0.0,
+        clock: Callable[[], int] | None = None,
     ) -> None:
+        """``clock`` gives ns since 1970, and does not jump when the machine's time of day is set."""
+        self._clock = clock or SteadyClock()
         self.pepper = pepper
         self.hosts = hosts
         self.limits = limits or Limits()
@@ -167,7 +170,7 @@ class Gateway:
         key = table.key(secret, self.pepper)
         if key is None:
             return answers.unauthorized("Incorrect API key provided. Tidemill's keys begin with tm_user_.")
-        if key.is_expired(now=time.time_ns()):
+        if key.is_expired(now=self._clock()):
             return answers.unauthorized("This API key has expired.")
         if path == b"/metrics":
             if not is_loopback or "admin" not in key.scopes or key.project:
