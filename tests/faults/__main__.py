@@ -60,7 +60,7 @@ def _run(case: Case, store: str) -> str:
         figure, outcome = str(reason), "skip"
     except Exception as error:  # noqa: BLE001 - the next case is to run
         figure, outcome = f"{type(error).__name__}: {str(error)[:300]}", "FAIL"
-        detail = traceback.format_exc()
+        detail = traceback.format_exc() + (beds.logs() if beds is not None else "")
     finally:
         if beds is not None:
             beds.close()

@@ -156,8 +156,9 @@ async def follow_logs(
     position: Position,
     *,
     follow: bool,
+    now: Callable[[], int],
 ) -> AsyncIterator[bytes]:
-    """Server-sent events: the job as it changes, its logs as they grow, and the end."""
+    """Server-sent events: the job as it changes, its logs as they grow, and the end. ``now`` gives the plane's time."""
     last_json: JobOut | None = None
     pinged = time.monotonic()
     with hub.job(job) as bell:
@@ -167,7 +168,7 @@ async def follow_logs(
                 last_json = seen.json
                 yield sse("job", seen.json)
             complete = not follow or (
-                seen.is_over and await run_in_threadpool(are_complete, logs, job, seen, wanted, now=time.time_ns())
+                seen.is_over and await run_in_threadpool(are_complete, logs, job, seen, wanted, now=now())
             )
             last = seen.is_over and complete
             while chunks := await run_in_threadpool(next_chunks, logs, job, wanted, position, last=last):
@@ -197,15 +198,23 @@ def _events(chunks: list[Chunk], after: Position) -> bytes:
 
 
 async def follow_octets(
-    logs: LogStore, hub: Hub, job: JobId, look: Callable[[], Seen], wanted: Wanted, offset: int, *, follow: bool
+    logs: LogStore,
+    hub: Hub,
+    job: JobId,
+    look: Callable[[], Seen],
+    wanted: Wanted,
+    offset: int,
+    *,
+    follow: bool,
+    now: Callable[[], int],
 ) -> AsyncIterator[bytes]:
-    """One rank's log as it is."""
+    """One rank's log as it is. ``now`` gives the plane's time."""
     attempt, rank = wanted.attempt or 1, wanted.rank or 0
     with hub.job(job) as bell:
         while True:
             seen = await run_in_threadpool(look)
             over = not follow or (
-                seen.is_over and await run_in_threadpool(are_complete, logs, job, seen, wanted, now=time.time_ns())
+                seen.is_over and await run_in_threadpool(are_complete, logs, job, seen, wanted, now=now())
             )
             while data := await run_in_threadpool(logs.read, job, attempt, rank, offset, CHUNK_BYTES):
                 offset += len(data)

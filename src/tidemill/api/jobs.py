@@ -207,13 +207,14 @@ async def logs(
         position = parse_position(last_event_id)
         if not last_event_id and tail is not None:
             position = await blocking(start_at, store, job, wanted, tail)
-        return event_stream(follow_logs(store, hub, job, look, wanted, position, follow=follow))
+        return event_stream(follow_logs(store, hub, job, look, wanted, position, follow=follow, now=call.plane.now))
     default = row.job.fence_base + max(1, row.job.attempts)
     newest = attempt or max((one for one, _ in await blocking(store.ranks, job)), default=default)
     one = Wanted(newest, rank or 0)
     offset = await blocking(store.tail, job, newest, rank or 0, tail) if tail is not None else 0
     return Streamed(
-        follow_octets(store, hub, job, look, one, offset, follow=follow), media_type="text/plain; charset=utf-8"
+        follow_octets(store, hub, job, look, one, offset, follow=follow, now=call.plane.now),
+        media_type="text/plain; charset=utf-8",
     )
 
 

@@ -13,7 +13,6 @@ import itertools
 import logging
 import os
 import re
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -22,6 +21,7 @@ from urllib.parse import unquote
 
 import orjson
 
+from tidemill.control.clock import SteadyClock
 from tidemill.core import tokens
 from tidemill.gateway import answers
 from tidemill.gateway.answers import Answer
@@ -89,8 +89,13 @@ class Gateway:
         feed_age_s: Callable[[], float] = lambda: 0.0,
         books: Books | None = None,
         place: str = "",
+        clock: Callable[[], int] | None = None,
     ) -> None:
-        """``books`` is where usage is entered; None: tokens are not metered. ``place`` is where this one listens."""
+        """``books`` is where usage is entered; None: tokens are not metered. ``place`` is where this one listens.
+
+        ``clock`` gives ns since 1970, and does not jump when the machine's time of day is set.
+        """
+        self._clock = clock or SteadyClock()
         self._place = place
         self.pepper = pepper
         self.hosts = hosts
@@ -277,7 +282,7 @@ class Gateway:
         key = table.key(secret, self.pepper)
         if key is None:
             return answers.unauthorized("Incorrect API key provided. Tidemill's keys begin with tm_user_.")
-        if key.is_expired(now=time.time_ns()):
+        if key.is_expired(now=self._clock()):
             return answers.unauthorized("This API key has expired.")
         if path == b"/metrics":
             if not is_loopback or "admin" not in key.scopes or key.project:

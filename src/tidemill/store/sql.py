@@ -231,7 +231,7 @@ class SqlStore:
             except Unavailable as error:
                 if not was_undone(error):
                     raise
-            time.sleep(pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - so that two who met do not meet again
+            time.sleep(pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - so that two do not meet again
         return self._commit(batch.epoch, rows)
 
     def _commit(self, epoch: int, rows: Rows) -> int:

@@ -44,7 +44,7 @@ class Bed:
     def up(self, *, env: dict[str, str] | None = None, under: tuple[str, ...] = ()) -> float:
         """Start the control plane; how many seconds that took."""
         began = time.monotonic()
-        with _environment(env or {}):
+        with environment(env or {}):
             self.cloud.up(under=under)
         return time.monotonic() - began
 
@@ -229,6 +229,12 @@ class Beds:
         made.mkdir()
         return made
 
+    def logs(self) -> str:
+        """How control planes ended, and the last lines that they and machines said."""
+        ends = [f"-- control plane ended: {bed.cloud.process.poll()}" for bed in self._made if bed.cloud.process]
+        paths = [path for bed in self._made for path in sorted(bed.folder.glob("*/*.log"))]
+        return "\n".join([*ends, *("\n".join([f"-- {path}", *path.read_text().splitlines()[-12:]]) for path in paths)])
+
     def close(self) -> None:
         """End everything and leave nothing."""
         for bed in self._made:
@@ -241,7 +247,8 @@ def _job_of(launch: str) -> str:
 
 
 @contextlib.contextmanager
-def _environment(given: dict[str, str]) -> Iterator[None]:
+def environment(given: dict[str, str]) -> Iterator[None]:
+    """Within, processes are started with these variables too."""
     before = {name: os.environ.get(name) for name in given}
     os.environ.update(given)
     try:
