@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.aws import Aws
+from tests.core.history import SITE
 from tests.core.test_bursting import gang
 from tests.core.yard import CALM, Yard, gpu_node, spec
 from tidemill.clouds.booting import BootSettings, boot_script
@@ -24,6 +25,7 @@ from tidemill.errors import CloudLost, Fenced, Unavailable
 from tidemill.model.cloud import Instance, InterruptionNotice, Market, ProvisionRequest, Rental, RentalState
 from tidemill.model.events import Fact, Marking, NodeMarked, NodeWentAway
 from tidemill.model.ids import JobId, NodeId, SiteId
+from tidemill.model.values import replace
 from tidemill.ports import Batch, Provisioner
 from tidemill.store.memory import MemoryStore
 from tidemill.store.sql import SqlStore
@@ -597,7 +599,8 @@ def test_each_planted_bug_is_caught(
 
 
 def test_a_view_is_of_one_site_with_forecasts_of_all_that_waits() -> None:
-    yard = Yard(nodes=(gpu_node("a", 2), gpu_node("b", 2, site_id=BURST)))
+    sites = (SITE, replace(SITE, id=BURST, name="burst"))
+    yard = Yard(nodes=(gpu_node("a", 2), gpu_node("b", 2, site_id=BURST)), sites=sites)
     runs = yard.submit(spec(2, expected_duration_ns=HOUR_NS), runs_s=3_600)
     other = yard.submit(spec(2, expected_duration_ns=3 * HOUR_NS), runs_s=10_800)
     yard.run(10)

@@ -363,7 +363,7 @@ def test_the_file_is_read_and_what_is_given_wins(tmp_path: Path) -> None:
         ("meter_every: 0s", "meter_every", "0s", "longer than nothing"),
         ("meter_every: soon", "meter_every", "soon", "duration"),
         ("workdir_limit: 2 bananas", "workdir_limit", "2 bananas", "size"),
-        ("engine: slurm", "engine", "slurm", "engines are local and ray"),
+        ("engine: slurm", "engine", "slurm", "engines are local, ray and none"),
         ("backfill: 1", "backfill", 1, "true or false"),
         ("half_life: yes", "half_life", True, "yes or no"),
         ("half_life: -3", "half_life", -3, "negative"),

@@ -13,7 +13,10 @@ from tidemill.model.plan import ObservedState
 from tidemill.testing.engine import BEGIN, eventually, observed, state
 from tidemill.testing.peer import RecordingControlPlane
 
-pytestmark = pytest.mark.skipif(bool(why_no_accounting()), reason=why_no_accounting() or "-")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(bool(why_no_accounting()), reason=why_no_accounting() or "-"),
+]
 
 
 @pytest.fixture(scope="module")

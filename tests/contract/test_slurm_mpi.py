@@ -17,6 +17,7 @@ from tidemill.model.plan import GangPlace
 from tidemill.testing.peer import RecordingControlPlane
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(bool(why_not()), reason=why_not() or "-"),
     pytest.mark.skipif(
         not shutil.which("mpirun.mpich") or not ctypes.util.find_library("mpich"),

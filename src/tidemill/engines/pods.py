@@ -50,7 +50,7 @@ _MOUNT: Final = "/tidemill"
 _GRACE_MARGIN_S: Final = 15
 _DEADLINE_MARGIN_S: Final = 1_800
 """Pulling an image counts towards a pod's deadline; the runner itself ends what takes too long."""
-_PARTS: Final = ("__init__.py", "runner")
+_PARTS: Final = ("__init__.py", "model/__init__.py", "model/ids.py", "model/storage.py", "runner")
 _PACKAGE: Final = Path(__file__).parents[1]
 _MAIN: Final = f"""import sys
 import zipfile
