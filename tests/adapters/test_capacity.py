@@ -25,7 +25,6 @@ from tidemill.errors import CloudLost, Fenced, Unavailable
 from tidemill.model.cloud import Instance, InterruptionNotice, Market, ProvisionRequest, Rental, RentalState
 from tidemill.model.events import Fact, Marking, NodeMarked, NodeWentAway
 from tidemill.model.ids import JobId, NodeId, SiteId
-from tidemill.model.values import replace
 from tidemill.ports import Batch, Provisioner
 from tidemill.store.memory import MemoryStore
 from tidemill.store.sql import SqlStore
