@@ -86,7 +86,7 @@ class PuppetEngine:
 class Peer:
     """Two organizations on one cloud, each with the roles of ``ROLES`` as tokens, and a server in a thread."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, clock: Callable[[], int] = time.time_ns) -> None:
         node = Node(
             id=NodeId("node_a"), site_id=SiteId("here"), name="a", state=NodeState.READY, version=1, boot_id="b",
             address="127.0.0.1", cpu_milli=512_000, memory_bytes=32 << 30, disk_bytes=1 << 40,
@@ -127,7 +127,7 @@ class Peer:
             rates=RateCard(id="card", rates=(Rate(resource="cpu", micro_per_hour=40_000, source="test"),)),
             directory=directory,
             vault=Vault(PEPPER),
-            clock=time.time_ns,
+            clock=clock,
         )
         self.plane.start()
         self.app = create_app(self.plane)

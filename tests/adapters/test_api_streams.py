@@ -338,3 +338,26 @@ def test_what_goes_on_without_end_ends_when_the_server_is_told_to_stop(tmp_path:
                 one.result(timeout=3)
     finally:
         peer.close()
+
+
+@pytest.mark.parametrize("ahead_s", [3_600, -3_600])
+def test_what_comes_late_is_waited_for_by_the_planes_clock(tmp_path: Path, ahead_s: int) -> None:
+    """Not by the machine's, which somebody may have set an hour ahead of it, or back."""
+    peer = Peer(tmp_path, clock=lambda: time.time_ns() - ahead_s * 1_000_000_000)
+    try:
+        job_id, launch = peer.running(name="late")
+        peer.write_log(launch, 0, b"early\n")
+        seen: list[tuple[str, Any, str]] = []
+        events = Events(peer, f"/v1/jobs/{job_id}/logs?follow=true")
+        reading = threading.Thread(target=lambda: seen.extend(events))
+        reading.start()
+        peer.report(launch, {"type": "exited", "exit_code": 0})
+        eventually(lambda: any(k == "job" and data["state"] == "succeeded" for k, data, _ in seen), what="it is over")
+        time.sleep(0.3)
+        assert peer.write_log(launch, 6, b"late\n")[0] == 200
+        reading.join(timeout=20)
+        assert not reading.is_alive(), "it waits for an hour"
+        assert seen[-1][:2] == ("end", {"state": "succeeded", "complete": True})
+        assert texts([(data, one) for kind, data, one in seen if kind == "log"]) == {(1, 0): "early\nlate\n"}
+    finally:
+        peer.close()

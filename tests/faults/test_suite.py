@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests.faults import suite
 from tests.faults.__main__ import CASES
 from tests.faults.suite import journal
 from tests.faults.suite.audit import Evidence, violations
 from tests.faults.suite.bed import Beds
 from tests.faults.suite.journal import Life
+from tests.faults.suite.registry import Case
 
 SECOND = 1_000_000_000
 HOME = Path("/home/machine")
@@ -160,13 +161,16 @@ def test_the_journal_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert {sentence[:2] for sentence in violations(replace(sound(), lives=found))} == {"I1"}
 
 
-def test_the_registry_has_a_case_for_every_fault() -> None:
-    assert suite.__doc__
-    for number, case in CASES.items():
-        assert case.number == number
-        assert case.fault
-        assert case.criterion
-        assert set(case.stores) <= {"sqlite", "postgres"}
+def row(case: Case) -> str:
+    """A case as the page on faults lists it."""
+    criterion = case.criterion.replace("<=", "≤").replace(">=", "≥").replace("+-", "±")
+    return f"| {case.number} | {case.fault} | {criterion} |"
+
+
+def test_all_cases_are_there_and_the_page_tells_of_each() -> None:
+    assert sorted(CASES) == list(range(1, 26))
+    told = (Path(__file__).parents[2] / "docs" / "faults.md").read_text(encoding="utf-8")
+    assert [row(case) for _, case in sorted(CASES.items())] == re.findall(r"^\| [0-9]+ \| .*$", told, re.MULTILINE)
 
 
 @pytest.fixture
