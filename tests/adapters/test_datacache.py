@@ -146,6 +146,37 @@ def test_many_at_once_share_one_fetch(tmp_path: Path) -> None:
     assert len(store.asked) == 2
 
 
+def test_who_waited_for_anothers_fetch_does_not_wait_for_the_end_of_its_use(tmp_path: Path) -> None:
+    """The second wanted to fetch as well; the first has fetched, and uses it for as long as its job runs."""
+
+    class Watched(threading.Event):
+        def __init__(self) -> None:
+            super().__init__()
+            self.waits = threading.Event()
+
+        def wait(self, timeout: float | None = None) -> bool:
+            self.waits.set()
+            return super().wait(timeout)
+
+    place = datacache._Place(tmp_path / "prj", manifest(FILES).digest)
+    reading = place.lock(fcntl.LOCK_SH, NEVER)  # so that both find nothing, and wait to fetch it
+    held: list[Any] = []
+    stopping = [Watched(), Watched()]
+    threads = [
+        threading.Thread(target=lambda each=each: held.append(hold(DataCache(tmp_path), FILES, stopping=each)))
+        for each in stopping
+    ]
+    for thread in threads:
+        thread.start()
+    assert all(each.waits.wait(30) for each in stopping)
+    os.close(reading)
+    for thread in threads:
+        thread.join(5)
+    for each in stopping:
+        each.set()
+    assert len(held) == 2, "one waits for the job of the other to end"
+
+
 def test_who_waits_for_anothers_fetch_can_be_stopped(tmp_path: Path) -> None:
     inside, go, stop = threading.Event(), threading.Event(), threading.Event()
 

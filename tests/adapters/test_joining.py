@@ -122,6 +122,7 @@ def test_workers_outlive_outpost_and_control_plane(joined: Joined) -> None:
         assert joined.begun(job) == ["begin 0"]
 
 
+@pytest.mark.long
 def test_a_machine_that_is_cut_off_is_silent_and_its_job_is_left_alone(joined: Joined) -> None:
     """Without a lease nothing is started elsewhere until somebody says that the machine is gone for good."""
     home = joined.join("second")
@@ -144,6 +145,7 @@ def test_a_machine_that_is_cut_off_is_silent_and_its_job_is_left_alone(joined: J
     assert (status, answer["code"]) == (409, "conflict")
 
 
+@pytest.mark.long
 def test_a_worker_without_its_control_plane_ends_when_its_lease_does(tmp_path: Path) -> None:
     joined = Joined(tmp_path, lease="2s")
     try:
@@ -170,6 +172,7 @@ def test_a_worker_without_its_control_plane_ends_when_its_lease_does(tmp_path: P
         joined.close()
 
 
+@pytest.mark.long
 def test_a_runner_that_stands_still_beyond_its_lease_does_not_keep_its_worker(tmp_path: Path) -> None:
     """Nobody but the machine itself can end that worker, and it does so before anything is started elsewhere."""
     joined = Joined(tmp_path, lease="2s")

@@ -421,7 +421,11 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., None]]] = [
 ]
 
 
-@pytest.mark.parametrize(("plant", "promise"), BUGS, ids=lambda each: each.__name__)
+@pytest.mark.parametrize(
+    ("plant", "promise"),
+    [pytest.param(*bug, marks=pytest.mark.long if bug[0] is displaces_whoever_it_likes else []) for bug in BUGS],
+    ids=lambda each: each.__name__,
+)
 def test_the_promise_catches_the_planted_bug(
     plant: Callable[[pytest.MonkeyPatch], None],
     promise: Callable[[int, tuple[Queue, ...], list[Ask]], None],

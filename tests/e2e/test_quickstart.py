@@ -71,6 +71,7 @@ def test_it_trains_serves_answers_and_accounts(home: Path) -> None:
     eventually(lambda: not left_running(home), within_s=10, what=f"nothing left: {left_running(home)}")
 
 
+@pytest.mark.long
 def test_its_outcome_is_one_json_document_the_second_time(home: Path) -> None:
     process = quickstart(home, "--json")
     output, _ = process.communicate(timeout=300)

@@ -343,6 +343,7 @@ def test_a_backup_killed_anywhere_is_whole_or_not_there(
     assert killed
 
 
+@pytest.mark.long
 def test_a_restoring_killed_at_any_step_is_the_old_home_or_the_new(tmp_path: Path, strace: str) -> None:
     """At each rename, and at every third fsync: the next restoring, or the next start, goes on where it was killed or begins again."""
     source = tmp_path / "source"

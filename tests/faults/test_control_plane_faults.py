@@ -119,7 +119,12 @@ def test_without_faults_the_auditor_is_content(cloud: Cloud, tmp_path: Path) -> 
     audit(cloud, job, workers=2)
 
 
-@pytest.mark.parametrize("delay_ms", [0, 5, 15, 30, 60, 150, 450])
+def when_long(*values: int) -> list[Any]:
+    """Parameters of which only ``make test-long`` and ``make faults`` take the time to try all."""
+    return [pytest.param(value, marks=pytest.mark.long) for value in values]
+
+
+@pytest.mark.parametrize("delay_ms", [0, 60, *when_long(5, 15, 30, 150, 450)])
 def test_killed_some_time_after_the_submission_was_acknowledged(tmp_path: Path, delay_ms: int) -> None:
     cloud = Cloud(tmp_path / "home")
     cloud.up()
@@ -133,6 +138,7 @@ def test_killed_some_time_after_the_submission_was_acknowledged(tmp_path: Path, 
         cloud.down()
 
 
+@pytest.mark.long
 def test_killed_again_and_again(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path / "home")
     cloud.up()
@@ -188,7 +194,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shim.so"
 
 
-@pytest.mark.parametrize("nth", [sign * number for number in range(2, 7) for sign in (-1, 1)])
+@pytest.mark.parametrize("nth", [-4, 3, *when_long(-6, -5, -3, -2, 2, 4, 5, 6)])
 def test_killed_at_each_sync_to_disk(tmp_path: Path, shim: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
     """Before and after each sync of the database, from becoming the leader to the end of the job."""
     cloud = Cloud(tmp_path / "home")

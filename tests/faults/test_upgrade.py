@@ -130,7 +130,7 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", list(BROKEN))
+@pytest.mark.parametrize("how", [pytest.param(how, marks=[] if how == "ends" else pytest.mark.long) for how in BROKEN])
 def test_a_version_that_does_not_come_up_gives_way_to_the_old_one(cloud: Cloud, tmp_path: Path, how: str) -> None:
     python = version(tmp_path / "next", "99.0.0")
     name, old, new = BROKEN[how]
@@ -170,6 +170,7 @@ upgrade(Path(sys.argv[1]), sys.argv[2], timeout_s=60)
 """
 
 
+@pytest.mark.long
 def test_an_upgrade_killed_before_the_new_version_started_is_finished_by_up(cloud: Cloud, tmp_path: Path) -> None:
     python = version(tmp_path / "next", "99.0.0")
     job_id = cloud.submit(task(WITNESS))

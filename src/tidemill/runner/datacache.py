@@ -90,7 +90,10 @@ class DataCache:
                 _touch(lock)
                 return Held(place.tree, lock)
             os.close(lock)
-            lock = place.lock(fcntl.LOCK_EX, stopping)
+            try:
+                lock = place.lock(fcntl.LOCK_EX, stopping, unless=place.tree.is_dir)
+            except _NotNeeded:
+                continue  # somebody fetched it, and may use it for as long as a job runs
             try:
                 if not place.tree.is_dir():
                     self._fetch(place, name, manifest, source, stopping)
@@ -272,12 +275,12 @@ class _Place:
         """Where a file with that content is, or will be."""
         return self.files / digest[:2] / digest
 
-    def lock(self, kind: int, stopping: threading.Event) -> int:
-        """An open descriptor with the set's lock, of the folder that is there now."""
+    def lock(self, kind: int, stopping: threading.Event, *, unless: Callable[[], bool] | None = None) -> int:
+        """An open descriptor with the set's lock, of the folder that is there now. Raises: as ``_locked``."""
         while True:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with contextlib.suppress(FileNotFoundError):
-                held = _locked(self.folder / "lock", kind, stopping)
+                held = _locked(self.folder / "lock", kind, stopping, unless=unless)
                 with contextlib.suppress(FileNotFoundError):
                     if _is_still(self.folder / "lock", held):
                         return held
@@ -402,8 +405,12 @@ def _link(file: Path, path: Path) -> None:
         draft.rename(path)
 
 
-def _locked(path: Path, kind: int, stopping: threading.Event) -> int:
-    """An open descriptor with the lock of that file. Raises: Closing."""
+class _NotNeeded(Exception):
+    """What a lock was wanted for has come about while waiting for it."""
+
+
+def _locked(path: Path, kind: int, stopping: threading.Event, *, unless: Callable[[], bool] | None = None) -> int:
+    """An open descriptor with the lock of that file. Raises: Closing; _NotNeeded once ``unless`` is true."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -419,6 +426,9 @@ def _locked(path: Path, kind: int, stopping: threading.Event) -> int:
                 raise
         else:
             return held
+        if unless is not None and unless():
+            os.close(held)
+            raise _NotNeeded
         if stopping.wait(_WAIT_S):
             os.close(held)
             raise Closing
