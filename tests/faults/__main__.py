@@ -8,7 +8,10 @@ import subprocess
 import sys
 import time
 import traceback
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
 
 from tests.faults.suite import clocks, crashes, machines, requests, serving, state  # noqa: F401 - they register their cases
 from tests.faults.suite.bed import Beds
@@ -22,6 +25,7 @@ def main() -> int:
     parser.add_argument("--case", default="", help="numbers, with commas; all when left out")
     parser.add_argument("--store", default=",".join(BOTH), help="sqlite, postgres, or both")
     parser.add_argument("--times", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2, help="cases that run beside each other (2)")
     parser.add_argument("--seeds", type=int, default=2000, help="of the simulation; 0 for none")
     parser.add_argument("--list", action="store_true", help="say what there is, and do nothing")
     given = parser.parse_args()
@@ -33,13 +37,13 @@ def main() -> int:
     failed: set[int] = set()
     skipped: set[int] = set()
     for _ in range(given.times):
-        for each in chosen:
-            for store in each.stores:
-                if store in given.store.split(","):
-                    outcome = _run(each, store)
-                    failed |= {each.number} if outcome == "FAIL" else set()
-                    skipped |= {each.number} if outcome == "skip" else set()
-    seeds, bad_seeds = _simulate(given.seeds) if given.seeds and not given.case else (0, 0)
+        for done in _run_all(chosen, given.store.split(","), jobs=given.jobs):
+            print(f"{done.text}\n     {done.figure}", flush=True)
+            if done.detail:
+                print(done.detail, file=sys.stderr, flush=True)
+            failed |= {done.number} if done.outcome == "FAIL" else set()
+            skipped |= {done.number} if done.outcome == "skip" else set()
+    seeds, bad_seeds = _simulate(given.seeds, given.jobs) if given.seeds and not given.case else (0, 0)
     passed = {each.number for each in chosen} - failed - skipped
     if skipped - failed:
         print(f"not shown here: {', '.join(map(str, sorted(skipped - failed)))}")
@@ -47,7 +51,31 @@ def main() -> int:
     return 1 if failed or bad_seeds else 0
 
 
-def _run(case: Case, store: str) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """How one case went on one store. ``outcome`` is pass, skip or FAIL; ``detail`` is empty unless it failed."""
+
+    number: int
+    outcome: str
+    text: str
+    figure: str
+    detail: str
+
+
+def _run_all(chosen: list[Case], stores: list[str], *, jobs: int) -> Iterator[Done]:
+    """Each case on each of its stores: first those that may run beside others, then the rest."""
+    runs = [(each, store) for each in chosen for store in each.stores if store in stores]
+    beside = [(each.number, store) for each, store in runs if jobs > 1 and not each.is_alone]
+    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as lanes:
+        for done in as_completed([lanes.submit(_run, number, store) for number, store in beside]):
+            yield done.result()
+    for each, store in runs:
+        if (each.number, store) not in beside:
+            yield _run(each.number, store)
+
+
+def _run(number: int, store: str) -> Done:
+    case = CASES[number]
     began = time.monotonic()
     postgres: Postgres | None = None
     beds: Beds | None = None
@@ -67,18 +95,13 @@ def _run(case: Case, store: str) -> str:
         if postgres is not None:
             postgres.remove()
     took = time.monotonic() - began
-    print(f"{case.number:>3}  {store:<8}  {outcome}  {took:6.1f} s  {case.fault}\n     {figure}", flush=True)
-    if detail:
-        print(detail, file=sys.stderr, flush=True)
-    return outcome
+    text = f"{number:>3}  {store:<8}  {outcome}  {took:6.1f} s  {case.fault}"
+    return Done(number=number, outcome=outcome, text=text, figure=figure, detail=detail)
 
 
-def _simulate(seeds: int) -> tuple[int, int]:
+def _simulate(seeds: int, jobs: int) -> tuple[int, int]:
     """How many seeds of the simulation were run, and how many of them failed."""
-    if not (Path(__file__).parent / "simulation").exists():
-        print("the simulation is not part of this checkout")
-        return 0, 0
-    command = [sys.executable, "-m", "tests.faults.simulation", "--seeds", str(seeds)]
+    command = [sys.executable, "-m", "tests.faults.simulation", "--seeds", str(seeds), "--jobs", str(jobs)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     lines = done.stdout.strip().splitlines()
     print("\n".join(lines[-5:]), flush=True)

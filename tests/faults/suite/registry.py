@@ -23,6 +23,8 @@ class Case:
     fault: str
     criterion: str
     stores: tuple[str, ...]
+    is_alone: bool
+    """It compares how quick something is, so nothing else may run beside it."""
     run: Callable[[Beds], str]
 
 
@@ -30,13 +32,15 @@ CASES: Final[dict[int, Case]] = {}
 
 
 def case(
-    number: int, fault: str, criterion: str, *, stores: tuple[str, ...] = BOTH
+    number: int, fault: str, criterion: str, *, stores: tuple[str, ...] = BOTH, is_alone: bool = False
 ) -> Callable[[Callable[[Beds], str]], Callable[[Beds], str]]:
     """Register a function as the case of that number."""
 
     def registered(function: Callable[[Beds], str]) -> Callable[[Beds], str]:
         assert number not in CASES, f"case {number} is there twice"
-        CASES[number] = Case(number=number, fault=fault, criterion=criterion, stores=stores, run=function)
+        CASES[number] = Case(
+            number=number, fault=fault, criterion=criterion, stores=stores, is_alone=is_alone, run=function
+        )
         return function
 
     return registered

@@ -35,6 +35,7 @@ def killed_replica(beds: Beds) -> str:
     8,
     "SIGSTOP of a replica: its port is open and nothing is answered",
     "ejected <= 15 s; the others answer as quickly as before",
+    is_alone=True,
 )
 def hung_replica(beds: Beds) -> str:
     return _on(beds, gateway_cases.case_8)
@@ -44,6 +45,7 @@ def hung_replica(beds: Beds) -> str:
     24,
     "kill -9 of a gateway with 256 streams; ten times too many requests; slow readers; 1,000 who leave",
     "tokens to within 1 s; goodput >= 90 %; refused at once; no slot lost; memory <= 2 x",
+    is_alone=True,
 )
 def gateway_under_pressure(beds: Beds) -> str:
     return _on(beds, gateway_cases.case_24)
