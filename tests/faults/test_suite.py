@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests.faults.__main__ import CASES
 from tests.faults.suite import journal
 from tests.faults.suite.audit import Evidence, violations
 from tests.faults.suite.bed import Beds
 from tests.faults.suite.journal import Life
 from tests.faults.suite.registry import Case
+from tests.faults.suite.running import CASES
 
 SECOND = 1_000_000_000
 HOME = Path("/home/machine")
