@@ -43,9 +43,11 @@ class Link:
         self._loop.call_soon_threadsafe(self._abort)
 
     def close(self) -> None:
-        """End it."""
-        self.reset()
+        """End it, and return when nothing of it is left."""
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
 
     def _set(self, up: bool, down: bool) -> None:
         for event, is_open in ((self._up, up), (self._down, down)):
@@ -58,9 +60,17 @@ class Link:
         for writer in list(self._open):
             writer.transport.abort()
 
+    async def _end(self) -> None:
+        self._server.close()
+        self._abort()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
     async def _listen(self) -> int:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        return int(server.sockets[0].getsockname()[1])
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return int(self._server.sockets[0].getsockname()[1])
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open.add(writer)
