@@ -35,8 +35,8 @@ class Standby:
         self._leader = leader
         self._loop = asyncio.new_event_loop()
         self._server: asyncio.Server | None = None
-        self._open: dict[asyncio.StreamWriter, str] = {}
-        """What is connected, and to whom."""
+        self._open: dict[asyncio.Task[None] | None, str] = {}
+        """Who serves a connection, and to whom it leads. The loop itself would let go of one that waits for long."""
         self._watching: asyncio.Future[None] | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, name="standby", daemon=True)
 
@@ -58,30 +58,27 @@ class Standby:
         self._watching = asyncio.ensure_future(self._watch())
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there = await self._connect()
-        if there is None:
-            await _refuse(reader, writer)
-            writer.close()
-            return
-        self._open[writer] = there[2]
-        sending = asyncio.ensure_future(_pump(reader, there[1]))
+        own = asyncio.current_task()
+        self._open[own] = ""
         try:
-            await _pump(there[0], writer)
+            there = await self._connect()
+            if there is None:
+                await _refuse(reader, writer)
+            else:
+                self._open[own] = there[2]
+                await _hand_on(reader, writer, there[0], there[1])
         finally:
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
-            self._open.pop(writer, None)
-            for one in (writer, there[1]):
-                one.close()
+            del self._open[own]
+            writer.close()
 
     async def _watch(self) -> None:
         """Break connections to one that does not lead any more: it may stand still, and never answer."""
         while True:
             await asyncio.sleep(_RETRY_S)
             leader = self._leader()
-            for writer, url in list(self._open.items()):
-                if leader and url != leader:
-                    writer.transport.abort()
+            for serving, url in list(self._open.items()):
+                if leader and url and url != leader and serving is not None:
+                    serving.cancel()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, str] | None:
         """A connection to whoever leads, and its URL; None when nobody did in time."""
@@ -95,6 +92,25 @@ class Standby:
                     return *await asyncio.wait_for(opening, _CONNECT_S), leader
             await asyncio.sleep(_RETRY_S)
         return None
+
+
+async def _hand_on(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    there_reader: asyncio.StreamReader,
+    there_writer: asyncio.StreamWriter,
+) -> None:
+    """Connect the two until the far one has said all; broken at both ends when cancelled."""
+    sending = asyncio.ensure_future(_pump(reader, there_writer))
+    try:
+        await _pump(there_reader, writer)
+    except asyncio.CancelledError:
+        writer.transport.abort()
+        there_writer.transport.abort()
+        raise
+    finally:
+        sending.cancel()
+        there_writer.close()
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -18,7 +18,7 @@ def passed(*arguments: str) -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     last = done.stdout.strip().splitlines()[-1]
-    assert done.returncode == 0, f"{last}: {re.findall(r'^FAILED.*', done.stdout, re.MULTILINE)}"
+    assert done.returncode == 0, f"{last}\n{done.stdout[-8000:]}"
     found = re.search(r"(\d+) passed", last)
     if found is None:
         raise Skipped(last)

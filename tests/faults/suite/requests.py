@@ -167,6 +167,7 @@ def _back(bed: Bed, since: float) -> float:
     18,
     "the database crashes and is started again under load; its file is locked for 22 s",
     "nothing acknowledged is lost; 503 with Retry-After, never 401 or 404; back <= 5 s; the gateway serves all the time",
+    is_alone=True,
 )
 def database_away(beds: Beds) -> str:
     bed = beds.make()

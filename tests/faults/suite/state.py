@@ -66,6 +66,7 @@ def repeated(beds: Beds) -> str:
     17,
     "two control planes; the leader stands still, is followed, and goes on",
     "followed <= 20 s, <= 5 s when killed; the old one writes nothing; I1, I2",
+    is_alone=True,
 )
 def two_leaders(beds: Beds) -> str:
     if beds.store == "postgres":
@@ -110,7 +111,7 @@ def restored(beds: Beds) -> str:
     stop, during = threading.Event(), []
 
     def load() -> None:
-        while not stop.is_set():
+        while not stop.wait(0.05):
             during.append(bed.cloud.submit(bed.witness(f"during{len(during)}", lines=1, cpus=0.01)))
 
     loading = threading.Thread(target=load)
