@@ -120,6 +120,10 @@ bench-api: $(DEV) ## jobs through REST to the last ledger line, on PostgreSQL
 bench-engine: $(DEV) ## short jobs a second on Ray and on Slurm, beside the engines' own ways; very many jobs at once
 	@$(BIN)/python benchmarks/engine.py $(ARGS)
 
+.PHONY: bench-gateway
+bench-gateway: $(DEV) ## CPU a request of the gateway, added latency, clients that leave; beside nginx and other gateways
+	@$(BIN)/python benchmarks/gateway.py $(ARGS)
+
 .PHONY: clean
 clean: ## remove the environment, caches and what the benchmarks installed
 	@rm -rf $(VENV) .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import random
 import socket
 import threading
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,10 @@ from tidemill.runner.folders import read_json
 CONNECT_TIMEOUT_S: Final = 3.0
 ANSWER_TIMEOUT_S: Final = 15.0
 _BACKOFF_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+_REFUSED_BACKOFF_S: Final = (*_BACKOFF_S, 5.0, 15.0)
+"""Who is told no, again and again, may not be known there: as after an old backup was restored."""
+_SPREAD: Final = 0.25
+"""The part of a pause that is left to chance, so that many who lost it at once do not all come back at once."""
 
 
 class Unreachable(Exception):
@@ -55,6 +60,7 @@ class Channel:
         self._prefix = prefix
         self._connection: http.client.HTTPConnection | None = None
         self._failures = 0
+        self._is_refused = False
         self._asked = 0
         """Which of several control planes is asked, modulo their number."""
 
@@ -105,6 +111,7 @@ class Channel:
                 connection.sock.settimeout(timeout_s)
             connection.request(method, self._prefix + path, body, headers, encode_chunked=not _sized(body))
             response = connection.getresponse()
+            self._is_refused = False
             if response.status < 300 or response.status == 307:
                 self._failures = 0
                 return response
@@ -115,14 +122,15 @@ class Channel:
         if response.status >= 500 or response.status in (408, 425, 429):
             self._turn_away()
             raise Unreachable(f"{response.status} {problem.get('detail', '')}")
-        self._failures = 0
+        self._is_refused = True
         raise Refused(response.status, problem)
 
     def rest(self, until: threading.Event) -> bool:
         """Whether ``until`` was set while waiting a little, longer after each failure in a row."""
-        delay = _BACKOFF_S[min(self._failures, len(_BACKOFF_S) - 1)]
+        delays_s = _REFUSED_BACKOFF_S if self._is_refused else _BACKOFF_S
+        delay_s = delays_s[min(self._failures, len(delays_s) - 1)]
         self._failures += 1
-        return until.wait(delay)
+        return until.wait(delay_s * (1 - _SPREAD * random.random()))  # noqa: S311 - nobody is kept from guessing it
 
     def close(self) -> None:
         """Drop the connection; the next call makes another."""
