@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +87,53 @@ def test_not_all_come_back_at_the_same_time(url: str) -> None:
     assert len({pauses(channel, 503, 9)[-1] for channel in channels}) == 8
     for channel in channels:
         channel.close()
+
+
+@pytest.fixture
+def deaf() -> Iterator[str]:
+    """One that takes connections and never answers, as a process that was stopped."""
+    listening = socket.create_server(("127.0.0.1", 0), backlog=16)
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    listening.close()
+
+
+def test_when_one_is_silent_all_channels_of_the_process_ask_the_other(url: str, deaf: str, tmp_path: Path) -> None:
+    """Also the one that still waits for it: else a machine would be as long without work as its longest poll."""
+    STATUS["now"] = 200
+    file = tmp_path / "endpoint.json"
+    file.write_text(json.dumps({"api_url": deaf, "others": [deaf, url, url, deaf]}))
+    polls = Channel(api_url=deaf, endpoint_file=file, token="t", prefix="")
+    posts = polls.copy()
+    outcome: list[str] = []
+
+    def poll() -> None:
+        try:
+            polls.call("GET", "/calls", timeout_s=60)
+        except Unreachable as error:
+            outcome.append(str(error))
+
+    polling = threading.Thread(target=poll)
+    polling.start()
+    while not (polls._connection and polls._connection.sock):
+        time.sleep(0.001)
+    with pytest.raises(Unreachable):
+        posts.call("GET", "/report", timeout_s=0.2)
+    polling.join(10)
+    assert outcome, "it waits for the silent one"
+    assert polls.call("GET", "/calls") == posts.call("GET", "/report") == {}
+    assert polls.asks == posts.asks == url
+    polls.close()
+    posts.close()
+
+
+def test_one_that_is_alone_is_asked_again(deaf: str, url: str, tmp_path: Path) -> None:
+    """And where it went, says the file."""
+    file = tmp_path / "endpoint.json"
+    file.write_text(json.dumps({"api_url": deaf}))
+    channel = Channel(api_url=deaf, endpoint_file=file, token="t", prefix="")
+    with pytest.raises(Unreachable):
+        channel.call("GET", "/calls", timeout_s=0.1)
+    file.write_text(json.dumps({"api_url": url}))
+    STATUS["now"] = 200
+    assert channel.call("GET", "/calls") == {}
+    channel.close()

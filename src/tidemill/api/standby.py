@@ -67,6 +67,8 @@ class Standby:
             else:
                 self._open[own] = there[2]
                 await _hand_on(reader, writer, there[0], there[1])
+        except asyncio.CancelledError:
+            writer.transport.abort()  # another leads; asyncio's streams would log it as a mistake
         finally:
             del self._open[own]
             writer.close()
@@ -105,7 +107,6 @@ async def _hand_on(
     try:
         await _pump(there_reader, writer)
     except asyncio.CancelledError:
-        writer.transport.abort()
         there_writer.transport.abort()
         raise
     finally:

@@ -42,7 +42,8 @@ class Link:
     """One outpost at work. ``channel`` leads to the control plane, ``api_url`` is where workers here reach it.
 
     ``facts`` gives what the machines have to tell since it was last asked; ``offer`` what those need to know that join
-    the cluster which this outpost heads; ``moved`` takes the addresses of all control planes when they change.
+    the cluster which this outpost heads; ``moved`` takes the addresses of all control planes, first the one that
+    answers, when they change.
     """
 
     def __init__(
@@ -112,15 +113,16 @@ class Link:
                 raise Removed(str(refusal)) from refusal
             raise Unreachable(str(refusal)) from refusal
         except (OSError, msgspec.MsgspecError) as error:
-            self._channel.close()
+            self._channel.turn_away(is_silent=isinstance(error, TimeoutError))
             raise Unreachable(str(error)) from error
         if found.epoch < self._epoch:
-            self._channel.close()
+            self._channel.turn_away()
             raise Unreachable(f"a control plane that does not lead any more answered: its epoch is {found.epoch}")
         self._epoch = found.epoch
-        if found.replicas != self._replicas:
-            self._replicas = found.replicas
-            self._moved(found.replicas)
+        replicas = tuple(dict.fromkeys((self._channel.asks, *found.replicas))) if found.replicas else ()
+        if replicas != self._replicas:
+            self._replicas = replicas
+            self._moved(replicas)
         if found.session != self._session:
             if self._session and self._last:
                 self._session, self._last = found.session, 0

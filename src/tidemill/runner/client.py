@@ -7,6 +7,7 @@ import json
 import random
 import socket
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -45,28 +46,85 @@ class Closing(Exception):
     """The runner is about to end and waits for nothing more."""
 
 
+class Way:
+    """Which control plane all channels of a process ask. Thread-safe.
+
+    Its address is read from the endpoint file each time, because it may come back at another port; ``api_url`` is used
+    while there is no such file. Where several control planes stand in for each other the file has ``others`` too, the
+    best first: when one of them fails a channel, the next one is asked, by all channels.
+    """
+
+    def __init__(self, api_url: str, endpoint_file: Path | None) -> None:
+        self._api_url = api_url
+        self._endpoint_file = endpoint_file
+        self._at = ""
+        self._changing = threading.Lock()
+        self._channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+
+    def url(self) -> str:
+        """The one to ask now."""
+        urls = self._urls()
+        with self._changing:
+            if self._at not in urls:
+                self._at = urls[0]
+            return self._at
+
+    @property
+    def last(self) -> str:
+        """The one that was to be asked last, without a look at the file."""
+        return self._at
+
+    def join(self, channel: Channel) -> None:
+        """Tell this channel, too, when the one it waits for does not answer."""
+        with self._changing:
+            self._channels.add(channel)
+
+    def leave(self, url: str, *, is_silent: bool) -> None:
+        """Ask another than this, where there is one. One that is silent would be silent to the others that ask it."""
+        urls = self._urls()
+        with self._changing:
+            if self._at != url or len(urls) == 1:
+                return
+            self._at = urls[(urls.index(url) + 1) % len(urls)] if url in urls else urls[0]
+            waiting = [each for each in self._channels if each.asks == url] if is_silent else []
+        for channel in waiting:
+            channel.abort()
+
+    def _urls(self) -> list[str]:
+        """All there are, each once; at least one."""
+        found = (read_json(self._endpoint_file) if self._endpoint_file else None) or {}
+        others = found.get("others")
+        own = str(found.get("api_url") or self._api_url)
+        return list(dict.fromkeys([*map(str, others if isinstance(others, list) else ()), own]))
+
+
 class Channel:
     """A connection to the control plane for the use of one thread, made again when it breaks.
 
-    The address is read from the control plane's endpoint file at each connecting, because it may come back
-    at another port; ``api_url`` is used while there is no such file. Where several control planes stand in for each
-    other the file has ``others`` too, and after a failure the next one is asked.
+    ``way`` is where to; left out: to ``api_url``, or where ``endpoint_file`` says.
     """
 
-    def __init__(self, *, api_url: str, endpoint_file: Path | None, token: str, prefix: str) -> None:
+    def __init__(
+        self, *, api_url: str, endpoint_file: Path | None, token: str, prefix: str, way: Way | None = None
+    ) -> None:
         self._api_url = api_url
         self._endpoint_file = endpoint_file
         self._token = token
         self._prefix = prefix
+        self._way = way or Way(api_url, endpoint_file)
         self._connection: http.client.HTTPConnection | None = None
         self._failures = 0
         self._is_refused = False
-        self._asked = 0
-        """Which of several control planes is asked, modulo their number."""
+        self.asks = ""
+        """The address of whom it is connected to."""
+        self._way.join(self)
 
     def copy(self) -> Channel:
         """Another connection to the same control plane, for another thread."""
-        return Channel(api_url=self._api_url, endpoint_file=self._endpoint_file, token=self._token, prefix=self._prefix)
+        return Channel(
+            api_url=self._api_url, endpoint_file=self._endpoint_file, token=self._token, prefix=self._prefix,
+            way=self._way,
+        )  # fmt: skip
 
     def call(
         self,
@@ -106,7 +164,7 @@ class Channel:
         if body is not None:
             headers["Content-Type"] = content_type if isinstance(body, bytes) else "application/octet-stream"
         try:
-            connection = self._connection or self._connect()
+            connection = self._connected()
             if connection.sock:
                 connection.sock.settimeout(timeout_s)
             connection.request(method, self._prefix + path, body, headers, encode_chunked=not _sized(body))
@@ -117,10 +175,10 @@ class Channel:
                 return response
             problem = _object(response.read())
         except (OSError, http.client.HTTPException) as error:
-            self._turn_away()
+            self.turn_away(is_silent=isinstance(error, TimeoutError))
             raise Unreachable(str(error) or type(error).__name__) from error
         if response.status >= 500 or response.status in (408, 425, 429):
-            self._turn_away()
+            self.turn_away(is_silent=False)
             raise Unreachable(f"{response.status} {problem.get('detail', '')}")
         self._is_refused = True
         raise Refused(response.status, problem)
@@ -138,6 +196,11 @@ class Channel:
         if connection:
             connection.close()
 
+    def turn_away(self, *, is_silent: bool = False) -> None:
+        """Have the next call ask another control plane, where there is one; what ``Way.leave`` does."""
+        self.close()
+        self._way.leave(self.asks, is_silent=is_silent)
+
     def abort(self) -> None:
         """Wake the thread that waits for an answer on this connection; it gets Unreachable."""
         connection = self._connection
@@ -147,27 +210,20 @@ class Channel:
             except OSError:
                 self.close()
 
-    def _turn_away(self) -> None:
-        """Have the next call ask another control plane, where there is one."""
-        self._asked += 1
-        self.close()
-
-    def _connect(self) -> http.client.HTTPConnection:
-        urls = self._urls()
-        parts = urlsplit(urls[self._asked % len(urls)])
+    def _connected(self) -> http.client.HTTPConnection:
+        """The connection to whoever is to be asked now."""
+        if self._connection is not None:
+            if self.asks == self._way.last:
+                return self._connection
+            self.close()
+        self.asks = self._way.url()
+        parts = urlsplit(self.asks)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=CONNECT_TIMEOUT_S)
         connection.connect()
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection = connection
         return connection
-
-    def _urls(self) -> list[str]:
-        found = (read_json(self._endpoint_file) if self._endpoint_file else None) or {}
-        first = str(found.get("api_url") or self._api_url)
-        others = found.get("others")
-        rest = [str(each) for each in others if each != first] if isinstance(others, list) else []
-        return [first, *rest]
 
 
 def _sized(body: bytes | Iterable[bytes] | None) -> bool:
