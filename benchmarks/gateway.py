@@ -115,12 +115,13 @@ def until_answers(port: int, key: str, what: str, log: Path | None = None) -> No
 
 
 @contextlib.contextmanager
-def tidemill(folder: Path, gone: Path) -> Iterator[tuple[Contender, Contender]]:
-    """The gateway of a cloud, and its service's replica, which is everybody's upstream."""
+def tidemill(folder: Path) -> Iterator[tuple[Contender, Contender, Path]]:
+    """The gateway of a cloud, its service's replica, which is everybody's upstream, and what that one noted as gone."""
     with cloud() as home:
-        run = f"exec {sys.executable} {_UPSTREAM} --port $PORT --gone {gone}"
         spec = {
-            "name": "mock", "kind": "service", "run": run, "ports": [{"name": "http"}],
+            "name": "mock", "kind": "service", "workdir": str(_UPSTREAM.parent), "ports": [{"name": "http"}],
+            "run": "exec python3 upstream.py --port $PORT --gone $TIDEMILL_OUTPUT_DIR/gone",
+            "env": {"packages": [f"uvloop=={uvloop.__version__}"]},
             "resources": {"gpus": "none", "cpus": 0.1, "memory": "256MB"}, "service": {"port": "http"},
         }  # fmt: skip
         file = folder / "mock.json"
@@ -132,9 +133,14 @@ def tidemill(folder: Path, gone: Path) -> Iterator[tuple[Contender, Contender]]:
         gateway = next(each for each in psutil.process_iter() if _is_gateway(each, home.folder))
         port = int(json.loads((home.folder / "endpoint.json").read_text())["gateway_url"].rsplit(":", 1)[1])
         until_answers(port, home.token, "Tidemill's gateway")
-        upstream = next(each for each in psutil.process_iter() if _is_upstream(each, gone))
+        upstream = next(each for each in psutil.process_iter() if _is_upstream(each, home.folder))
         listens = int(upstream.cmdline()[upstream.cmdline().index("--port") + 1])
-        yield Contender("tidemill", port, home.token, gateway.pid), Contender("upstream", listens, "", upstream.pid)
+        gone = next(home.folder.glob("local/volumes/*/*/output/gone"))
+        yield (
+            Contender("tidemill", port, home.token, gateway.pid),
+            Contender("upstream", listens, "", upstream.pid),
+            gone,
+        )
 
 
 def _is_gateway(process: psutil.Process, folder: Path) -> bool:
@@ -144,10 +150,11 @@ def _is_gateway(process: psutil.Process, folder: Path) -> bool:
     return False
 
 
-def _is_upstream(process: psutil.Process, gone: Path) -> bool:
+def _is_upstream(process: psutil.Process, folder: Path) -> bool:
     with contextlib.suppress(psutil.Error):
         words = process.cmdline()
-        return str(gone) in words and words[0].endswith(Path(sys.executable).name)
+        is_it = _UPSTREAM.name in words and "python" in words[0]
+        return is_it and process.environ().get("TIDEMILL_OUTPUT_DIR", "").startswith(str(folder))
     return False
 
 
@@ -444,7 +451,7 @@ def main() -> None:
     result: dict[str, Any] = {}
     try:
         with contextlib.ExitStack() as stack:
-            ours, upstream = stack.enter_context(tidemill(folder, folder / "gone"))
+            ours, upstream, gone = stack.enter_context(tidemill(folder))
             direct = Contender("direct", upstream.port, "", 0)
             upstream.pin(0)
             contenders = [ours]
@@ -460,7 +467,7 @@ def main() -> None:
                 quick = [direct, *(each for each in contenders if each.name != "litellm")]
                 result |= _told_paced(measure_paced(quick, streams=given.streams, rounds=6))
             if "gone" in wanted:
-                result |= _told_gone(measure_gone(ours, given.trials, folder / "gone"))
+                result |= _told_gone(measure_gone(ours, given.trials, gone))
     finally:
         kill_all_of(folder)
         shutil.rmtree(folder, ignore_errors=True)
