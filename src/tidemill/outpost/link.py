@@ -147,10 +147,11 @@ class Link:
                 self._to_post.notify_all()
 
     def _seen_from_here(self, spec: LaunchSpec) -> LaunchSpec:
-        """The launch with the control plane's address as it is from here."""
+        """The launch with the addresses of the control planes as they are from here."""
         variables = dict(spec.environment_variables)
         if variables.get("TIDEMILL_API_URL") == spec.api_url:
             variables["TIDEMILL_API_URL"] = self._api_url
+            variables["TIDEMILL_API_URLS"] = ",".join(dict.fromkeys((self._api_url, *self._replicas)))
         return replace(spec, api_url=self._api_url, environment_variables=tuple(variables.items()))
 
     def _gather(self) -> None:
