@@ -9,6 +9,7 @@ import pytest
 _OURS = (
     "TIDEMILL_API_URL",
     "TIDEMILL_API_URLS",
+    "TIDEMILL_API_CA",
     "TIDEMILL_TOKEN",
     "TIDEMILL_PROJECT",
     "TIDEMILL_DEBUG",

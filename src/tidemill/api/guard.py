@@ -31,6 +31,7 @@ from tidemill.model.tenant import Project, Scope
 if TYPE_CHECKING:
     from tidemill.api.follow import Hub
     from tidemill.api.once import Once
+    from tidemill.api.tls import Certificate
     from tidemill.control.identity import Identity
     from tidemill.control.plane import ControlPlane
 
@@ -48,6 +49,8 @@ class Services:
     plane: ControlPlane
     hub: Hub
     once: Once
+    certificate: Certificate | None = None
+    """What the API shows to other machines; None: it speaks HTTP."""
 
 
 class Call:

@@ -120,7 +120,10 @@ async def make_joining_token(call: Caller, name: str) -> Response:
         token, secret = call.plane.sites.joining_token(
             call.identity, site, expires_ns=call.plane.now() + lasts_ns if lasts_ns else 0
         )
-        return {"token": secret, "site": site.name, "expires_at_ns": token.expires_ns}
+        made = {"token": secret, "site": site.name, "expires_at_ns": token.expires_ns}
+        if (certificate := call.services.certificate) is not None:
+            made |= {"url": call.plane.settings.reached_at, "fingerprint": certificate.fingerprint}
+        return made
 
     return json_answer(await blocking(make), 201)
 

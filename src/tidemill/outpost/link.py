@@ -39,7 +39,8 @@ class Removed(Exception):
 
 
 class Link:
-    """One outpost at work. ``channel`` leads to the control plane, ``api_url`` is where workers here reach it.
+    """One outpost at work. ``channel`` leads to the control plane, ``api_url`` is where workers here reach it,
+    ``ca`` what vouches for it, as PEM, where that is not what all trust.
 
     ``facts`` gives what the machines have to tell since it was last asked; ``offer`` what those need to know that join
     the cluster which this outpost heads; ``moved`` takes the addresses of all control planes when they change.
@@ -51,6 +52,7 @@ class Link:
         channel: Channel,
         *,
         api_url: str,
+        ca: str = "",
         facts: Callable[[], Iterable[Fact]] = tuple,
         offer: Callable[[], tuple[tuple[str, str], ...]] = tuple,
         moved: Callable[[tuple[str, ...]], None] = lambda _: None,
@@ -58,6 +60,7 @@ class Link:
         self._engine = engine
         self._channel = channel
         self._api_url = api_url
+        self._ca = ca
         self._facts = facts
         self._offer = offer
         self._moved = moved
@@ -152,6 +155,8 @@ class Link:
         if variables.get("TIDEMILL_API_URL") == spec.api_url:
             variables["TIDEMILL_API_URL"] = self._api_url
             variables["TIDEMILL_API_URLS"] = ",".join(dict.fromkeys((self._api_url, *self._replicas)))
+            if self._ca:
+                variables["TIDEMILL_API_CA"] = self._ca
         return replace(spec, api_url=self._api_url, environment_variables=tuple(variables.items()))
 
     def _gather(self) -> None:

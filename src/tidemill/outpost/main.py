@@ -65,7 +65,11 @@ def run(home: Path, *, ready: Callable[[], None] = lambda: None) -> None:
 def channel_of(home: Path, config: OutpostConfig) -> Channel:
     """A connection to the control plane as this outpost."""
     return Channel(
-        api_url=config.control_url, endpoint_file=home / ENDPOINT, token=config.token, prefix="/v1/outposts/self"
+        api_url=config.control_url,
+        endpoint_file=home / ENDPOINT,
+        token=config.token,
+        prefix="/v1/outposts/self",
+        ca=config.ca,
     )
 
 
@@ -91,6 +95,7 @@ def link_of(
         engine,
         channel_of(home, config),
         api_url=config.control_url,
+        ca=config.ca,
         facts=facts,
         offer=offer,
         moved=moved,
@@ -181,7 +186,7 @@ def write_endpoint(home: Path, config: OutpostConfig, replicas: Iterable[str] | 
     path = home / ENDPOINT
     others = list(replicas) if replicas is not None else (read_json(path) or {}).get("others", [])
     draft = path.with_suffix(f".{os.getpid()}.new")  # the head of a cluster and its machine's agent share a home
-    draft.write_text(json.dumps({"api_url": config.control_url, "others": others}))
+    draft.write_text(json.dumps({"api_url": config.control_url, "others": others, "ca": config.ca}))
     draft.replace(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -45,10 +46,12 @@ class Channel:
 
     The address is read from the control plane's endpoint file at each connecting, because it may come back
     at another port; ``api_url`` is used while there is no such file. Where several control planes stand in for each
-    other the file has ``others`` too, and after a failure the next one is asked.
+    other the file has ``others`` too, and after a failure the next one is asked. ``ca`` has certificates, as PEM, of
+    which one has to vouch for an address with https, unless the file has others; empty: those that this machine trusts.
     """
 
-    def __init__(self, *, api_url: str, endpoint_file: Path | None, token: str, prefix: str) -> None:
+    def __init__(self, *, api_url: str, endpoint_file: Path | None, token: str, prefix: str, ca: str = "") -> None:
+        self._ca = ca
         self._api_url = api_url
         self._endpoint_file = endpoint_file
         self._token = token
@@ -60,7 +63,13 @@ class Channel:
 
     def copy(self) -> Channel:
         """Another connection to the same control plane, for another thread."""
-        return Channel(api_url=self._api_url, endpoint_file=self._endpoint_file, token=self._token, prefix=self._prefix)
+        return Channel(
+            api_url=self._api_url,
+            endpoint_file=self._endpoint_file,
+            token=self._token,
+            prefix=self._prefix,
+            ca=self._ca,
+        )
 
     def call(
         self,
@@ -145,21 +154,42 @@ class Channel:
         self.close()
 
     def _connect(self) -> http.client.HTTPConnection:
-        urls = self._urls()
+        found = (read_json(self._endpoint_file) if self._endpoint_file else None) or {}
+        urls = self._urls(found)
         parts = urlsplit(urls[self._asked % len(urls)])
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=CONNECT_TIMEOUT_S)
+        host = parts.hostname or "127.0.0.1"
+        if parts.scheme == "https":
+            context = trusting(str(found.get("ca") or self._ca))
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                host, parts.port, timeout=CONNECT_TIMEOUT_S, context=context
+            )
+        else:
+            connection = http.client.HTTPConnection(host, parts.port, timeout=CONNECT_TIMEOUT_S)
         connection.connect()
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection = connection
         return connection
 
-    def _urls(self) -> list[str]:
-        found = (read_json(self._endpoint_file) if self._endpoint_file else None) or {}
+    def _urls(self, found: Mapping[str, Any]) -> list[str]:
         first = str(found.get("api_url") or self._api_url)
         others = found.get("others")
         rest = [str(each) for each in others if each != first] if isinstance(others, list) else []
         return [first, *rest]
+
+
+def trusting(ca: str) -> ssl.SSLContext:
+    """What checks who the other side is: by these certificates, as PEM, or by what this machine trusts.
+
+    Raises: ValueError when they are none.
+    """
+    if not ca:
+        return ssl.create_default_context()
+    try:
+        context = ssl.create_default_context(cadata=ca)
+    except ssl.SSLError as error:
+        raise ValueError(f"there is no certificate in it: {error}") from error
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # a certificate that is given vouches for itself
+    return context
 
 
 def _sized(body: bytes | Iterable[bytes] | None) -> bool:

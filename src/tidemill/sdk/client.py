@@ -73,7 +73,9 @@ class Client:
         found = connection.find(url, token)
         self.project = project or ""
         self.is_local = found.is_local
-        self._http = Transport(found.url, found.token, others=found.others, retry_for_s=retry_for_s, on_retry=on_retry)
+        self._http = Transport(
+            found.url, found.token, others=found.others, ca=found.ca, retry_for_s=retry_for_s, on_retry=on_retry
+        )
 
     @property
     def url(self) -> str:

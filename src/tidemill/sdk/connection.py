@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tidemill.errors import Unauthorized, Unavailable
+from tidemill.errors import InvalidRequest, Unauthorized, Unavailable
 
 URL_VARIABLE = "TIDEMILL_API_URL"
 URLS_VARIABLE = "TIDEMILL_API_URLS"
+CA_VARIABLE = "TIDEMILL_API_CA"
 CREDENTIAL_VARIABLE = "TIDEMILL_TOKEN"
 HOME_VARIABLE = "TIDEMILL_HOME"
 
@@ -28,6 +29,8 @@ class Connection:
     token: str
     is_local: bool
     others: tuple[str, ...] = ()
+    ca: str = ""
+    """Certificates, as PEM, that vouch for addresses with https; empty: those that this machine trusts."""
 
 
 def home() -> Path:
@@ -59,7 +62,7 @@ def find(url: str | None, token: str | None) -> Connection:
     others = _others(url, several)
     token = token or os.environ.get(CREDENTIAL_VARIABLE) or ""
     if url and token:
-        return Connection(url, token, is_local=False, others=others)
+        return Connection(url, token, is_local=False, others=others, ca=_authority())
     folder = home()
     own = endpoint(folder)
     if own is None and not url:
@@ -70,6 +73,18 @@ def find(url: str | None, token: str | None) -> Connection:
     if own is not None and url.rstrip("/") in ("", own["api_url"].rstrip("/")):
         return Connection(own["api_url"], token or _admin_token(folder), is_local=True)
     raise Unauthorized(f"there is no token for {url}", mend=f"Put one in {CREDENTIAL_VARIABLE}.")
+
+
+def _authority() -> str:
+    """What the variable has, which is PEM or a file with it. Raises: InvalidRequest."""
+    given = os.environ.get(CA_VARIABLE, "")
+    if not given or "-----BEGIN" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        mend = "Write the path of a PEM file, or its content."
+        raise InvalidRequest(f"It cannot be read: {error}.", field=CA_VARIABLE, value=given, mend=mend) from None
 
 
 def _others(url: str, several: Sequence[str]) -> tuple[str, ...]:

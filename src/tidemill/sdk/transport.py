@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from ssl import SSLCertVerificationError, SSLContext
 from typing import Any, Protocol
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -111,7 +112,8 @@ class Address:
 class Transport:
     """Calls to one cloud with one token; safe to use from several threads.
 
-    ``others`` are further addresses of that cloud. Whichever answered last is asked first.
+    ``others`` are further addresses of that cloud. Whichever answered last is asked first. ``ca`` has certificates, as
+    PEM, that vouch for those with https; empty: those that this machine trusts.
     """
 
     def __init__(
@@ -120,11 +122,13 @@ class Transport:
         token: str,
         *,
         others: Iterable[str] = (),
+        ca: str = "",
         retry_for_s: float = 5.0,
         on_retry: OnRetry | None = None,
     ) -> None:
         """Raises: InvalidRequest when one of them is not an http(s) address."""
         self._addresses = tuple(Address.read(one) for one in (url, *others))
+        self._context = _trusting(ca) if any(one.secure for one in self._addresses) else None
         self._asked = 0
         """Which of the addresses is asked, modulo their number."""
         self.retry_for_s = retry_for_s
@@ -285,8 +289,7 @@ class Transport:
         for tried in range(len(self._addresses)):
             address = self._address()
             is_last = tried + 1 == len(self._addresses)
-            kind = HTTPSConnection if address.secure else HTTPConnection
-            connection = kind(address.host, address.port, timeout=CONNECT_TIMEOUT_S if is_last else TURN_AWAY_S)
+            connection = self._connection(address, CONNECT_TIMEOUT_S if is_last else TURN_AWAY_S)
             try:
                 connection.connect()  # sets TCP_NODELAY
             except OSError as error:
@@ -298,6 +301,11 @@ class Transport:
             connection.sock.settimeout(timeout_s)
             return connection, address
         raise AssertionError("unreachable: the last address raises")
+
+    def _connection(self, address: Address, timeout_s: float) -> HTTPConnection:
+        if address.secure:
+            return HTTPSConnection(address.host, address.port, timeout=timeout_s, context=self._context)
+        return HTTPConnection(address.host, address.port, timeout=timeout_s)
 
     def _address(self) -> Address:
         return self._addresses[self._asked % len(self._addresses)]
@@ -313,6 +321,16 @@ class Transport:
             connection.close()
 
 
+def _trusting(ca: str) -> SSLContext:
+    """Raises: InvalidRequest when there is no certificate in it."""
+    from tidemill.runner.client import trusting
+
+    try:
+        return trusting(ca)
+    except ValueError as error:
+        raise InvalidRequest(f"It cannot be used: {error}.", field="TIDEMILL_API_CA", mend="Give PEM.") from None
+
+
 def _target(path: str, query: Mapping[str, Any] | None) -> str:
     asked = {name: _query_text(value) for name, value in (query or {}).items() if value not in (None, "")}
     return path + (f"?{urlencode(asked)}" if asked else "")
@@ -322,6 +340,11 @@ def _unreachable(address: Address, error: Exception) -> Unavailable:
     what = "refuses connections" if isinstance(error, ConnectionRefusedError) else f"does not answer ({error!r})"
     if isinstance(error, TimeoutError):
         what = "does not answer in time"
+    if isinstance(error, SSLCertVerificationError):
+        return Unavailable(
+            f"it is not certain that {address.url} is the control plane: {error.verify_message}",
+            mend="Say what vouches for it: TIDEMILL_API_CA, a PEM file with the certificate of its authority.",
+        )
     return Unavailable(
         f"the control plane at {address.url} {what}", mend="Is it running? See: tidemill status, tidemill up."
     )
