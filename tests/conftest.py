@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-_OURS = ("TIDEMILL_API_URL", "TIDEMILL_TOKEN", "TIDEMILL_PROJECT", "TIDEMILL_DEBUG", "TIDEMILL_WORKDIR_LIMIT")
+_OURS = (
+    "TIDEMILL_API_URL",
+    "TIDEMILL_API_URLS",
+    "TIDEMILL_API_CA",
+    "TIDEMILL_TOKEN",
+    "TIDEMILL_PROJECT",
+    "TIDEMILL_DEBUG",
+    "TIDEMILL_WORKDIR_LIMIT",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -64,22 +64,23 @@ def run_foreground(home: Path, overrides: Mapping[str, Any], *, ready: Any = Non
             with _listening(settings.host, settings.gateway_port, "--gateway-port"):
                 log.debug("port %s is free for the gateway", settings.gateway_port)
         _write_endpoint(settings)
+        certificate = _certificate(settings)
         candidate = None
         if settings.shared:
-            candidate = _stand_by(settings, overrides, api_socket, gateway, tell, stack)
+            candidate = _stand_by(settings, overrides, api_socket, certificate, gateway, tell, stack)
             if candidate is None:
                 return
         plane, reports = _build(settings, candidate)
         stack.callback(plane.store.close)
-        app = create_app(plane)
-        server = _server_of(app)
+        app = create_app(plane, certificate)
+        server = _server_of(app, certificate)
 
         def started() -> None:
             plane.start()
             reports.start()
             gateway.start(plane.directory.gateway_token)
             if settings.engine == "ray":
-                _start_head(settings, plane)
+                _start_head(settings, plane, certificate)
             _spare_the_collector()
             log.info("ready at %s, gateway at %s", settings.api_url, settings.gateway_url)
             tell()
@@ -100,6 +101,7 @@ def _stand_by(
     settings: Any,
     overrides: Mapping[str, Any],
     api_socket: socket.socket,
+    certificate: Any,
     gateway: _Gateway,
     tell: Callable[[], None],
     stack: contextlib.ExitStack,
@@ -124,7 +126,7 @@ def _stand_by(
     )
     candidate = Candidate(standing, on_deposed=lambda: _begin_anew(settings.home, overrides))
     stack.callback(candidate.close)
-    standby = Standby(api_socket, lambda: candidate.leader_url)
+    standby = Standby(api_socket, lambda: candidate.leader_url, certificate=certificate)
     standby.start()
     stack.callback(standby.close)
     stop = threading.Event()
@@ -157,14 +159,38 @@ def _spare_the_collector() -> None:
     gc.set_threshold(10_000, 500, 100)
 
 
-def _server_of(app: Any) -> Any:
+def _certificate(settings: Any) -> Any:
+    """The certificate of the API; None where it has none. Raises: InvalidSetting."""
+    if not settings.tls_cert:
+        return None
+    from tidemill.api.tls import Certificate
+
+    return Certificate(Path(settings.tls_cert), Path(settings.tls_key), name=settings.address)
+
+
+def _server_of(app: Any, certificate: Any) -> Any:
     """A web server that leaves signals alone: who starts it says what they do."""
     import uvicorn
+
+    from tidemill.api.tls import Entry
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            if certificate is None or not sockets:
+                await super().startup(sockets)
+                return
+            await super().startup([])
+
+            def protocol() -> Any:
+                made: Any = self.config.http_protocol_class
+                return made(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+            entries: list[Any] = [Entry(one, certificate, protocol) for one in sockets]
+            self.servers += entries
 
     return Server(
         uvicorn.Config(
@@ -321,7 +347,7 @@ def _simulated(settings: Any, site_id: Any, clock: Callable[[], int]) -> Any:
     )
 
 
-def _start_head(settings: Any, plane: Any) -> None:
+def _start_head(settings: Any, plane: Any, certificate: Any) -> None:
     """Have the head of this machine's Ray cluster running, from before or from now on. Raises: TidemillError."""
     from tidemill.outpost import joining
     from tidemill.outpost.config import OutpostConfig, new_key, read_config, write_config
@@ -335,7 +361,8 @@ def _start_head(settings: Any, plane: Any) -> None:
             control_url="", key=new_key(), node_id=f"node_{new_key()[:16]}", name=socket.gethostname()
         )
     address = settings.address or (joining.own_address("http://192.0.2.1") if settings.is_open else settings.host)
-    control_url = f"http://{address}:{settings.port}" if settings.is_open else settings.api_url
+    scheme = "https" if settings.tls_cert else "http"
+    control_url = f"{scheme}://{address}:{settings.port}" if settings.is_open else settings.api_url
     given = {"ray_token": new_token(), **config.setting, "ray_port": str(settings.ray_port)}
     if settings.ray_redis:
         given["ray_redis"] = settings.ray_redis
@@ -343,6 +370,7 @@ def _start_head(settings: Any, plane: Any) -> None:
         config,
         engine="ray-head",
         control_url=control_url,
+        ca=certificate.authority if certificate is not None else "",
         address=address,
         site=plane.site.name,
         site_id=plane.site.id,

@@ -230,11 +230,59 @@ def test_a_service_has_its_port_and_as_much_time_to_get_ready():
         "replicas": 2,
         "port": 8080,
     }
-    found = sky(
-        resources={"ports": 8080},
-        service={"readiness_probe": "/", "replica_policy": {"min_replicas": 1, "max_replicas": 3}},
+
+
+def sky_service(**policy: Any) -> compat.Translation:
+    return sky(resources={"ports": 8080}, service={"readiness_probe": "/", "replica_policy": policy})
+
+
+@pytest.mark.parametrize(
+    ("policy", "replicas", "idle"),
+    [
+        ({"min_replicas": 2}, 2, None),
+        ({"min_replicas": 2, "max_replicas": 2}, 2, None),
+        ({"min_replicas": 1, "max_replicas": 3}, "1..3", "1200s"),
+        ({"max_replicas": 3}, "1..3", "1200s"),
+        ({"downscale_delay_seconds": 60, "min_replicas": 0, "max_replicas": 3}, "0..3", "60s"),
+    ],
+)
+def test_a_policy_of_replicas_is_a_range(policy, replicas, idle):
+    found = sky_service(**policy).checked()
+    assert found.refused == ()
+    assert (found.spec["service"]["replicas"], found.spec["service"].get("idle")) == (replicas, idle)
+
+
+def test_what_follows_from_a_rate_is_refused_by_name():
+    refused = refusals(sky_service(min_replicas=1, max_replicas=3, target_qps_per_replica=2.5))
+    assert list(refused) == ["service.replica_policy.target_qps_per_replica"]
+    assert "service.concurrency" in refused["service.replica_policy.target_qps_per_replica"]
+    refused = refusals(dstack(type="service", port=8000, replicas="1..4", scaling={"metric": "rps", "target": 10}))
+    assert list(refused) == ["scaling.metric", "scaling.target"]
+    assert (
+        "max_replicas: 4"
+        in refusals(sky_service(min_replicas=4, max_replicas=3))["service.replica_policy.max_replicas"]
     )
-    assert "replicas: 3" in refusals(found)["service.replica_policy.min_replicas"]
+
+
+@pytest.mark.parametrize(
+    ("given", "replicas", "idle"),
+    [
+        ({"replicas": "0..4"}, "0..4", "10m"),
+        ({"replicas": {"min": 0, "max": 4}}, "0..4", "10m"),
+        ({"replicas": "2..2"}, 2, None),
+        ({"scaling": {"scale_down_delay": "90s"}, "replicas": "1..4"}, "1..4", "90s"),
+        ({"replicas": "1..4", "scaling": {"scale_down_delay": "90s"}}, "1..4", "90s"),
+    ],
+)
+def test_a_range_of_replicas_of_dstack_is_ours(given, replicas, idle):
+    found = dstack(type="service", port=8000, **given).checked()
+    assert found.refused == ()
+    assert (found.spec["service"]["replicas"], found.spec["service"].get("idle")) == (replicas, idle)
+
+
+@pytest.mark.parametrize("replicas", ["4..1", "1..", 0, "0..0", 65])
+def test_a_range_of_replicas_that_cannot_be_is_refused(replicas):
+    assert "replicas" in refusals(dstack(type="service", port=8000, replicas=replicas))
 
 
 def test_a_cluster_without_a_program_is_a_worker_to_attach_to():

@@ -340,3 +340,51 @@ def test_a_program_in_a_job_tells_of_its_checkpoint(peer: Peer, monkeypatch):
     headers, body = peer.sent("POST", f"/v1/jobs/{JOB_ID}/checkpoint")[0]
     assert json.loads(body) == {"detail": "step 7"}
     assert headers["Idempotency-Key"]
+
+
+def dead_url() -> str:
+    """An address at which nothing listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+def several(monkeypatch: pytest.MonkeyPatch, *urls: str, first: str = "") -> None:
+    monkeypatch.setenv("TIDEMILL_API_URLS", ", ".join(urls))
+    monkeypatch.setenv("TIDEMILL_API_URL", first or urls[0])
+    monkeypatch.setenv("TIDEMILL_TOKEN", TOKEN)
+
+
+def test_the_next_control_plane_is_asked_when_the_first_is_dead(peer: Peer, monkeypatch):
+    several(monkeypatch, dead_url(), f"{peer.url}/")
+    with Client(retry_for_s=0) as client:
+        client.submit({"run": "true"})
+        assert client.url == peer.url  # and from now on it is asked first
+        assert client.exec("hello", ["cat"], stdin=b"words").exit_code == 7
+    assert len(peer.sent("POST", "/v1/workloads")) == 1
+
+
+def test_what_broke_halfway_is_asked_of_the_next_one_with_the_same_key(peer: Peer, monkeypatch):
+    with running_peer() as other:
+        several(monkeypatch, other.url, peer.url)
+        other.failures = ["reset"]
+        with Client() as client:
+            client.submit({"run": "true"})
+        [(sent, _)], [(again, _)] = other.sent("POST", "/v1/workloads"), peer.sent("POST", "/v1/workloads")
+        assert sent["Idempotency-Key"] == again["Idempotency-Key"]
+
+
+def test_a_token_for_another_cloud_is_not_sent_to_the_own_one(peer: Peer, monkeypatch):
+    several(monkeypatch, peer.url, first=dead_url())
+    with Client(retry_for_s=0) as client, pytest.raises(Unavailable, match="refuses connections"):
+        client.status()
+    assert not peer.requests
+    with pytest.raises(InvalidRequest):
+        Transport(peer.url, "t", others=["ftp://x"])
+
+
+def test_without_an_address_the_first_of_several_is_used(peer: Peer, monkeypatch):
+    several(monkeypatch, peer.url, dead_url())
+    monkeypatch.delenv("TIDEMILL_API_URL")
+    with Client() as client:
+        assert (client.url, client.status().version) == (peer.url, "0.1.0")

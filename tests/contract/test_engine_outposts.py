@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from tidemill.errors import EngineLost
 from tidemill.model.fleet import Outpost
 from tidemill.model.ids import NodeId, OutpostId, SiteId
 from tidemill.outpost.carrying import carry_out
+from tidemill.outpost.link import Link
 from tidemill.ports import Engine
+from tidemill.runner.client import Channel
 from tidemill.testing.engine import CHECKS, EngineBench
 from tidemill.wire.outposts import EngineAnswer, EngineCall
 
@@ -113,3 +116,18 @@ def test_an_outpost_speaks_for_its_own_machines_only() -> None:
     assert engine.nodes_of(OutpostId("out_a")) == (NodeId("mine"),)
     first.asked_s = float("-inf")  # it is gone: another may work its machine
     assert claim(NodeId("mine"), second)
+
+
+def test_a_job_is_told_of_all_control_planes_as_they_are_from_here(tmp_path: Path) -> None:
+    """The one that this outpost was told first comes first; what the job's owner set stays."""
+    channel = Channel(api_url="http://b:7070", endpoint_file=None, token="t", prefix="")
+    with local_bench(tmp_path) as bench:
+        link: Any = Link(bench.make(), channel, api_url="http://b:7070")
+        told = {"TIDEMILL_API_URL": "http://127.0.0.1:7070", "TIDEMILL_API_URLS": "http://127.0.0.1:7070"}
+        spec = bench.spec("true", api_url=told["TIDEMILL_API_URL"], environment_variables=tuple(told.items()))
+        assert dict(link._seen_from_here(spec).environment_variables) == dict.fromkeys(told, "http://b:7070")
+        link._replicas = ("http://a:7070", "http://b:7070")
+        seen = dict(link._seen_from_here(spec).environment_variables)
+        assert seen == {"TIDEMILL_API_URL": "http://b:7070", "TIDEMILL_API_URLS": "http://b:7070,http://a:7070"}
+        own = tuple((name, "http://elsewhere") for name in told)
+        assert link._seen_from_here(replace(spec, environment_variables=own)).environment_variables == own

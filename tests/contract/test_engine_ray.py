@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -111,6 +112,26 @@ def test_each_machine_does_its_own(cluster: Cluster) -> None:
         engine.launch(spec)
         cluster.control.wait_for_event(spec.launch_id, "exited")
         assert bench.starts(spec) == 1
+
+
+def test_a_machine_learns_where_the_other_control_planes_are(cluster: Cluster, tmp_path: Path) -> None:
+    engine, endpoint = cluster.engine(), cluster.folder / B / "endpoint.json"
+    spec = cluster.bench(B).spec(BEGIN)
+    other = RecordingControlPlane(tmp_path / "endpoint.json")
+    other.start()
+    cluster.control.stop()
+    try:
+        engine.replicas = (cluster.control.url, other.url)
+        engine.observe()
+        assert json.loads(endpoint.read_text())["others"] == [cluster.control.url, other.url]
+        engine.launch(spec)
+        other.wait_for_event(spec.launch_id, "exited")
+    finally:
+        engine.replicas = ()
+        cluster.control.start()
+        other.stop()
+        endpoint.unlink()
+        endpoint.symlink_to(cluster.folder / "endpoint.json")
 
 
 def test_a_gang_holds_room_in_ray_until_it_is_forgotten(cluster: Cluster) -> None:

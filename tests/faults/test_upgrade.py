@@ -119,9 +119,9 @@ def test_jobs_go_on_under_the_new_version(cloud: Cloud, tmp_path: Path) -> None:
 
 
 BROKEN = {
-    "ends": ("bootstrap.py", "        app = create_app(plane)\n", "        raise Conflict('worn out')\n"),
+    "ends": ("bootstrap.py", "        app = create_app(plane, certificate)\n", "        raise Conflict('worn out')\n"),
     "hangs": ("bootstrap.py", "        def started() -> None:\n", "        def started() -> None:\n            time.sleep(600)\n"),
-    "is deaf": ("control/plane.py", "        self.beats[launch_id] = ", "        raise Unavailable\n        self.beats[launch_id] = "),
+    "is deaf": ("control/runners.py", "        self.beats[launch_id] = ", "        raise Unavailable\n        self.beats[launch_id] = "),
     "ends after it acted": (
         "bootstrap.py",
         "            log.info(\"ready at %s, gateway at %s\", settings.api_url, settings.gateway_url)\n            tell()\n",
@@ -204,7 +204,7 @@ def test_a_cloud_on_postgresql_is_upgraded_and_goes_back(postgres: Postgres, tmp
         bad = version(tmp_path / "bad", "98.0.0")
         change(
             tmp_path / "bad" / "src" / "tidemill" / "bootstrap.py",
-            "        app = create_app(plane)\n",
+            "        app = create_app(plane, certificate)\n",
             "        raise Conflict\n",
         )
         with pytest.raises(Unavailable, match="runs again"):

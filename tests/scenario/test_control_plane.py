@@ -243,7 +243,7 @@ def test_a_question_changes_nothing_and_its_failure_is_told(cloud: SmallCloud) -
 
 def test_what_the_store_never_heard_of_is_left_alone(cloud: SmallCloud) -> None:
     """An older backup was restored: what runs may be somebody's work."""
-    spec = cloud.plane._build_launch(LAUNCH)
+    spec = cloud.plane.runners.build(LAUNCH)
     stranger = LaunchId("run_9999-0-1-0")
     cloud.machines[NodeId(spec.node_id)].launch(replace(spec, launch_id=stranger, run="endless 1 0"))
     for _ in range(30):
@@ -267,18 +267,18 @@ def test_what_was_released_and_runs_all_the_same_is_ended(cloud: SmallCloud) -> 
 
 def test_a_runner_learns_whether_to_go_on(cloud: SmallCloud) -> None:
     cloud.hurry()
-    assert not cloud.plane.beat(LAUNCH, 1, cpu_used_ns=0, rss_bytes=0).stop
+    assert not cloud.plane.runners.beat(LAUNCH, 1, cpu_used_ns=0, rss_bytes=0).stop
     with pytest.raises(Fenced, match="newer attempt"):
-        cloud.plane.beat(LAUNCH, 2, cpu_used_ns=0, rss_bytes=0)
-    told = cloud.plane.report(LAUNCH, 2, [Prepared(at_ns=cloud.now, launch_id=LAUNCH, fence=2)])
+        cloud.plane.runners.beat(LAUNCH, 2, cpu_used_ns=0, rss_bytes=0)
+    told = cloud.plane.runners.report(LAUNCH, 2, [Prepared(at_ns=cloud.now, launch_id=LAUNCH, fence=2)])
     assert isinstance(told.exception(), Fenced)
     cloud.stop(0)
     cloud.turn()
-    directive = cloud.plane.beat(LAUNCH, 1, cpu_used_ns=0, rss_bytes=0)
+    directive = cloud.plane.runners.beat(LAUNCH, 1, cpu_used_ns=0, rss_bytes=0)
     assert (directive.stop, directive.grace_ns) == (True, 2 * SECOND_NS)
     cloud.settle()
     with pytest.raises(Fenced, match="over"):
-        cloud.plane.beat(LAUNCH, 1, cpu_used_ns=0, rss_bytes=0)
+        cloud.plane.runners.beat(LAUNCH, 1, cpu_used_ns=0, rss_bytes=0)
 
 
 def test_the_loop_in_its_thread_takes_what_it_is_given_and_nothing_after_its_end() -> None:

@@ -23,7 +23,7 @@ _LONGEST_NS = 3_660 * 86_400 * 1_000_000_000
 @routes.get("/v1/projects", allow=Scope.READ, answer=PageOf[ProjectOut])
 async def list_projects(call: Caller) -> Response:
     """List the projects that the caller may see."""
-    found = await blocking(call.plane.projects, call.identity)
+    found = await blocking(call.plane.projects.of, call.identity)
     return json_answer({"items": [_project_json(call, project) for project in found], "next_cursor": ""})
 
 
@@ -34,7 +34,7 @@ async def create_project(call: Caller) -> Response:
     if call.identity.project_ids:
         raise InvalidRequest("A token of one project cannot make others.", field="name", value=given.name)
     made = await blocking(
-        call.plane.create_project,
+        call.plane.administration.create_project,
         call.identity,
         given.name,
         limit_gpu_milli=given.limit_gpu_milli,
@@ -64,7 +64,7 @@ async def create_token(call: Caller) -> Response:
 
     async def make() -> Response:
         token, secret = await blocking(
-            call.plane.create_token,
+            call.plane.access.create_token,
             call.identity,
             name=given.name,
             scopes=tuple(dict.fromkeys(given.scopes)),
@@ -82,7 +82,7 @@ async def revoke_token(call: Caller, token_id: str) -> Response:
     """Make a token worthless. Harmless to repeat."""
     if not any(token.id == token_id for token in _own_tokens(call)):
         raise missing("token", token_id)
-    await blocking(call.plane.revoke_token, call.identity, TokenId(token_id))
+    await blocking(call.plane.access.revoke_token, call.identity, TokenId(token_id))
     return json_answer(next(_token_json(call, token) for token in _own_tokens(call) if token.id == token_id))
 
 
@@ -102,7 +102,7 @@ async def list_secrets(call: Caller, project: ProjectName = "") -> Response:
 async def put_secret(call: Caller, name: str, project: ProjectName = "") -> Response:
     """Store a secret, or replace its value."""
     given = await body_of(call.request, SecretIn)
-    await blocking(call.plane.put_secret, call.project(project), name, given.value)
+    await blocking(call.plane.access.put_secret, call.project(project), name, given.value)
     return json_answer({"name": name, "updated_at_ns": call.plane.now()})
 
 

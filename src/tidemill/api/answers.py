@@ -26,7 +26,7 @@ from tidemill.api.shapes import (
     WorkerOut,
     WorkloadOut,
 )
-from tidemill.control.plane import Queued
+from tidemill.control.questions import Queued
 from tidemill.core.fairness import QueueShare
 from tidemill.core.world import World
 from tidemill.model.artifact import Artifact

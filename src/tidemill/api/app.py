@@ -43,6 +43,7 @@ from tidemill.api.problems import from_validation, on_http_error, on_tidemill_er
 from tidemill.errors import TidemillError
 
 if TYPE_CHECKING:
+    from tidemill.api.tls import Certificate
     from tidemill.control.plane import ControlPlane
     from tidemill.control.settings import Settings
 
@@ -61,9 +62,9 @@ class App(FastAPI):
         return self.openapi_schema
 
 
-def create_app(plane: ControlPlane) -> FastAPI:
+def create_app(plane: ControlPlane, certificate: Certificate | None = None) -> FastAPI:
     """The application in front of a control plane. ``close_streams`` ends what goes on without end."""
-    services = Services(plane, Hub(plane), Once())
+    services = Services(plane, Hub(plane), Once(), certificate)
 
     @contextlib.asynccontextmanager
     async def lifespan(served: FastAPI) -> AsyncIterator[None]:

@@ -115,7 +115,9 @@ def _made(call: Call, given: ArtifactIn) -> ArtifactOut:
     row = find_job(call, given.job, given.project)
     project = call.project(row.job.project_id)
     output_path(call, row.job, given.path)
-    return artifact_json(call.plane.create_artifact(project, given.name, row.job, given.path), project=project.name)
+    return artifact_json(
+        call.plane.outputs.create_artifact(project, given.name, row.job, given.path), project=project.name
+    )
 
 
 def _find(call: Call, reference: str, project: str) -> tuple[Artifact, str]:

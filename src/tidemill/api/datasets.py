@@ -13,6 +13,7 @@ from tidemill.api.jobs import ProjectName
 from tidemill.api.runners import own_launch
 from tidemill.api.shapes import DataSetIn, DataSetOut, PageOf, VolumeIn, VolumeOut
 from tidemill.control.datasets import Content
+from tidemill.control.identity import administer
 from tidemill.errors import InvalidRequest
 from tidemill.model.storage import DataSet, Volume
 from tidemill.model.tenant import Project, Scope
@@ -39,7 +40,7 @@ async def create_volume(call: Caller) -> Response:
     given = await body_of(call.request, VolumeIn)
 
     def make() -> VolumeOut:
-        call.plane.administer(call.identity)
+        administer(call.identity)
         project = call.project(given.project)
         volume = call.plane.data.create_volume(
             project,
@@ -71,7 +72,7 @@ async def delete_volume(call: Caller, name: str, project: ProjectName = "") -> R
     """Take a volume's name away, once no job uses it. Its files stay."""
 
     def delete() -> VolumeOut:
-        call.plane.administer(call.identity)
+        administer(call.identity)
         found = call.project(project)
         return _volume_json(call, call.plane.data.delete_volume(found, _plain(name, "volume")), found)
 
@@ -106,7 +107,7 @@ async def add_dataset(call: Caller) -> Response:
                 mend = "Leave it out: S3 is of no site, and is read by the control plane."
                 raise InvalidRequest("What is in S3 does not have that.", field=field, mend=mend)
             if given.endpoint:
-                call.plane.administer(call.identity)
+                administer(call.identity)
             dataset = call.plane.data.add_bucket(
                 project,
                 given.name,
@@ -117,7 +118,7 @@ async def add_dataset(call: Caller) -> Response:
                 by=call.identity.name,
             )
         else:
-            call.plane.administer(call.identity)
+            administer(call.identity)
             if given.endpoint or given.region or given.secret:
                 field = "endpoint" if given.endpoint else "region" if given.region else "secret"
                 raise InvalidRequest("A folder does not have that.", field=field, mend="Write home as s3://bucket/….")
@@ -191,7 +192,7 @@ async def launch_file(call: Caller, launch_id: str, manifest: str, digest: str, 
     launch = own_launch(call, launch_id)
 
     def find() -> Content:
-        _, _, _, workload = call.plane.launch(launch)
+        _, _, _, workload = call.plane.runners.launch(launch)
         mount = next((one for one in workload.spec.data if one.digest == manifest), None)
         if mount is None:
             raise missing("data set", manifest)
@@ -252,7 +253,7 @@ def _dataset_json(call: Call, dataset: DataSet, project: Project) -> DataSetOut:
         "digest": dataset.digest,
         "size": dataset.size,
         "files": dataset.files,
-        "cached_on": list(call.plane.copies_on(project.id, dataset.digest)),
+        "cached_on": list(call.plane.questions.copies_on(project.id, dataset.digest)),
         "checked_at_ns": dataset.checked_ns,
         "created_at_ns": dataset.created_ns,
         "created_by": dataset.created_by,

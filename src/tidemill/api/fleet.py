@@ -33,6 +33,7 @@ from tidemill.api.shapes import (
     UsageOut,
 )
 from tidemill.control.enginework import Stranger
+from tidemill.control.identity import administer
 from tidemill.core.facts import has_left
 from tidemill.model.ids import JobId, LaunchId, ProjectId
 from tidemill.model.tenant import Scope
@@ -61,7 +62,7 @@ async def status(call: Caller) -> Response:
     """Get the state of the cloud. Jobs are those that the caller may see and that are not over."""
 
     def answer() -> dict[str, Any]:
-        found = call.plane.status()
+        found = call.plane.questions.status()
         visible = set(call.visible_projects())
         jobs = Counter(job.state.value for job in list(call.plane.world.jobs.values()) if job.project_id in visible)
         return {
@@ -112,7 +113,8 @@ async def list_strangers(call: Caller) -> Response:
 
     Those whose job is known end when a newer attempt of it gets the lease; the others are left alone.
     """
-    found = call.plane.strangers(call.identity)
+    administer(call.identity)
+    found = call.plane.sites.strangers()
     return json_answer({"items": [_stranger(one) for one in found], "next_cursor": ""})
 
 
@@ -123,7 +125,8 @@ async def stop_stranger(
     grace: Annotated[float, Query(ge=0, le=86_400, description="Seconds that its worker gets to end.")] = 30,
 ) -> Response:
     """End a launch that the database has never heard of; it is forgotten once it is gone."""
-    found = call.plane.end_stranger(call.identity, LaunchId(launch_id), grace_ns=int(grace * 1e9))
+    administer(call.identity)
+    found = call.plane.sites.end_stranger(LaunchId(launch_id), grace_ns=int(grace * 1e9))
     return json_answer(_stranger(found), 202)
 
 

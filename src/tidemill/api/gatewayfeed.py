@@ -84,7 +84,7 @@ async def _changed(call: Call, since: int, wait_s: float) -> dict[str, Any]:
 
 
 def _feed(call: Call) -> dict[str, Any]:
-    version, feed = call.plane.gateway_feed()
+    version, feed = call.plane.serving.feed()
     return {"version": number_of(version), **feed}
 
 

@@ -31,6 +31,7 @@ from tidemill.model.tenant import Project, Scope
 if TYPE_CHECKING:
     from tidemill.api.follow import Hub
     from tidemill.api.once import Once
+    from tidemill.api.tls import Certificate
     from tidemill.control.identity import Identity
     from tidemill.control.plane import ControlPlane
 
@@ -48,6 +49,8 @@ class Services:
     plane: ControlPlane
     hub: Hub
     once: Once
+    certificate: Certificate | None = None
+    """What the API shows to other machines; None: it speaks HTTP."""
 
 
 class Call:
@@ -83,17 +86,17 @@ class Call:
 
     def project(self, name: str) -> Project:
         """The project of that name or id; without a name the only or the default one. Raises: NotFound."""
-        return self.plane.project(self.identity, _clean(name, "project"))
+        return self.plane.projects.find(self.identity, _clean(name, "project"))
 
     def visible_projects(self, name: str = "") -> tuple[ProjectId, ...]:
         """The ids of the named project, or of all that the caller may see."""
         if name:
             return (self.project(name).id,)
-        return tuple(project.id for project in self.plane.projects(self.identity))
+        return tuple(project.id for project in self.plane.projects.of(self.identity))
 
     def project_name(self, project_id: ProjectId) -> str:
         """The name of a project that the caller may see; its id when it is gone."""
-        for project in self.plane.projects(self.identity):
+        for project in self.plane.projects.of(self.identity):
             if project.id == project_id:
                 return project.name
         return project_id
@@ -160,7 +163,7 @@ def _guarded(framework: ASGIApp, endpoint: Endpoint | None, policy: tuple[Scope,
 
 
 def _admitted(scope: AsgiScope, plane: ControlPlane, policy: tuple[Scope, ...]) -> Identity:
-    identity = plane.authenticate(_token(scope))
+    identity = plane.directory.authenticate(_token(scope), now=plane.now())
     plane.check_leads()
     for allowed in policy:
         if identity.allows(allowed):

@@ -69,7 +69,7 @@ async def list_jobs(
             workload_id=find_workload(call, workload, project).id if workload else WorkloadId(""),
         )
         found = call.plane.store.find_jobs(where, cursor=_plain(cursor, "cursor"), limit=limit)
-        names = {one.id: one.name for one in call.plane.projects(call.identity)}
+        names = {one.id: one.name for one in call.plane.projects.of(call.identity)}
         world = call.plane.world
         return {
             "items": [
@@ -101,7 +101,7 @@ async def get_job(call: Caller, reference: str, project: ProjectName = "") -> Re
 async def stop_job(call: Caller, reference: str, project: ProjectName = "") -> Response:
     """Ask a job to end; its workers get their grace. Harmless to repeat."""
     row = await blocking(find_job, call, reference, project)
-    await durable(call.plane.stop(call.identity, [row.job.id]))
+    await durable(call.plane.jobs.stop(call.identity, [row.job.id]))
     return json_answer(await blocking(lambda: _whole(call, find_job(call, row.job.id))), 202)
 
 
@@ -110,7 +110,7 @@ async def why(call: Caller, reference: str, project: ProjectName = "") -> Respon
     """Say why a job is where it is."""
 
     def answer() -> dict[str, Any]:
-        found = call.plane.why(find_job(call, reference, project).job.id)
+        found = call.plane.questions.why(find_job(call, reference, project).job.id)
         visible, jobs = set(call.visible_projects()), call.plane.world.jobs
         lines = dict.fromkeys((found.sentence, *(reason.sentence for reason in found.reasons)))
         return {
@@ -142,7 +142,7 @@ async def checkpointed(call: Caller, reference: str, project: ProjectName = "") 
     row = await blocking(find_job, call, reference, project)
 
     async def record() -> Response:
-        await durable(call.plane.checkpointed(call.identity, row.job.id, asked.detail))
+        await durable(call.plane.runners.checkpointed(call.identity, row.job.id, asked.detail))
         return json_answer(await blocking(lambda: _whole(call, find_job(call, row.job.id))), 202)
 
     request = f"checkpoint\0{row.job.id}\0".encode() + raw
@@ -154,7 +154,7 @@ async def receipt(call: Caller, reference: str, project: ProjectName = "") -> Re
     """Say what a job took and cost so far."""
 
     def answer() -> dict[str, Any]:
-        found = call.plane.receipt(find_job(call, reference, project).job.id)
+        found = call.plane.questions.receipt(find_job(call, reference, project).job.id)
         return {
             "job": found.job,
             "name": found.name,
@@ -235,7 +235,7 @@ async def outputs(
 
 def output_path(call: Call, job: Job, path: str) -> Path:
     """The resolved path of something in a job's output folder. Raises: NotFound, InvalidRequest when it is outside."""
-    root = call.plane.output_folder(job).resolve()
+    root = call.plane.outputs.folder(job).resolve()
     try:
         found = (root / _plain(path, "path")).resolve()
     except (OSError, RuntimeError) as error:
@@ -247,7 +247,7 @@ def output_path(call: Call, job: Job, path: str) -> Path:
             "The job's output folder has nothing there.",
             field="path",
             value=path,
-            mend=call.plane.where_output_is(job),
+            mend=call.plane.outputs.where(job),
         )
     return found
 

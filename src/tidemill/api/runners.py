@@ -38,7 +38,7 @@ async def report(call: Caller, launch_id: str) -> Response:
     """Report what happened to a worker. Harmless to repeat."""
     launch = own_launch(call, launch_id)
     given = await body_of(call.request, ReportIn)
-    directive = await durable(call.plane.report(launch, given.fence, _facts(launch, given.fence, given.events)))
+    directive = await durable(call.plane.runners.report(launch, given.fence, _facts(launch, given.fence, given.events)))
     return json_answer(_directive(stop=directive.stop, grace_ns=directive.grace_ns))
 
 
@@ -47,7 +47,7 @@ async def beat(call: Caller, launch_id: str) -> Response:
     """Say that the runner lives. Its absence alone ends nothing."""
     launch = own_launch(call, launch_id)
     given = await body_of(call.request, BeatIn)
-    directive = call.plane.beat(launch, given.fence, cpu_used_ns=given.cpu_used_ns, rss_bytes=given.rss_bytes)
+    directive = call.plane.runners.beat(launch, given.fence, cpu_used_ns=given.cpu_used_ns, rss_bytes=given.rss_bytes)
     return json_answer(_directive(stop=directive.stop, grace_ns=directive.grace_ns))
 
 
@@ -88,7 +88,7 @@ async def commands(
 @routes.get("/v1/runners/{launch_id}/secrets", allow=Scope.RUNNER, answer=dict[str, str])
 async def launch_secrets(call: Caller, launch_id: str) -> Response:
     """Get the values of the secrets that the worker's spec names."""
-    return json_answer(await blocking(call.plane.secret_values, own_launch(call, launch_id)))
+    return json_answer(await blocking(call.plane.runners.secret_values, own_launch(call, launch_id)))
 
 
 @routes.get("/v1/runners/{launch_id}/blobs/{digest}", allow=Scope.RUNNER, media=("application/octet-stream",))
@@ -97,7 +97,7 @@ async def launch_blob(call: Caller, launch_id: str, digest: str) -> Response:
     launch = own_launch(call, launch_id)
 
     def find() -> str:
-        _, _, job, workload = call.plane.launch(launch)
+        _, _, job, workload = call.plane.runners.launch(launch)
         spec, store = workload.spec, call.plane.store
         wanted = digest.removeprefix("sha256:")
         named = wanted in (spec.workdir, *(one.digest for one in spec.data)) or any(

@@ -41,8 +41,8 @@ async def list_waiting(
     def page() -> dict[str, Any]:
         wanted = call.project(project).id if project else ProjectId("")
         now = call.plane.now()
-        found = call.plane.waiting(call.identity, project=wanted, limit=limit)
-        names = {one.id: one.name for one in call.plane.projects(call.identity)}
+        found = call.plane.questions.waiting(call.identity, project=wanted, limit=limit)
+        names = {one.id: one.name for one in call.plane.projects.of(call.identity)}
         items = []
         for one in found:
             user = call.plane.directory.principal(one.workload.principal_id)
@@ -58,8 +58,8 @@ async def list_shares(call: Caller) -> Response:
     """List who has what: for each queue and project what it holds, borrowed, could have, and took lately."""
 
     def page() -> dict[str, Any]:
-        names = {one.id: one.name for one in call.plane.projects(call.identity)}
-        rows = call.plane.share(call.identity)
+        names = {one.id: one.name for one in call.plane.projects.of(call.identity)}
+        rows = call.plane.administration.share(call.identity)
         return {"items": [share_json(row, project=names.get(row.project_id, "")) for row in rows], "next_cursor": ""}
 
     return json_answer(await blocking(page))
@@ -68,7 +68,7 @@ async def list_shares(call: Caller) -> Response:
 @routes.get("/v1/queues", allow=Scope.READ, answer=PageOf[QueueOut])
 async def list_queues(call: Caller) -> Response:
     """List the places in the quota tree, as they can be sent back."""
-    return json_answer(await blocking(lambda: _queues(call, call.plane.queues(call.identity))))
+    return json_answer(await blocking(lambda: _queues(call, call.plane.administration.queues(call.identity))))
 
 
 @routes.put("/v1/queues", allow=Scope.ADMIN, body=TreeIn, answer=PageOf[QueueOut])
@@ -76,7 +76,9 @@ async def put_queues(call: Caller) -> Response:
     """Set many places in the quota tree, all of them or none. Those that are not sent stay as they are."""
     given, _ = await json_object(call.request)
     tree = read_body(TreeIn, given)
-    return json_answer(await blocking(lambda: _queues(call, call.plane.set_queues(call.identity, tree.queues))))
+    return json_answer(
+        await blocking(lambda: _queues(call, call.plane.administration.set_queues(call.identity, tree.queues)))
+    )
 
 
 @routes.put("/v1/queues/{name}", allow=Scope.ADMIN, body=QueueIn, answer=QueueOut)
@@ -89,7 +91,7 @@ async def put_queue(call: Caller, name: str) -> Response:
         raise InvalidRequest("It is not the name in the address.", field="name", value=queue.name, mend=mend)
 
     def answer() -> dict[str, Any]:
-        queues = call.plane.set_queues(call.identity, [queue])
+        queues = call.plane.administration.set_queues(call.identity, [queue])
         items: list[dict[str, Any]] = _queues(call, queues)["items"]
         return next(item for item in items if item["name"] == name)
 
@@ -97,7 +99,7 @@ async def put_queue(call: Caller, name: str) -> Response:
 
 
 def _queues(call: Call, queues: tuple[Queue, ...]) -> dict[str, Any]:
-    projects = {one.id: one.name for one in call.plane.projects(call.identity)}
+    projects = {one.id: one.name for one in call.plane.projects.of(call.identity)}
     names = {queue.id: queue.name for queue in queues}
     items = [
         queue_json(queue, parent=names.get(queue.parent_id, ""), project=projects.get(queue.project_id, ""))
@@ -111,7 +113,7 @@ async def list_reservations(call: Caller) -> Response:
     """List reservations that have a window to come, the earliest first."""
 
     def page() -> dict[str, Any]:
-        found = call.plane.reservations(call.identity)
+        found = call.plane.administration.reservations(call.identity)
         return {"items": [_reservation(call, one) for one in found], "next_cursor": ""}
 
     return json_answer(await blocking(page))
@@ -129,7 +131,7 @@ async def create_reservation(call: Caller) -> Response:
 
     def make() -> Response:
         project = None if asked.maintenance else call.project(asked.project)
-        return json_answer(_reservation(call, call.plane.reserve(call.identity, project, asked)), 201)
+        return json_answer(_reservation(call, call.plane.administration.reserve(call.identity, project, asked)), 201)
 
     return await _once(call, b"reserve\0" + raw, make)
 
@@ -139,7 +141,7 @@ async def cancel_reservation(call: Caller, name: str) -> Response:
     """Cancel a reservation, by name or id, with all its windows to come."""
 
     def cancel() -> Response:
-        return json_answer(_reservation(call, call.plane.cancel_reservation(call.identity, name)))
+        return json_answer(_reservation(call, call.plane.administration.cancel_reservation(call.identity, name)))
 
     return await _once(call, b"cancel\0" + name.encode(), cancel)
 
@@ -158,7 +160,7 @@ async def mark_node(call: Caller, node: str) -> Response:
     asked = read_body(MarkIn, given)
 
     def mark() -> Response:
-        found = call.plane.mark(call.identity, node, asked.marking, asked.reason)
+        found = call.plane.administration.mark(call.identity, node, asked.marking, asked.reason)
         return json_answer(node_json(found, call.plane.world))
 
     return await _once(call, f"mark\0{node}\0".encode() + raw, mark)

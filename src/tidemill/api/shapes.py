@@ -452,11 +452,16 @@ class RentingOut(TypedDict):
 
 
 class JoiningOut(TypedDict):
-    """A token that lets machines join a site, shown this once."""
+    """A token that lets machines join a site, shown this once.
+
+    ``url`` is there when the API has a certificate; ``fingerprint`` is that one's when no authority vouches for it.
+    """
 
     token: str
     site: str
     expires_at_ns: int
+    url: NotRequired[str]
+    fingerprint: NotRequired[str]
 
 
 class JoiningSiteOut(TypedDict):

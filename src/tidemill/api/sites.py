@@ -33,6 +33,7 @@ from tidemill.api.shapes import (
 )
 from tidemill.catalog import carbon_intensity, own_prices
 from tidemill.control.capacity import CapacityStatus
+from tidemill.control.identity import administer
 from tidemill.control.sites import SiteState
 from tidemill.control.steering import find_node
 from tidemill.errors import InvalidRequest
@@ -66,7 +67,7 @@ async def put_site(call: Caller, name: str) -> Response:
     given = await body_of(call.request, SiteIn)
 
     def put() -> dict[str, Any]:
-        call.plane.administer(call.identity)
+        administer(call.identity)
         known = next((one for one in call.plane.sites.all() if name in (one.id, one.name)), None)
         site = call.plane.sites.put(_site(name, given, known))
         return _shown(call, site.id)
@@ -85,7 +86,7 @@ async def put_link(call: Caller, name: str, other: str) -> Response:
         raise InvalidRequest(str(error), field="bandwidth", value=given.bandwidth, mend="Write 10Gbps.") from None
 
     def put() -> dict[str, Any]:
-        call.plane.administer(call.identity)
+        administer(call.identity)
         sites = call.plane.sites
         one, two = sites.find(name), sites.find(other)
         sites.link(one, two, Link(to=two.id, latency_ns=latency_ns, bits_per_s=bits_per_s))
@@ -99,7 +100,7 @@ async def delete_link(call: Caller, name: str, other: str) -> Response:
     """Forget how far two sites are from each other; answers the first."""
 
     def delete() -> dict[str, Any]:
-        call.plane.administer(call.identity)
+        administer(call.identity)
         one, two = call.plane.sites.find(name), call.plane.sites.find(other)
         call.plane.sites.link(one, two, None)
         return _shown(call, one.id)
@@ -114,12 +115,15 @@ async def make_joining_token(call: Caller, name: str) -> Response:
     lasts_ns = _duration(given.expires_in, "expires_in")
 
     def make() -> dict[str, Any]:
-        call.plane.administer(call.identity)
+        administer(call.identity)
         site = call.plane.sites.find(name)
         token, secret = call.plane.sites.joining_token(
             call.identity, site, expires_ns=call.plane.now() + lasts_ns if lasts_ns else 0
         )
-        return {"token": secret, "site": site.name, "expires_at_ns": token.expires_ns}
+        made = {"token": secret, "site": site.name, "expires_at_ns": token.expires_ns}
+        if (certificate := call.services.certificate) is not None:
+            made |= {"url": call.plane.settings.reached_at, "fingerprint": certificate.fingerprint}
+        return made
 
     return json_answer(await blocking(make), 201)
 
@@ -129,7 +133,7 @@ async def list_rentals(call: Caller) -> Response:
     """List what is rented from a cloud, what it cost this month, and for which jobs nothing is rented and why."""
 
     def answer() -> dict[str, Any]:
-        call.plane.administer(call.identity)
+        administer(call.identity)
         renting = call.plane.renting
         status = renting.status if renting is not None else CapacityStatus()
         return {
@@ -150,7 +154,7 @@ async def declare_node_lost(call: Caller, name: str) -> Response:
     """Say that a silent machine is gone for good: what it had is started elsewhere."""
 
     def lose() -> Any:
-        call.plane.administer(call.identity)
+        administer(call.identity)
         node = find_node(call.plane.world, name)
         call.plane.sites.declare_lost(node, by=call.identity.name)
         return node_json(call.plane.world.nodes[node.id], call.plane.world)
@@ -241,7 +245,7 @@ async def remove_outpost(call: Caller, outpost_id: str) -> Response:
     """Have an outpost leave, from here: its machines are drained, and once nothing runs there they are gone."""
 
     def remove() -> dict[str, Any]:
-        call.plane.administer(call.identity)
+        administer(call.identity)
         for state in call.plane.sites.states():
             for outpost, _ in state.outposts:
                 if outpost_id in (outpost.id, outpost.name):

@@ -53,7 +53,7 @@ async def quote(call: Caller) -> Response:
     """Say whether a workload would start now, where, and what it would cost. Nothing is submitted."""
     given = await body_of(call.request, SubmitIn)
     project, specs = _read(call, [given.spec], given.project, many=False)
-    found = await blocking(call.plane.quote, project, specs[0])
+    found = await blocking(call.plane.questions.quote, project, specs[0])
     visible = set(call.visible_projects())
     jobs = call.plane.world.jobs
 
@@ -74,7 +74,7 @@ async def stop_workload(call: Caller, reference: str, project: str = "") -> Resp
     """Ask all jobs of a workload to end. Harmless to repeat."""
     workload = await blocking(find_workload, call, reference, project)
     jobs = await blocking(call.plane.store.jobs_of, workload.id)
-    await durable(call.plane.stop(call.identity, [job.id for job in jobs]))
+    await durable(call.plane.jobs.stop(call.identity, [job.id for job in jobs]))
     return json_answer(await blocking(_whole, call, workload.id, ""), 202)
 
 
@@ -120,11 +120,11 @@ def _default_name(kind: object) -> str:
 async def _submit(call: Call, project: Project, specs: Sequence[WorkloadSpec], request: bytes) -> tuple[Workload, ...]:
     key = call.idempotency_key
     plane, identity = call.plane, call.identity
-    if key or plane.must_look(project, specs):
+    if key or plane.acceptance.must_look(project, specs):
         digest = request_digest(request) if key else ""
-        future = await blocking(plane.submit, identity, project, specs, idempotency_key=key, request_digest=digest)
+        future = await blocking(plane.jobs.submit, identity, project, specs, idempotency_key=key, request_digest=digest)
     else:
-        future = plane.submit(identity, project, specs)
+        future = plane.jobs.submit(identity, project, specs)
     return await durable(future)
 
 

@@ -43,6 +43,10 @@ def up_command(
     address: Annotated[
         str | None, typer.Option("--address", metavar="ADDRESS", help="Where other machines reach this one.")
     ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option("--tls-cert", metavar="FILE", help="PEM: what the API shows to other machines.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option("--tls-key", metavar="FILE", help="PEM: its key.")] = None,
     json: Json = False,
 ) -> None:
     """Start the cloud on this machine, or say that it runs already."""
@@ -52,6 +56,8 @@ def up_command(
     overrides = {
         "host": host, "port": port, "gateway_port": gateway_port, "engine": engine, "database": database,
         "shared": str(Path(shared).expanduser().resolve()) if shared else None, "address": address,
+        "tls_cert": str(tls_cert.expanduser().absolute()) if tls_cert else None,
+        "tls_key": str(tls_key.expanduser().absolute()) if tls_key else None,
     }  # fmt: skip
     given = {name: value for name, value in overrides.items() if value is not None}
     if foreground:

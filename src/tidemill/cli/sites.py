@@ -67,6 +67,18 @@ def join_command(
         ),
     ] = None,
     reserve_cpus: Annotated[float, typer.Option("--reserve-cpus", metavar="N", help="Cores kept from jobs.")] = 0.0,
+    ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--ca",
+            metavar="FILE",
+            envvar="TIDEMILL_JOIN_CA",
+            help="PEM: the authority of the control plane's certificate.",
+        ),
+    ] = None,
+    fingerprint: Annotated[
+        str, typer.Option("--fingerprint", metavar="SHA256", help="Of the control plane's own certificate.")
+    ] = "",
     home: _Home = None,
     foreground: Annotated[
         bool, typer.Option("--foreground", "-f", help="Stay in this terminal, as a service does.")
@@ -81,6 +93,7 @@ def join_command(
     url = joining.url_of(host)
     asked = OutpostConfig(
         control_url=url,
+        ca=joining.vouching(url, ca=ca, fingerprint=fingerprint),
         key="",
         node_id="",
         name=name or socket.gethostname(),
@@ -275,7 +288,9 @@ def site_token(
     if json:
         emit(made)
         return
-    say(f"tidemill join {url.partition('://')[2] if url.startswith('http://') else url} --token {made['token']}")
+    url = str(made.get("url") or url)
+    pinned = f" --fingerprint {made['fingerprint']}" if made.get("fingerprint") else ""
+    say(f"tidemill join {url.removeprefix('http://')} --token {made['token']}{pinned}")
     until = f", until {clock(int(made['expires_at_ns']))}" if made["expires_at_ns"] else ""
     note(f"run that on each machine of {made['site']}, with an address that it reaches this host by{until}")
 

@@ -140,7 +140,7 @@ def record_command(
     turns = -2  # the first two lines say what the file is, and what there was at first
     rest = b""
     found = connection.find(None, None)
-    http = Transport(found.url, found.token)
+    http = Transport(found.url, found.token, others=found.others, ca=found.ca)
     with http.open("GET", "/v1/turns") as pieces, RecordingFile(file) as kept:
         note("recording; Ctrl-C ends it" if not for_ else f"recording for {for_}")
         began = time.monotonic()

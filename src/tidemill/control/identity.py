@@ -88,6 +88,18 @@ def read_pepper(path: Path, *, create: bool) -> bytes:
     return pepper
 
 
+def administer(identity: Identity) -> None:
+    """Raises: Forbidden when the identity may not change what all projects share."""
+    identity.require(Scope.ADMIN)
+    if identity.project_ids:
+        raise Forbidden(
+            "A token of one project cannot change what all share.",
+            field="project",
+            value=identity.project_ids[0],
+            mend="Use an administrator's token that is not bound to a project.",
+        )
+
+
 def gateway_token(pepper: bytes) -> str:
     """The token of the gateways of the installation that has that key."""
     return tokens.derive("gw", "gateway", pepper)

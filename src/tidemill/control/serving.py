@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
 from tidemill.control.identity import Directory
+from tidemill.control.projects import Projects
 from tidemill.control.replicating import Scaler, endpoints
 from tidemill.core.world import World
-from tidemill.model.ids import JobId, ProjectId
+from tidemill.model.ids import JobId
 from tidemill.model.ledger import TokenUsage
-from tidemill.model.tenant import Project
 from tidemill.ports import Store
 from tidemill.units import SECOND_NS
 
@@ -27,7 +27,7 @@ class Serving:
         directory: Directory,
         *,
         world: Callable[[], World],
-        projects: Callable[[], Mapping[ProjectId, Project]],
+        projects: Projects,
         scaler: Scaler,
     ) -> None:
         self._store = store
@@ -88,5 +88,5 @@ class Serving:
 
         It is the same however often they come.
         """
-        known = self._projects()
+        known = self._projects.by_id
         return self._store.put_token_usages([usage for usage in usages if usage.project_id in known])

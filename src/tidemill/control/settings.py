@@ -34,6 +34,8 @@ class Settings:
     ``control.cloudsettings`` reads it. ``volumes`` is a folder that machines share, for checkpoints and outputs.
     ``data_cache`` is how much copies of data sets may take on this machine; zero: as much as the disk has.
 
+    ``tls_cert`` and ``tls_key`` are PEM files with the certificate that the API shows to other machines, and its key.
+
     ``shared`` is a folder that several control planes of one PostgreSQL have in common: one of them leads.
 
     ``labels``, ``taints``, ``rack`` and ``block`` say what this machine is to those who place work. ``mig_dynamic``
@@ -65,6 +67,8 @@ class Settings:
     lease: str = "none"
     address: str = ""
     shared: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
     ray_port: int = 6379
     ray_redis: str = ""
     volumes: str = ""
@@ -113,7 +117,10 @@ class Settings:
     @property
     def reached_at(self) -> str:
         """Where the control plane answers, for other machines."""
-        return f"http://{_bracketed(self.address)}:{self.port}" if self.address else self.api_url
+        if not self.address and not self.tls_cert:
+            return self.api_url
+        name = _bracketed(self.address) if self.address else self._own_name
+        return f"{'https' if self.tls_cert else 'http'}://{name}:{self.port}"
 
     @property
     def api_url(self) -> str:
@@ -191,6 +198,14 @@ def load_settings(home: Path, overrides: Mapping[str, Any]) -> Settings:
         if value is None:
             continue
         settings = replace(settings, **{name: _checked(name, value, getattr(settings, name))})
+    if bool(settings.tls_cert) != bool(settings.tls_key):
+        missing, there = ("tls_key", settings.tls_cert) if settings.tls_cert else ("tls_cert", settings.tls_key)
+        raise InvalidSetting(
+            f"There is no {missing} beside {there}.",
+            field=missing,
+            value="",
+            mend="Give both: the certificate and its key; or neither.",
+        )
     if settings.shared:
         _check_shares(settings)
     return settings
@@ -271,6 +286,10 @@ def _checked(name: str, value: Any, default: object) -> Any:
             case "volumes" | "shared":
                 if value and not Path(str(value)).is_absolute():
                     raise ValueError("a folder that machines share has the same whole path on each")
+                return str(value)
+            case "tls_cert" | "tls_key":
+                if value and not Path(str(value)).is_absolute():
+                    raise ValueError("it is the whole path of a PEM file")
                 return str(value)
             case "cloud":
                 cloud_settings(value)

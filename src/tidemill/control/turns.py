@@ -108,6 +108,11 @@ class TurnLoop:
         self._asked_recorder: Recorder | None = None
         self._thread = threading.Thread(target=self._run, name="turns", daemon=True)
 
+    @property
+    def world(self) -> World:
+        """The world, for reading only: it changes under the reader, one value at a time."""
+        return self.driver.world
+
     def start(self) -> None:
         """Begin to take turns."""
         self._thread.start()
@@ -130,6 +135,10 @@ class TurnLoop:
         question = _Question(facts, look)
         self._enqueue(question, question.future)
         return question.future
+
+    def look(self, look: Callable[[World], Answer]) -> Answer:
+        """What ``look`` makes of the world, between turns."""
+        return self.ask([], lambda _, world: look(world)).result(timeout=30)
 
     def watch(self, callback: Callable[[int], None]) -> Callable[[], None]:
         """Have ``callback`` called with the newest event's number after each commit; returns how to stop it."""

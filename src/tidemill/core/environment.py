@@ -96,6 +96,7 @@ def worker_environment(
         "TIDEMILL_NODE_RANK": node_rank,
         "TIDEMILL_NODES": ",".join(addresses),
         "TIDEMILL_API_URL": api_url,
+        "TIDEMILL_API_URLS": api_url,
     }
     if worker.devices:
         variables |= {"SLURM_GPUS_PER_NODE": gpus, "SLURM_JOB_GPUS": ",".join(map(str, range(len(worker.devices))))}

@@ -279,6 +279,8 @@ class KubernetesEngine:
         variables = dict(spec.environment_variables)
         if "TIDEMILL_API_URL" in variables:
             variables["TIDEMILL_API_URL"] = url
+            if self._settings.api_url:
+                variables["TIDEMILL_API_URLS"] = url
         return dataclasses.replace(spec, api_url=url, environment_variables=tuple(variables.items()))
 
     def _chosen(self, node_id: NodeId) -> pods.Chosen:

@@ -18,6 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
@@ -81,6 +82,8 @@ class RayEngine:
             )
         except Exception as error:
             raise EngineLost(f"Ray at {address} does not answer: {error}") from error
+        self.replicas: tuple[str, ...] = ()
+        """Where the control planes answer, which the machines are told with every call."""
         self._lock = threading.Lock()
         self._members: dict[NodeId, str] = {}
         """The Ray node of each of our nodes, as it was at ``_looked_s``."""
@@ -178,7 +181,7 @@ class RayEngine:
             member = self._look().get(node_id)
             if member is None:
                 raise EngineLost(f"{node_id} is not in the Ray cluster now")
-            reply = self._agent_on(member).call.remote(_CALLS.encode(call))
+            reply = self._agent_on(member).call.remote(self._request(call))
             answer = _ANSWERS.decode(self._ray.get(reply, timeout=_ANSWER_S))
         except TidemillError:
             raise
@@ -190,11 +193,14 @@ class RayEngine:
 
     def _ask_all(self, call: EngineCall) -> dict[NodeId, EngineAnswer]:
         """The answers that come in time, by node; each was made after this began."""
-        request = _CALLS.encode(call)
+        request = self._request(call)
         found = {
             node: _ANSWERS.decode(reply) for node, reply in self._replies(lambda agent: agent.call.remote(request))
         }
         return {node: answer for node, answer in found.items() if answer.outcome == "done"}
+
+    def _request(self, call: EngineCall) -> bytes:
+        return _CALLS.encode(replace(call, replicas=self.replicas))
 
     def _replies(self, ask: Callable[[Any], Any]) -> Iterator[tuple[NodeId, bytes]]:
         """What the agents reply in time. Raises: EngineLost when Ray itself does not answer."""

@@ -21,6 +21,7 @@ class OutpostConfig:
     ``key`` and ``node_id`` are made once, at the first joining. ``engine`` is ``local`` for one machine that is worked
     from here, ``ray`` for a machine of a Ray cluster, ``ray-head`` for the head of one, ``slurm`` and ``kubernetes``
     for somebody's cluster that is asked from here; ``settings`` are the engine's.
+    ``ca`` has certificates, as PEM, that vouch for the control plane; empty: those that this machine trusts.
     The rest describes this machine, as the settings of the same names do.
     """
 
@@ -29,6 +30,7 @@ class OutpostConfig:
     node_id: str
     name: str
     engine: str = "local"
+    ca: str = ""
     site: str = ""
     site_id: str = ""
     outpost_id: str = ""

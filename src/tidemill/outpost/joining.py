@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -26,12 +29,13 @@ from tidemill.errors import (
 )
 from tidemill.outpost.config import OutpostConfig, new_key, read_config, write_config
 from tidemill.outpost.main import channel_of, running_pid
-from tidemill.runner.client import Channel, Refused, Unreachable
+from tidemill.runner.client import Channel, Refused, Unreachable, trusting
 
 DEFAULT_PORT: Final = 7070
 _PATIENCE_S: Final = 20.0
 _STARTING_S: Final = 60.0
 _HEAD_S: Final = 60.0
+_FINGERPRINT: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def url_of(host: str) -> str:
@@ -73,6 +77,46 @@ def own_address(control_url: str) -> str:
         ) from None
 
 
+def vouching(control_url: str, *, ca: Path | None = None, fingerprint: str = "") -> str:
+    """The certificates, as PEM, that vouch for the control plane: a file's, or its own once it has that fingerprint.
+
+    Nothing is sent to it before. Empty where neither is given: what this machine trusts vouches.
+    Raises: InvalidRequest, Unauthorized when another certificate is shown, Unavailable.
+    """
+    parts = urlsplit(control_url)
+    if (ca is not None or fingerprint) and parts.scheme != "https":
+        raise InvalidRequest(
+            "Only https has certificates.", field="host", value=control_url, mend="Write https://… before the host."
+        )
+    if ca is not None:
+        try:
+            text = ca.read_text()
+            trusting(text)
+        except (OSError, ValueError) as error:
+            mend = "Give a PEM file with the certificate of the authority."
+            raise InvalidRequest(f"It cannot be used: {error}.", field="ca", value=str(ca), mend=mend) from None
+        return text
+    if not fingerprint:
+        return ""
+    if not _FINGERPRINT.fullmatch(fingerprint.lower()):
+        mend = "Write it as tidemill site token shows it: sha256: and 64 digits."
+        raise InvalidRequest("That is no fingerprint.", field="fingerprint", value=fingerprint, mend=mend)
+    try:
+        shown = ssl.get_server_certificate((str(parts.hostname), parts.port or 443), timeout=_PATIENCE_S)
+    except OSError as error:
+        mend = "See that its host is reachable from here, and that it has the setting tls_cert."
+        raise Unavailable(f"The control plane does not answer with TLS: {error}.", field="host", mend=mend) from None
+    found = f"sha256:{hashlib.sha256(ssl.PEM_cert_to_DER_cert(shown)).hexdigest()}"
+    if found != fingerprint.lower():
+        raise Unauthorized(
+            f"Another certificate is shown there: {found}.",
+            field="fingerprint",
+            value=fingerprint,
+            mend="Do not go on unless you know why: ask for a new command with tidemill site token.",
+        )
+    return shown
+
+
 def join(home: Path, token: str, asked: OutpostConfig) -> OutpostConfig:
     """The outpost as it joined, written down in its home; harmless to repeat, also after a lost answer.
 
@@ -80,7 +124,7 @@ def join(home: Path, token: str, asked: OutpostConfig) -> OutpostConfig:
     Raises: TidemillError as the control plane answers, Unavailable, Conflict when another cloud has this machine.
     """
     config = _with_identity(home, asked)
-    channel = Channel(api_url=config.control_url, endpoint_file=None, token=token, prefix="/v1")
+    channel = Channel(api_url=config.control_url, endpoint_file=None, token=token, prefix="/v1", ca=config.ca)
     found = _joining(channel)
     told = {str(name): str(value) for name, value in dict(found["settings"]).items()}
     settings = tuple(sorted({**dict(asked.settings), **told}.items()))
@@ -210,6 +254,12 @@ def _ask(channel: Channel, method: str, path: str, body: dict[str, Any] | None =
         try:
             return channel.call(method, path, None if body is None else json.dumps(body).encode())
         except Unreachable as error:
+            if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+                raise Unauthorized(
+                    f"It is not certain that this is the control plane: {error.__cause__.verify_message}.",
+                    field="host",
+                    mend="Say what vouches for it: --ca FILE, or the --fingerprint that tidemill site token shows.",
+                ) from None
             if time.monotonic() > until_s:
                 raise Unavailable(
                     f"The control plane does not answer: {error}.",

@@ -39,7 +39,8 @@ class Removed(Exception):
 
 
 class Link:
-    """One outpost at work. ``channel`` leads to the control plane, ``api_url`` is where workers here reach it.
+    """One outpost at work. ``channel`` leads to the control plane, ``api_url`` is where workers here reach it,
+    ``ca`` what vouches for it, as PEM, where that is not what all trust.
 
     ``facts`` gives what the machines have to tell since it was last asked; ``offer`` what those need to know that join
     the cluster which this outpost heads; ``moved`` takes the addresses of all control planes, first the one that
@@ -52,6 +53,7 @@ class Link:
         channel: Channel,
         *,
         api_url: str,
+        ca: str = "",
         facts: Callable[[], Iterable[Fact]] = tuple,
         offer: Callable[[], tuple[tuple[str, str], ...]] = tuple,
         moved: Callable[[tuple[str, ...]], None] = lambda _: None,
@@ -59,6 +61,7 @@ class Link:
         self._engine = engine
         self._channel = channel
         self._api_url = api_url
+        self._ca = ca
         self._facts = facts
         self._offer = offer
         self._moved = moved
@@ -149,10 +152,13 @@ class Link:
                 self._to_post.notify_all()
 
     def _seen_from_here(self, spec: LaunchSpec) -> LaunchSpec:
-        """The launch with the control plane's address as it is from here."""
+        """The launch with the addresses of the control planes as they are from here."""
         variables = dict(spec.environment_variables)
         if variables.get("TIDEMILL_API_URL") == spec.api_url:
             variables["TIDEMILL_API_URL"] = self._api_url
+            variables["TIDEMILL_API_URLS"] = ",".join(dict.fromkeys((self._api_url, *self._replicas)))
+            if self._ca:
+                variables["TIDEMILL_API_CA"] = self._ca
         return replace(spec, api_url=self._api_url, environment_variables=tuple(variables.items()))
 
     def _gather(self) -> None:

@@ -65,7 +65,11 @@ def run(home: Path, *, ready: Callable[[], None] = lambda: None) -> None:
 def channel_of(home: Path, config: OutpostConfig) -> Channel:
     """A connection to the control plane as this outpost."""
     return Channel(
-        api_url=config.control_url, endpoint_file=home / ENDPOINT, token=config.token, prefix="/v1/outposts/self"
+        api_url=config.control_url,
+        endpoint_file=home / ENDPOINT,
+        token=config.token,
+        prefix="/v1/outposts/self",
+        ca=config.ca,
     )
 
 
@@ -76,15 +80,25 @@ def link_of(
     *,
     facts: Callable[[], Iterable[Fact]] = tuple,
     offer: Callable[[], tuple[tuple[str, str], ...]] = tuple,
+    tell: Callable[[tuple[str, ...]], None] = lambda _: None,
 ) -> Link:
-    """The conversation of this outpost with whichever control plane leads, about that engine."""
+    """The conversation of this outpost with whichever control plane leads, about that engine.
+
+    ``tell`` passes the addresses of the control planes on to machines for which this outpost speaks.
+    """
+
+    def moved(replicas: tuple[str, ...]) -> None:
+        write_endpoint(home, config, replicas)
+        tell(replicas)
+
     return Link(
         engine,
         channel_of(home, config),
         api_url=config.control_url,
+        ca=config.ca,
         facts=facts,
         offer=offer,
-        moved=lambda replicas: write_endpoint(home, config, replicas),
+        moved=moved,
     )
 
 
@@ -171,8 +185,8 @@ def write_endpoint(home: Path, config: OutpostConfig, replicas: Iterable[str] | 
     """
     path = home / ENDPOINT
     others = list(replicas) if replicas is not None else (read_json(path) or {}).get("others", [])
-    draft = path.with_suffix(".new")
-    draft.write_text(json.dumps({"api_url": config.control_url, "others": others}))
+    draft = path.with_suffix(f".{os.getpid()}.new")  # the head of a cluster and its machine's agent share a home
+    draft.write_text(json.dumps({"api_url": config.control_url, "others": others, "ca": config.ca}))
     draft.replace(path)
 
 

@@ -27,7 +27,8 @@ from tidemill.engines.ray import RayEngine, node_resource, node_resources
 from tidemill.errors import EngineLost, InvalidSetting
 from tidemill.outpost.carrying import carry_out
 from tidemill.outpost.config import OutpostConfig, read_config
-from tidemill.outpost.main import describe, link_of, machine, serve, write_endpoint
+from tidemill.outpost.main import ENDPOINT, describe, link_of, machine, serve, write_endpoint
+from tidemill.runner.folders import read_json
 from tidemill.units import MILLI
 from tidemill.wire.outposts import EngineCall, report_of
 
@@ -48,11 +49,19 @@ class NodeAgent:
 
     def __init__(self) -> None:
         self._home = Path(os.environ[HOME_VARIABLE])
-        self._engine, self._facts = machine(self._home, read_config(self._home))
+        self._config = read_config(self._home)
+        self._engine, self._facts = machine(self._home, self._config)
+        self._replicas: tuple[str, ...] = ()
+        self._writing = threading.Lock()
 
     def call(self, request: bytes) -> bytes:
-        """The answer to a call of the engine, both as JSON."""
-        return _ANSWERS.encode(carry_out(self._engine, _CALLS.decode(request)))
+        """The answer to a call of the engine, both as JSON; what it says of the control planes is kept for runners."""
+        call = _CALLS.decode(request)
+        with self._writing:
+            if call.replicas and call.replicas != self._replicas:
+                write_endpoint(self._home, self._config, call.replicas)
+                self._replicas = call.replicas
+        return _ANSWERS.encode(carry_out(self._engine, call))
 
     def facts(self) -> bytes:
         """What the machine has to tell since it was last asked, as JSON."""
@@ -125,7 +134,12 @@ def drive(home: Path) -> None:
     else:
         return
     offer = (("ray_address", address), ("ray_token", config.setting["ray_token"]))
-    link = link_of(home, config, engine, facts=engine.facts, offer=lambda: offer)
+    engine.replicas = tuple((read_json(home / ENDPOINT) or {}).get("others", ()))
+
+    def tell(replicas: tuple[str, ...]) -> None:
+        engine.replicas = replicas
+
+    link = link_of(home, config, engine, facts=engine.facts, offer=lambda: offer, tell=tell)
     try:
         serve(link, stop, lambda: None)
     finally:

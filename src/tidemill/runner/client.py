@@ -6,6 +6,7 @@ import http.client
 import json
 import random
 import socket
+import ssl
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
@@ -51,10 +52,13 @@ class Way:
 
     Its address is read from the endpoint file each time, because it may come back at another port; ``api_url`` is used
     while there is no such file. Where several control planes stand in for each other the file has ``others`` too, the
-    best first: when one of them fails a channel, the next one is asked, by all channels.
+    best first: when one of them fails a channel, the next one is asked, by all channels. ``ca`` has certificates, as
+    PEM, of which one has to vouch for an address with https, unless the file has others; empty: those that this machine
+    trusts.
     """
 
-    def __init__(self, api_url: str, endpoint_file: Path | None) -> None:
+    def __init__(self, api_url: str, endpoint_file: Path | None, ca: str = "") -> None:
+        self._ca = ca
         self._api_url = api_url
         self._endpoint_file = endpoint_file
         self._at = ""
@@ -68,6 +72,10 @@ class Way:
             if self._at not in urls:
                 self._at = urls[0]
             return self._at
+
+    def ca(self) -> str:
+        """The certificates that vouch for it."""
+        return str(self._found().get("ca") or self._ca)
 
     @property
     def last(self) -> str:
@@ -92,26 +100,29 @@ class Way:
 
     def _urls(self) -> list[str]:
         """All there are, each once; at least one."""
-        found = (read_json(self._endpoint_file) if self._endpoint_file else None) or {}
+        found = self._found()
         others = found.get("others")
         own = str(found.get("api_url") or self._api_url)
         return list(dict.fromkeys([*map(str, others if isinstance(others, list) else ()), own]))
+
+    def _found(self) -> Mapping[str, Any]:
+        return (read_json(self._endpoint_file) if self._endpoint_file else None) or {}
 
 
 class Channel:
     """A connection to the control plane for the use of one thread, made again when it breaks.
 
-    ``way`` is where to; left out: to ``api_url``, or where ``endpoint_file`` says.
+    ``way`` is where to; left out: to ``api_url``, or where ``endpoint_file`` says. ``ca`` is as in ``Way``.
     """
 
     def __init__(
-        self, *, api_url: str, endpoint_file: Path | None, token: str, prefix: str, way: Way | None = None
+        self, *, api_url: str, endpoint_file: Path | None, token: str, prefix: str, ca: str = "", way: Way | None = None
     ) -> None:
         self._api_url = api_url
         self._endpoint_file = endpoint_file
         self._token = token
         self._prefix = prefix
-        self._way = way or Way(api_url, endpoint_file)
+        self._way = way or Way(api_url, endpoint_file, ca)
         self._connection: http.client.HTTPConnection | None = None
         self._failures = 0
         self._is_refused = False
@@ -218,12 +229,32 @@ class Channel:
             self.close()
         self.asks = self._way.url()
         parts = urlsplit(self.asks)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname or "127.0.0.1", parts.port, timeout=CONNECT_TIMEOUT_S)
+        host = parts.hostname or "127.0.0.1"
+        if parts.scheme == "https":
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                host, parts.port, timeout=CONNECT_TIMEOUT_S, context=trusting(self._way.ca())
+            )
+        else:
+            connection = http.client.HTTPConnection(host, parts.port, timeout=CONNECT_TIMEOUT_S)
         connection.connect()
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection = connection
         return connection
+
+
+def trusting(ca: str) -> ssl.SSLContext:
+    """What checks who the other side is: by these certificates, as PEM, or by what this machine trusts.
+
+    Raises: ValueError when they are none.
+    """
+    if not ca:
+        return ssl.create_default_context()
+    try:
+        context = ssl.create_default_context(cadata=ca)
+    except ssl.SSLError as error:
+        raise ValueError(f"there is no certificate in it: {error}") from error
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # a certificate that is given vouches for itself
+    return context
 
 
 def _sized(body: bytes | Iterable[bytes] | None) -> bool:

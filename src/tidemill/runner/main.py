@@ -119,6 +119,7 @@ class Runner:
             endpoint_file=Path(endpoint) if endpoint else None,
             token=str(spec["runner_token"]),
             prefix=f"/v1/runners/{self.launch_id}",
+            ca=str(dict(spec["environment_variables"]).get("TIDEMILL_API_CA", "")),
         )
         self.spool = Spool(folder.output, cap_bytes=int(self.settings.get("spool_cap_bytes") or DEFAULT_CAP_BYTES))
         self.shipper = Shipper(

@@ -56,7 +56,8 @@ class Client:
     """A connection to a control plane.
 
     Without arguments: ``TIDEMILL_API_URL`` and ``TIDEMILL_TOKEN``, else the control plane that ``tidemill up``
-    started here. Methods raise ``TidemillError`` and its subclasses. Use as a context manager, or ``close()``.
+    started here. When that one does not answer, the others of ``TIDEMILL_API_URLS`` are asked. Methods raise
+    ``TidemillError`` and its subclasses. Use as a context manager, or ``close()``.
     """
 
     def __init__(
@@ -71,9 +72,15 @@ class Client:
         """Raises: Unavailable when no control plane is known, Unauthorized when there is no token for it."""
         found = connection.find(url, token)
         self.project = project or ""
-        self.url = found.url
         self.is_local = found.is_local
-        self._http = Transport(found.url, found.token, retry_for_s=retry_for_s, on_retry=on_retry)
+        self._http = Transport(
+            found.url, found.token, others=found.others, ca=found.ca, retry_for_s=retry_for_s, on_retry=on_retry
+        )
+
+    @property
+    def url(self) -> str:
+        """The address of the control plane that is asked next."""
+        return self._http.url
 
     def __enter__(self) -> Self:
         return self

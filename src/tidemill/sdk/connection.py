@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tidemill.errors import Unauthorized, Unavailable
+from tidemill.errors import InvalidRequest, Unauthorized, Unavailable
 
 URL_VARIABLE = "TIDEMILL_API_URL"
+URLS_VARIABLE = "TIDEMILL_API_URLS"
+CA_VARIABLE = "TIDEMILL_API_CA"
 CREDENTIAL_VARIABLE = "TIDEMILL_TOKEN"
 HOME_VARIABLE = "TIDEMILL_HOME"
 
 
 @dataclass(frozen=True)
 class Connection:
-    """An address and a token. ``is_local`` says that both are of the control plane of this home folder."""
+    """An address and a token. ``is_local`` says that both are of the control plane of this home folder.
+
+    ``others`` are addresses at which the same cloud answers as well, to be asked when that one does not.
+    """
 
     url: str
     token: str
     is_local: bool
+    others: tuple[str, ...] = ()
+    ca: str = ""
+    """Certificates, as PEM, that vouch for addresses with https; empty: those that this machine trusts."""
 
 
 def home() -> Path:
@@ -43,13 +52,17 @@ def endpoint(folder: Path) -> dict[str, Any] | None:
 def find(url: str | None, token: str | None) -> Connection:
     """The address and token to use.
 
-    The token in the home folder goes to the home folder's own control plane only, never to another address.
+    The token in the home folder goes to the home folder's own control plane only, never to another address. The
+    addresses of ``TIDEMILL_API_URLS`` are used when no address is given, or one of them: so a job that names another
+    cloud does not send that one's token to its own.
     Raises: Unavailable when no address is known, Unauthorized when there is no token for it.
     """
-    url = url or os.environ.get(URL_VARIABLE) or ""
+    several = [one.strip() for one in os.environ.get(URLS_VARIABLE, "").split(",") if one.strip()]
+    url = url or os.environ.get(URL_VARIABLE) or (several[0] if several else "")
+    others = _others(url, several)
     token = token or os.environ.get(CREDENTIAL_VARIABLE) or ""
     if url and token:
-        return Connection(url, token, is_local=False)
+        return Connection(url, token, is_local=False, others=others, ca=_authority())
     folder = home()
     own = endpoint(folder)
     if own is None and not url:
@@ -60,6 +73,24 @@ def find(url: str | None, token: str | None) -> Connection:
     if own is not None and url.rstrip("/") in ("", own["api_url"].rstrip("/")):
         return Connection(own["api_url"], token or _admin_token(folder), is_local=True)
     raise Unauthorized(f"there is no token for {url}", mend=f"Put one in {CREDENTIAL_VARIABLE}.")
+
+
+def _authority() -> str:
+    """What the variable has, which is PEM or a file with it. Raises: InvalidRequest."""
+    given = os.environ.get(CA_VARIABLE, "")
+    if not given or "-----BEGIN" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        mend = "Write the path of a PEM file, or its content."
+        raise InvalidRequest(f"It cannot be read: {error}.", field=CA_VARIABLE, value=given, mend=mend) from None
+
+
+def _others(url: str, several: Sequence[str]) -> tuple[str, ...]:
+    """The other addresses of the cloud that answers at ``url``; none when it is not one of them."""
+    rest = tuple(one for one in several if one.rstrip("/") != url.rstrip("/"))
+    return rest if len(rest) < len(several) else ()
 
 
 def _admin_token(folder: Path) -> str:

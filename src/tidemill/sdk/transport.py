@@ -1,8 +1,9 @@
-"""HTTP to one control plane: kept connections, bounded retries, errors as exceptions.
+"""HTTP to a control plane, or to one of several of a cloud: kept connections, bounded retries, errors as exceptions.
 
 Every call may be repeated: reads are harmless, writes carry an ``Idempotency-Key`` made once per call. So
 a refused or broken connection and an answer of 503 are tried again, with growing, jittered pauses, until
-``retry_for_s`` is over. Only the standard library is used, for start-up time (see ``tidemill.sdk``).
+``retry_for_s`` is over; where there are several addresses, each time another one is asked. Only the standard library
+is used, for start-up time (see ``tidemill.sdk``).
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from ssl import SSLCertVerificationError, SSLContext
 from typing import Any, Protocol
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -32,6 +34,8 @@ from tidemill.errors import (
 )
 
 CONNECT_TIMEOUT_S = 5.0
+TURN_AWAY_S = 2.0
+"""So long a connection may take where there is another address to ask."""
 READ_TIMEOUT_S = 60.0
 _BY_STATUS: Mapping[int, type[TidemillError]] = {
     401: Unauthorized,
@@ -79,11 +83,19 @@ class Answer:
             ) from error
 
 
-class Transport:
-    """Calls to one address with one token; safe to use from several threads."""
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a control plane answers; ``port`` is None for the scheme's own, ``prefix`` begins every path."""
 
-    def __init__(self, url: str, token: str, *, retry_for_s: float = 5.0, on_retry: OnRetry | None = None) -> None:
-        """Raises: InvalidRequest when ``url`` is not an http(s) address."""
+    secure: bool
+    host: str
+    port: int | None
+    prefix: str
+    url: str
+
+    @classmethod
+    def read(cls, url: str) -> Address:
+        """The address that ``url`` is; http unless it says otherwise. Raises: InvalidRequest."""
         parts = urlsplit(url if "://" in url else f"http://{url}")
         try:
             port = parts.port
@@ -93,14 +105,42 @@ class Transport:
             raise InvalidRequest(
                 "is not an address", field="url", value=url, mend="Write for example http://127.0.0.1:7070."
             )
-        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        prefix = parts.path.rstrip("/")
+        return cls(parts.scheme == "https", parts.hostname, port, prefix, f"{parts.scheme}://{parts.netloc}{prefix}")
+
+
+class Transport:
+    """Calls to one cloud with one token; safe to use from several threads.
+
+    ``others`` are further addresses of that cloud. Whichever answered last is asked first. ``ca`` has certificates, as
+    PEM, that vouch for those with https; empty: those that this machine trusts.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str,
+        *,
+        others: Iterable[str] = (),
+        ca: str = "",
+        retry_for_s: float = 5.0,
+        on_retry: OnRetry | None = None,
+    ) -> None:
+        """Raises: InvalidRequest when one of them is not an http(s) address."""
+        self._addresses = tuple(Address.read(one) for one in (url, *others))
+        self._context = _trusting(ca) if any(one.secure for one in self._addresses) else None
+        self._asked = 0
+        """Which of the addresses is asked, modulo their number."""
         self.retry_for_s = retry_for_s
         self.on_retry = on_retry
-        self._secure = parts.scheme == "https"
-        self._host, self._port, self._prefix = parts.hostname, port, parts.path.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}", "User-Agent": f"tidemill/{__version__}"}
-        self._idle: list[HTTPConnection] = []
+        self._idle: list[tuple[HTTPConnection, Address]] = []
         self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        """The address that is asked next."""
+        return self._address().url
 
     def call(
         self,
@@ -124,7 +164,7 @@ class Transport:
             sent["Content-Type"] = "application/json"
         if method not in ("GET", "HEAD"):
             sent.setdefault("Idempotency-Key", os.urandom(16).hex())
-        target = self._target(path, query)
+        target = _target(path, query)
         for attempt in Attempts(self.retry_for_s if retry_for_s is None else retry_for_s, self.on_retry):
             with attempt:
                 return self._exchange(method, target, content, sent, timeout_s)
@@ -151,15 +191,17 @@ class Transport:
 
         Raises: as ``call``.
         """
-        connection = self._connect(timeout_s)
+        connection, address = self._connect(timeout_s)
         try:
-            connection.request(method, self._target(path, query), headers={**self._headers, **(headers or {})})
+            asked = address.prefix + _target(path, query)
+            connection.request(method, asked, headers={**self._headers, **(headers or {})})
             response = connection.getresponse()
             if response.status >= 400:
                 raise error_from(response.status, response.read(1 << 20))
         except (OSError, HTTPException) as error:
             connection.close()
-            raise self._unreachable(error) from error
+            self._turn_away(address)
+            raise _unreachable(address, error) from error
         except BaseException:
             connection.close()
             raise
@@ -167,9 +209,9 @@ class Transport:
 
     def upload(self, path: str, *, timeout_s: float = READ_TIMEOUT_S) -> Upload:
         """A POST whose body is sent piece by piece as it comes to be."""
-        connection = self._connect(timeout_s)
+        connection, address = self._connect(timeout_s)
         try:
-            connection.putrequest("POST", self._target(path, None))
+            connection.putrequest("POST", address.prefix + path)
             for name, value in self._headers.items():
                 connection.putheader(name, value)
             connection.putheader("Content-Type", "application/octet-stream")
@@ -178,14 +220,15 @@ class Transport:
             connection.endheaders()
         except (OSError, HTTPException) as error:
             connection.close()
-            raise self._unreachable(error) from error
+            self._turn_away(address)
+            raise _unreachable(address, error) from error
         return Upload(connection)
 
     def close(self) -> None:
         """Let go of kept connections; harmless twice."""
         with self._lock:
             idle, self._idle = self._idle, []
-        for connection in idle:
+        for connection, _ in idle:
             connection.close()
 
     def _exchange(
@@ -195,21 +238,21 @@ class Transport:
             kept = self._idle.pop() if self._idle else None
         if kept is not None:
             try:
-                return self._once(kept, method, target, content, headers, timeout_s)
+                return self._once(*kept, method, target, content, headers, timeout_s)
             except (OSError, HTTPException):
-                kept.close()  # the other side had let go of it: a fresh connection tells how things are
-        fresh: HTTPConnection | None = None
+                kept[0].close()  # the other side had let go of it: a fresh connection tells how things are
+        fresh, address = self._connect(timeout_s)
         try:
-            fresh = self._connect(timeout_s)
-            return self._once(fresh, method, target, content, headers, timeout_s)
+            return self._once(fresh, address, method, target, content, headers, timeout_s)
         except (OSError, HTTPException) as error:
-            if fresh is not None:
-                fresh.close()
-            raise self._unreachable(error) from error
+            fresh.close()
+            self._turn_away(address)
+            raise _unreachable(address, error) from error
 
     def _once(
         self,
         connection: HTTPConnection,
+        address: Address,
         method: str,
         target: str,
         content: Content | None,
@@ -220,7 +263,7 @@ class Transport:
             connection.sock.settimeout(timeout_s)
         source = content() if callable(content) else content
         try:
-            connection.request(method, target, body=source, headers=dict(headers))
+            connection.request(method, address.prefix + target, body=source, headers=dict(headers))
             response = connection.getresponse()
             read = response.read()
         finally:
@@ -230,29 +273,81 @@ class Transport:
             connection.close()
         else:
             with self._lock:
-                self._idle.append(connection)
+                self._idle.append((connection, address))
         if response.status >= 400:
-            raise error_from(response.status, read, retry_after=response.headers.get("Retry-After", ""))
+            error = error_from(response.status, read, retry_after=response.headers.get("Retry-After", ""))
+            if isinstance(error, Unavailable):
+                self._turn_away(address)
+            raise error
         return Answer(response.status, dict(response.headers), read)
 
-    def _connect(self, timeout_s: float) -> HTTPConnection:
-        kind = HTTPSConnection if self._secure else HTTPConnection
-        connection = kind(self._host, self._port, timeout=CONNECT_TIMEOUT_S)
-        connection.connect()  # sets TCP_NODELAY
-        connection.sock.settimeout(timeout_s)
-        return connection
+    def _connect(self, timeout_s: float) -> tuple[HTTPConnection, Address]:
+        """A fresh connection to the first address that takes one. Raises: Unavailable, of the last one, when none does.
 
-    def _target(self, path: str, query: Mapping[str, Any] | None) -> str:
-        asked = {name: _query_text(value) for name, value in (query or {}).items() if value not in (None, "")}
-        return self._prefix + path + (f"?{urlencode(asked)}" if asked else "")
+        Nothing is sent before, so that going on to another address repeats nothing.
+        """
+        for tried in range(len(self._addresses)):
+            address = self._address()
+            is_last = tried + 1 == len(self._addresses)
+            connection = self._connection(address, CONNECT_TIMEOUT_S if is_last else TURN_AWAY_S)
+            try:
+                connection.connect()  # sets TCP_NODELAY
+            except OSError as error:
+                connection.close()
+                self._turn_away(address)
+                if is_last:
+                    raise _unreachable(address, error) from error
+                continue
+            connection.sock.settimeout(timeout_s)
+            return connection, address
+        raise AssertionError("unreachable: the last address raises")
 
-    def _unreachable(self, error: Exception) -> Unavailable:
-        what = "refuses connections" if isinstance(error, ConnectionRefusedError) else f"does not answer ({error!r})"
-        if isinstance(error, TimeoutError):
-            what = "does not answer in time"
+    def _connection(self, address: Address, timeout_s: float) -> HTTPConnection:
+        if address.secure:
+            return HTTPSConnection(address.host, address.port, timeout=timeout_s, context=self._context)
+        return HTTPConnection(address.host, address.port, timeout=timeout_s)
+
+    def _address(self) -> Address:
+        return self._addresses[self._asked % len(self._addresses)]
+
+    def _turn_away(self, address: Address) -> None:
+        """Have the next call ask another address, unless another thread has turned away from this one already."""
+        with self._lock:
+            if len(self._addresses) == 1 or self._address() is not address:
+                return
+            self._asked += 1
+            idle, self._idle = self._idle, []
+        for connection, _ in idle:
+            connection.close()
+
+
+def _trusting(ca: str) -> SSLContext:
+    """Raises: InvalidRequest when there is no certificate in it."""
+    from tidemill.runner.client import trusting
+
+    try:
+        return trusting(ca)
+    except ValueError as error:
+        raise InvalidRequest(f"It cannot be used: {error}.", field="TIDEMILL_API_CA", mend="Give PEM.") from None
+
+
+def _target(path: str, query: Mapping[str, Any] | None) -> str:
+    asked = {name: _query_text(value) for name, value in (query or {}).items() if value not in (None, "")}
+    return path + (f"?{urlencode(asked)}" if asked else "")
+
+
+def _unreachable(address: Address, error: Exception) -> Unavailable:
+    what = "refuses connections" if isinstance(error, ConnectionRefusedError) else f"does not answer ({error!r})"
+    if isinstance(error, TimeoutError):
+        what = "does not answer in time"
+    if isinstance(error, SSLCertVerificationError):
         return Unavailable(
-            f"the control plane at {self.url} {what}", mend="Is it running? See: tidemill status, tidemill up."
+            f"it is not certain that {address.url} is the control plane: {error.verify_message}",
+            mend="Say what vouches for it: TIDEMILL_API_CA, a PEM file with the certificate of its authority.",
         )
+    return Unavailable(
+        f"the control plane at {address.url} {what}", mend="Is it running? See: tidemill status, tidemill up."
+    )
 
 
 class Attempts:

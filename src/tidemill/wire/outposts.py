@@ -29,6 +29,8 @@ class EngineCall:
     path: str = ""
     offset: int = 0
     size: int = 0
+    replicas: tuple[str, ...] = ()
+    """Where all control planes answer, told by a cluster's head to its machines with every call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,8 +27,9 @@ from tests.faults.simulation.network import FATES, Gate, SteppedOutpost, Wire, w
 from tidemill.control.clock import SteadyClock
 from tidemill.control.enginework import EngineWork
 from tidemill.control.identity import Directory, Identity
-from tidemill.control.plane import ControlPlane, Directive
+from tidemill.control.plane import ControlPlane
 from tidemill.control.replicas import STALLED_S, Candidate
+from tidemill.control.runners import Directive
 from tidemill.control.settings import Settings
 from tidemill.control.vault import Vault
 from tidemill.errors import Deposed, Fenced, TidemillError, Unauthorized, Unavailable
@@ -619,7 +620,9 @@ class SmallCloud:
             return
         try:
             order.futures.append(
-                self.plane.submit(USER, PROJECTS[0], [order.spec], idempotency_key=order.key, request_digest=order.key)
+                self.plane.jobs.submit(
+                    USER, PROJECTS[0], [order.spec], idempotency_key=order.key, request_digest=order.key
+                )
             )
         except Unavailable:
             return
@@ -728,9 +731,9 @@ class SmallCloud:
             control.plane.directory.authenticate(spec.runner_token, now=self.now)
             control.check_leads()
             if facts:
-                answer = control.plane.report(spec.launch_id, spec.fence, facts)
+                answer = control.plane.runners.report(spec.launch_id, spec.fence, facts)
             else:
-                answer.set_result(control.plane.beat(spec.launch_id, spec.fence, cpu_used_ns=0, rss_bytes=0))
+                answer.set_result(control.plane.runners.beat(spec.launch_id, spec.fence, cpu_used_ns=0, rss_bytes=0))
         except (TidemillError, Unauthorized) as error:
             answer.set_exception(error)
         runner.is_asking = runner.is_asking or not is_echo

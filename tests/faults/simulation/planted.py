@@ -7,6 +7,7 @@ first; another one may be broken by it as well. ``SEEDS`` remembers a seed that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from tidemill.control import driver, leases, plane
 from tidemill.control.clock import SteadyClock
 from tidemill.control.enginework import EngineWork
 from tidemill.control.leases import Leases
+from tidemill.control.runners import Directive, Runners
 from tidemill.control.turns import TurnLoop
 from tidemill.core import ending
 from tidemill.core.outcome import Outcome
@@ -178,7 +180,7 @@ def what_was_released_and_runs_is_left_running(patch: Patch) -> None:
             clean_up(work, seen)
 
     patch(EngineWork, "_clean_up", only_the_dead)
-    patch(plane.ControlPlane, "_directive", lambda *_: plane.Directive(stop=False, grace_ns=0))
+    patch(Runners, "_directive", lambda *_: Directive(stop=False, grace_ns=0))
 
 
 # -- I5: our fault --------------------------------------------------------------------------------------------------------
@@ -191,10 +193,10 @@ def the_wall_clock_is_believed(patch: Patch) -> None:
 
 def a_failed_commit_fences_the_runner(patch: Patch) -> None:
     """As it was written first: whatever keeps a report from being stored is said to be the runner's fault."""
-    report = plane.ControlPlane.report
+    report = Runners.report
 
     def harsh(self: Any, *args: Any) -> Any:
-        answer: Any = plane.Future()
+        answer: Any = Future()
 
         def done(stored: Any) -> None:
             error = stored.exception()
@@ -206,7 +208,7 @@ def a_failed_commit_fences_the_runner(patch: Patch) -> None:
         report(self, *args).add_done_callback(done)
         return answer
 
-    patch(plane.ControlPlane, "report", harsh)
+    patch(Runners, "report", harsh)
 
 
 # -- I6: the books --------------------------------------------------------------------------------------------------------

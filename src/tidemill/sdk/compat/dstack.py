@@ -544,15 +544,27 @@ def _model(draft: Draft, name: str, value: Any) -> str:
     return draft.put("service.model", text(value))
 
 
-def _replicas(draft: Draft, name: str, value: Any) -> str:
+def _replicas(draft: Draft, name: str, value: Any) -> Said:
     if isinstance(value, list):
         raise Refuse("Replicas are all alike.", "Submit a service for each group.")
     low, high = _range(value)
-    if low != high:
-        raise Refuse(
-            "The number of replicas does not follow the load in this version.", f"Write replicas: {high or low or 1}."
-        )
-    return draft.put("service.replicas", number(low, "a number of replicas", low=1, high=64))
+    if not high:
+        raise Refuse(f"{shown(value)} has no most.", "Write how many replicas there are at most, such as 0..4.")
+    least = number(low or 0, "a number of replicas", low=0, high=64)
+    most = number(high, "a number of replicas", low=1, high=64)
+    if least > most:
+        raise Refuse(f"{shown(value)} ends before it begins.", "Write the smaller number first, such as 0..4.")
+    if least == most:
+        return Said(draft.put("service.replicas", least))
+    if "scale_down_delay" not in (draft.given.get("scaling") or {}):
+        draft.put("service.idle", _SCALE_DOWN)
+    return Said(
+        draft.put("service.replicas", f"{least}..{most}"), "The number follows the requests that are under way."
+    )
+
+
+def _scale_down_delay(draft: Draft, name: str, value: Any) -> str:
+    return draft.put("service.idle", _duration(value))
 
 
 def _probes(draft: Draft, name: str, value: Any) -> Said:
@@ -578,7 +590,11 @@ def _probe_url(draft: Draft, name: str, value: Any) -> str:
 _REPEATED: Final = (
     "Probes are repeated all the time; one that passes is enough, and one that fails holds requests back."
 )
-_SCALING: Final = "The number of replicas does not follow the load in this version."
+_BY_RATE: Final = (
+    "The number of replicas follows the requests that are under way, not how many come a second.",
+    "Take it out; in a Tidemill spec, service.concurrency says how many a replica takes at a time.",
+)
+_SCALE_DOWN: Final = "10m"
 
 _PROBE: Final[dict[str, Rule]] = {
     "type": Rule(
@@ -878,16 +894,23 @@ FIELDS: Final[dict[str, Rule]] = {
     ),
     "scaling": section(
         {
-            "metric": refused(_SCALING, "Write replicas.", example="rps"),
-            "target": refused(_SCALING, "Write replicas.", example=10),
-            "window": refused(_SCALING, "Write replicas.", example="1m"),
-            "scale_up_delay": refused(_SCALING, "Write replicas.", example="5m"),
-            "scale_down_delay": refused(_SCALING, "Write replicas.", example="10m"),
+            "metric": refused(*_BY_RATE, example="rps"),
+            "target": refused(*_BY_RATE, example=10),
+            "window": refused(*_BY_RATE, example="1m"),
+            "scale_up_delay": refused(
+                "Replicas are added as soon as requests need them.", "Take it out.", example="5m"
+            ),
+            "scale_down_delay": maps("service.idle", _scale_down_delay, example="10m", limits="Up to a day."),
         }
     ),
     "rate_limits": refused(
         "The gateway has no limits by rate.", "Put a proxy with them before it.", example=[{"rps": 4}]
     ),
-    "replicas": maps("service.replicas", _replicas, example=2),
+    "replicas": maps(
+        "service.replicas",
+        _replicas,
+        example=2,
+        limits="A range needs its most; its service.idle is 10 minutes, as there, unless scale_down_delay is given.",
+    ),
     "probes": maps("service.readiness", _probes, example=[{"type": "http", "url": "/health"}]),
 }

@@ -38,6 +38,7 @@ from tidemill.sdk.compat.mapping import (
 _MOST_PORTS: Final = 100
 _RECOVERIES: Final = 1_000
 _PROBE_WAIT_S: Final = 1_200
+_DOWNSCALE_S: Final = 1_200
 _STRATEGIES: Final = ("FAILOVER", "EAGER_NEXT_REGION", "EAGER_FAILOVER")
 _SECRET: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _AT_LEAST: Final = re.compile(r"(\d+(?:\.\d+)?)\+?")
@@ -440,14 +441,25 @@ def _replicas(draft: Draft, name: str, value: Any) -> str:
     return draft.put("service.replicas", number(value, "a number of replicas", low=1, high=64))
 
 
-def _least_replicas(draft: Draft, name: str, value: Any) -> str:
+def _policy_replicas(draft: Draft, name: str, value: Any) -> Said:
+    """The range that ``min_replicas`` and ``max_replicas`` are together; each says the same of it."""
     policy = draft.given["service"]["replica_policy"]
-    if policy.get("max_replicas", value) != value:
-        raise Refuse(
-            "The number of replicas does not follow the load in this version.",
-            f"Write replicas: {shown(policy['max_replicas'])} for as many as are needed at most.",
-        )
-    return _replicas(draft, name, value)
+    number(value, "a number of replicas", low=0, high=64)
+    least = number(policy.get("min_replicas", 1), "a number of replicas", low=0, high=64)
+    most = number(policy.get("max_replicas") or least or 1, "a number of replicas", low=1, high=64)
+    if least > most:
+        raise Refuse("The most replicas are fewer than the least.", f"Write max_replicas: {least} or more.")
+    if least == most:
+        return Said(draft.put("service.replicas", least))
+    if "downscale_delay_seconds" not in policy:
+        draft.put("service.idle", f"{_DOWNSCALE_S}s")
+    return Said(
+        draft.put("service.replicas", f"{least}..{most}"), "The number follows the requests that are under way."
+    )
+
+
+def _downscale_delay(draft: Draft, name: str, value: Any) -> str:
+    return draft.put("service.idle", f"{number(value, 'a number of seconds', low=0, high=86_400)}s")
 
 
 def _service_port(draft: Draft, name: str, value: Any) -> str:
@@ -457,10 +469,6 @@ def _service_port(draft: Draft, name: str, value: Any) -> str:
         known.append(port)
     return draft.put("service.port", port)
 
-
-_SCALING: Final = refused(
-    "The number of replicas does not follow the load in this version.", "Write service.replicas.", example=2
-)
 
 _SINGLE: Final[dict[str, Rule]] = {
     "infra": maps(
@@ -629,14 +637,27 @@ FIELDS: Final[dict[str, Rule]] = {
             "replicas": maps("service.replicas", _replicas, example=2),
             "replica_policy": section(
                 {
-                    "min_replicas": maps(
-                        "service.replicas", _least_replicas, example=1, limits="When max_replicas is the same."
+                    "min_replicas": maps("service.replicas", _policy_replicas, example=1),
+                    "max_replicas": maps(
+                        "service.replicas",
+                        _policy_replicas,
+                        example=3,
+                        limits="service.idle is 20 minutes, as there, unless downscale_delay_seconds is given.",
                     ),
-                    "max_replicas": noted("It is the same as min_replicas, or that is refused.", example=1),
-                    "num_overprovision": _SCALING,
-                    "target_qps_per_replica": _SCALING,
-                    "upscale_delay_seconds": _SCALING,
-                    "downscale_delay_seconds": _SCALING,
+                    "num_overprovision": refused(
+                        "No more replicas are kept than requests need.", "Raise min_replicas by as many.", example=1
+                    ),
+                    "target_qps_per_replica": refused(
+                        "The number of replicas follows the requests that are under way, not how many come a second.",
+                        "Take it out; in a Tidemill spec, service.concurrency says how many a replica takes at a time.",
+                        example=2.5,
+                    ),
+                    "upscale_delay_seconds": refused(
+                        "Replicas are added as soon as requests need them.", "Take it out.", example=300
+                    ),
+                    "downscale_delay_seconds": maps(
+                        "service.idle", _downscale_delay, example=1200, limits="Up to a day."
+                    ),
                     "dynamic_ondemand_fallback": refused(
                         "Replicas are of one capacity.", "Write use_spot: false.", example=True
                     ),

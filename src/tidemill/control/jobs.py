@@ -1,0 +1,162 @@
+"""Work as it is submitted and stopped: each request takes effect once, however often it comes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Final
+
+import msgspec
+
+from tidemill.control.acceptance import Acceptance
+from tidemill.control.identity import Identity
+from tidemill.control.turns import TurnLoop
+from tidemill.errors import IdempotencyMismatch
+from tidemill.model.events import StopRequested, Submitted
+from tidemill.model.ids import JobId, WorkloadId, sortable_id
+from tidemill.model.job import Workload
+from tidemill.model.spec import WorkloadSpec
+from tidemill.model.tenant import Project
+from tidemill.ports import IdempotencyRecord, Store
+
+RECORDED_RESPONSE: Final = msgspec.json.Decoder(list[str])
+
+
+class Jobs:
+    """Takes submissions and stops. Thread-safe. ``entropy`` is told how many bytes to give, of which ids are made."""
+
+    def __init__(
+        self,
+        store: Store,
+        turns: TurnLoop,
+        acceptance: Acceptance,
+        *,
+        clock: Callable[[], int],
+        entropy: Callable[[int], bytes],
+    ) -> None:
+        self._store = store
+        self._turns = turns
+        self._acceptance = acceptance
+        self._clock = clock
+        self._entropy = entropy
+        self._in_flight: dict[tuple[str, str], tuple[str, Future[tuple[Workload, ...]]]] = {}
+        self._lock = threading.Lock()
+
+    def submit(
+        self,
+        identity: Identity,
+        project: Project,
+        specs: Sequence[WorkloadSpec],
+        *,
+        idempotency_key: str = "",
+        request_digest: str = "",
+    ) -> Future[tuple[Workload, ...]]:
+        """The stored workloads, all or none, when they are durable.
+
+        Raises, from the call: Infeasible, InvalidSpec, IdempotencyMismatch. Through the future: Unavailable, …
+        """
+        if not idempotency_key:
+            return self._submit(identity, project, specs, Future())
+        answer: Future[tuple[Workload, ...]] = Future()
+        key = (str(identity.principal_id), idempotency_key)
+        with self._lock:  # whoever comes while this one is on its way gets the same answer
+            if key in self._in_flight:
+                return self._same(self._in_flight[key], idempotency_key, request_digest)
+            self._in_flight[key] = (request_digest, answer)
+        answer.add_done_callback(lambda _: self._landed(key))
+        try:
+            known = self._recorded(identity, idempotency_key, request_digest)
+            if known is not None:
+                answer.set_result(known)
+                return answer
+            record = IdempotencyRecord(
+                principal_id=identity.principal_id,
+                key=idempotency_key,
+                request_digest=request_digest,
+                response="",
+                created_ns=self._clock(),
+            )
+            return self._submit(identity, project, specs, answer, record)
+        except Exception as error:
+            answer.set_exception(error)
+            raise
+
+    def stop(self, identity: Identity, job_ids: Sequence[JobId]) -> Future[None]:
+        """Nothing, when it is recorded that these jobs are to end."""
+        now = self._clock()
+        return self._turns.put([StopRequested(at_ns=now, job_id=job, by=identity.name) for job in job_ids])
+
+    def _submit(
+        self,
+        identity: Identity,
+        project: Project,
+        specs: Sequence[WorkloadSpec],
+        answer: Future[tuple[Workload, ...]],
+        record: IdempotencyRecord | None = None,
+    ) -> Future[tuple[Workload, ...]]:
+        """``answer``, which is given when the workloads, and ``record`` with their ids, are durable."""
+        now = self._clock()
+        specs = [self._acceptance.check(spec, project, now=now) for spec in specs]
+        self._acceptance.check_room(project, sum(spec.job_count for spec in specs))
+        entropy = self._entropy(5 * len(specs))
+        ids = [
+            WorkloadId(sortable_id("wl", now=now, entropy=int.from_bytes(entropy[at : at + 5], "big")))
+            for at in range(0, len(entropy), 5)
+        ]
+        if any(spec.after for spec in specs):
+            specs = self._acceptance.follow(specs, ids, project)
+        workloads = tuple(
+            Workload(
+                id=own_id,
+                organization_id=project.organization_id,
+                project_id=project.id,
+                principal_id=identity.principal_id,
+                spec=spec,
+                submitted_ns=now,
+            )
+            for own_id, spec in zip(ids, specs, strict=True)
+        )
+
+        def done(stored: Future[None]) -> None:
+            if (error := stored.exception()) is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(workloads)
+
+        records = []
+        if record is not None:
+            records.append(replace(record, response=msgspec.json.encode(ids).decode()))
+        facts = [Submitted(at_ns=now, workload=workload) for workload in workloads]
+        self._turns.put(facts, records).add_done_callback(done)
+        return answer
+
+    def _landed(self, key: tuple[str, str]) -> None:
+        with self._lock:
+            self._in_flight.pop(key, None)
+
+    def _recorded(self, identity: Identity, key: str, digest: str) -> tuple[Workload, ...] | None:
+        """What was stored for that key before; None when nothing was. Raises: IdempotencyMismatch."""
+        record = self._store.idempotent(identity.principal_id, key)
+        if record is None:
+            return None
+        if record.request_digest != digest:
+            raise _mismatch(key)
+        stored = [self._store.workload(WorkloadId(one)) for one in RECORDED_RESPONSE.decode(record.response)]
+        return tuple(workload for workload in stored if workload is not None)
+
+    @staticmethod
+    def _same(flying: tuple[str, Future[tuple[Workload, ...]]], key: str, digest: str) -> Future[tuple[Workload, ...]]:
+        if flying[0] != digest:
+            raise _mismatch(key)
+        return flying[1]
+
+
+def _mismatch(key: str) -> IdempotencyMismatch:
+    return IdempotencyMismatch(
+        "This Idempotency-Key came with another request before.",
+        field="Idempotency-Key",
+        value=key,
+        mend="Use a new key for a new request.",
+    )
