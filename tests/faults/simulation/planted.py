@@ -315,7 +315,7 @@ SEEDS: Final[dict[str, int]] = {
     "a_stop_of_what_waits_is_not_logged": 9,
     "nothing_is_cleaned_up": 0,
     "a_restart_forgets_what_is_due": 27,
-    "a_restart_forgets_who_waits": 27,
+    "a_restart_forgets_who_waits": 42,
     "the_world_is_trusted_though_the_store_knows_more": 26,
     "an_undone_turn_is_kept": 8,
 }
