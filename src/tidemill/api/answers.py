@@ -449,6 +449,7 @@ def ledger_json(line: LedgerLine) -> LedgerLineOut:
         "carbon_mg": line.carbon_mg,
         "rate_card": line.rate_card,
         "included": usage.included,
+        "others": usage.others,
         "launch_id": usage.launch_id,
         "attempt_id": usage.attempt_id,
         "job_id": usage.job_id,

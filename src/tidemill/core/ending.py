@@ -51,6 +51,8 @@ def release(
         endpoint="",
     )
     world.let_go(held)
+    if world.nodes[held.node_id].has_others:
+        out.count_others(world, held.node_id)
     world.drop(world.allocations, held.id)
     out.note(
         "WorkerExited", world.jobs[held.job_id], rank=after.rank, exit_code=exit_code, cause=cause.value, detail=detail

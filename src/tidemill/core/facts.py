@@ -294,6 +294,7 @@ def _node_joined(fact: NodeJoined, world: World, out: Outcome) -> None:
                 world.set_timer(after.held_until_ns, "recheck", node.id)
                 out.note("NodeSuspected", node=node.name, losses=len(after.lost_at_ns))
     world.open_meters(node, now=out.now)
+    out.count_others(world, node.id)
     world.rebuild_fleet()
 
 
