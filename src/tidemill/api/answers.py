@@ -237,6 +237,7 @@ def worker_json(held: Allocation, attempt: int, node: Node | None) -> WorkerOut:
         "endpoint": held.endpoint,
         "cause": held.cause.value,
         "detail": held.detail,
+        "scheduler": dict(held.scheduler),
         "cpu_used_ns": held.cpu_used_ns,
         "held_at_ns": held.held_ns,
         "started_at_ns": held.started_ns,

@@ -107,6 +107,7 @@ class WorkerOut(TypedDict):
     endpoint: str
     cause: str
     detail: str
+    scheduler: dict[str, str]
     cpu_used_ns: int
     started_at_ns: int
     held_at_ns: int
