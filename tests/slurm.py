@@ -149,6 +149,7 @@ CredType=cred/munge
 SlurmctldPort={free_port()}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
+TmpFS={folder}/spool/%n
 SlurmctldPidFile={folder}/ctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/log/ctld

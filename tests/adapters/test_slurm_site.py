@@ -131,6 +131,23 @@ def test_a_job_has_no_longer_than_it_may(centre: Centre) -> None:
     assert (ended["state"], ended["cause"]) == ("failed", "timed_out")
 
 
+def test_of_a_worker_that_slurm_lost_the_job_says_slurms_state_and_exit_code(centre: Centre) -> None:
+    job = centre.submit("echo here; sleep 600 & wait", retry={"on": []})
+    centre.cloud.wait(job, "running")
+    (number,) = [line.split()[0] for line in centre.jobs("-t", "running")]
+    centre.slurm.run("scancel", "--batch", "--signal=KILL", number)
+    ended = centre.cloud.wait(job)
+    assert (ended["state"], ended["cause"], ended["exit_code"]) == ("failed", "node_lost", 137)
+    assert ended["detail"].startswith("its Slurm job ended as failed with exit code 0:9 on n")
+    (worker,) = ended["workers"]
+    words = worker["scheduler"]
+    assert (words["job"], words["state"], words["exit"], worker["exit_code"]) == (number, "FAILED", "0:9", 137)
+    assert words["nodes"] in NODES
+    told = centre.cloud.call("GET", f"/v1/events?job={job}")[1]["items"]
+    (event,) = [event["data"] for event in told if event["type"] == "WorkerExited"]
+    assert (event["scheduler_state"], event["scheduler_exit"]) == ("FAILED", "0:9")
+
+
 def test_an_array_becomes_jobs_of_slurm_one_by_one(centre: Centre) -> None:
     spec = {"name": "sweep", "array": {"size": 4, "parallel": 2}, "run": "echo index $TIDEMILL_ARRAY_INDEX; sleep 1"}
     status, made = centre.cloud.call("POST", "/v1/workloads", {"spec": {**spec, "resources": {"cpus": 1}}})

@@ -159,6 +159,27 @@ def test_what_somebody_else_cancels_is_gone_with_slurms_word_for_it(centre: Cent
     engine.forget(spec.launch_id, node_id=spec.node_id)
 
 
+def test_of_a_runner_that_was_killed_slurm_says_how_and_where(centre: Centre) -> None:
+    engine, bench = centre.engine(), centre.bench
+    spec = bench.spec(BEGIN + "sleep 600")
+    engine.launch(spec)
+    eventually(lambda: bench.starts(spec) == 1, what="it runs")
+    listed = ("squeue", "-h", f"--name=tidemill-{spec.launch_id}", "-o", "%A %N")
+    number, node = centre.slurm.run(*listed).split()
+    centre.slurm.run("scancel", "--batch", "--signal=KILL", number)
+    eventually(lambda: state(engine, spec.launch_id) is ObservedState.GONE, what="it is gone")
+    seen = observed(engine, spec.launch_id)
+    assert seen is not None
+    assert (seen.exit_code, seen.cause) == (137, "node_lost")
+    assert seen.detail.startswith(f"its Slurm job ended as failed with exit code 0:9 on {node}")
+    words = dict(seen.scheduler)
+    assert (words["name"], words["job"], words["state"], words["exit"], words["nodes"]) == (
+        "slurm", number, "FAILED", "0:9", node,
+    )  # fmt: skip
+    assert observed(centre.engine(), spec.launch_id) == seen, "it is written down"
+    engine.forget(spec.launch_id, node_id=spec.node_id)
+
+
 @pytest.mark.long  # Slurm looks at time limits every half minute
 def test_slurms_own_time_limit_leaves_the_grace(centre: Centre) -> None:
     """The limit is Slurm's, not the spec's: somebody shortened the job. Slurm warns as long before as the grace is."""

@@ -63,6 +63,9 @@ def test_how_it_ended_is_known_after_slurmctld_has_forgotten(centre: Centre) -> 
     seen = observed(engine, killed.launch_id)
     assert seen is not None
     assert seen.detail == f"its Slurm job ended as failed with exit code 0:9 on {nodes}"
+    assert (seen.exit_code, seen.cause) == (137, "node_lost")
+    words = dict(seen.scheduler)
+    assert (words["job"], words["state"], words["exit"], words["nodes"]) == (number, "FAILED", "0:9", nodes)
     again = centre.engine(account="ai")
     assert observed(again, killed.launch_id) == seen, "and it is not asked again"
     again.launch(killed)

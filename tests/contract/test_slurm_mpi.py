@@ -19,15 +19,26 @@ from tidemill.testing.peer import RecordingControlPlane
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(bool(why_not()), reason=why_not() or "-"),
-    pytest.mark.skipif(
-        not shutil.which("mpirun.mpich") or not ctypes.util.find_library("mpich"),
-        reason="not installed: Debian's mpich",
-    ),
 ]
-PROGRAM = """
+has_mpich = pytest.mark.skipif(
+    not shutil.which("mpirun.mpich") or not ctypes.util.find_library("mpich"), reason="not installed: Debian's mpich"
+)
+has_pmix = pytest.mark.skipif(
+    not list(Path("/usr/lib").glob("*/libpmix.so")), reason="not installed: Debian's libpmix-dev, which Slurm looks for"
+)
+has_open_mpi = pytest.mark.skipif(not shutil.which("mpirun.openmpi"), reason="not installed: Debian's openmpi-bin")
+MPICH = """
 import ctypes, os
 mpi = ctypes.CDLL("libmpich.so.12")
 world, integer, add = 0x44000000, 0x4C000405, 0x58000003  # as MPICH's mpi.h has them
+"""
+OPEN_MPI = """
+import ctypes, os
+mpi = ctypes.CDLL("libmpi.so.40", mode=ctypes.RTLD_GLOBAL)
+names = ("ompi_mpi_comm_world", "ompi_mpi_int", "ompi_mpi_op_sum")  # as Open MPI's mpi.h has them
+world, integer, add = (ctypes.c_void_p(ctypes.addressof(ctypes.c_char.in_dll(mpi, name))) for name in names)
+"""
+PROGRAM = """
 mpi.MPI_Init(None, None)
 rank, size, total = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
 mpi.MPI_Comm_rank(world, ctypes.byref(rank))
@@ -40,6 +51,9 @@ node = words[0].partition("=")[2] if words else os.environ["SLURMD_NODENAME"]
 os.write(1, f"mpi {rank.value} of {size.value} sums {total.value} on {node}\\n".encode())
 mpi.MPI_Finalize()
 """
+
+
+OPEN_RUN = "mpirun.openmpi --allow-run-as-root -n 2 --map-by ppr:1:node"
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +69,20 @@ def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
     control.stop()
 
 
-@pytest.mark.parametrize("starter", ["mpirun.mpich -n 2 -ppn 1", "srun --mpi=pmi2 -N 2 -n 2"])
-def test_processes_of_mpi_meet_across_the_nodes_of_a_gang(starter: str, centre: Centre, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("starter", "library"),
+    [
+        pytest.param("mpirun.mpich -n 2 -ppn 1", MPICH, marks=has_mpich, id="mpirun of MPICH"),
+        pytest.param("srun --mpi=pmi2 -N 2 -n 2", MPICH, marks=has_mpich, id="srun of MPICH"),
+        pytest.param(OPEN_RUN, OPEN_MPI, marks=has_open_mpi, id="mpirun of Open MPI"),
+        pytest.param("srun --mpi=pmix -N 2 -n 2", OPEN_MPI, marks=[has_open_mpi, has_pmix], id="srun of Open MPI"),
+    ],
+)
+def test_processes_of_mpi_meet_across_the_nodes_of_a_gang(
+    starter: str, library: str, centre: Centre, tmp_path: Path
+) -> None:
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    program.write_text(library + PROGRAM)
     program.chmod(0o644)
     engine, bench = centre.engine(), centre.bench
     number = next(centre.numbers)

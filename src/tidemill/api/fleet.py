@@ -259,7 +259,7 @@ async def list_ledger(
 ) -> Response:
     """List the ledger lines of a job or a project, oldest first.
 
-    An administrator who names neither gets all of the organization's, and those of idle time.
+    An administrator who names neither gets all of the organization's, of idle time and of what others hold.
     """
 
     def page() -> dict[str, Any]:

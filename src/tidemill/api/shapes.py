@@ -107,6 +107,7 @@ class WorkerOut(TypedDict):
     endpoint: str
     cause: str
     detail: str
+    scheduler: dict[str, str]
     cpu_used_ns: int
     started_at_ns: int
     held_at_ns: int
@@ -634,7 +635,7 @@ class UsageOut(TypedDict):
 
 
 class LedgerLineOut(TypedDict):
-    """One priced interval of use; without a launch, of idle time."""
+    """One priced interval of use; without a launch, of idle time or of ``others``: work that is not this cloud's."""
 
     id: str
     node_id: str
@@ -649,6 +650,7 @@ class LedgerLineOut(TypedDict):
     carbon_mg: int
     rate_card: str
     included: bool
+    others: bool
     launch_id: str
     attempt_id: str
     job_id: str

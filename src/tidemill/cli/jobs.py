@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated
 
@@ -112,6 +113,15 @@ def show_command(job: JobRef, project: InProject = None, json: Json = False) -> 
             for worker in found.workers
         ]
         table(("rank", "node", "state", "devices", "cpu", "exit", "isolation"), rows, flexible=6)
+    told = [(f"rank {one.rank}", _by_scheduler(one.scheduler)) for one in found.workers if one.scheduler]
+    if told:
+        say()
+        facts(told)
+
+
+def _by_scheduler(said: Mapping[str, str]) -> str:
+    """How a worker ended, by the words of its site's scheduler."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in said.items())
 
 
 def _devices(devices: tuple[object, ...]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from tidemill.core import waiting
+from tidemill.core.meter import others_on
 from tidemill.core.outcome import Outcome
 from tidemill.core.turn import turn
 from tidemill.core.world import World
@@ -98,6 +99,9 @@ def world_from(
     world.lay_fleet()
     for allocation in snapshot.allocations:
         world.account(allocation)
+    for node in snapshot.nodes:
+        for meter, milli in others_on(node, world.meters):
+            meter.others_milli = milli
     world.quota.restore(snapshot.queue_usages)
     world.quota.advance(now)
     for reservation in world.reservations.values():

@@ -227,7 +227,16 @@ class EngineWork:
                 cpu_used_ns=seen.cpu_used_ns,
             )
         if seen.state is ObservedState.GONE:
-            return Vanished(at_ns=now, launch_id=held.id, fence=held.fence, detail=seen.detail)
+            return Vanished(
+                at_ns=now,
+                launch_id=held.id,
+                fence=held.fence,
+                detail=seen.detail,
+                exit_code=seen.exit_code,
+                cause=Cause(seen.cause) if seen.cause and seen.cause in Cause._value2member_map_ else Cause.NODE_LOST,
+                cpu_used_ns=seen.cpu_used_ns,
+                scheduler=seen.scheduler,
+            )
         return None
 
     def _clean_up(self, seen: Observation) -> None:

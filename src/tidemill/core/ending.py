@@ -35,6 +35,7 @@ def release(
     cause: Cause,
     detail: str,
     cpu_used_ns: int = 0,
+    scheduler: tuple[tuple[str, str], ...] = (),
 ) -> None:
     """Close the books on a worker that is gone and free what it held."""
     out.cut(world, held.node_id, meters_held(held))
@@ -49,11 +50,20 @@ def release(
         detail=detail,
         cpu_used_ns=cpu_used_ns or held.cpu_used_ns,
         endpoint="",
+        scheduler=scheduler,
     )
     world.let_go(held)
+    if world.nodes[held.node_id].has_others:
+        out.count_others(world, held.node_id)
     world.drop(world.allocations, held.id)
     out.note(
-        "WorkerExited", world.jobs[held.job_id], rank=after.rank, exit_code=exit_code, cause=cause.value, detail=detail
+        "WorkerExited",
+        world.jobs[held.job_id],
+        rank=after.rank,
+        exit_code=exit_code,
+        cause=cause.value,
+        detail=detail,
+        **{f"scheduler_{name}": value for name, value in scheduler},
     )
     out.commands.append(Forget(launch_id=held.id, node_id=held.node_id))
 

@@ -231,7 +231,7 @@ def _launch_refused(fact: LaunchRefused, world: World, out: Outcome) -> None:
 @_take.register
 def _vanished(fact: Vanished, world: World, out: Outcome) -> None:
     detail = fact.detail or "the worker's runner is gone without a word"
-    _lose(world, fact.launch_id, fact.fence, Cause.NODE_LOST, detail, out)
+    _lose(world, fact.launch_id, fact.fence, fact.cause, detail, out, said=fact)
 
 
 @_take.register
@@ -294,6 +294,7 @@ def _node_joined(fact: NodeJoined, world: World, out: Outcome) -> None:
                 world.set_timer(after.held_until_ns, "recheck", node.id)
                 out.note("NodeSuspected", node=node.name, losses=len(after.lost_at_ns))
     world.open_meters(node, now=out.now)
+    out.count_others(world, node.id)
     world.rebuild_fleet()
 
 
@@ -540,17 +541,21 @@ def _reservation_cancelled(fact: ReservationCancelled, world: World, out: Outcom
         world.reopen()
 
 
-def _lose(world: World, launch: LaunchId, fence: int, cause: Cause, detail: str, out: Outcome) -> None:
-    """A worker is gone without having ended by itself."""
+def _lose(
+    world: World, launch: LaunchId, fence: int, cause: Cause, detail: str, out: Outcome, said: Vanished | None = None
+) -> None:
+    """A worker is gone without having ended by itself. ``said`` is what is known of its end all the same."""
     held = _current(world, launch, fence)
     if held is None:
         return
     attempt = world.attempts[held.job_id]
-    if held.state is AllocationState.DRAINING and attempt.state is not AttemptState.ENDING:
-        ending.release(world, held, out, exit_code=None, cause=Cause.RESIZED, detail=detail)
-    else:
-        ending.release(world, held, out, exit_code=None, cause=cause, detail=detail)
-        ending.end_attempt(world, attempt, cause, out, detail=detail)
+    code = said.exit_code if said is not None else None
+    used, words = (said.cpu_used_ns, said.scheduler) if said is not None else (0, ())
+    is_resized = held.state is AllocationState.DRAINING and attempt.state is not AttemptState.ENDING
+    why = Cause.RESIZED if is_resized else cause
+    ending.release(world, held, out, exit_code=code, cause=why, detail=detail, cpu_used_ns=used, scheduler=words)
+    if not is_resized:
+        ending.end_attempt(world, attempt, cause, out, detail=detail, exit_code=code)
     ending.finish_if_gone(world, held, out)
 
 

@@ -2,7 +2,8 @@
 
 A meter is one device, or the processors of a node. It remembers since when it is open and who holds how much.
 Whenever that changes, and at least every so often, the stretch since then is cut off: one interval for each
-holder and one for what nobody held. No instant is counted twice, none is left out.
+holder, one for what work held that is not ours, and one for what nobody held. No instant is counted twice, none is
+left out.
 
 Energy of a stretch is the difference of the hardware's counter where it is known at both ends, shared out by
 what each held, down to the last millijoule; else it is estimated from the device's idle and busy power.
@@ -10,6 +11,7 @@ what each held, down to the last millijoule; else it is estimated from the devic
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,7 +34,10 @@ class Holder(NamedTuple):
 
 @dataclass(slots=True)
 class Meter:
-    """One meter of one node. ``counter_mj`` is the hardware's reading at ``since_ns``, None when not known."""
+    """One meter of one node. ``counter_mj`` is the hardware's reading at ``since_ns``, None when not known.
+
+    ``others_milli`` is what work holds of it that is not ours.
+    """
 
     node_id: NodeId
     name: str
@@ -44,6 +49,12 @@ class Meter:
     holders: dict[LaunchId, Holder] = field(default_factory=dict)
     counter_mj: int | None = None
     latest_mj: int | None = None
+    others_milli: int = 0
+
+    @property
+    def held_milli(self) -> int:
+        """What our workers hold of it."""
+        return sum(holder.milli for holder in self.holders.values())
 
     def read(self, energy_mj: int) -> None:
         """Take note of the hardware's counter. A counter that went back was reset: its past is unknown."""
@@ -90,9 +101,16 @@ class Meter:
                     included=holder.included,
                 )
             )
-        if left_milli > 0:
+        theirs = max(0, min(self.others_milli, left_milli))
+        for milli, is_others, power in ((theirs, True, self.busy_mw), (left_milli - theirs, False, self.idle_mw)):
+            if milli <= 0:
+                continue
             if measured is None:
-                left_mj = _telescoped(self.idle_mw * left_milli, MILLI * SECOND_NS, since, now)
+                energy = _telescoped(power * milli, MILLI * SECOND_NS, since, now)
+            else:
+                energy = left_mj * milli // left_milli
+                left_mj -= energy
+            left_milli -= milli
             intervals.append(
                 UsageInterval(
                     node_id=self.node_id,
@@ -100,9 +118,10 @@ class Meter:
                     resource=self.resource,
                     from_ns=since,
                     to_ns=now,
-                    milli=left_milli,
-                    energy_mj=left_mj,
+                    milli=milli,
+                    energy_mj=energy,
                     evidence=evidence,
+                    others=is_others,
                 )
             )
         self.since_ns = now
@@ -122,6 +141,23 @@ def meters_of(node: Node, *, now: int) -> tuple[Meter, ...]:
         Meter(node.id, device.id, device.model, MILLI, device.idle_mw, device.busy_mw, now) for device in node.devices
     )
     return (cpu, *gpus)
+
+
+def others_on(node: Node, meters: Mapping[tuple[NodeId, str], Meter]) -> list[tuple[Meter, int]]:
+    """The meters of a node on which others hold another amount than was noted, each with what they hold of it now.
+
+    Which devices they are is not told, only how many: those stay theirs that were, as long as no worker of ours has
+    any of it, and the first free ones are next.
+    """
+    wanted: list[tuple[Meter, int]] = []
+    cpu = meters.get((node.id, CPU_METER))
+    if cpu is not None:
+        wanted.append((cpu, max(0, min(node.others_cpu_milli, cpu.capacity_milli - cpu.held_milli))))
+    devices = [meter for device in node.devices if (meter := meters.get((node.id, device.id))) is not None]
+    free = sorted((meter for meter in devices if not meter.holders), key=lambda meter: not meter.others_milli)
+    theirs = {meter.name for meter in free[: node.others_gpus]}
+    wanted += [(meter, meter.capacity_milli if meter.name in theirs else 0) for meter in devices]
+    return [(meter, milli) for meter, milli in wanted if milli != meter.others_milli]
 
 
 def meters_held(allocation: Allocation) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from tidemill.core.meter import others_on
 from tidemill.core.rating import rate_all
 from tidemill.core.world import World
 from tidemill.model.events import LogEntry
@@ -46,6 +47,14 @@ class Outcome:
             world.watch_meters(open_meters)
             for meter in open_meters:
                 self.usage += meter.cut(now)
+
+    def count_others(self, world: World, node_id: NodeId) -> None:
+        """Note on a node's meters what others hold there now, because that or what is ours has changed."""
+        node = world.nodes.get(node_id)
+        for meter, milli in others_on(node, world.meters) if node is not None else ():
+            self.cut(world, node_id, [meter.name])
+            world.watch_meters([meter])
+            meter.others_milli = milli
 
     def wait(self, world: World, job_id: JobId, reason: Reason) -> None:
         """A job waits for this reason; stored when the reason is another one than before."""

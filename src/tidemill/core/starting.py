@@ -94,6 +94,8 @@ def _lease(world: World, job: Job, attempt: Attempt, places: tuple[Place, ...], 
         out.cut(world, place.node_id, meters_held(allocation))
         world.add(world.allocations, launch, allocation)
         world.hold(allocation)
+        if world.nodes[place.node_id].has_others:
+            out.count_others(world, place.node_id)
         out.commands.append(Launch(launch_id=launch, node_id=place.node_id))
         launches.append(launch)
     world.set(world.workers, attempt.id, tuple(launches))

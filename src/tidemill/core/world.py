@@ -75,9 +75,9 @@ class Promise:
     waits_for: tuple[LaunchId, ...]
 
 
-def _restore(readings: list[tuple[Meter, int, int | None, int | None]]) -> None:
-    for meter, since, counter, latest in readings:
-        meter.since_ns, meter.counter_mj, meter.latest_mj = since, counter, latest
+def _restore(readings: list[tuple[Meter, int, int | None, int | None, int]]) -> None:
+    for meter, since, counter, latest, others in readings:
+        meter.since_ns, meter.counter_mj, meter.latest_mj, meter.others_milli = since, counter, latest, others
 
 
 def line_of(workload: Workload) -> Line:
@@ -752,8 +752,8 @@ class World:
         self.metered_ns = now
 
     def watch_meters(self, meters: list[Meter]) -> None:
-        """Remember some meters as they are before they are cut or read."""
-        readings = [(meter, meter.since_ns, meter.counter_mj, meter.latest_mj) for meter in meters]
+        """Remember some meters as they are before they are cut, read or noted on."""
+        readings = [(meter, meter.since_ns, meter.counter_mj, meter.latest_mj, meter.others_milli) for meter in meters]
         self._undo.append(partial(_restore, readings))
 
     def rebuild_fleet(self) -> None:
@@ -785,7 +785,7 @@ class World:
                     ),
                 )
         for node in fleet.nodes:
-            if node.others_cpu_milli or node.others_memory_bytes or node.others_gpus:
+            if node.has_others:
                 fleet.leave_to_others(node)
         self.fleet = fleet
         self.rows.clear()

@@ -7,7 +7,7 @@ knows is in ``launches/``, on a file system that the nodes share, and in Slurm's
 the runner holds the launch's lock             ALIVE
 ``exit.json``                                  EXITED
 Slurm has the job, waiting or running          ALIVE, with Slurm's reason
-Slurm ended the job, or has it no more         GONE, with how Slurm says that it ended
+Slurm ended the job, or has it no more         GONE, with how Slurm says that it ended: state, exit code, nodes
 written down, and Slurm never had the job      not carried out: no observation
 stopped before it was launched                 GONE; the folder stays, so that a late launch finds it
 =============================================  ==========================================================
@@ -29,13 +29,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 from zlib import crc32
 
 from tidemill import catalog
+from tidemill.engines.slurmending import SACCT_FIELDS, Ending, of_sacct, of_scontrol
 from tidemill.errors import Conflict, EngineLost, EngineRefused
 from tidemill.model.fleet import Device, Node, NodeState
 from tidemill.model.ids import DeviceId, LaunchId, NodeId, SiteId
@@ -61,6 +62,7 @@ _AT_ONCE: Final = 16
 _MARGIN_NS: Final = 2 * MINUTE_NS
 _BACKSTOP_S: Final = 10.0
 _KEPT: Final = ("PATH", "LD_LIBRARY_PATH", "HOME", "USER", "LOGNAME", "LANG", "SLURM_CONF", "SLURM_CLUSTERS")
+_UNKNOWN_JOB: Final = "Invalid job id specified"
 _UNREACHABLE: Final = ("Unable to contact slurm controller", "Connection refused", "timed out", "Socket timed out")
 
 
@@ -296,7 +298,7 @@ class SlurmEngine:
                 ended_ns=int(ended["ended_ns"]),
             )
         if gone := read_json(folder.gone):
-            return seen(ObservedState.GONE, detail=str(gone["detail"]), ended_ns=int(gone["ended_ns"]))
+            return seen(ObservedState.GONE, **_as_recorded(gone))
         if spec is None:
             return seen(ObservedState.GONE, detail="stopped before it was launched") if folder.stop.exists() else None
         name = self._name(launch_id)
@@ -309,26 +311,24 @@ class SlurmEngine:
             return None
         if job is None and any(one.state in _LIVE for one in self._jobs_named(name)):  # since the list was asked for
             return seen(ObservedState.ALIVE)
-        record = {"detail": f"its Slurm job {self._how_it_ended(job, number, name)}", "ended_ns": time.time_ns()}
+        record = _record(self._ending(job.id if job is not None else number, name), spec)
         with suppress(OSError):
             folder.claim()  # no runner may begin on it any more
             write_json(folder.gone, record)
-        return seen(ObservedState.GONE, **record)
+        return seen(ObservedState.GONE, **_as_recorded(record))
 
-    def _how_it_ended(self, job: _Job | None, number: str, name: str) -> str:
-        """In Slurm's words: of slurmctld, or when that has forgotten it of the accounting, if there is one."""
-        if job is not None:
-            return f"ended as {job.state.lower()}{f' on {job.nodes}' if job.nodes else ''}: {job.reason}"
-        fields = "--format=JobName,State,ExitCode,NodeList"
+    def _ending(self, number: str, name: str) -> Ending | None:
+        """How the job ended: of slurmctld, or when that has forgotten it of the accounting, if there is one."""
         try:
-            lines = self._ask("sacct", "-X", "-n", "-P", "-j", number, fields).splitlines()
-        except (EngineLost, EngineRefused):
-            lines = []
-        for line in lines:
-            known, state, code, nodes = line.rsplit("|", 3)
-            if known == name:  # numbers are given anew when slurmctld has lost its state
-                return f"ended as {state.lower()} with exit code {code} on {nodes}"
-        return "is not known to Slurm any more"
+            if ended := of_scontrol(self._ask("scontrol", "--oneliner", "show", "job", number), name):
+                return ended
+        except EngineLost as error:
+            if not error.detail.endswith(_UNKNOWN_JOB):  # it did not answer: that is no news of the job
+                raise
+        with suppress(EngineLost, EngineRefused):
+            words = ("-X", "-n", "-P", "-j", number, f"--format={SACCT_FIELDS}")
+            return of_sacct(self._ask("sacct", *words), number, name)
+        return None
 
     def _jobs(self) -> tuple[_Job, ...]:
         return tuple(self._listed())
@@ -461,6 +461,29 @@ def _surroundings() -> dict[str, str]:
     ``--export=NONE`` would do the latter too, and have slurmd run a login shell first, which takes a second or more.
     """
     return {name: value for name in _KEPT if (value := os.environ.get(name))}
+
+
+def _record(ended: Ending | None, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What is written down of a launch that is gone: when that was seen, and all that Slurm says of it."""
+    seen: dict[str, Any] = {"ended_ns": time.time_ns()}
+    if ended is None:
+        return {**seen, "detail": "its Slurm job is not known to Slurm any more"}
+    cause = ended.cause(is_limited=bool(spec.get("max_duration_ns")))
+    seen |= {"detail": f"its Slurm job {ended}", "exit_code": ended.exit_code, "cause": cause.value}
+    return {**seen, "cpu_used_ns": ended.cpu_used_ns or 0, "scheduler": dict(ended.words())}
+
+
+def _as_recorded(gone: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an observation that were written down; those of an older version are fewer."""
+    code = gone.get("exit_code")
+    return {
+        "detail": str(gone["detail"]),
+        "ended_ns": int(gone["ended_ns"]),
+        "exit_code": None if code is None else int(code),
+        "cause": str(gone.get("cause") or ""),
+        "cpu_used_ns": int(gone.get("cpu_used_ns") or 0),
+        "scheduler": tuple((str(name), str(value)) for name, value in (gone.get("scheduler") or {}).items()),
+    }
 
 
 def _sibling(launch_id: str, rank: int) -> LaunchId:

@@ -105,12 +105,19 @@ class LaunchRefused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vanished:
-    """The engine confirms that nothing of a launch is left, though no exit was reported."""
+    """The engine confirms that nothing of a launch is left, though no exit was reported.
+
+    ``exit_code``, ``cause`` and ``scheduler`` are what the site's own scheduler says of its end, if it does.
+    """
 
     at_ns: int
     launch_id: LaunchId
     fence: int
     detail: str = ""
+    exit_code: int | None = None
+    cause: Cause = Cause.NODE_LOST
+    cpu_used_ns: int = 0
+    scheduler: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

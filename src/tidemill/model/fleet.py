@@ -219,3 +219,8 @@ class Node:
     def gpu_milli(self) -> int:
         """All GPUs of the node in thousandths."""
         return len(self.devices) * MILLI
+
+    @property
+    def has_others(self) -> bool:
+        """Whether work that is not this cloud's holds something there."""
+        return bool(self.others_cpu_milli or self.others_memory_bytes or self.others_gpus)

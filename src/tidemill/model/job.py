@@ -211,3 +211,5 @@ class Allocation(Struct, frozen=True, kw_only=True, gc=False):
     endpoint: str = ""
     cause: Cause = Cause.NONE
     detail: str = ""
+    scheduler: tuple[tuple[str, str], ...] = ()
+    """How it ended by the words of the site's own scheduler, where that was asked: ``state``, ``exit``, ``nodes``, …"""

@@ -23,8 +23,8 @@ class Evidence(StrEnum):
 class UsageInterval(Struct, frozen=True, kw_only=True, gc=False):
     """``milli`` thousandths of one meter of one node, held from ``from_ns`` until just before ``to_ns``.
 
-    ``launch_id`` empty means that nobody held them: idle. For a node and a meter, the intervals tile time:
-    the sum of ``milli * (to_ns - from_ns)`` is capacity x time, which is what the books are checked with.
+    ``launch_id`` empty means that no worker held them: idle, unless ``others``. For a node and a meter, the intervals
+    tile time: the sum of ``milli * (to_ns - from_ns)`` is capacity x time, which is what the books are checked with.
     ``energy_mj`` includes neither cooling nor losses; PUE is applied when the line is rated.
     """
 
@@ -43,16 +43,18 @@ class UsageInterval(Struct, frozen=True, kw_only=True, gc=False):
     project_id: ProjectId = ProjectId("")
     included: bool = False
     """The price is part of another line of the same worker (the CPUs that come with a GPU)."""
+    others: bool = False
+    """Work held them that is not this cloud's: nobody here pays for it, and it was not idle."""
 
     @property
     def id(self) -> str:
         """The same for the same stretch of usage, however often it is computed."""
-        return f"{self.node_id}/{self.meter}/{self.launch_id or 'idle'}/{self.from_ns}"
+        return f"{self.node_id}/{self.meter}/{self.launch_id or ('others' if self.others else 'idle')}/{self.from_ns}"
 
     @property
     def is_idle(self) -> bool:
         """Whether nobody held it."""
-        return not self.launch_id
+        return not self.launch_id and not self.others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

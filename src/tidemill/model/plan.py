@@ -178,6 +178,8 @@ class Observation:
     detail: str = ""
     cpu_used_ns: int = 0
     ended_ns: int = 0
+    scheduler: tuple[tuple[str, str], ...] = ()
+    """How it ended by the words of the site's own scheduler: ``state``, ``exit``, ``nodes``, … as far as told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

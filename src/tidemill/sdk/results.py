@@ -76,6 +76,7 @@ class Worker(Record):
     endpoint: str = ""
     cause: str = ""
     detail: str = ""
+    scheduler: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

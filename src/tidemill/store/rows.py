@@ -19,6 +19,8 @@ from tidemill.ports import Batch
 from tidemill.store.codec import encode
 
 Row = dict[str, Any]
+OTHERS: Final = "others"
+"""In the ledger's column of launches, in which nothing means idle: no launch of ours, and yet it was held."""
 Thing = Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rental
 THINGS: Final[tuple[type[Thing], ...]] = (
     Workload,
@@ -200,7 +202,7 @@ def _ledger(line: LedgerLine) -> Row:
         "id": line.id,
         "project_id": usage.project_id,
         "job_id": usage.job_id,
-        "launch_id": usage.launch_id,
+        "launch_id": usage.launch_id or ("" if usage.is_idle else OTHERS),
         "resource": usage.resource,
         "to_ns": usage.to_ns,
         "held_high": held >> LOW_BITS,

@@ -174,8 +174,9 @@ def a_line(
     energy_mj: int = 7,
     carbon_mg: int = 11,
     evidence: Evidence = Evidence.MEASURED,
+    others: bool = False,
 ) -> LedgerLine:
-    """A priced interval of one meter; idle time when there is no job."""
+    """A priced interval of one meter; idle time when there is no job, unless it is held by ``others``."""
     usage = UsageInterval(
         node_id=NodeId(node),
         meter=resource,
@@ -185,6 +186,7 @@ def a_line(
         milli=milli,
         energy_mj=energy_mj,
         evidence=evidence,
+        others=others,
     )
     if job is not None:
         attempt = attempt_id(job.id, 1)

@@ -300,6 +300,7 @@ def check_sums_are_exact_beyond_64_bits(open_store: OpenStore) -> None:
         ]  # fmt: skip
         lines += [a_line(n, n + 1, job=blue, resource="H100-SXM", amount_micro=-LARGE) for n in range(3)]
         lines += [a_line(0, 10, evidence=Evidence.ESTIMATED, amount_micro=0)]
+        lines += [a_line(0, 10, others=True, milli=3, amount_micro=0)]
         it.commit(ledger=lines)
         red = it.store.ledger_totals(project_id=RED)
         same(red.held_milli_ns, ((CPU_METER, 5 * day * 256_000),), "milli-units x ns")
@@ -307,9 +308,9 @@ def check_sums_are_exact_beyond_64_bits(open_store: OpenStore) -> None:
         same((red.carbon_mg, red.lines, red.evidence), (5 * 2**62, 5, Evidence.MEASURED), "carbon")
         same(it.store.ledger_totals(job_id=blue.id).amount_micro, -3 * LARGE, "what is negative")
         idle = it.store.ledger_totals(idle=True)
-        same((idle.lines, idle.held_milli_ns), (1, ((CPU_METER, 10_000),)), "idle time")
+        same((idle.lines, idle.held_milli_ns), (1, ((CPU_METER, 10_000),)), "idle time, without what others hold")
         everything = it.store.ledger_totals()
-        same((everything.lines, everything.amount_micro), (9, 2 * LARGE), "everything")
+        same((everything.lines, everything.amount_micro), (10, 2 * LARGE), "everything")
         same(everything.evidence, Evidence.ESTIMATED, "one estimate makes the sum an estimate")
         same(it.store.ledger_totals(job_id=JobId("job_none")).held_milli_ns, (), "nothing")
 
