@@ -194,7 +194,7 @@ def vllm_router(folder: Path, upstream: int) -> Iterator[Contender]:
     command = [
         str(installed("routers", *ROUTERS) / "vllm-router"), "--worker-urls", f"http://127.0.0.1:{upstream}",
         "--policy", "round_robin", "--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port()),
-        "--log-level", "warn",
+        "--log-level", "warning",
     ]  # fmt: skip
     with started(command, folder / "vllm.log") as pid:
         until_answers(port, "", "vllm-router", folder / "vllm.log")

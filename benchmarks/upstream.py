@@ -15,7 +15,7 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import uvloop
 
@@ -68,8 +68,7 @@ class Server(asyncio.Protocol):
         self._wants_usage = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
