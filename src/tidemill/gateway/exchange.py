@@ -14,6 +14,7 @@ from tidemill.gateway.circuit import State
 from tidemill.gateway.health import OWN_TROUBLE
 from tidemill.gateway.messages import LAST_CHUNK, RequestHead, ResponseHead, chunk, end_to_end, write_head
 from tidemill.gateway.metering import StreamMeter, Usage, WholeMeter, estimated_prompt
+from tidemill.gateway.metrics import ABORTED
 from tidemill.gateway.table import Replica, Route
 from tidemill.gateway.upstream import BUFFER_HIGH, UpstreamConnection
 from tidemill.gateway.waiting import Line, retry_after_s
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tidemill.gateway.server import Gateway
 
 _NOT_FORWARDED: Final = frozenset({b"authorization", b"content-length", b"cookie", b"expect", b"host", b"x-request-id"})
+_NOT_FORWARDED_TRACED: Final = _NOT_FORWARDED | {b"traceparent"}
 _CAUTION: Final = 1.25
 """A request that is refused at once is of more use than one that is refused when its time is over."""
 _log = logging.getLogger("tidemill.gateway")
@@ -41,6 +43,8 @@ class Asking:
     is_metered: bool = False
     hides_usage: bool = False
     wait_s: float | None = None
+    operation: str = ""
+    """What is asked for, as OpenTelemetry calls it; empty for what is no inference."""
 
 
 class Client(Protocol):
@@ -78,14 +82,21 @@ class Exchange:
     of it is an honest 502.
     """
 
-    def __init__(self, gateway: Gateway, client: Client, head: RequestHead, asking: Asking) -> None:
+    def __init__(
+        self, gateway: Gateway, client: Client, head: RequestHead, asking: Asking, *, head_at: float = 0.0
+    ) -> None:
+        """``head_at`` is when the request's head had come, by the loop's clock."""
         self._client = client
         self._gateway = gateway
         self._asking = asking
         self._http_1_0 = head.http_1_0
         self._request_id = gateway.request_id(head)
         self._target = head.target
-        headers = end_to_end(head.headers, without=_NOT_FORWARDED)
+        tracer = gateway.tracer
+        self._trace = tracer.begin(head, head_at) if tracer is not None else None
+        headers = end_to_end(head.headers, without=_NOT_FORWARDED if self._trace is None else _NOT_FORWARDED_TRACED)
+        if self._trace is not None:
+            headers.append((b"traceparent", self._trace.header))
         headers += [(b"content-length", b"%d" % len(asking.body)), (b"x-request-id", self._request_id)]
         self._headers = write_head(b"", headers)
         self._body = asking.body
@@ -110,13 +121,18 @@ class Exchange:
         self._is_committed = False
         self._is_chunked = False
         self._is_over = False
-        self._heard_at = self._taken_at = asyncio.get_running_loop().time()
+        self._began_at = self._heard_at = self._taken_at = asyncio.get_running_loop().time()
+        self._sent_at = self._first_at = 0.0
+        """When it was sent last, and when the first byte of the response's body came; zero: not yet."""
+        self._error = ""
+        """What went wrong, as a code; empty: nothing."""
         self._meter: StreamMeter | WholeMeter | None = None
         self._usage: Usage | None = None
         self._counts = gateway.metrics.of(asking.route.model)
         self._counts.requests += 1
         self._counts.in_flight += 1
         self._counts.request_bytes += self._size
+        self._timings = self._counts.of(asking.operation)
 
     def start(self) -> None:
         """Send it to the best replica, or wait in line for one, or say why not."""
@@ -138,6 +154,8 @@ class Exchange:
         self._taken_at = self._heard_at = asyncio.get_running_loop().time()
         if self._had_a_turn:
             self._counts.retries += 1
+        else:
+            self._timings.queue.note(self._taken_at - self._began_at)
         self._had_a_turn = True
         self._assign(replica)
         upstream = self._gateway.pool.take(replica.address) if not self._sent else None
@@ -151,6 +169,7 @@ class Exchange:
         """The client went away: stop the replica's work at once."""
         if not self._is_over:
             self._counts.aborted += 1
+            self._error = ABORTED
             self._over()
 
     def ejected(self, why: str) -> None:
@@ -205,6 +224,8 @@ class Exchange:
         if not data or self._is_over:
             return
         self._hear()
+        if not self._first_at:
+            self._first_at = self._heard_at
         if self._meter is not None:
             data = self._meter.feed(data)
             if self._usage is not None:
@@ -220,8 +241,9 @@ class Exchange:
             self._commit(self._held_size)
         if self._is_chunked:
             self._client.write(LAST_CHUNK)
-        if self._response is not None and self._response.status >= 500:
-            self._counts.errors += 1
+        if self._response is not None and self._response.status >= 400:
+            self._error = str(self._response.status)
+            self._counts.errors += self._response.status >= 500
         close = self._http_1_0
         self._upstream = None  # it is the pool's again
         line = self._gateway.line(self._asking.route.model)
@@ -234,7 +256,10 @@ class Exchange:
             return
         self._upstream = None
         replica = self._replica
-        _log.info("replica %s of %s: %s", replica.job, self._asking.route.model, reason)
+        _log.info(
+            "request %s: replica %s of %s: %s",
+            self._request_id.decode(), replica.job, self._asking.route.model, reason,
+        )  # fmt: skip
         self._gateway.suspect(replica, self._asking.route)
         if started:
             self._break("replica_failed", "The model's replica broke off in the middle of the response.")
@@ -321,6 +346,9 @@ class Exchange:
         self._upstream = upstream
         self._was_reused = upstream.served > 0
         self._sent += 1
+        if self._trace is not None:
+            self._sent_at = asyncio.get_running_loop().time()
+            self._trace.step("connect", self._taken_at, self._sent_at)
         first = b"POST %b%b HTTP/1.1\r\nhost: %b" % (replica.prefix, self._target, replica.authority)
         upstream.send(self, first + self._headers, self._body)
         if not self._client.is_writable:
@@ -420,12 +448,15 @@ class Exchange:
 
     def _end_with(self, answer: Answer) -> None:
         self._counts.errors += 1
+        self._error = answer.code
         self._over()
         self._client.answer(answer, self._request_id)
 
     def _break(self, code: str, message: str, *, status: int = 502) -> None:
         """End a response that cannot be completed."""
         self._counts.errors += 1
+        self._error = code
+        _log.info("request %s: %s", self._request_id.decode(), message)
         response = self._response
         committed, streaming = self._is_committed, response is not None and response.is_event_stream
         self._over()
@@ -441,6 +472,7 @@ class Exchange:
         self._is_over = True
         self._counts.in_flight -= 1
         self._leave_line()
+        self._note_times()
         self._settle()
         self._unassign()
         upstream, self._upstream = self._upstream, None
@@ -452,6 +484,49 @@ class Exchange:
         self._gateway.advance(self._asking.route.model)
 
     # What it took
+
+    def _note_times(self) -> None:
+        now, first_at, usage = asyncio.get_running_loop().time(), self._first_at, self._usage
+        self._timings.over(self._error, now - self._began_at)
+        if first_at and self._response is not None and self._response.is_event_stream:
+            self._timings.first.note(first_at - self._began_at)
+            tokens = usage.completion_tokens if usage is not None else 0
+            if self._meter is not None and self._meter.reported is not None:
+                tokens = self._meter.reported[1]
+            if tokens > 1:
+                self._timings.gap.note((self._heard_at - first_at) / (tokens - 1))
+        if self._trace is not None:
+            self._end_trace(now)
+
+    def _end_trace(self, now: float) -> None:
+        trace, tracer, asking = self._trace, self._gateway.tracer, self._asking
+        if trace is None or tracer is None:
+            return
+        trace.step("admit", trace.began_at, self._began_at)
+        if self._had_a_turn:
+            trace.step("wait", self._began_at, self._taken_at)
+        if self._sent_at:
+            trace.step("first byte", self._sent_at, self._first_at or now)
+        if self._first_at:
+            trace.step("stream", self._first_at, now)
+        trace.name = f"{asking.operation} {asking.route.model}".strip()
+        trace.error = self._error
+        trace.attributes = {
+            "gen_ai.operation.name": asking.operation,
+            "gen_ai.provider.name": "tidemill",
+            "gen_ai.request.model": asking.route.model,
+            "tidemill.request.id": self._request_id.decode(),
+            "tidemill.project": asking.tenant or asking.route.project,
+            "tidemill.key": asking.token,
+            "tidemill.replica": self._replica.job if self._replica is not None else "",
+            "tidemill.tries": self._sent,
+            **({"error.type": self._error} if self._error else {}),
+            **({"http.response.status_code": self._response.status} if self._response is not None else {}),
+        }
+        if self._meter is not None and self._meter.reported is not None:
+            prompt, completion = self._meter.reported
+            trace.attributes |= {"gen_ai.usage.input_tokens": prompt, "gen_ai.usage.output_tokens": completion}
+        tracer.end(trace, now)
 
     def _begin_metering(self, head: ResponseHead) -> None:
         books, asking = self._gateway.books, self._asking
@@ -486,4 +561,7 @@ class Exchange:
             return  # no tokens were told of, and nothing of it can be counted
         self._counts.prompt_tokens += usage.prompt_tokens
         self._counts.completion_tokens += usage.completion_tokens
+        self._counts.cached_tokens += meter.cached
+        self._timings.input_tokens.note(usage.prompt_tokens)
+        self._timings.output_tokens.note(usage.completion_tokens)
         books.settle(usage)
