@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import orjson
@@ -47,7 +47,7 @@ Value = TypeVar("Value")
 class Ruling(msgspec.Struct, kw_only=True):
     """What one rule decided about one request, as it is told to the control plane."""
 
-    id: str
+    id: str = ""
     at_ns: int
     request: str
     project: str
@@ -70,20 +70,18 @@ class Refusal(Exception):
         self.is_failure = is_failure
         super().__init__(message)
 
+    def noted_in(self, found: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+        """What was found, with the failure of the rule's plug-in when it is one."""
+        if not self.is_failure or not self.rule.name:
+            return found
+        return {**found, self.rule.name: {**found.get(self.rule.name, {}), "FAILED": 1}}
+
     @property
     def answer(self) -> Answer:
         """What the client is told."""
         if self.is_failure:
             return answers.refuse(503, FAILED, self.message, headers=((b"Retry-After", b"5"),))
         return answers.refuse(400, REFUSED, self.message, param=self.param)
-
-
-class Checked(NamedTuple):
-    """A request that may go on: its content, whether rules changed it, and what they decided, by rule."""
-
-    content: dict[str, Any]
-    is_changed: bool
-    found: dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +96,26 @@ class Guarding:
     broken: str = ""
     """Why it cannot look at anything: then nothing passes."""
 
+    def flags(self, found: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
+        """The rules that found something and say so to the client."""
+        return tuple(name for name in found if self.rules[name].action is Action.FLAG)
+
+    def rulings(
+        self, who: Who, stage: Stage, found: Mapping[str, Mapping[str, int]], refused: str = ""
+    ) -> Iterator[Ruling]:
+        """What was decided, of each rule that found something; ``refused`` names the one that ended the request."""
+        for name, counts in found.items():
+            rule = self.rules[name]
+            yield Ruling(
+                at_ns=time.time_ns(), request=who.request, project=who.project, token=who.token, model=who.model,
+                rule=name, kind=rule.kind, stage=stage.value, found=dict(counts),
+                action=(Action.REFUSE if name == refused else rule.action).value,
+            )  # fmt: skip
+
+    def is_of(self, told: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether it was made from these rules, and could be."""
+        return not self.broken and self.raw == _raw(told)
+
     @property
     def is_slow(self) -> bool:
         """Whether looking at a request waits for something."""
@@ -108,7 +126,7 @@ def guarding_of(told: Sequence[Mapping[str, Any]]) -> Guarding | None:
     """The rules that the feed tells of; None for none. Rules that cannot be made let nothing pass."""
     if not told:
         return None
-    raw = orjson.dumps(told, option=orjson.OPT_SORT_KEYS)
+    raw = _raw(told)
     rules: dict[str, GuardRule] = {}
     judges: list[tuple[GuardRule, RequestGuard]] = []
     texts: dict[Stage, list[TextRule]] = {Stage.REQUEST: [], Stage.RESPONSE: []}
@@ -128,13 +146,8 @@ def guarding_of(told: Sequence[Mapping[str, Any]]) -> Guarding | None:
     return Guarding(raw, rules, judges, texts[Stage.REQUEST], texts[Stage.RESPONSE])
 
 
-@dataclass(slots=True)
-class Journal:
-    """Where rulings go: counted, and entered."""
-
-    count: Callable[[str, str, str], None]
-    enter: Callable[[Ruling], None]
-    next_id: Callable[[], str]
+def _raw(told: Sequence[Mapping[str, Any]]) -> bytes:
+    return orjson.dumps(told, option=orjson.OPT_SORT_KEYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,25 +160,12 @@ class Who:
     model: str
 
 
-def enter(
-    journal: Journal,
-    guarding: Guarding,
-    who: Who,
-    stage: Stage,
-    found: Mapping[str, Mapping[str, int]],
-    refused: str = "",
-) -> None:
-    """Count and enter what was decided; ``refused`` names the rule that ended it though it may only redact."""
-    for name, counts in found.items():
-        rule = guarding.rules[name]
-        action = Action.REFUSE if name == refused else rule.action
-        journal.count(who.model, name, action.value)
-        journal.enter(
-            Ruling(
-                id=journal.next_id(), at_ns=time.time_ns(), request=who.request, project=who.project, token=who.token,
-                model=who.model, rule=name, kind=rule.kind, stage=stage.value, action=action.value, found=dict(counts),
-            )
-        )  # fmt: skip
+class Threads(Protocol):
+    """Who has threads, made when they are first needed."""
+
+    @property
+    def threads(self) -> ThreadPoolExecutor:
+        """Where guardrails look that take long."""
 
 
 # Requests
@@ -188,7 +188,7 @@ def at_once(steps: Coroutine[Any, Any, Value]) -> Value:
 
 
 async def check_request(
-    guarding: Guarding, content: dict[str, Any], *, size: int, path: bytes, threads: ThreadPoolExecutor,
+    guarding: Guarding, content: dict[str, Any], *, size: int, path: bytes, threads: Threads,
     found: dict[str, dict[str, int]],
 ) -> bool:  # fmt: skip
     """Whether ``content`` was changed to what may be sent on; ``found`` is filled with what rules found.
@@ -285,7 +285,7 @@ async def _look(rules: Sequence[TextRule], spot: _Spot, found: dict[str, dict[st
 
 
 async def _look_whole(
-    one: TextRule, spots: Sequence[_Spot], found: dict[str, dict[str, int]], threads: ThreadPoolExecutor | None
+    one: TextRule, spots: Sequence[_Spot], found: dict[str, dict[str, int]], threads: Threads | None
 ) -> bool:
     """The same for a rule that is asked once, about all texts together."""
     texts = [str(spot.holder[spot.key]) for spot in spots]
@@ -294,7 +294,7 @@ async def _look_whole(
         if threads is None:
             pieces = one.guard.find(joined)
         else:
-            pieces = await asyncio.get_running_loop().run_in_executor(threads, one.guard.find, joined)
+            pieces = await asyncio.get_running_loop().run_in_executor(threads.threads, one.guard.find, joined)
     except Exception as error:  # noqa: BLE001 - a plug-in may raise anything, and nothing passes then
         return _failed(one.rule, error)
     if not pieces:
@@ -361,7 +361,7 @@ class Passing:
 class Screen:
     """One response as rules see it. What is fed comes out at the other side in order, at once or a little later."""
 
-    def __init__(self, guarding: Guarding, passing: Passing, threads: ThreadPoolExecutor, *, path: bytes) -> None:
+    def __init__(self, guarding: Guarding, passing: Passing, threads: Threads, *, path: bytes) -> None:
         self._rules = guarding.on_response
         self._changes = any(one.rule.action in (Action.REDACT, Action.REFUSE) for one in self._rules)
         self._is_slow = any(one.guard.is_slow for one in self._rules)
@@ -436,7 +436,9 @@ class Screen:
         if not self._is_slow:
             founds = _found(self._rules, window)
         else:
-            founds = await asyncio.get_running_loop().run_in_executor(self._threads, _found, self._rules, window)
+            founds = await asyncio.get_running_loop().run_in_executor(
+                self._threads.threads, _found, self._rules, window
+            )
         passed = window.take(founds, is_last=is_last)
         if window.refused is not None:
             raise _refusal(window.refused)
@@ -451,7 +453,7 @@ class Screen:
 class WholeScreen(Screen):
     """An answer that is no stream: it comes out when all of it was seen."""
 
-    def __init__(self, guarding: Guarding, passing: Passing, threads: ThreadPoolExecutor, *, path: bytes) -> None:
+    def __init__(self, guarding: Guarding, passing: Passing, threads: Threads, *, path: bytes) -> None:
         super().__init__(guarding, passing, threads, path=path)
         self._parts: list[bytes] = []
         self._size = 0
@@ -506,7 +508,7 @@ class _Event:
 class StreamScreen(Screen):
     """A stream of events."""
 
-    def __init__(self, guarding: Guarding, passing: Passing, threads: ThreadPoolExecutor, *, path: bytes) -> None:
+    def __init__(self, guarding: Guarding, passing: Passing, threads: Threads, *, path: bytes) -> None:
         super().__init__(guarding, passing, threads, path=path)
         self._rest = b""
         self._open: dict[object, _Text] = {}
@@ -537,7 +539,7 @@ class StreamScreen(Screen):
         choices = []
         for one in self._template["choices"]:
             choice: dict[str, Any] = {"index": one.get("index", 0), "finish_reason": REFUSED}
-            choice |= {"delta": {}} if "delta" in one else {"text": ""}
+            choice["delta" if "delta" in one else "text"] = {} if "delta" in one else ""
             choices.append(choice)
         return _written(_Event(), {**self._template, "choices": choices}) + b"data: [DONE]\n\n"
 
@@ -631,9 +633,7 @@ class StreamScreen(Screen):
         return b"".join(passed)
 
 
-def screen_of(
-    guarding: Guarding, passing: Passing, threads: ThreadPoolExecutor, *, path: bytes, is_event_stream: bool
-) -> Screen:
+def screen_of(guarding: Guarding, passing: Passing, threads: Threads, *, path: bytes, is_event_stream: bool) -> Screen:
     """What looks at a response."""
     kind = StreamScreen if is_event_stream else WholeScreen
     return kind(guarding, passing, threads, path=path)

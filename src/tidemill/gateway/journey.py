@@ -43,6 +43,8 @@ class Asking:
     is_metered: bool = False
     hides_usage: bool = False
     wait_s: float | None = None
+    flags: tuple[str, ...] = ()
+    """The guardrails that found something in it, and let it pass."""
     operation: str = ""
     """What is asked for, as OpenTelemetry calls it; empty for what is no inference."""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
 
 from tidemill.core import tokens
 from tidemill.gateway.circuit import Circuit, State
+from tidemill.gateway.guarding import Guarding, guarding_of
 
 _ALL_OPEN: Final = frozenset({"infer", "admin"})
 _NEAR_NAMES: Final = 3
@@ -35,6 +36,7 @@ class _Route(msgspec.Struct):
     health: str = ""
     concurrency: int = 0
     wait_ms: int = 0
+    guards: list[dict[str, Any]] = []
 
 
 class _Key(msgspec.Struct):
@@ -129,6 +131,8 @@ class Route:
     health: str = ""
     concurrency: int = 0
     wait_s: float = 0.0
+    guards: Guarding | None = None
+    """What looks at its requests and answers; None: nothing."""
 
     def choose(self, *, tried: Sequence[Replica] = ()) -> Replica | None:
         """The replica with the fewest requests under way; ties go to the one that waited longest for a turn.
@@ -208,12 +212,19 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
             health=route.health,
             concurrency=route.concurrency,
             wait_s=route.wait_ms / 1000,
+            guards=_guarding(route.guards, before.routes.get(model) if before is not None else None),
         )
     keys = {
         digest: Key(scopes=frozenset(key.scopes), project=key.project, expires_ns=key.expires_ns, id=key.id)
         for digest, key in feed.tokens.items()
     }
     return Table(version=feed.version, keys=keys, routes=routes, raw=raw)
+
+
+def _guarding(told: list[dict[str, Any]], before: Route | None) -> Guarding | None:
+    """What looks at a model's requests; the same object while the rules are the same."""
+    known = before.guards if before is not None else None
+    return known if known is not None and known.is_of(told) else guarding_of(told)
 
 
 def _replicas(table: Table) -> dict[tuple[str, str, int, bytes], Replica]:

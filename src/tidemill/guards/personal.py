@@ -59,7 +59,7 @@ class Personal:
     def open_from(self, text: str) -> int:
         """Where the last word begins, or what may be groups of a number that goes on."""
         least = at = max(0, len(text) - self.reach)
-        for at in range(len(text), least, -1):  # noqa: B007 - it is where the loop ends
+        for at in range(len(text), least, -1):
             if text[at - 1].isspace():
                 break
         else:

@@ -134,13 +134,13 @@ def compiled(text: str) -> re.Pattern[str]:
         parsed = parser.parse(text, pattern.flags)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"patterns: {text!r} is no regular expression: {error}") from None
-    width = parsed.getwidth()[1]
+    width = int(parsed.getwidth()[1])
     if width == 0:
         raise ValueError(f"patterns: {text!r} matches nothing. Mend: write what it is to find")
     if width > _MOST_STEPS:
         mend = "give each repetition a largest number, such as {1,20}"
         raise ValueError(f"patterns: {text!r} may match any length. Mend: {mend}")
-    steps = _ways(parsed) * width
+    steps: int = _ways(parsed) * width
     if steps > _MOST_STEPS:
         mend = "write fewer repetitions of changing length, or make them possessive: {1,20}+"
         raise ValueError(f"patterns: {text!r} may take {steps} steps for a character. Mend: {mend}")
@@ -170,7 +170,7 @@ def _ways_of(code: Any, argument: Any) -> int:
         return sum(min(inner**times, _MOST_STEPS + 1) for times in range(int(least), min(int(most), 64) + 1))
     if code in (codes.POSSESSIVE_REPEAT, codes.ATOMIC_GROUP):
         body = argument[-1] if code is codes.POSSESSIVE_REPEAT else argument
-        return max(1, _ways(body)) if _ways(body) > 1 else 1
+        return _ways(body)
     if code in (codes.ASSERT, codes.ASSERT_NOT):
         if argument[0] > 0 and argument[1].getwidth()[1] > 1:
             raise ValueError("patterns: what is looked ahead at has one character at most. Mend: match it instead")
@@ -190,11 +190,11 @@ _INJECTIONS: Final[Mapping[str, int]] = {
     r"\byou are (?:now|no longer)\b[^.!?\n]{0,60}\b(?:unrestricted|jailbroken|dan|developer mode|without (?:any )?"
     r"(?:rules|limits|restrictions))\b": 60,
     r"\b(?:do anything now|developer mode (?:enabled|on)|jailbreak(?:ed)? mode)\b": 60,
-    r"\b(?:act|behave|respond) as if (?:you have|there (?:are|were)) no (?:rules|restrictions|guidelines|filters)\b": 60,
+    r"\b(?:act|behave|respond) as if (?:you have|there (?:are|were)) no (?:rules|restrictions|guidelines)\b": 60,
     r"<\|(?:im_start|im_end|system|endoftext)\|>|\[/?INST\]|<<SYS>>": 40,
     r"\b(?:new|updated|real) (?:system )?instructions?\s{0,3}:": 40,
     r"\bpretend (?:that )?you (?:are|have)\b": 20,
-    r"\b(?:bypass|circumvent|evade)\b[^.!?\n]{0,30}\b(?:safety|filters?|guardrails?|restrictions?|polic(?:y|ies))\b": 40,
+    r"\b(?:bypass|circumvent|evade)\b[^.!?\n]{0,30}\b(?:safety|filters?|guardrails?|restrictions?|policy)\b": 40,
 }
 """What attempts say, and how much each weighs of 100."""
 
