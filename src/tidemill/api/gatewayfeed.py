@@ -48,6 +48,9 @@ async def enter_usage(call: Caller) -> Response:
             prompt_tokens=one.prompt_tokens,
             completion_tokens=one.completion_tokens,
             is_estimated=one.is_estimated,
+            user=one.user,
+            label=one.label,
+            amount_pico=one.amount_pico,
         )
         for one in given.usages
     ]
