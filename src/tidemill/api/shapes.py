@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from typing_extensions import TypedDict
 
 from tidemill.model.limits import LIMITS, Priority
+from tidemill.model.spec import MAX_PRICE_MICRO
 from tidemill.model.tenant import Scope
 
 Item = TypeVar("Item")
@@ -828,7 +829,10 @@ class RequestUsageIn(Body):
     is_estimated: bool
     user: _Name = ""
     label: _Name = ""
-    amount_pico: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    price: Annotated[
+        list[Annotated[int, Field(ge=0, le=MAX_PRICE_MICRO)]],
+        Field(min_length=2, max_length=2, description="Micro-USD for a million tokens, in and out."),
+    ] = [0, 0]
 
 
 class RequestUsagesIn(Body):
