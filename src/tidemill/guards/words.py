@@ -106,7 +106,7 @@ class Patterns:
             raise ValueError(f"patterns: it is a list of 1 to {_MOST_PATTERNS} expressions")
         self._label = label
         self._patterns = [compiled(str(one)) for one in patterns]
-        self.reach = max(parser.parse(one.pattern, one.flags).getwidth()[1] for one in self._patterns) + 1
+        self.reach: int = max(parser.parse(one.pattern, one.flags).getwidth()[1] for one in self._patterns) + 1
 
     def find(self, text: str, start: int = 0) -> list[Found]:
         """The matches; of those that overlap, the one that begins first."""
