@@ -59,9 +59,12 @@ def guard_of(rule: GuardRule, *, field: str = "") -> Guard:
     except (TypeError, ValueError) as error:
         name, _, told = str(error).partition(": ")
         told, _, mend = (told if name in rule.options else str(error)).partition(" Mend: ")
-        option = f"options.{name}" if name in rule.options else "options"
+        value = rule.options.get(name)
         raise InvalidRequest(
-            f"{told.removesuffix('.')}.", field=f"{below}{option}", value=rule.options.get(name), mend=mend
+            f"{told.removesuffix('.')}.",
+            field=f"{below}{name}" if name in rule.options else field,
+            value=value if isinstance(value, str | int | float) or value is None else repr(value)[:80],
+            mend=f"{mend.removesuffix('.').capitalize()}." if mend else "",
         ) from error
     _check(rule, guard, below)
     return guard
@@ -87,7 +90,7 @@ def _check(rule: GuardRule, guard: Guard, below: str) -> None:
     if guard.reach > MOST_REACH:
         raise InvalidRequest(
             f"The kind {rule.kind} looks {guard.reach} characters far; {MOST_REACH} are held back at most.",
-            field=f"{below}options", value=None, mend="Give it shorter words or expressions.",
+            field=below.removesuffix("."), value=None, mend="Give it shorter words or expressions.",
         )  # fmt: skip
     if rule.action is Action.REDACT and not guard.reach and rule.kind != "injection":
         raise InvalidRequest(

@@ -45,7 +45,7 @@ class GuardRule:
     kind: str
     action: Action = Action.REFUSE
     on: tuple[Stage, ...] = (Stage.REQUEST,)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     projects: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
 

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Final
 
 from tidemill.model.fleet import Level, SiteKind
+from tidemill.model.guard import GuardRule
 from tidemill.model.ids import SiteId, WorkloadId
 from tidemill.model.resources import Resources
 from tidemill.model.storage import DataMode, DataMount, VolumeMount
@@ -120,6 +121,8 @@ class Service:
     """For how long fewer have to be enough before a replica is given up."""
     concurrency: int = 256
     wait_ns: int = 30 * SECOND_NS
+    guards: tuple[GuardRule, ...] = ()
+    """What looks at its requests and answers, beside the rules that the settings have for all."""
     price_input_micro: int = 0
     """What a million tokens cost in requests, in micro-USD."""
     price_output_micro: int = 0

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final
 
+from tidemill.guards import reading as guards
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Dependency, DependsOn, Kind, Placement, Port, Service, Tier, WorkloadSpec
 from tidemill.units import MILLI, SECOND_NS, USD_MICRO
@@ -65,6 +66,8 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
             written["service"]["concurrency"] = spec.service.concurrency
         if spec.service.wait_ns != _SERVICE.wait_ns:
             written["service"]["wait"] = _duration_json(spec.service.wait_ns)
+        if spec.service.guards:
+            written["service"]["guards"] = [guards.written(rule) for rule in spec.service.guards]
         if spec.service.price_input_micro or spec.service.price_output_micro:
             written["service"]["price"] = {
                 "input": spec.service.price_input_micro / USD_MICRO,
