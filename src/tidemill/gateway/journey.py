@@ -99,6 +99,10 @@ class Journey(ABC):
         self._response: ResponseHead | None = None
         self._is_over = False
         self._heard_at = self._taken_at = asyncio.get_running_loop().time()
+        self._asked_at = self._heard_at
+        self._is_cold = False
+        """Whether there was no replica when it came: what it waited then is nothing that more of them would shorten."""
+        self._felt = gateway.felt_of(asking.route.model)
         self._counts = gateway.metrics.of(asking.route.model)
         self._counts.requests += 1
         self._counts.in_flight += 1
@@ -123,6 +127,10 @@ class Journey(ABC):
         self._taken_at = self._heard_at = asyncio.get_running_loop().time()
         if self._had_a_turn:
             self._counts.retries += 1
+        elif self._is_cold:
+            self._asked_at = self._taken_at
+        else:
+            self._felt.waited(self._taken_at - self._asked_at)
         self._had_a_turn = True
         self._assign(replica)
         upstream = self._gateway.pool.take(replica.address) if not self._sent else None
@@ -231,6 +239,9 @@ class Journey(ABC):
             self._refuse("overloaded", "No replica will be free in time", expected)
         else:
             self._line = line
+            self._is_cold = self._is_cold or not any(
+                one.circuit.allows and not one.is_leaving for one in route.replicas
+            )
             line.join(self, asking.tenant, is_first=self._had_a_turn)
             self._counts.waiting += 1
             self._deadline = loop.call_later(left, self._run_out)

@@ -13,6 +13,7 @@ from typing import Final
 from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.ids import SiteId, WorkloadId
 from tidemill.model.resources import Resources
+from tidemill.model.scaling import Scaling
 from tidemill.model.storage import DataMode, DataMount, VolumeMount
 from tidemill.units import DAY_NS, MILLI, SECOND_NS
 
@@ -118,6 +119,8 @@ class Service:
     """For how long fewer have to be enough before a replica is given up."""
     concurrency: int = 256
     wait_ns: int = 30 * SECOND_NS
+    scaling: Scaling = Scaling()
+    """What the number of replicas follows beside the requests."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= MAX_REPLICAS:
@@ -132,6 +135,10 @@ class Service:
             raise ValueError("a request waits for 10 minutes at most")
         if self.readiness_path and not self.readiness_path.startswith("/"):
             raise ValueError("the readiness path begins with /")
+        if self.scaling != Scaling() and not self.is_scaled:
+            raise ValueError("only a number of replicas within a range can follow something")
+        if any(hours.replicas > self.replicas for hours in self.scaling.hours):
+            raise ValueError("no hours have more replicas than there are at most")
 
     @property
     def is_scaled(self) -> bool:
