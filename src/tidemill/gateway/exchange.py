@@ -26,11 +26,13 @@ class Exchange(Journey):
     middle of it is an honest 502.
     """
 
-    def __init__(self, gateway: Gateway, client: Client, head: RequestHead, asking: Asking) -> None:
-        super().__init__(gateway, client, head, asking)
+    def __init__(
+        self, gateway: Gateway, client: Client, head: RequestHead, asking: Asking, *, head_at: float = 0.0
+    ) -> None:
+        super().__init__(gateway, client, head, asking, head_at=head_at)
         self._http_1_0 = head.http_1_0
         self._target = head.target
-        headers = end_to_end(head.headers, without=_NOT_FORWARDED)
+        headers = self._headers_for(head, without=_NOT_FORWARDED)
         headers += [(b"content-length", b"%d" % len(asking.body)), (b"x-request-id", self._request_id)]
         self._headers = write_head(b"", headers)
         self._body = asking.body
@@ -42,7 +44,6 @@ class Exchange(Journey):
         self._is_chunked = False
         self._meter: StreamMeter | WholeMeter | None = None
         self._usage: Usage | None = None
-        self._has_begun = False
         self._tokens = 0
         """Of its answer, as they were counted for what the model gives a second."""
 
@@ -63,8 +64,8 @@ class Exchange(Journey):
         if not data or self._is_over:
             return
         self._hear()
-        if not self._has_begun:
-            self._has_begun = True
+        if not self._first_at:
+            self._first_at = self._heard_at
             if self._response is not None and self._response.is_event_stream and self._response.status == 200:
                 self._felt.began(self._heard_at - self._asked_at)
         if self._meter is not None:
@@ -83,8 +84,9 @@ class Exchange(Journey):
             self._commit(self._held_size)
         if self._is_chunked:
             self._client.write(LAST_CHUNK)
-        if self._response is not None and self._response.status >= 500:
-            self._counts.errors += 1
+        if self._response is not None and self._response.status >= 400:
+            self._error = str(self._response.status)
+            self._counts.errors += self._response.status >= 500
         close = self._http_1_0
         self._upstream = None  # it is the pool's again
         line = self._gateway.line(self._asking.route.model)
@@ -140,6 +142,8 @@ class Exchange(Journey):
     def _break(self, code: str, message: str, *, status: int = 502) -> None:
         """End a response that cannot be completed."""
         self._counts.errors += 1
+        self._error = code
+        self._log(message)
         response = self._response
         committed, streaming = self._is_committed, response is not None and response.is_event_stream
         self._over()
@@ -152,6 +156,9 @@ class Exchange(Journey):
         self._client.broke()
 
     # What it took
+
+    def _reported(self) -> tuple[int, int] | None:
+        return self._meter.reported if self._meter is not None else None
 
     def _begin_metering(self, head: ResponseHead) -> None:
         books, asking = self._gateway.books, self._asking
@@ -168,6 +175,9 @@ class Exchange(Journey):
             job=self._replica.job,
             prompt_tokens=estimated_prompt(self._size),
             is_estimated=True,
+            user=asking.user,
+            label=asking.label,
+            price=asking.route.price,
         )
         if head.is_event_stream:
             books.open(self._usage)
@@ -187,6 +197,12 @@ class Exchange(Journey):
         self._count_tokens(usage.completion_tokens)
         self._counts.prompt_tokens += usage.prompt_tokens
         self._counts.completion_tokens += usage.completion_tokens
+        self._counts.cached_tokens += meter.cached
+        timings = self._timings
+        timings.input_tokens.note(usage.prompt_tokens)
+        timings.output_tokens.note(usage.completion_tokens)
+        if isinstance(meter, StreamMeter) and usage.completion_tokens > 1 and self._first_at:
+            timings.gap.note((self._heard_at - self._first_at) / (usage.completion_tokens - 1))
         books.settle(usage)
 
     def _count_tokens(self, total: int) -> None:

@@ -75,6 +75,7 @@ from tidemill.wire.fields import (
     port_of,
     port_reference,
     ports_of,
+    price_of,
     python_of,
     retry_on_of,
     secret_of,
@@ -333,6 +334,20 @@ class ScalingIn(StrictSection):
     )
 
 
+_PRICE_SCHEMA: Final = {"type": "number", "minimum": 0, "maximum": 1000, "examples": [0.15]}
+
+
+class PriceIn(StrictSection):
+    """What requests to a model cost whoever asks."""
+
+    input: Annotated[int, *taking(price_of, _PRICE_SCHEMA)] = Field(
+        default=0, description="US dollars for a million tokens of requests."
+    )
+    output: Annotated[int, *taking(price_of, _PRICE_SCHEMA)] = Field(
+        default=0, description="US dollars for a million tokens of answers."
+    )
+
+
 class ServiceIn(StrictSection):
     """How a service is reached."""
 
@@ -373,6 +388,16 @@ class ServiceIn(StrictSection):
         default_factory=_shared(ScalingIn),
         description="What the number of replicas follows within its range.",
         json_schema_extra={"default": ""},
+    )
+    price: PriceIn = Field(
+        default_factory=_shared(PriceIn),
+        description="What tokens cost; nothing unless it says so. Machines are paid for by the service's project.",
+        json_schema_extra={"default": {}},
+    )
+    cache_salt: Annotated[bool, *taking(flag_of, {"type": "boolean"})] = Field(
+        default=True,
+        description="Send `cache_salt` along, so that no project can find out what another one asked by how soon"
+        " the engine's prefix cache answers; false for an engine that refuses fields that it does not know.",
     )
 
 
@@ -1030,6 +1055,9 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         concurrency=section.concurrency,
         wait_ns=section.wait,
         scaling=_scaling(section.scaling),
+        price_input_micro=section.price.input,
+        price_output_micro=section.price.output,
+        is_salted=section.cache_salt,
     )
 
 
