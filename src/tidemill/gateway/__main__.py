@@ -102,6 +102,7 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
         feed.follow(),
         gateway.sweep(),
         gateway.watch_replicas().run(),
+        gateway.scrape_replicas().run(),
         books.keep(),
         rulings.keep(),
         gateway.tell_load(partial(feed.report, "/v1/gateway/load")),

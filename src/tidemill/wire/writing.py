@@ -10,6 +10,7 @@ from tidemill.guards import reading as guards
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Dependency, DependsOn, Kind, Placement, Port, Service, Tier, WorkloadSpec
 from tidemill.units import MILLI, SECOND_NS, USD_MICRO
+from tidemill.wire.scaling import scaling_json
 from tidemill.wire.scheduling import instant_text
 from tidemill.wire.sections import default_retry
 
@@ -68,6 +69,8 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
             written["service"]["wait"] = _duration_json(spec.service.wait_ns)
         if spec.service.guards:
             written["service"]["guards"] = [guards.written(rule) for rule in spec.service.guards]
+        if scaling := scaling_json(spec.service.scaling, _duration_json):
+            written["service"]["scaling"] = scaling
         if spec.service.price_input_micro or spec.service.price_output_micro:
             written["service"]["price"] = {
                 "input": spec.service.price_input_micro / USD_MICRO,
