@@ -206,6 +206,10 @@ class Routes:
         """See ``get``."""
         return self._declare("PUT", path, allow, **named)
 
+    def patch(self, path: str, *, allow: Scope | tuple[Scope, ...], **named: Any) -> Callable[[Endpoint], Endpoint]:
+        """See ``get``."""
+        return self._declare("PATCH", path, allow, **named)
+
     def delete(self, path: str, *, allow: Scope | tuple[Scope, ...], **named: Any) -> Callable[[Endpoint], Endpoint]:
         """See ``get``."""
         return self._declare("DELETE", path, allow, **named)

@@ -19,12 +19,16 @@ class Organization:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Project:
-    """Who shares a quota; what it may have is said by its ``model.queue.Queue``."""
+    """Who shares a quota; what it may have is said by its ``model.queue.Queue``.
+
+    ``allows_pickles``: its models may have pickles in them, where whoever adds them asks for it.
+    """
 
     id: ProjectId
     organization_id: OrganizationId
     name: str
     created_ns: int
+    allows_pickles: bool = False
 
 
 class PrincipalKind(StrEnum):
