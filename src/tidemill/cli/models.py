@@ -230,7 +230,7 @@ def model_delete(
 
 def model_policy(
     pickles: Annotated[
-        str, typer.Option("--pickles", metavar="allow|refuse", help="Whether pickles may be let in.")
+        str, typer.Option("--pickles", metavar="POLICY", help="allow or refuse: whether pickles may be let in.")
     ] = "",
     project: InProject = None,
     json: Json = False,

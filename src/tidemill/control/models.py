@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import secrets
+import shutil
 import tarfile
 import threading
 import time
@@ -59,6 +60,7 @@ _TELL_AT_MOST: Final = 3
 _PIECE: Final = 1 << 20
 _ABANDONED_S: Final = 7 * 86_400.0
 """After so long, files that were sent and became part of nothing are removed."""
+_DRAFT: Final = ".upload-"
 _MAX_PAIRS: Final = 1_000
 _MAX_TEXT: Final = 10_000
 _KEY: Final = re.compile(r"[\w./ :-]{1,250}")
@@ -185,6 +187,45 @@ class Models:
             size = draft.commit()
             return DataFile(path, size, draft.digest)
 
+    # ------------------------------------------------------------------ uploads by path
+
+    def put_upload(self, project: ProjectId, path: str, digest: str, size: int) -> None:
+        """Nothing; the file of that content is found at ``path`` among a project's uploads. Raises: InvalidRequest."""
+        place = self._upload_place(project, path)
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            draft = place.with_name(f"{_DRAFT}{secrets.token_hex(8)}")
+            draft.write_text(f"{digest} {size}")
+            draft.replace(place)
+        except OSError as error:
+            mend = "Choose another path."
+            raise InvalidRequest(f"{path} is in the way of another.", field="path", value=path, mend=mend) from error
+
+    def uploads(self, project: ProjectId, path: str) -> dict[str, DataFile]:
+        """The uploads at or below a path, by their paths below it; one at the path itself by its name."""
+        place = self._upload_place(project, path)
+        if place.is_file():
+            found = _pointed_to(place, place.name)
+            return {found.path: found} if found is not None else {}
+        files = [one for one in sorted(place.rglob("*")) if one.is_file() and not one.name.startswith(_DRAFT)]
+        pointers = (_pointed_to(one, one.relative_to(place).as_posix()) for one in files)
+        return {one.path: one for one in pointers if one is not None}
+
+    def remove_uploads(self, project: ProjectId, path: str) -> None:
+        """Nothing; there is nothing at or below that path. What became part of a version stays there."""
+        place = self._upload_place(project, path)
+        if place.is_dir():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
+
+    def _upload_place(self, project: ProjectId, path: str) -> Path:
+        plain = path.strip("/")
+        if plain and (not is_plain_path(plain) or any(part.startswith(_DRAFT) for part in plain.split("/"))):
+            mend = "Use names without .. between single slashes."
+            raise InvalidRequest("That cannot be the path of a file.", field="path", value=path[:200], mend=mend)
+        return self._root / project / "uploads" / plain
+
     # ------------------------------------------------------------------ models
 
     def all(self, project: Project) -> tuple[Model, ...]:
@@ -208,7 +249,9 @@ class Models:
         with self._changing:
             known = self._store.model(project.id, name)
             if known is not None and not known.deleted_ns:
-                raise Conflict(f"There is a model {name} already.", field="name", value=name, mend="Use that one.")
+                raise Conflict(
+                    f"There is a model {name} already.", field="name", value=name, mend="Use that one.", taken=True
+                )
             now = self._clock()
             if known is not None:
                 made = replace(
@@ -591,15 +634,18 @@ class Models:
         return removed
 
     def _sweep(self, project: ProjectId) -> int:
-        needed = self._needed(project)
-        files, before_s = self.files(project), time.time() - _ABANDONED_S
+        before_s = time.time() - _ABANDONED_S
+        for pointer in list((self._root / project / "uploads").rglob("*")):
+            if pointer.is_file() and pointer.stat().st_mtime < before_s:
+                pointer.unlink(missing_ok=True)
+        needed, files = self._needed(project), self.files(project)
         return sum(files.remove(one) for one in files.older_than(before_s) if one not in needed)
 
     def _needed(self, project: ProjectId) -> set[str]:
         needed: set[str] = set()
         for version in self._store.project_model_versions(project):
             needed |= {file.digest for file in self._manifest(version.digest).files}
-        return needed
+        return needed | {file.digest for file in self.uploads(project, "").values()}
 
     def _remove_unneeded(self, project: ProjectId, gone: Sequence[ModelVersion]) -> None:
         needed, files = self._needed(project), self.files(project)
@@ -666,3 +712,12 @@ def _manifest(files: Sequence[DataFile]) -> Manifest:
         return manifest_of(files)
     except ValueError as error:
         raise InvalidRequest(f"That cannot be a model: {error}.", field="files", mend="Mend that first.") from error
+
+
+def _pointed_to(pointer: Path, path: str) -> DataFile | None:
+    """The file that an upload is; None when it went meanwhile."""
+    try:
+        digest, _, size = pointer.read_text().partition(" ")
+        return DataFile(path, int(size), digest)
+    except (OSError, ValueError):
+        return None
