@@ -151,7 +151,7 @@ class ControlPlane:
             directory,
             world=lambda: self.world,
             projects=self.projects,
-            scaler=Scaler(world=lambda: self.world, tell=self._turns.put, clock=clock),
+            scaler=Scaler(world=lambda: self.world, tell=self._turns.put, clock=clock, habits=store),
         )
         self.renting: Renting | None = None
         """What rents machines, when this installation does."""
