@@ -781,6 +781,8 @@ class FeedOut(TypedDict):
     version: int
     tokens: dict[str, Any]
     routes: dict[str, Any]
+    sites: dict[str, Any]
+    home: str
 
 
 class Body(BaseModel):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import quote
 
 import httptools
 
@@ -67,6 +68,16 @@ class RequestHead:
         Raises: Malformed when it is there more than once.
         """
         return _only(self.headers, name)
+
+    def own(self) -> dict[bytes, bytes]:
+        """The headers that are for the gateway, by name. Raises: Malformed when one is there more than once."""
+        found: dict[bytes, bytes] = {}
+        for name, value in self.headers:
+            if name.startswith(b"x-tidemill-"):
+                if name in found:
+                    raise Malformed(400, f"The header {name.decode()} is there twice.")
+                found[name] = value
+        return found
 
 
 @dataclass(slots=True, kw_only=True)
@@ -174,6 +185,11 @@ def write_head(first_line: bytes, headers: Iterable[tuple[bytes, bytes]]) -> byt
 def chunk(payload: bytes) -> bytes:
     """A non-empty ``payload`` as one chunk on the wire."""
     return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+def header_value(text: str) -> bytes:
+    """A text as the value of a header: what is no printable ASCII is percent-encoded."""
+    return quote(text, safe=" !#$&'()*+,/:;=?@[]~").encode()
 
 
 LAST_CHUNK: Final = b"0\r\n\r\n"

@@ -64,6 +64,13 @@ def ask_for_usage(body: bytes, content: dict[str, Any]) -> Asked:
     return Asked(body=msgspec.json.encode(parts), hides_usage=True)
 
 
+def ask_model(body: bytes, model: str) -> bytes:
+    """The body of a request with another model asked for; what else it says is the same."""
+    parts = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    parts["model"] = msgspec.Raw(orjson.dumps(model))
+    return msgspec.json.encode(parts)
+
+
 def tokens_in(usage: object) -> tuple[int, int] | None:
     """Prompt and completion tokens of a usage object, None when it is none."""
     if not isinstance(usage, dict):

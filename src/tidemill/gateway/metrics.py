@@ -15,6 +15,7 @@ class ModelCounts:
     streams: int = 0
     aborted: int = 0
     retries: int = 0
+    hedges: int = 0
     request_bytes: int = 0
     response_bytes: int = 0
     ejections: int = 0
@@ -30,6 +31,7 @@ _HELP = {
     "streams": "Responses that were streams of events.",
     "aborted": "Requests whose client went away first.",
     "retries": "Second and later tries before the first byte.",
+    "hedges": "Requests that were sent to a second replica because the first took long.",
     "ejections": "Times that a replica was given up: it refused connections, or hung.",
     "prompt_tokens": "Tokens of requests, as metered.",
     "completion_tokens": "Tokens of responses, as metered.",

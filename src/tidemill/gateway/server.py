@@ -36,6 +36,7 @@ from tidemill.gateway.metrics import Metrics
 from tidemill.gateway.table import Key, Replica, Route, Table
 from tidemill.gateway.upstream import Pool, tune
 from tidemill.gateway.waiting import Line
+from tidemill.gateway.wishes import COUNTRIES_HEADER, wish_of
 
 INFERENCE_PATHS: Final = frozenset(
     {b"/v1/completions", b"/v1/chat/completions", b"/v1/embeddings", b"/v1/responses", b"/v1/rerank"}
@@ -46,6 +47,8 @@ _DRAINED_BODY: Final = 64 * 1024
 _REQUESTS_PER_STEP: Final = 64
 _USAGE_ON_REQUEST: Final = frozenset({b"/v1/completions", b"/v1/chat/completions"})
 """Where a stream tells of its usage only when it is asked to."""
+_REPEATABLE: Final = frozenset({b"/v1/embeddings", b"/v1/rerank"})
+"""What may be asked of two replicas: it changes nothing, and costs what one answer costs."""
 _WAIT_HEADER: Final = b"x-tidemill-wait"
 _log = logging.getLogger("tidemill.gateway")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -67,8 +70,8 @@ class Limits:
     """For a body, beyond what ``body_rate`` allows it."""
     body_rate: int = 64 * 1024
     """Bytes a second that a body must come with on average."""
-    silence_s: float = 600.0
-    """How long a replica may send nothing."""
+    silence_s: float = 86_400.0
+    """How long a replica may send nothing, whatever its service allows it."""
     stall_s: float = 60.0
     """How long a client may take nothing of an answer that waits for it."""
     linger_s: float = 2.0
@@ -145,6 +148,11 @@ class Gateway:
         """The route of the same model as it is now."""
         return self.table.routes.get(route.model, route) if self.table is not None else route
 
+    def fallback(self, model: str, key: Key | None) -> Route | None:
+        """The route of another model that may answer instead; None when there is none for the key's holder."""
+        route = self.table.routes.get(model) if self.table is not None else None
+        return route if route is not None and (key is None or key.may_use(route)) else None
+
     # Replicas that fail
 
     def watch_replicas(self) -> Prober:
@@ -190,8 +198,10 @@ class Gateway:
         models, replicas = {}, {}
         for model, route in routes.items():
             counts = self.metrics.models.get(model)
-            if counts is not None and counts.in_flight:
-                models[model] = {"in_flight": counts.in_flight - counts.waiting, "waiting": counts.waiting}
+            diverted = route.course.diverted
+            if counts is not None and (counts.in_flight or diverted):
+                waiting = counts.waiting + diverted
+                models[model] = {"in_flight": counts.in_flight - counts.waiting, "waiting": waiting}
             for replica in route.replicas:
                 replicas[replica.job] = {"in_flight": replica.outstanding, "is_leaving": replica.is_leaving}
         return orjson.dumps({"worker": f"{self._place}/{self._request_prefix}", "models": models, "replicas": replicas})
@@ -328,9 +338,15 @@ class Gateway:
         route = table.route(model, key)
         if route is None:
             return answers.model_not_found(model, table.near(model, key))
-        wait_s = self._wait_s(head)
+        own = head.own()
+        wait_s = self._wait_s(own.get(_WAIT_HEADER))
         if isinstance(wait_s, Answer):
             return wait_s
+        countries = own.get(COUNTRIES_HEADER)
+        is_plain = route.is_plain and not key.countries and countries is None
+        wish = None if is_plain else wish_of(head, path, route, key, asked=countries, content=content)
+        if isinstance(wish, Answer):
+            return wish
         hides_usage = False
         if self.books is not None and path in _USAGE_ON_REQUEST and content.get("stream") is True:
             asked = ask_for_usage(body, content)
@@ -343,11 +359,13 @@ class Gateway:
             is_metered=self.books is not None,
             hides_usage=hides_usage,
             wait_s=wait_s,
+            key=key,
+            wish=wish,
+            may_repeat=path in _REPEATABLE,
         )
 
-    def _wait_s(self, head: RequestHead) -> float | Answer | None:
+    def _wait_s(self, value: bytes | None) -> float | Answer | None:
         """How long the client says that its request may wait for a replica; None when it does not say."""
-        value = head.header(_WAIT_HEADER)
         if value is None:
             return None
         try:

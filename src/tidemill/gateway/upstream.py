@@ -58,6 +58,10 @@ class UpstreamConnection(asyncio.Protocol):
         self._has_bytes = False
         self._transport.writelines(parts)
 
+    def hand_over(self, receiver: Receiver) -> None:
+        """What comes from now on goes to another one."""
+        self._receiver = receiver
+
     def abandon(self) -> None:
         """Close at once; the receiver hears nothing more."""
         self._receiver = None
@@ -192,12 +196,16 @@ class Pool:
                 return connection
         return None
 
-    async def connect(self, address: Address) -> UpstreamConnection:
-        """A new connection, the caller's. Raises: OSError, also when it takes too long."""
-        async with asyncio.timeout(self._connect_timeout_s):
-            _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: UpstreamConnection(self, address), *address
-            )
+    async def connect(self, address: Address, *, within_s: float = 0.0) -> UpstreamConnection:
+        """A new connection, the caller's. Raises: OSError, also when it takes too long; zero: longer than usual."""
+        within_s = within_s or self._connect_timeout_s
+        try:
+            async with asyncio.timeout(within_s):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    lambda: UpstreamConnection(self, address), *address
+                )
+        except TimeoutError:
+            raise TimeoutError(f"no connection within {within_s:g} s") from None
         return connection
 
     def give(self, connection: UpstreamConnection, address: Address) -> None:
