@@ -109,7 +109,11 @@ class Exchange(Journey):
         upstream.send(receiver, first + self._headers, self._body)
 
     def _moved(self, route: Route) -> None:
-        self._body = ask_model(self._body, route.model)
+        self._body = ask_model(
+            self._body,
+            route.model,
+            salt=self._gateway.salt(route, self._target.partition(b"?")[0], self._asking.tenant),
+        )
         self._write_headers()
 
     # Ways back
@@ -188,6 +192,9 @@ class Exchange(Journey):
             job=self._replica.job,
             prompt_tokens=estimated_prompt(self._size),
             is_estimated=True,
+            user=asking.user,
+            label=asking.label,
+            price=asking.route.price,
         )
         if head.is_event_stream:
             books.open(self._usage)

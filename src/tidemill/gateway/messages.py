@@ -69,16 +69,6 @@ class RequestHead:
         """
         return _only(self.headers, name)
 
-    def own(self) -> dict[bytes, bytes]:
-        """The headers that are for the gateway, by name. Raises: Malformed when one is there more than once."""
-        found: dict[bytes, bytes] = {}
-        for name, value in self.headers:
-            if name.startswith(b"x-tidemill-"):
-                if name in found:
-                    raise Malformed(400, f"The header {name.decode()} is there twice.")
-                found[name] = value
-        return found
-
 
 @dataclass(slots=True, kw_only=True)
 class ResponseHead:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import lru_cache, partial
 from typing import Final, Protocol
 from urllib.parse import urlsplit
 
@@ -13,9 +15,11 @@ import msgspec
 from tidemill.core import routing, tokens
 from tidemill.core.routing import Budget, Ring, Wish
 from tidemill.gateway.circuit import Circuit, State
+from tidemill.model.limits import Priority
 
 _ALL_OPEN: Final = frozenset({"infer", "admin"})
 _NEAR_NAMES: Final = 3
+NORMAL_BAND: Final = Priority.NORMAL.band
 
 
 class FeedError(ValueError):
@@ -56,6 +60,8 @@ class _Route(msgspec.Struct):
     hedge_ms: int = 0
     timeouts_ms: _Timeouts = msgspec.field(default_factory=_Timeouts)
     is_open: bool = False
+    price: tuple[int, int] = (0, 0)
+    is_salted: bool = False
 
 
 class _Key(msgspec.Struct):
@@ -64,6 +70,14 @@ class _Key(msgspec.Struct):
     project: str = ""
     expires_ns: int = 0
     countries: list[str] = []
+    models: list[str] = []
+    limits: dict[str, int] = {}
+    band: int = NORMAL_BAND
+    label: str = ""
+
+
+class _Project(msgspec.Struct):
+    limits: dict[str, int] = {}
 
 
 class _Feed(msgspec.Struct):
@@ -72,6 +86,7 @@ class _Feed(msgspec.Struct):
     routes: dict[str, _Route]
     sites: dict[str, _Site] = {}
     home: str = ""
+    projects: dict[str, _Project] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +100,14 @@ class Key:
     """The token's, not its secret."""
     countries: frozenset[str] = frozenset()
     """Where its requests may be served, by ISO 3166 alpha-3; empty: anywhere."""
+    models: frozenset[str] | None = None
+    """Those of the models there are that it may ask; None: all of its holder's."""
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """What it may ask of models, by the limit's name, money in micro-USD."""
+    band: int = NORMAL_BAND
+    """Whose turn it is when requests wait; zero is first."""
+    label: str = ""
+    """What requests are booked under that do not say."""
 
     def is_expired(self, *, now: int) -> bool:
         """Whether it opens nothing any more at ``now`` (ns)."""
@@ -97,6 +120,8 @@ class Key:
 
     def may_use(self, route: Route) -> bool:
         """Whether that route exists for its holder."""
+        if self.models is not None and route.model not in self.models:
+            return False
         return not self.project or self.project == route.project
 
 
@@ -217,6 +242,10 @@ class Route:
     is_plain: bool = True
     """Whether nothing but the work on them tells replicas apart, for a request that may be served anywhere."""
     course: Course = field(default_factory=Course)
+    price: tuple[int, int] = (0, 0)
+    """Micro-USD for a million tokens, in and out."""
+    is_salted: bool = False
+    """Whether its engine is told whose prefixes may be shared."""
 
     def choose(
         self, *, wish: Wish | None = None, variant: str | None = None, tried: Sequence[Replica] = ()
@@ -271,6 +300,8 @@ class Table:
     """Those of which all paths are reached, by the services' own names."""
     raw: bytes
     """The feed it was read from: hashes of tokens, never tokens."""
+    project_limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """What all keys of a project together may ask of models."""
 
     def key(self, token: str, pepper: bytes) -> Key | None:
         """What the token opens, expired or not; None for one that is malformed or unknown."""
@@ -341,10 +372,13 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
             ),
             is_open=route.is_open,
             is_plain=is_alike and not route.weights and route.affinity not in ("prefix", "session"),
+            price=route.price,
+            is_salted=route.is_salted,
             course=earlier.course if earlier is not None else Course(),
         )
         if made.is_open:
             services.setdefault(made.service, []).append(made)
+    open_to = lru_cache(maxsize=None)(partial(_matching, tuple(routes)))
     keys = {
         digest: Key(
             scopes=frozenset(key.scopes),
@@ -352,10 +386,20 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
             expires_ns=key.expires_ns,
             id=key.id,
             countries=frozenset(key.countries),
+            models=open_to(tuple(key.models)) if key.models else None,
+            limits=key.limits,
+            band=key.band,
+            label=key.label,
         )
         for digest, key in feed.tokens.items()
     }
-    return Table(version=feed.version, keys=keys, routes=routes, services=services, raw=raw)
+    limits = {project: told.limits for project, told in feed.projects.items()}
+    return Table(version=feed.version, keys=keys, routes=routes, services=services, raw=raw, project_limits=limits)
+
+
+def _matching(models: Sequence[str], patterns: Sequence[str]) -> frozenset[str]:
+    """The models that one of the patterns names."""
+    return frozenset(model for model in models if any(fnmatchcase(model, pattern) for pattern in patterns))
 
 
 def _where(site: str, feed: _Feed) -> tuple[str, int]:

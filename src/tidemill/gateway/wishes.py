@@ -1,88 +1,116 @@
-"""What a request asks of its replica: where it may be served, and what it belongs together with."""
+"""What a request says of itself beside its words: how long it may wait, how urgent it is, where it may be
+served, and for whom it is booked.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final
 
-from tidemill.core.routing import Wish, key_of, prefix_of
+from tidemill.core import tokens
 from tidemill.gateway import answers
 from tidemill.gateway.answers import Answer
-from tidemill.gateway.messages import Headers, RequestHead
-from tidemill.gateway.table import Key, Route
+from tidemill.gateway.journey import Asking
+from tidemill.gateway.messages import RequestHead
+from tidemill.model.limits import Priority
 
+WAIT_HEADER: Final = b"x-tidemill-wait"
+PRIORITY_HEADER: Final = b"x-tidemill-priority"
 COUNTRIES_HEADER: Final = b"x-tidemill-countries"
-SESSION_HEADER: Final = b"x-session-id"
-SESSION_COOKIE: Final = b"tidemill_session"
-SESSION_FIELDS: Final = ("prompt_cache_key", "user")
-"""What OpenAI's API has for requests that belong together, in order."""
-_PROMPTED: Final = frozenset({b"/v1/completions", b"/v1/chat/completions", b"/v1/responses"})
+LABEL_HEADER: Final = b"x-tidemill-label"
+_OWN: Final = b"x-tidemill-"
+_LABEL_IN_BODY: Final = "tidemill_label"
+_BANDS: Final = {priority.value.encode(): priority.band for priority in Priority}
 _COUNTRY: Final = re.compile(r"[A-Z]{3}")
+_LABEL: Final = re.compile(r"[^\x00-\x1f\x7f]{1,100}")
+_LONGEST_USER: Final = 256
 
 
-def wish_of(
-    head: RequestHead, path: bytes, route: Route, key: Key, *, asked: bytes | None, content: Mapping[str, Any]
-) -> Wish | Answer | None:
-    """What the request asks; None when any replica will do; or the answer that refuses it.
+def read_wishes(asking: Asking, head: RequestHead, content: dict[str, Any], *, longest_wait_s: float) -> Answer | None:
+    """Nothing, when all wishes are in ``asking`` now; else the answer that says what is wrong with one.
 
-    ``asked`` is the value of ``X-Tidemill-Countries``, ``content`` the body as far as it is JSON.
+    A request may go later than its key's others, never sooner.
     """
-    countries = key.countries
-    if asked is not None:
-        named = countries_in(asked)
-        if named is None:
-            message = "X-Tidemill-Countries lists ISO 3166 alpha-3 codes, such as DEU, FRA."
-            return answers.refuse(400, "invalid_countries", message, param="X-Tidemill-Countries")
-        countries = named & countries if countries else named
-        if not countries:
-            message = f"This key's requests are served in {', '.join(sorted(key.countries))} only."
-            return answers.refuse(403, "country_not_allowed", message, param="X-Tidemill-Countries")
-    if route.affinity == "session":
-        session = session_of(head.headers, content)
-        if session:
-            return Wish(countries=countries, key=_own(key, b"session", session), is_session=True)
-    elif route.affinity == "prefix" and path in _PROMPTED and len(route.replicas) > 1:
-        prefix = prefix_of(content)
-        if prefix:
-            return Wish(countries=countries, key=_own(key, b"prefix", prefix.encode(errors="surrogatepass")))
-    return Wish(countries=countries) if countries else None
+    metadata = content.get("metadata")
+    if metadata is not None and isinstance(metadata, dict) and _LABEL_IN_BODY in metadata:
+        refusal = _label(asking, metadata[_LABEL_IN_BODY], f"metadata.{_LABEL_IN_BODY}")
+        if refusal is not None:
+            return refusal
+    for name, value in head.headers:
+        if not name.startswith(_OWN):
+            continue
+        if name == WAIT_HEADER:
+            try:
+                wait_s = float(value)
+            except ValueError:
+                wait_s = -1.0
+            if not 0 <= wait_s <= longest_wait_s or asking.wait_s is not None:
+                message = f"X-Tidemill-Wait is one number of seconds from 0 to {longest_wait_s:g}."
+                return answers.refuse(400, "invalid_wait", message, param="X-Tidemill-Wait")
+            asking.wait_s = wait_s
+        elif name == PRIORITY_HEADER:
+            band = _BANDS.get(value.lower())
+            if band is None:
+                message = f"X-Tidemill-Priority is {', '.join(Priority)}, and lowers the key's own only."
+                return answers.refuse(400, "invalid_priority", message, param="X-Tidemill-Priority")
+            asking.band = max(asking.band, band)
+        elif name == COUNTRIES_HEADER:
+            refusal = _within(asking, value)
+            if refusal is not None:
+                return refusal
+        elif name == LABEL_HEADER:
+            refusal = _label(asking, value.decode("utf-8", "replace"), "X-Tidemill-Label")
+            if refusal is not None:
+                return refusal
+    return None
+
+
+def user_of(content: dict[str, Any]) -> str:
+    """Who asks, in the words of the client's own service; empty when it does not say."""
+    user = content.get("user") or content.get("safety_identifier")
+    return user[:_LONGEST_USER].replace("\0", "") if isinstance(user, str) else ""
+
+
+class Salts:
+    """What each tenant's prefixes are kept apart by in engines, which nobody can guess without ``secret``."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+        self._known: dict[str, str] = {}
+
+    def of(self, tenant: str) -> str:
+        """The salt of that tenant; the same in every process of the installation."""
+        salt = self._known.get(tenant)
+        if salt is None:
+            salt = self._known[tenant] = tokens.digest(f"cache_salt:{tenant}", self._secret)[:43]
+        return salt
 
 
 @lru_cache(maxsize=256)
-def countries_in(value: bytes) -> frozenset[str] | None:
+def _countries_in(value: bytes) -> frozenset[str] | None:
     """The codes in a list with commas; None when it is none."""
     codes = [part.strip() for part in value.decode("latin-1").split(",")]
     return frozenset(codes) if all(_COUNTRY.fullmatch(code) for code in codes) else None
 
 
-def session_of(headers: Headers, content: Mapping[str, Any]) -> bytes:
-    """What the request says that it belongs to: its header, its cookie, or a field of its body; empty: nothing."""
-    cookie = b""
-    for name, value in headers:
-        if name == SESSION_HEADER and value:
-            return value
-        if name == b"cookie" and not cookie:
-            cookie = cookie_in(value)
-    if cookie:
-        return cookie
-    for field in SESSION_FIELDS:
-        said = content.get(field)
-        if isinstance(said, str) and said:
-            return said.encode(errors="surrogatepass")
-    return b""
+def _within(asking: Asking, value: bytes) -> Answer | None:
+    """Keep the request in some of the countries that it may be served in."""
+    named = _countries_in(value)
+    if named is None:
+        message = "X-Tidemill-Countries lists ISO 3166 alpha-3 codes, such as DEU, FRA."
+        return answers.refuse(400, "invalid_countries", message, param="X-Tidemill-Countries")
+    allowed = named & asking.countries if asking.countries else named
+    if not allowed:
+        message = f"This key's requests are served in {', '.join(sorted(asking.countries))} only."
+        return answers.refuse(403, "country_not_allowed", message, param="X-Tidemill-Countries")
+    asking.countries = allowed
+    return None
 
 
-def cookie_in(value: bytes) -> bytes:
-    """The session in a header ``Cookie``; empty when there is none."""
-    for part in value.split(b";"):
-        name, _, text = part.strip().partition(b"=")
-        if name == SESSION_COOKIE:
-            return text
-    return b""
-
-
-def _own(key: Key, kind: bytes, value: bytes) -> int:
-    """A key that no other tenant's request has, whatever it says."""
-    return key_of(kind, (key.project or key.id).encode(), value)
+def _label(asking: Asking, value: object, param: str) -> Answer | None:
+    if not isinstance(value, str) or not _LABEL.fullmatch(value):
+        message = f"{param} is a text of up to 100 characters."
+        return answers.refuse(400, "invalid_label", message, param=param)
+    asking.label = value
+    return None

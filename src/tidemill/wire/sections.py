@@ -80,6 +80,7 @@ from tidemill.wire.fields import (
     port_of,
     port_reference,
     ports_of,
+    price_of,
     python_of,
     retry_on_of,
     secret_of,
@@ -260,6 +261,20 @@ class TimeoutsIn(StrictSection):
     )
 
 
+_PRICE_SCHEMA: Final = {"type": "number", "minimum": 0, "maximum": 1000, "examples": [0.15]}
+
+
+class PriceIn(StrictSection):
+    """What requests to a model cost whoever asks."""
+
+    input: Annotated[int, *taking(price_of, _PRICE_SCHEMA)] = Field(
+        default=0, description="US dollars for a million tokens of requests."
+    )
+    output: Annotated[int, *taking(price_of, _PRICE_SCHEMA)] = Field(
+        default=0, description="US dollars for a million tokens of answers."
+    )
+
+
 class ServiceIn(StrictSection):
     """How a service is reached."""
 
@@ -324,6 +339,16 @@ class ServiceIn(StrictSection):
         default=False,
         description="Whether all its paths are reached, under `/services/NAME/` of the gateway. When left out: if it"
         " names no `model`.",
+    )
+    price: PriceIn = Field(
+        default_factory=_shared(PriceIn),
+        description="What tokens cost; nothing unless it says so. Machines are paid for by the service's project.",
+        json_schema_extra={"default": {}},
+    )
+    cache_salt: Annotated[bool, *taking(flag_of, {"type": "boolean"})] = Field(
+        default=True,
+        description="Send `cache_salt` along, so that no project can find out what another one asked by how soon"
+        " the engine's prefix cache answers; false for an engine that refuses fields that it does not know.",
     )
 
 
@@ -973,6 +998,9 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         hedge_ns=section.hedge,
         timeouts=_timeouts(section.timeouts),
         http=section.http if "http" in section.model_fields_set else None,
+        price_input_micro=section.price.input,
+        price_output_micro=section.price.output,
+        is_salted=section.cache_salt,
     )
 
 
