@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -55,6 +56,13 @@ def cookie_in(value: bytes) -> bytes:
         if name == SESSION_COOKIE:
             return text
     return b""
+
+
+def session_for(headers: Headers, path: bytes) -> tuple[Headers, bytes]:
+    """The headers as if they had a new session, and the cookie by which a browser keeps it under that path."""
+    session = os.urandom(16).hex().encode()
+    cookie = b"%b=%b; Path=%b; HttpOnly; SameSite=Lax" % (SESSION_COOKIE, session, path)
+    return [*headers, (SESSION_HEADER, session)], cookie
 
 
 def _own(key: Key, kind: bytes, value: bytes) -> int:

@@ -174,7 +174,8 @@ class Journey(ABC):
             self._timings.queue.note(self._taken_at - self._began_at)
         self._had_a_turn = True
         self._assign(replica)
-        upstream = self._gateway.pool.take(replica.address) if not self._sent else None
+        may_reuse = not self._sent and self._may_send_again
+        upstream = self._gateway.pool.take(replica.address) if may_reuse else None
         if upstream is not None:
             self._send(upstream, replica)
         else:
@@ -262,6 +263,11 @@ class Journey(ABC):
     @abstractmethod
     def transmit(self, receiver: Receiver, upstream: UpstreamConnection, replica: Replica) -> None:
         """Send the request, the response to which goes to ``receiver``."""
+
+    @property
+    def _may_send_again(self) -> bool:
+        """Whether it does no harm that a replica may have begun to work on it before."""
+        return True
 
     @abstractmethod
     def _moved(self, route: Route) -> None:
@@ -429,7 +435,11 @@ class Journey(ABC):
         self._unassign()
         if self._hedge is not None:
             return  # it is with another one already
-        if self._sent >= 2 or not (self._was_reused or self._asking.route.course.budget.spend()):
+        if (
+            self._sent >= 2
+            or not self._may_send_again
+            or not (self._was_reused or self._asking.route.course.budget.spend())
+        ):
             self._give_up()
         else:
             self.start()
@@ -517,7 +527,7 @@ class Journey(ABC):
 
     def _give_up(self) -> None:
         """No replica is left to try, or none came in time."""
-        if self._fallbacks and self._go_to(self._fall_back()):
+        if self._fallbacks and (not self._sent or self._may_send_again) and self._go_to(self._fall_back()):
             return
         name, wish = self._asking.route.model, self._asking.wish
         if wish is not None and wish.countries and not self._sent and not self._route.may_serve(wish):

@@ -316,6 +316,11 @@ class Table:
         """The route of the service of that name which the key's holder may use, None when there is none."""
         return next((route for route in self.services.get(name, ()) if key.may_use(route)), None)
 
+    def closed(self, name: str, key: Key) -> Route | None:
+        """The route of a service of that name which is asked by its model only, None when there is none."""
+        routes = (route for route in self.routes.values() if route.service == name and not route.is_open)
+        return next((route for route in routes if key.may_use(route)), None)
+
     def visible(self, key: Key) -> list[Route]:
         """The routes that exist for the key's holder, by name."""
         return sorted((route for route in self.routes.values() if key.may_use(route)), key=lambda route: route.model)
