@@ -181,6 +181,8 @@ class Metrics:
             lines += _heading(name, "histogram", text)
             for model, counts in self.models.items():
                 for operation, one in counts.operations.items():
+                    if not operation:  # it is no inference
+                        continue
                     lines += _operation_lines(name, _escape(model), operation, one)
         lines += _heading(
             "tidemill_gateway_replicas", "gauge", "Replicas by circuit; those that are closed are sent requests."
