@@ -90,6 +90,8 @@ class Engine:
         self.go_on = asyncio.Event()
         self.is_hung = False
         """It answers no probe."""
+        self.status = 200
+        """Of whole answers."""
         self.usage: dict[str, int] = {}
         """What ``late`` answers say they took."""
         self.server: asyncio.Server | None = None
@@ -150,8 +152,8 @@ class Engine:
             )
         if mode in ("whole", "hang"):
             writer.write(
-                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: keep-alive, X-Private\r\n"
-                b"X-Private: 1\r\nX-Kept: 2\r\nContent-Length: %d\r\n\r\n" % len(COMPLETION) + COMPLETION
+                b"HTTP/1.1 %d OK\r\nContent-Type: application/json\r\nConnection: keep-alive, X-Private\r\n"
+                b"X-Private: 1\r\nX-Kept: 2\r\nContent-Length: %d\r\n\r\n" % (self.status, len(COMPLETION)) + COMPLETION
             )
         elif mode == "chunked whole":
             writer.write(

@@ -384,6 +384,48 @@ def test_a_request_with_two_replicas_is_metered_once(tmp_path: Any) -> None:
     scene()
 
 
+# Replicas that are far off their peers
+
+
+@live(engines=3)
+async def test_a_replica_whose_answers_fail_is_left_out_for_a_while_and_comes_back_by_a_trial(rig: Rig) -> None:
+    feed_with(rig)
+    prober = rig.gateway.watch_replicas()
+    prober._every_s = 0.02
+    watching = asyncio.create_task(prober.run(step_s=0.01))
+    bad = route_of(rig).replicas[0]
+    rig.engines[0].status = 500
+    for _ in range(75):
+        await ask(rig, {"model": "m"})
+    await eventually(lambda: not bad.circuit.allows)
+    assert bad.circuit.why == "100 % of its answers fail, 0 % of the others'"
+    before = len(rig.engines[0].bodies)
+    for _ in range(9):
+        assert (await ask(rig, {"model": "m"}))[0] == 200
+    assert len(rig.engines[0].bodies) == before
+    assert bad.circuit.until - asyncio.get_running_loop().time() > 2, "longer than after a refused connection"
+    for status, state in ((503, "open"), (200, "closed")):
+        rig.engines[0].status = status
+        bad.circuit.until = 0.0
+        await eventually(lambda: bad.circuit.allows)
+        assert (await ask(rig, {"model": "m"}))[0] == status, "the next request is its trial"
+        assert bad.circuit.state.value == state
+    assert rig.gateway.metrics.of("m").ejections == 2
+    watching.cancel()
+
+
+@live(engines=3)
+async def test_when_all_fail_alike_all_stay(rig: Rig) -> None:
+    feed_with(rig)
+    for engine in rig.engines:
+        engine.status = 500
+    for _ in range(75):
+        await ask(rig, {"model": "m"})
+    rig.gateway.peers.look([route_of(rig)], 10.0**9)
+    assert all(one.circuit.allows for one in route_of(rig).replicas)
+    assert route_of(rig).replicas[0].answered == 12, "what is long ago counts less and less"
+
+
 # Time-outs
 
 

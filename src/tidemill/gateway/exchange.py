@@ -57,10 +57,7 @@ class Exchange(Journey):
         self._headers = write_head(b"", headers)
 
     def response_started(self, head: ResponseHead) -> None:
-        self._response = head
-        if self._hedging is not None or self._hedge is not None:
-            self._end_hedge()
-        self._hear()
+        self._begin(head)
         self._body = b""
         self._client.release()
         if self._asking.is_metered and head.status == 200:

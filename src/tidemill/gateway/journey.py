@@ -446,6 +446,8 @@ class Journey(ABC):
 
     def _blame(self, replica: Replica, reason: str) -> None:
         """It broke off: find out whether it is still there."""
+        replica.answered += 1
+        replica.failed += 1
         self._log(f"replica {replica.job} of {self._asking.route.model}: {reason}")
         self._gateway.suspect(replica, self._asking.route)
 
@@ -461,6 +463,21 @@ class Journey(ABC):
             replica.under_way.discard(self)
             if self._response is None:
                 replica.circuit.cancel()
+
+    def _begin(self, head: ResponseHead) -> None:
+        """There is a response: no other replica is asked any more, and what this one does is noted."""
+        self._response = head
+        if self._hedging is not None or self._hedge is not None:
+            self._end_hedge()
+        replica, now = self._replica, asyncio.get_running_loop().time()
+        if replica is not None:
+            replica.answered += 1
+            replica.waited_s += now - self._taken_at
+            if head.status >= 500:
+                replica.failed += 1
+                if replica.outlier_times and replica.circuit.state is State.HALF_OPEN:
+                    self._gateway.peers.give_up(replica, "its trial was answered with an error", now)
+        self._hear()
 
     def _hear(self) -> None:
         now = self._heard_at = asyncio.get_running_loop().time()

@@ -112,7 +112,7 @@ _HELP = {
     "aborted": "Requests whose client went away first.",
     "retries": "Second and later tries before the first byte.",
     "hedges": "Requests that were sent to a second replica because the first took long.",
-    "ejections": "Times that a replica was given up: it refused connections, or hung.",
+    "ejections": "Times that a replica was given up: it refused connections, hung, or was far off its peers.",
     "prompt_tokens": "Tokens of requests, as metered.",
     "cached_tokens": "Tokens of requests that replicas had in their prefix cache, as they told.",
     "completion_tokens": "Tokens of responses, as metered.",

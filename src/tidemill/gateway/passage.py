@@ -126,10 +126,7 @@ class Passage(Journey):
         self._sender.want()
 
     def response_started(self, head: ResponseHead) -> None:
-        self._response = head
-        if self._hedging is not None or self._hedge is not None:
-            self._end_hedge()
-        self._hear()
+        self._begin(head)
         if head.status == SWITCHED:
             self._switch(head)
             return

@@ -35,6 +35,7 @@ from tidemill.gateway.messages import ChunkedBody, Malformed, RequestHead, cut_h
 from tidemill.gateway.metering import prepared
 from tidemill.gateway.metrics import OPERATIONS, Metrics
 from tidemill.gateway.passage import Passage, Sender
+from tidemill.gateway.peers import Peers
 from tidemill.gateway.table import Key, Replica, Route, Table
 from tidemill.gateway.tracing import Tracer
 from tidemill.gateway.upstream import Pool, is_gone, tune
@@ -120,6 +121,8 @@ class Gateway:
         self.books = books
         self.tracer: Tracer | None = None
         """What traces go to, where there is a collector."""
+        self.peers = Peers(self.eject)
+        """What compares the replicas of a model."""
         self.prober: Prober | None = None
         """What looks at replicas from outside, while it runs."""
         self._lines: dict[str, Line] = {}
@@ -174,9 +177,9 @@ class Gateway:
         )
         return self.prober
 
-    def eject(self, replica: Replica, why: str) -> None:
-        """Send nothing more to a replica until it is well again."""
-        if not replica.circuit.fail(why, now=asyncio.get_running_loop().time()):
+    def eject(self, replica: Replica, why: str, pause_s: float = 0.0) -> None:
+        """Send nothing more to a replica until it is well again, for ``pause_s`` at least."""
+        if not replica.circuit.fail(why, now=asyncio.get_running_loop().time(), pause_s=pause_s):
             return
         self.pool.forget(replica.address)
         for route in self._routes_of(replica):
@@ -257,6 +260,8 @@ class Gateway:
             for connection in list(self.connections):
                 connection.check(now)
             self.pool.sweep(now)
+            if self.table is not None:
+                self.peers.look(self.table.routes.values(), now)
 
     async def drain(self, *, within_s: float) -> None:
         """Let what is under way end, for at most ``within_s``, then close everything."""

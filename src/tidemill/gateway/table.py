@@ -158,6 +158,9 @@ class Replica:
     """Answers that began lately, of these with a status of 500 or more, and s until then in all."""
     failed: int = 0
     waited_s: float = 0.0
+    outlier_at: float = float("-inf")
+    """When it was given up last for being far off its peers, and how often of late."""
+    outlier_times: int = 0
 
     @property
     def outstanding(self) -> int:
