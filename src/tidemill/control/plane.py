@@ -138,7 +138,7 @@ class ControlPlane:
             directory,
             world=lambda: self.world,
             projects=self.projects,
-            scaler=Scaler(world=lambda: self.world, tell=self._turns.put, clock=clock),
+            scaler=Scaler(world=lambda: self.world, tell=self._turns.put, clock=clock, habits=store),
             home=site.id,
         )
         self.renting: Renting | None = None

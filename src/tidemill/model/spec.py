@@ -13,6 +13,7 @@ from typing import Final
 from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.ids import SiteId, WorkloadId
 from tidemill.model.resources import Resources
+from tidemill.model.scaling import Scaling
 from tidemill.model.storage import DataMode, DataMount, VolumeMount
 from tidemill.units import DAY_NS, MILLI, SECOND_NS, USD_MICRO
 
@@ -158,6 +159,8 @@ class Service:
     timeouts: Timeouts = Timeouts()
     http: bool | None = None
     """Whether any of its paths is reached under ``/services/NAME/``; None: when it names no model."""
+    scaling: Scaling = Scaling()
+    """What the number of replicas follows beside the requests."""
     price_input_micro: int = 0
     """What a million tokens cost in requests, in micro-USD."""
     price_output_micro: int = 0
@@ -185,6 +188,10 @@ class Service:
                 raise ValueError(f"a million tokens cost from 0 to {MAX_PRICE_MICRO} micro-USD")
         if self.readiness_path and not self.readiness_path.startswith("/"):
             raise ValueError("the readiness path begins with /")
+        if self.scaling != Scaling() and not self.is_scaled:
+            raise ValueError("only a number of replicas within a range can follow something")
+        if any(hours.replicas > self.replicas for hours in self.scaling.hours):
+            raise ValueError("no hours have more replicas than there are at most")
 
     @property
     def is_open(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Dependency, DependsOn, Kind, Placement, Port, Service, Tier, WorkloadSpec
 from tidemill.units import MILLI, SECOND_NS, USD_MICRO
+from tidemill.wire.scaling import scaling_json
 from tidemill.wire.scheduling import instant_text
 from tidemill.wire.sections import default_retry
 
@@ -66,6 +67,8 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
         if spec.service.wait_ns != _SERVICE.wait_ns:
             written["service"]["wait"] = _duration_json(spec.service.wait_ns)
         written["service"] |= _routing_json(spec.service)
+        if scaling := scaling_json(spec.service.scaling, _duration_json):
+            written["service"]["scaling"] = scaling
         if spec.service.price_input_micro or spec.service.price_output_micro:
             written["service"]["price"] = {
                 "input": spec.service.price_input_micro / USD_MICRO,
