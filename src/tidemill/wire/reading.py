@@ -21,6 +21,7 @@ from tidemill.wire.sections import (
     EnvironmentIn,
     GroupIn,
     HoursIn,
+    ModelIn,
     PlacementIn,
     PriceIn,
     ReadinessIn,
@@ -32,6 +33,7 @@ from tidemill.wire.sections import (
     VolumeIn,
     WorkloadSpecIn,
     contradictions,
+    fields_of,
     invalid,
     problem,
 )
@@ -125,19 +127,18 @@ SECTIONS: Final[Mapping[tuple[str, ...], type[BaseModel]]] = {
     ("group",): GroupIn,
     ("resources", "any_of"): AlternativeIn,
     ("data",): DataIn,
+    ("model",): ModelIn,
     ("volumes",): VolumeIn,
 }
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
     section = SECTIONS.get(tuple(part for part in location if isinstance(part, str)))
-    return list(section.model_fields) if section is not None else []
+    return list(fields_of(section)) if section is not None else []
 
 
 _MISPLACED: Final[Mapping[str, str]] = {
-    name: ".".join((*place, name))
-    for place, section in reversed(list(SECTIONS.items()))
-    for name in section.model_fields
+    name: ".".join((*place, name)) for place, section in reversed(list(SECTIONS.items())) for name in fields_of(section)
 }
 _FOREIGN: Final = {
     "command": "run",
