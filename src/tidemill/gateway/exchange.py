@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING, Final
 from tidemill.gateway import answers
 from tidemill.gateway.guarding import FAILED, Passing, Refusal, Screen, Who, screen_of
 from tidemill.gateway.journey import Asking, Client, Journey
-from tidemill.gateway.messages import LAST_CHUNK, RequestHead, ResponseHead, chunk, end_to_end, write_head
-from tidemill.gateway.metering import StreamMeter, Usage, WholeMeter, estimated_prompt
-from tidemill.gateway.table import Replica
-from tidemill.gateway.upstream import BUFFER_HIGH, UpstreamConnection
+from tidemill.gateway.messages import (
+    LAST_CHUNK,
+    RequestHead,
+    ResponseHead,
+    chunk,
+    end_to_end,
+    header_value,
+    write_head,
+)
+from tidemill.gateway.metering import StreamMeter, Usage, WholeMeter, ask_model, estimated_prompt
+from tidemill.gateway.table import Replica, Route
+from tidemill.gateway.upstream import BUFFER_HIGH, Receiver, UpstreamConnection
 from tidemill.model.guard import Stage
 
 if TYPE_CHECKING:
@@ -37,12 +45,12 @@ class Exchange(Journey):
         super().__init__(gateway, client, head, asking, head_at=head_at)
         self._http_1_0 = head.http_1_0
         self._target = head.target
-        guards = asking.route.guards
-        is_looked_at = guards is not None and bool(guards.on_response)
-        headers = self._headers_for(head, without=_PLAIN if is_looked_at else _NOT_FORWARDED)
-        headers += [(b"content-length", b"%d" % len(asking.body)), (b"x-request-id", self._request_id)]
-        self._headers = write_head(b"", headers)
+        self._guards = asking.route.guards
+        """Those of the model that was asked for, also when another answers."""
+        is_looked_at = self._guards is not None and bool(self._guards.on_response)
+        self._given = self._headers_for(head, without=_PLAIN if is_looked_at else _NOT_FORWARDED)
         self._body = asking.body
+        self._write_headers()
         self._size = len(asking.body)
         self._counts.request_bytes += self._size
         self._held: list[bytes] = []
@@ -56,14 +64,17 @@ class Exchange(Journey):
         self._tokens = 0
         """Of its answer, as they were counted for what the model gives a second."""
 
+    def _write_headers(self) -> None:
+        headers = [*self._given, (b"content-length", b"%d" % len(self._body)), (b"x-request-id", self._request_id)]
+        self._headers = write_head(b"", headers)
+
     def response_started(self, head: ResponseHead) -> None:
-        self._response = head
-        self._hear()
+        self._begin(head)
         self._body = b""
         self._client.release()
         if self._asking.is_metered and head.status == 200:
             self._begin_metering(head)
-        guards = self._asking.route.guards
+        guards = self._guards
         if guards is not None and guards.on_response and head.status == 200 and not self._begin_screening(head):
             return
         if head.is_event_stream:
@@ -125,9 +136,17 @@ class Exchange(Journey):
 
     # Ways there
 
-    def _transmit(self, upstream: UpstreamConnection, replica: Replica) -> None:
+    def transmit(self, receiver: Receiver, upstream: UpstreamConnection, replica: Replica) -> None:
         first = b"POST %b%b HTTP/1.1\r\nhost: %b" % (replica.prefix, self._target, replica.authority)
-        upstream.send(self, first + self._headers, self._body)
+        upstream.send(receiver, first + self._headers, self._body)
+
+    def _moved(self, route: Route) -> None:
+        self._body = ask_model(
+            self._body,
+            route.model,
+            salt=self._gateway.salt(route, self._target.partition(b"?")[0], self._asking.tenant),
+        )
+        self._write_headers()
 
     # Ways back
 
@@ -149,10 +168,14 @@ class Exchange(Journey):
         if response is None:
             return
         self._is_committed = True
-        headers = end_to_end(response.headers, without=frozenset({b"content-length", b"x-request-id"}))
+        headers = end_to_end(
+            response.headers, without=frozenset({b"content-length", b"x-request-id", b"x-tidemill-model"})
+        )
         headers.append((b"x-request-id", self._request_id))
         if self._asking.flags:
             headers.append((b"x-tidemill-guard", ", ".join(self._asking.flags).encode()))
+        if self._left is not None:
+            headers.append((b"x-tidemill-model", header_value(self._asking.route.model)))
         if response.status in (204, 304):
             pass
         elif length is not None:
@@ -187,7 +210,7 @@ class Exchange(Journey):
 
     def _begin_screening(self, head: ResponseHead) -> bool:
         """Whether the response can be looked at."""
-        guards = self._asking.route.guards
+        guards = self._guards
         if guards is None:
             return True
         if any(name == b"content-encoding" and value.lower() != b"identity" for name, value in head.headers):
@@ -207,7 +230,7 @@ class Exchange(Journey):
         """A rule lets no more of the response pass."""
         if self._is_over:
             return
-        guards, screen = self._asking.route.guards, self._screen
+        guards, screen = self._guards, self._screen
         if guards is not None and screen is not None:
             screen.found = refusal.noted_in(screen.found)
             self._gateway.rule(guards, self._who, Stage.RESPONSE, screen.found, refusal.rule.name)
@@ -260,9 +283,9 @@ class Exchange(Journey):
     def _settle(self) -> None:
         """Enter what it took into the books: as it was told, or what was counted; and what guardrails decided."""
         screen, self._screen = self._screen, None
-        if screen is not None and self._asking.route.guards is not None:
+        if screen is not None and self._guards is not None:
             screen.close()
-            self._gateway.rule(self._asking.route.guards, self._who, Stage.RESPONSE, screen.found)
+            self._gateway.rule(self._guards, self._who, Stage.RESPONSE, screen.found)
         usage, self._usage = self._usage, None
         meter, self._meter = self._meter, None
         books = self._gateway.books
