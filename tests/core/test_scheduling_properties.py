@@ -322,18 +322,16 @@ def displaces_whoever_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def displaces_without_looking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preempt, "_shortest_prefix", lambda world, line, mask, free, units: 1 if units else None)
-    found = preempt.place_gang
+    monkeypatch.setattr(preempt, "_shortest_prefix", lambda world, do_fit, free, units: 1 if units else None)
+    found = preempt.place_together
 
-    def anywhere(fleet: FleetArrays, gang: Any, **how: Any) -> Any:
-        placed = found(fleet, gang, **how)
-        if placed is None and "free" in how:
-            roomy = how["free"].copy()
-            roomy.gpu[:] = 1000
-            placed = found(fleet, gang, **(how | {"free": roomy}))
-        return placed
+    def anywhere(fleet: FleetArrays, members: Any, opens: Any, *, score: Any, free: Any) -> Any:
+        roomy = free.copy()
+        roomy.gpu[:] = 1000
+        placed = found(fleet, members, opens, score=score, free=free.copy())
+        return placed or found(fleet, members, opens, score=score, free=roomy)
 
-    monkeypatch.setattr(preempt, "place_gang", anywhere)
+    monkeypatch.setattr(preempt, "place_together", anywhere)
 
 
 def forgets_promises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,8 @@ class Yard:
     """Whether displaced work goes on where it was."""
     grace_taken_ns: int = 0
     """How long a worker takes to stop when it is told to."""
+    starting_ns: int = 0
+    """How long a worker takes to start."""
     done: dict[str, int] = field(default_factory=dict)
     stored: dict[tuple[str, str], Any] = field(default_factory=dict)
     plans: list[tuple[int, Plan]] = field(default_factory=list)
@@ -218,7 +220,7 @@ class Yard:
                 self.started.setdefault(entry.job_id, []).append(self.now)
         for command in plan.commands:
             if isinstance(command, Launch):
-                self._push(self.now, ("starts", command.launch_id))
+                self._push(self.now + self.starting_ns, ("starts", command.launch_id))
             elif isinstance(command, Stop):
                 self._push(self.now + self.grace_taken_ns, ("stops", command.launch_id))
         self.audit()

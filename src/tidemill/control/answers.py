@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tidemill.control.siteoptions import site_options
-from tidemill.core.admission import described, why_not_now, why_refused
+from tidemill.core.admission import described, why_never_together, why_not_now, why_refused
 from tidemill.core.choosing import candidates, in_order, weights_of
 from tidemill.core.copying import copying_anywhere, copying_onto
 from tidemill.core.feasible import is_within, model_matches
 from tidemill.core.place import fits
 from tidemill.core.rating import amount_micro, carbon_over, electricity_micro
 from tidemill.core.reserve import meets_windows, nodes_open_to, why_not_open
-from tidemill.core.waiting import not_yet
+from tidemill.core.waiting import group_of, not_yet
 from tidemill.core.world import World, line_of
 from tidemill.model.fleet import Node, Site
-from tidemill.model.ids import SiteId
+from tidemill.model.ids import SiteId, job_id
 from tidemill.model.job import Allocation, Job, JobState, Workload
 from tidemill.model.ledger import CPU_METER, Evidence, LedgerTotals, RateCard
 from tidemill.model.plan import Forecast, Holding, Plan, Quote, Reason, ResolvableBy, SiteOption
@@ -141,14 +141,14 @@ def _reasons(
     world: World, job: Job, workload: Workload, stored: Reason | None, *, now: int, policy: Policy
 ) -> list[Reason]:
     """Each constraint that is not met, the most decisive first."""
-    if (never := why_refused(world, workload)) is not None:
+    if (never := why_refused(world, workload) or _why_group_refused(world, job)) is not None:
         return [never]
+    if job.id in world.promises:
+        return [world.reasons[job.id]] if job.id in world.reasons else [_next_turn()]
     if job.id in world.parked:
         return [world.parked[job.id]]
     if job.id in world.delayed:
         return [_not_yet(job, workload)]
-    if job.id in world.promises:
-        return [world.reasons[job.id]] if job.id in world.reasons else []
     line = world.line_of(job)
     reasons = [
         reason
@@ -169,6 +169,12 @@ def _reasons(
     elif not reasons and stored is not None:
         reasons.append(stored)
     return reasons or [_next_turn()]
+
+
+def _why_group_refused(world: World, job: Job) -> Reason | None:
+    """Why a job's group, as far as it is submitted, can never start; machines may have gone since it was let in."""
+    group = [world.workloads[world.jobs[one].workload_id] for one in group_of(world, job)]
+    return why_never_together(world, group) if len(group) > 1 else None
 
 
 def holdings_for(world: World, job: Job, limit: int = 10) -> tuple[Holding, ...]:
@@ -277,7 +283,8 @@ def quote_of(plan: Plan, world: World, workload: Workload, *, now: int) -> Quote
     """The quote for a workload whose submission gave ``plan`` in a turn that is not kept."""
     spec = workload.spec
     duration = duration_of(spec)
-    never = why_refused(world, workload)
+    first = world.jobs.get(job_id(workload.id, 0))
+    never = why_refused(world, workload) or (_why_group_refused(world, first) if first is not None else None)
     if never is not None:
         return _priced(world, spec, (), duration, feasible=False, starts_now=False, reasons=(never,), now=now)
     stem = f"job_{workload.id.partition('_')[2]}-"
@@ -416,6 +423,7 @@ def _suggestions(reasons: tuple[Reason, ...]) -> tuple[str, ...]:
         "NoNodeWithMemory": "Ask for less memory a worker.",
         "NoNodeWithDisk": "Ask for less disk a worker.",
         "GangTooLarge": "Ask for fewer workers (nodes), or for less for each.",
+        "GroupTooLarge": "Let fewer jobs start together (group.size), or ask for less for each.",
         "NoSiteLargeEnough": "Ask for fewer workers, or write placement: {across_sites: true}.",
         "NoSiteAllowed": "Widen placement.sites, countries or kinds; see tidemill site list.",
         "QueueLimit": "Ask for less, or have the queue's limit raised: tidemill share set.",

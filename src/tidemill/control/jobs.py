@@ -99,6 +99,7 @@ class Jobs:
         """``answer``, which is given when the workloads, and ``record`` with their ids, are durable."""
         now = self._clock()
         specs = [self._acceptance.check(spec, project, now=now) for spec in specs]
+        self._acceptance.check_groups(specs, project, now=now)
         self._acceptance.check_room(project, sum(spec.job_count for spec in specs))
         entropy = self._entropy(5 * len(specs))
         ids = [

@@ -67,12 +67,16 @@ Entity = TypeVar("Entity", Job, Attempt, Allocation, Node, Queue, QueueUsage, Re
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
-    """Places taken for a job that waits until the workers in ``waits_for`` are gone."""
+    """Places taken for a job that waits until the workers in ``waits_for`` are gone.
+
+    ``together`` are the jobs that start at the same moment, itself among them: each has its promise, or none has.
+    """
 
     job_id: JobId
     line: Line
     placed: Placed
     waits_for: tuple[LaunchId, ...]
+    together: tuple[JobId, ...]
 
 
 def _restore(readings: list[tuple[Meter, int, int | None, int | None, int]]) -> None:
@@ -139,7 +143,7 @@ class World:
             self.quota if self.order is FAIR else None,  # an order plug-in ranks all together
             amounts_of=self.amounts_of,
             ageing_ns=policy.ageing_ns,
-            patience_ns=policy.patience_ns if self.order is FAIR else 0,
+            patience_ns=policy.patience_ns,
         )
         self.delayed: dict[JobId, int] = {}
         """Jobs that wait for an instant before they queue again."""
@@ -158,10 +162,10 @@ class World:
         """Whether workloads that ended lately ended well."""
         self.unlucky: dict[WorkloadId, int] = {}
         """How many jobs of a live workload ended other than well."""
-        self.grown_at = -1
         self.compared_ns = 0
-        self.growable: dict[JobId, None] = {}
-        """Running elastic gangs that are smaller than they could be."""
+        self.growable: dict[JobId, tuple[int, int] | None] = {}
+        """Elastic gangs that are smaller than they could be, with the signs (how much was released, how often lines
+        were opened otherwise) by which each was last offered more; None when it never was."""
         self.timers: list[tuple[int, str, str]] = []
         """A heap of (instant, what, id); what is no longer true when its time comes is passed over."""
         self._set_timers: set[tuple[int, str, str]] = set()
@@ -228,7 +232,9 @@ class World:
     def line_of(self, job: Job) -> Line:
         """The line that a job waits in."""
         line = self._lines.get(job.workload_id)
-        return line if line is not None else self.line_of_workload(self.workloads[job.workload_id])
+        if line is None:
+            line = self.line_of_workload(self.workloads[job.workload_id])
+        return replace(line, group="") if line.group and job.attempts else line  # later attempts are made alone
 
     def line_of_workload(self, workload: Workload) -> Line:
         """The line that the jobs of a workload wait in."""
@@ -667,12 +673,6 @@ class World:
         before = self.compared_ns
         self._undo.append(lambda: setattr(self, "compared_ns", before))
         self.compared_ns = now
-
-    def set_grown(self, released: int) -> None:
-        """Note with how much released elastic gangs were last offered more."""
-        before = self.grown_at
-        self._undo.append(lambda: setattr(self, "grown_at", before))
-        self.grown_at = released
 
     def keep_usages(self) -> None:
         """Have what fair share remembers stored, as it stands now."""
