@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.core.yard import CALM, START, Yard, gpu_node, queue_of, spec
+from tidemill.control.answers import Why, explain
 from tidemill.control.steering import why_group_never
 from tidemill.model.events import (
     Checkpointed,
@@ -28,11 +29,14 @@ from tidemill.model.ids import (
     OrganizationId,
     PrincipalId,
     ProjectId,
+    QueueId,
     ReservationId,
     WorkloadId,
 )
 from tidemill.model.job import Cause, JobState, Workload
+from tidemill.model.queue import Queue
 from tidemill.model.reservation import Reservation
+from tidemill.model.resources import Resources
 from tidemill.model.spec import Dependency, DependsOn, Group, Kind, Placement, RetryOn, RetryPolicy, Tier
 from tidemill.model.values import replace
 from tidemill.units import HOUR_NS, SECOND_NS
@@ -673,3 +677,46 @@ def test_without_a_plan_the_group_would_wait_behind_small_work() -> None:
         yard.submit(spec(8, max_duration_ns=60 * SECOND_NS), runs_s=60, at_s=at * 20)
     yard.run(1000)
     assert not any(one in yard.started for one in members)
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def why(yard: Yard, job: str) -> Why:
+    found = yard.job(job)
+    workload = yard.stored["Workload", found.workload_id]
+    return explain(yard.world, found, workload, None, now=yard.now, policy=yard.policy)
+
+
+def test_why_and_the_queue_agree_about_the_position_of_a_job_that_is_late() -> None:
+    policy = replace(CALM, ageing_ns=SECOND_NS, patience_ns=100 * SECOND_NS)
+    yard = Yard(nodes=(gpu_node("a"),), policy=policy)
+    yard.submit(spec(8), runs_s=5000, project="p3")
+    old = yard.submit(spec(8), runs_s=5)
+    yard.run(150)
+    first = yard.submit(spec(8, priority=1000), runs_s=5)
+    order = [job for _, job in yard.world.queue.in_order(now=yard.now)]
+    assert order == [old, first]
+    assert [why(yard, job).position for job in order] == [1, 2]
+
+
+def test_where_a_limit_is_in_the_way_those_are_named_who_share_it() -> None:
+    tree = (
+        Queue(id=QueueId("que_d"), name="dept", limit=(("gpu", 8_000),)),
+        queue_of("p0", parent_id="que_d"),
+        queue_of("p1", parent_id="que_d"),
+        queue_of("p2", limit=(("cpu", 4_000),)),
+    )
+    yard = Yard(nodes=tuple(gpu_node(f"n{at}") for at in range(3)), queues=tree)
+    yard.submit(spec(8), runs_s=1000, project="p3")
+    shares = yard.submit(spec(6), runs_s=1000, project="p1")
+    yard.submit(spec(None), runs_s=1000, project="p1")
+    waits = yard.submit(spec(4), runs_s=10)
+    answer = why(yard, waits)
+    assert answer.reasons[0].code == "QueueLimit"
+    assert [(one.job_id, one.amount) for one in answer.holdings] == [(shares, "6 x H100-SXM")]
+    mine = yard.submit(spec(1, resources=Resources(cpu_milli=3_000)), runs_s=1000, project="p2")
+    more = yard.submit(spec(1, resources=Resources(cpu_milli=2_000)), runs_s=1000, project="p2")
+    assert [(one.job_id, one.amount) for one in why(yard, more).holdings] == [(mine, "3 CPU")]
+    grouped = group_of(yard, 2, 4)
+    assert [one.job_id for one in why(yard, grouped[0]).holdings] == [shares]
