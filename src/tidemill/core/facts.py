@@ -163,8 +163,7 @@ def _started(fact: Started, world: World, out: Outcome) -> None:
     out.note("WorkerStarted", job, rank=held.rank, attempt=attempt.number, node=held.node_id)
     if attempt.state is AttemptState.RUNNING:  # it joined an elastic gang
         world.mark_row(held.id, "since", attempt.started_ns)
-    pending = (AllocationState.RESERVED, AllocationState.PREPARING)
-    if attempt.state is AttemptState.STARTING and not any(w.state in pending for w in world.workers_of(attempt)):
+    if attempt.state is AttemptState.STARTING and world.all_started(attempt):
         world.update(
             world.attempts, job.id, attempt, state=apply(ATTEMPT, attempt.state, "started"), started_ns=out.now
         )

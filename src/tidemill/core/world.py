@@ -121,6 +121,8 @@ class World:
         self.attempts: dict[JobId, Attempt] = {}
         """The live attempt of each job that has one."""
         self.workers: dict[AttemptId, tuple[LaunchId, ...]] = {}
+        self.unstarted: dict[AttemptId, int] = {}
+        """Of the workers of an attempt that starts, as many from the first on have started, or are past that."""
         self.allocations: dict[LaunchId, Allocation] = {}
         self.by_node: dict[NodeId, dict[LaunchId, None]] = {}
         self.queues: dict[QueueId, Queue] = {}
@@ -258,6 +260,23 @@ class World:
         return tuple(
             self.allocations[launch] for launch in self.workers.get(attempt.id, ()) if launch in self.allocations
         )
+
+    def has_workers(self, job: Job) -> bool:
+        """Whether a worker of the job's attempt is not confirmed gone."""
+        return self.rows.has(job.id)
+
+    def all_started(self, attempt: Attempt) -> bool:
+        """Whether no worker of an attempt is still to start; each is looked at once while they start in any order."""
+        launches = self.workers.get(attempt.id, ())
+        first = at = self.unstarted.get(attempt.id, 0)
+        pending = (AllocationState.RESERVED, AllocationState.PREPARING)
+        while at < len(launches) and (
+            (held := self.allocations.get(launches[at])) is None or held.state not in pending
+        ):
+            at += 1
+        if at != first:
+            self.set(self.unstarted, attempt.id, at)
+        return at == len(launches)
 
     def amounts_of(self, line: Line, placed: Placed | None = None) -> dict[str, int]:
         """What a gang of the line takes at its smallest, or in these places, per device model, ``cpu`` and ``memory``.
