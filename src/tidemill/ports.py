@@ -23,6 +23,7 @@ from tidemill.model.ids import (
     DataSetId,
     JobId,
     LaunchId,
+    ModelId,
     NodeId,
     PrincipalId,
     ProjectId,
@@ -33,6 +34,7 @@ from tidemill.model.job import Allocation, Attempt, Job, JobState, Workload
 from tidemill.model.ledger import LedgerLine, LedgerTotals, TokenTotals, TokenUsage
 from tidemill.model.plan import Change, LaunchSpec, Reason, Sight, Waiting
 from tidemill.model.queue import Queue, QueueUsage
+from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
 from tidemill.model.spec import Kind
 from tidemill.model.storage import DataSet, Volume
@@ -204,8 +206,8 @@ class Store(Protocol):
     ) -> LedgerTotals:
         """Exact sums of a job's or a project's lines, or of idle time when ``idle``; of all lines otherwise."""
 
-    def put_token_usages(self, usages: Sequence[TokenUsage]) -> int:
-        """How many of these were not in the books before; all are there now, each once, or none."""
+    def put_token_usages(self, usages: Sequence[TokenUsage]) -> tuple[TokenUsage, ...]:
+        """Those of these that were not in the books before; all are there now, each once, or none."""
 
     def token_usages(
         self, *, project_id: ProjectId = ProjectId(""), cursor: str = "", limit: int = 100
@@ -213,9 +215,15 @@ class Store(Protocol):
         """What requests took, in the order in which they were stored."""
 
     def token_totals(
-        self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId("")
+        self,
+        *,
+        job_id: JobId = JobId(""),
+        project_id: ProjectId = ProjectId(""),
+        token_id: TokenId = TokenId(""),
+        since_ns: int = 0,
+        by: Sequence[str] = ("model", "key"),
     ) -> tuple[TokenTotals, ...]:
-        """Sums of a replica's or a project's requests, else of all, by model and key."""
+        """Sums of a replica's, a project's or a key's requests since then, else of all, by some of ``TOKEN_GROUPS``."""
 
     def rentals(self, *, since_ns: int = 0) -> tuple[Rental, ...]:
         """Rented instances that are not over, and those that ended at ``since_ns`` or later, by id."""
@@ -298,6 +306,21 @@ class Store(Protocol):
 
     def unscanned_datasets(self) -> tuple[DataSet, ...]:
         """Those of all projects whose files are still to be read, by id."""
+
+    def model(self, project_id: ProjectId, name: str) -> Model | None:
+        """The model of that name, also one that was deleted."""
+
+    def models(self, project_id: ProjectId) -> tuple[Model, ...]:
+        """A project's models, by name, those that were deleted among them."""
+
+    def model_versions(self, model_id: ModelId) -> tuple[ModelVersion, ...]:
+        """A model's versions, newest first, those that were deleted among them."""
+
+    def project_model_versions(self, project_id: ProjectId, *, digest: str = "") -> tuple[ModelVersion, ...]:
+        """The versions of all models of a project that were not deleted, oldest first; with ``digest``, of that."""
+
+    def model_versions_of(self, job_ids: Sequence[JobId]) -> tuple[ModelVersion, ...]:
+        """What these jobs made that was not deleted, oldest first."""
 
     def integrity(self) -> tuple[str, ...]:
         """What is wrong with the database, in sentences; empty when it is sound."""

@@ -14,7 +14,7 @@ from tidemill.api.guard import Call, Caller, Routes, blocking, unless_gone
 from tidemill.api.shapes import EnteredOut, FeedOut, LoadIn, RequestUsagesIn
 from tidemill.control.replicating import Load
 from tidemill.model.ids import JobId, ProjectId, TokenId, WorkloadId
-from tidemill.model.ledger import TokenUsage
+from tidemill.model.ledger import TokenPrice, TokenUsage
 from tidemill.model.tenant import Scope
 
 routes = Routes("gateway")
@@ -48,6 +48,11 @@ async def enter_usage(call: Caller) -> Response:
             prompt_tokens=one.prompt_tokens,
             completion_tokens=one.completion_tokens,
             is_estimated=one.is_estimated,
+            user=one.user,
+            label=one.label,
+            amount_pico=TokenPrice(input_micro=one.price[0], output_micro=one.price[1]).of(
+                one.prompt_tokens, one.completion_tokens
+            ),
         )
         for one in given.usages
     ]

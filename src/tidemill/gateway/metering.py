@@ -40,6 +40,10 @@ class Usage(msgspec.Struct, kw_only=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     is_estimated: bool = False
+    user: str = ""
+    label: str = ""
+    price: tuple[int, int] = (0, 0)
+    """Micro-USD for a million tokens, in and out, when it was asked."""
 
 
 class Asked(msgspec.Struct, kw_only=True, frozen=True):
@@ -49,19 +53,30 @@ class Asked(msgspec.Struct, kw_only=True, frozen=True):
     hides_usage: bool
 
 
-def ask_for_usage(body: bytes, content: dict[str, Any]) -> Asked:
-    """The body of a stream's request with the usage asked for; all else in it is the same, byte for byte."""
-    options = content.get("stream_options")
-    if isinstance(options, dict) and options.get("include_usage") is True:
-        return Asked(body=body, hides_usage=False)
-    if "stream_options" not in content:
+def prepared(body: bytes, content: dict[str, Any], *, asks_usage: bool, salt: str = "") -> Asked:
+    """The body of a request as an engine gets it; all else in it is the same, byte for byte.
+
+    With ``asks_usage`` a stream is asked for its usage, and ``salt`` replaces what the client may have said of it.
+    """
+    added, replaced, hides_usage = b"", dict[str, msgspec.Raw](), False
+    if salt:
+        if "cache_salt" in content:
+            replaced["cache_salt"] = msgspec.Raw(b'"%b"' % salt.encode())
+        else:
+            added = b'"cache_salt":"%b",' % salt.encode()
+    if asks_usage:
+        options = content.get("stream_options")  # of another type: the engine says what is wrong with it
+        if "stream_options" not in content:
+            added, hides_usage = added + _ASK, True
+        elif options is None or (isinstance(options, dict) and options.get("include_usage") is not True):
+            replaced["stream_options"] = msgspec.Raw(orjson.dumps({**(options or {}), "include_usage": True}))
+            hides_usage = True
+    if replaced:
+        body = msgspec.json.encode(msgspec.json.decode(body, type=dict[str, msgspec.Raw]) | replaced)
+    if added:
         at = body.index(b"{") + 1
-        return Asked(body=body[:at] + _ASK + body[at:], hides_usage=True)
-    if options is not None and not isinstance(options, dict):
-        return Asked(body=body, hides_usage=False)  # the engine says what is wrong with it
-    parts = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    parts["stream_options"] = msgspec.Raw(orjson.dumps({**(options or {}), "include_usage": True}))
-    return Asked(body=msgspec.json.encode(parts), hides_usage=True)
+        body = b"%b%b%b" % (body[:at], added, body[at:])
+    return Asked(body=body, hides_usage=hides_usage)
 
 
 def tokens_in(usage: object) -> tuple[int, int] | None:
@@ -77,16 +92,32 @@ def tokens_in(usage: object) -> tuple[int, int] | None:
     return found[0], found[1]
 
 
-def tokens_of(body: bytes) -> tuple[int, int] | None:
-    """Prompt and completion tokens that a whole answer, or both ends of a long one, tell of."""
+def cached_in(usage: object) -> int:
+    """How many of a usage's prompt tokens the replica had in its prefix cache, as far as it tells."""
+    if isinstance(usage, dict):
+        for name in ("prompt_tokens_details", "input_tokens_details"):
+            details = usage.get(name)
+            value = details.get("cached_tokens") if isinstance(details, dict) else None
+            if type(value) is int and 0 <= value <= MOST_TOKENS:
+                return value
+    return 0
+
+
+def usage_of(body: bytes) -> object:
+    """The usage that a whole answer, or both ends of a long one, tell of; None when there is none."""
     for found in reversed(_USAGE.findall(body)):
         try:
-            tokens = tokens_in(orjson.loads(found))
+            usage = orjson.loads(found)
         except orjson.JSONDecodeError:
             continue
-        if tokens is not None:
-            return tokens
+        if tokens_in(usage) is not None:
+            return usage
     return None
+
+
+def tokens_of(body: bytes) -> tuple[int, int] | None:
+    """Prompt and completion tokens that a whole answer, or both ends of a long one, tell of."""
+    return tokens_in(usage_of(body))
 
 
 def estimated_prompt(size: int) -> int:
@@ -101,6 +132,8 @@ class WholeMeter:
         self._first = b""
         self._last = b""
         self._has_gap = False
+        self.cached = 0
+        """Prompt tokens from the prefix cache, known once ``reported`` is."""
 
     def feed(self, data: bytes) -> bytes:
         """The data, to be passed on."""
@@ -119,9 +152,10 @@ class WholeMeter:
     @property
     def reported(self) -> tuple[int, int] | None:
         """What the answer says."""
-        if self._has_gap:
-            return tokens_of(self._last) or tokens_of(self._first)
-        return tokens_of(self._first + self._last)
+        ends = (self._last, self._first) if self._has_gap else (self._first + self._last,)
+        usage = next(filter(None, map(usage_of, ends)), None)
+        self.cached = cached_in(usage)
+        return tokens_in(usage)
 
     @property
     def counted(self) -> int:
@@ -142,6 +176,7 @@ class StreamMeter:
         self._events = 0
         self._has_role_event = False
         self.reported: tuple[int, int] | None = None
+        self.cached = 0
 
     @property
     def counted(self) -> int:
@@ -200,10 +235,14 @@ class StreamMeter:
         if not isinstance(content, dict):
             return False
         nested = content.get("response")
-        tokens = tokens_in(content.get("usage")) or tokens_in(nested.get("usage") if isinstance(nested, dict) else None)
+        usage = content.get("usage")
+        if tokens_in(usage) is None:
+            usage = nested.get("usage") if isinstance(nested, dict) else None
+        tokens = tokens_in(usage)
         if tokens is None:
             return False
         self.reported = tokens
+        self.cached = cached_in(usage)
         return self._hides and content.get("choices") == []
 
     def _count(self, events: bytes) -> None:

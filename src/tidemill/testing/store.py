@@ -50,6 +50,8 @@ from tidemill.testing.samples import (
     a_dataset,
     a_job,
     a_line,
+    a_model,
+    a_model_version,
     a_node,
     a_note,
     a_queue,
@@ -237,13 +239,16 @@ def check_a_request_is_in_the_books_once(open_store: OpenStore) -> None:
                 prompt_tokens=10,
                 completion_tokens=number,
                 is_estimated=number == 1,
+                user=f"user {number % 2}",
+                label="nightly" if number > 1 else "",
+                amount_pico=2**61 + number,
             )
             for number in range(4)
         ]
-        same(it.store.put_token_usages([]), 0, "nothing")
-        same(it.store.put_token_usages([*usages[:2], usages[0]]), 2, "one comes twice at a time")
-        same(it.store.put_token_usages(usages), 2, "two of four were there")
-        same(it.store.put_token_usages(usages), 0, "all were there")
+        same(it.store.put_token_usages([]), (), "nothing")
+        same(it.store.put_token_usages([*usages[:2], usages[0]]), tuple(usages[:2]), "one comes twice at a time")
+        same(it.store.put_token_usages(usages), tuple(usages[2:]), "two of four were there")
+        same(it.store.put_token_usages(usages), (), "all were there")
         same(it.store.token_usages().items, tuple(usages), "each is there once, in order")
         first = it.store.token_usages(project_id=RED, limit=2)
         rest = it.store.token_usages(project_id=RED, cursor=first.next_cursor, limit=2)
@@ -258,6 +263,17 @@ def check_a_request_is_in_the_books_once(open_store: OpenStore) -> None:
         )
         same(sum(it.requests for it in it.store.token_totals(job_id=JobId("job_1"))), 4, "what a replica answered")
         same(it.store.token_totals(job_id=JobId("job_2")), (), "nothing")
+        same(it.store.token_totals(job_id=JobId("job_2"), by=()), (), "nothing at all, also when it is not grouped")
+        by_user = it.store.token_totals(by=("user", "label"))
+        same(
+            [(it.user, it.label, it.model, it.token_id, it.requests) for it in by_user],
+            [(f"user {user}", label, "", "", 1) for user in (0, 1) for label in ("", "nightly")],
+            "the sums by user and label",
+        )
+        [key] = it.store.token_totals(token_id=TokenId("tok_a"), since_ns=1, by=())
+        same((key.requests, key.amount_pico), (2, 2**62 + 4), "a key's since then, beyond 63 bits where it has to be")
+        [whole] = it.store.token_totals(by=())
+        same((whole.requests, whole.amount_pico), (4, 2**63 + 6), "all together")
 
 
 def check_a_ledger_line_is_written_once(open_store: OpenStore) -> None:
@@ -415,6 +431,32 @@ def check_rentals_are_kept(open_store: OpenStore) -> None:
         it.epoch = it.store.lead(holder="another")
         raises(Fenced, it.store.commit, Batch(epoch=older, changes=new(a_rental(4))))
         same(len(it.store.rentals()), 3, "what an older leader wants is not stored")
+
+
+def check_models_are_kept(open_store: OpenStore) -> None:
+    """Models are found by name and their versions by number, by content and by the job that made them."""
+    with _Session(open_store) as it:
+        one, two, other = a_model(1), a_model(2), a_model(3, BLUE)
+        versions = [a_model_version(number, one, job="job_1" if number > 1 else "") for number in (2, 3, 1)]
+        more = a_model_version(2, two, job="job_2")
+        it.commit(changes=new(two, one, other, *versions, more), log=[a_note(None, "ModelRegistered")])
+        for again in (one, more):
+            raises(Stale, it.commit, changes=new(again))
+        same(it.store.models(RED), (one, two), "a project's models, by name")
+        same((it.store.model(RED, "model-3"), it.store.model(BLUE, "model-3")), (None, other), "by name")
+        same(it.store.model_versions(one.id), (versions[1], versions[0], versions[2]), "newest first")
+        same(it.store.model_versions_of([JobId("job_1")]), (versions[0], versions[1]), "what a job made")
+        same(it.store.model_versions_of([]), (), "what no job made")
+        same(it.store.project_model_versions(RED, digest=more.digest), (versions[0], more), "by content")
+        renamed = replace(one, version=2, name="other", deleted_ns=NOW)
+        gone = replace(versions[0], version=2, deleted_ns=NOW)
+        it.commit(changes=[Change(assumed=1, after=thing) for thing in (renamed, gone)])
+        raises(Stale, it.commit, changes=[Change(assumed=1, after=replace(gone, number=9))])
+        same((it.store.model(RED, "model-1"), it.store.model(RED, "other")), (None, renamed), "by its new name")
+        same(it.store.model_versions(one.id), (versions[1], gone, versions[2]), "deleted, and kept")
+        same(it.store.model_versions_of([JobId("job_1")]), (versions[1],), "what is left of what a job made")
+        same(it.store.project_model_versions(RED), (versions[2], versions[1], more), "what is left in the project")
+        same(it.store.project_model_versions(BLUE), (), "another project's")
 
 
 def check_reasons_stay_while_a_job_waits(open_store: OpenStore) -> None:
@@ -770,6 +812,7 @@ CHECKS: Final[tuple[Callable[[OpenStore], None], ...]] = (
     check_load_counts_jobs_that_ended_badly,
     check_policies_are_loaded,
     check_rentals_are_kept,
+    check_models_are_kept,
     check_reasons_stay_while_a_job_waits,
     check_lists_filter,
     check_pages_are_stable,

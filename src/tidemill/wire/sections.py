@@ -74,6 +74,7 @@ from tidemill.wire.fields import (
     port_of,
     port_reference,
     ports_of,
+    price_of,
     python_of,
     retry_on_of,
     secret_of,
@@ -231,6 +232,20 @@ class ReadinessIn(StrictSection):
     )
 
 
+_PRICE_SCHEMA: Final = {"type": "number", "minimum": 0, "maximum": 1000, "examples": [0.15]}
+
+
+class PriceIn(StrictSection):
+    """What requests to a model cost whoever asks."""
+
+    input: Annotated[int, *taking(price_of, _PRICE_SCHEMA)] = Field(
+        default=0, description="US dollars for a million tokens of requests."
+    )
+    output: Annotated[int, *taking(price_of, _PRICE_SCHEMA)] = Field(
+        default=0, description="US dollars for a million tokens of answers."
+    )
+
+
 class ServiceIn(StrictSection):
     """How a service is reached."""
 
@@ -266,6 +281,16 @@ class ServiceIn(StrictSection):
         default=30 * SECOND_NS,
         description="How long a request may wait for a replica, unless it says so itself (`X-Tidemill-Wait`).",
         json_schema_extra={"default": "30s"},
+    )
+    price: PriceIn = Field(
+        default_factory=_shared(PriceIn),
+        description="What tokens cost; nothing unless it says so. Machines are paid for by the service's project.",
+        json_schema_extra={"default": {}},
+    )
+    cache_salt: Annotated[bool, *taking(flag_of, {"type": "boolean"})] = Field(
+        default=True,
+        description="Send `cache_salt` along, so that no project can find out what another one asked by how soon"
+        " the engine's prefix cache answers; false for an engine that refuses fields that it does not know.",
     )
 
 
@@ -906,6 +931,9 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         model=section.model,
         concurrency=section.concurrency,
         wait_ns=section.wait,
+        price_input_micro=section.price.input,
+        price_output_micro=section.price.output,
+        is_salted=section.cache_salt,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Dependency, DependsOn, Kind, Placement, Port, Service, Tier, WorkloadSpec
-from tidemill.units import MILLI, SECOND_NS
+from tidemill.units import MILLI, SECOND_NS, USD_MICRO
 from tidemill.wire.scheduling import instant_text
 from tidemill.wire.sections import default_retry
 
@@ -65,6 +65,13 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
             written["service"]["concurrency"] = spec.service.concurrency
         if spec.service.wait_ns != _SERVICE.wait_ns:
             written["service"]["wait"] = _duration_json(spec.service.wait_ns)
+        if spec.service.price_input_micro or spec.service.price_output_micro:
+            written["service"]["price"] = {
+                "input": spec.service.price_input_micro / USD_MICRO,
+                "output": spec.service.price_output_micro / USD_MICRO,
+            }
+        if not spec.service.is_salted:
+            written["service"]["cache_salt"] = False
     if spec.kind is Kind.ARRAY:
         written["array"] = {"size": spec.array_size}
         if spec.array_parallel:

@@ -1,4 +1,4 @@
-"""The quota tree, reservations, sites, volumes, data sets; limits of projects become queues of theirs."""
+"""The quota tree, reservations, sites, volumes, data sets, models; limits of projects become queues of theirs."""
 
 from __future__ import annotations
 
@@ -73,6 +73,31 @@ def upgrade() -> None:
         sa.UniqueConstraint("project_id", "name", "version", name="uq_datasets_version"),
     )
     op.create_index("ix_datasets_state", "datasets", ["state"])
+    # Models, and their versions.
+    op.create_table(
+        "models",
+        sa.Column("id", TEXT, primary_key=True, nullable=False),
+        sa.Column("project_id", TEXT, nullable=False),
+        sa.Column("name", TEXT, nullable=False),
+        sa.Column("version", LONG, nullable=False),
+        sa.Column("body", TEXT, nullable=False),
+        sa.UniqueConstraint("project_id", "name", name="uq_models_name"),
+    )
+    op.create_table(
+        "model_versions",
+        sa.Column("id", TEXT, primary_key=True, nullable=False),
+        sa.Column("model_id", TEXT, nullable=False),
+        sa.Column("project_id", TEXT, nullable=False),
+        sa.Column("number", LONG, nullable=False),
+        sa.Column("job_id", TEXT, nullable=False),
+        sa.Column("digest", TEXT, nullable=False),
+        sa.Column("deleted_ns", LONG, nullable=False),
+        sa.Column("version", LONG, nullable=False),
+        sa.Column("body", TEXT, nullable=False),
+        sa.UniqueConstraint("model_id", "number", name="uq_model_versions_number"),
+    )
+    op.create_index("ix_model_versions_project", "model_versions", ["project_id", "digest"])
+    op.create_index("ix_model_versions_job", "model_versions", ["job_id"])
     # What was rented from clouds.
     op.create_table(
         "rentals",
@@ -95,10 +120,16 @@ def upgrade() -> None:
         sa.Column("prompt_tokens", LONG, nullable=False),
         sa.Column("completion_tokens", LONG, nullable=False),
         sa.Column("estimated", LONG, nullable=False),
+        sa.Column("at_ns", LONG, nullable=False),
+        sa.Column("user_name", TEXT, nullable=False),
+        sa.Column("label", TEXT, nullable=False),
+        sa.Column("amount_pico", LONG, nullable=False),
         sa.Column("body", TEXT, nullable=False),
     )
     op.create_index("ix_token_usages_project", "token_usages", ["project_id", "line"])
     op.create_index("ix_token_usages_job", "token_usages", ["job_id", "line"])
+    op.create_index("ix_token_usages_since", "token_usages", ["project_id", "at_ns"])
+    op.create_index("ix_token_usages_key", "token_usages", ["token_id", "at_ns"])
 
     projects = sa.table("projects", sa.column("id", TEXT), sa.column("body", TEXT))
     connection = op.get_bind()
