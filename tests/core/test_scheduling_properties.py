@@ -671,17 +671,6 @@ def lets_an_incomplete_group_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "group_of", lambda world, job: (job.id,))
 
 
-def counts_broken_promises_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gives_only_the_room_back(world: World, job: Any) -> None:
-        promise = world.promises.get(job)
-        for one in promise.together if promise is not None else ():
-            other = world.promises[one]
-            world.drop(world.promises, one)
-            world.give(other.line, other.placed)
-
-    monkeypatch.setattr(waiting, "break_promise", gives_only_the_room_back)
-
-
 def counts_what_a_lost_node_held_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     count = World._count
 
@@ -710,7 +699,6 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], Keeps]] = [
     (offers_room_to_gangs_that_cannot_take_it_yet, an_elastic_gang_does_not_stay_small_beside_idle_room),
     (keeps_promises_one_by_one, groups_start_at_one_instant),
     (lets_an_incomplete_group_start, groups_start_at_one_instant),
-    (counts_broken_promises_for_ever, the_sums_match_whatever_is_lost),
     (counts_what_a_lost_node_held_for_ever, the_sums_match_whatever_is_lost),
 ]
 
