@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from tidemill.control.answers import mend_for
@@ -19,10 +19,11 @@ from tidemill.control.steering import (
 )
 from tidemill.control.turns import TurnLoop
 from tidemill.core.admission import why_refused
+from tidemill.core.routing import loop_through
 from tidemill.errors import Conflict, Infeasible, InvalidSpec
 from tidemill.model.ids import PrincipalId, WorkloadId, queue_id
 from tidemill.model.job import Workload
-from tidemill.model.spec import Dependency, WorkloadSpec
+from tidemill.model.spec import Dependency, Service, WorkloadSpec
 from tidemill.model.tenant import Project
 from tidemill.ports import JobFilter, Store
 from tidemill.wire import instant_text
@@ -32,6 +33,7 @@ class Acceptance:
     """Checks specs against what is stored and what the fleet has. Thread-safe.
 
     ``renting`` gives what rents machines, and None where nothing does: what is rented counts as what there could be.
+    ``fallbacks`` gives which models each one that is served falls back to.
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class Acceptance:
         blobs: BlobStore,
         *,
         renting: Callable[[], Renting | None],
+        fallbacks: Callable[[], Mapping[str, tuple[str, ...]]],
     ) -> None:
         self._store = store
         self._turns = turns
         self._data = data
         self._blobs = blobs
         self._renting = renting
+        self._fallbacks = fallbacks
 
     def check(self, spec: WorkloadSpec, project: Project, *, now: int) -> WorkloadSpec:
         """The spec with its inputs pinned to versions. Raises: Infeasible, InvalidSpec."""
@@ -65,6 +69,8 @@ class Acceptance:
                     value=name,
                     mend=f"Set it: tidemill secret set {name}.",
                 )
+        if spec.service is not None and spec.service.fallback:
+            self.check_fallback(spec.service, spec.service.model or spec.name)
         never = why_refused(self._turns.world, _asked(spec, project, now=now))
         renting = self._renting()
         if never is not None and not (renting is not None and renting.may_serve(spec)):
@@ -127,6 +133,17 @@ class Acceptance:
             check_reservation(spec, project, self._turns.world.reservations.copy().values(), now=now)
         if spec.group is not None:
             check_group(spec.group, project, self._turns.world.workloads.copy().values())
+
+    def check_fallback(self, service: Service, model: str) -> None:
+        """Raises: InvalidSpec when a request could come back to ``model`` by falling back."""
+        loop = loop_through(model, {**self._fallbacks(), model: service.fallback})
+        if loop:
+            raise InvalidSpec(
+                f"Requests would go round in a loop: {' → '.join(loop)}.",
+                field="service.fallback",
+                value=loop[1],
+                mend=f"Leave {loop[1]} out, or stop the service {loop[-2]} and submit it without {model}.",
+            )
 
     def follow(self, specs: Sequence[WorkloadSpec], ids: Sequence[WorkloadId], project: Project) -> list[WorkloadSpec]:
         """The specs with the ids of the workloads that they come after; earlier ones of a batch count.
