@@ -21,7 +21,7 @@ from tidemill.units import DAY_NS, MILLI, SECOND_NS, USD_MICRO
 _EXIT_CODE: Final = re.compile(r"exit:(\d{1,3})")
 _LABEL: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 PRIORITY_RANGE: Final = (-1_000, 1_000)
-MAX_WORKERS: Final = 4_096
+MAX_WORKERS: Final = 8_192
 MAX_ARRAY: Final = 100_000
 MAX_REPLICAS: Final = 64
 MAX_CONCURRENCY: Final = 65_536
