@@ -11,8 +11,8 @@ from starlette.responses import Response
 from tidemill.api.bodies import body_of, json_answer
 from tidemill.api.follow import rung
 from tidemill.api.guard import Call, Caller, Routes, blocking, unless_gone
-from tidemill.api.shapes import EnteredOut, FeedOut, LoadIn, RequestUsagesIn
-from tidemill.control.replicating import Load
+from tidemill.api.shapes import EnteredOut, FeedOut, LoadIn, ModelLoadIn, RequestUsagesIn
+from tidemill.control.loads import FeltCounts, Load, ModelLoad, ReplicaLoad
 from tidemill.model.ids import JobId, ProjectId, TokenId, WorkloadId
 from tidemill.model.ledger import TokenPrice, TokenUsage
 from tidemill.model.tenant import Scope
@@ -66,11 +66,22 @@ async def hear_load(call: Caller) -> Response:
     call.plane.serving.scaler.hear(
         given.worker,
         Load(
-            models={model: (one.in_flight, one.waiting) for model, one in given.models.items()},
-            replicas={JobId(job): (one.in_flight, one.is_leaving) for job, one in given.replicas.items()},
+            models={model: _model_load(one) for model, one in given.models.items()},
+            replicas={JobId(job): ReplicaLoad(**one.model_dump()) for job, one in given.replicas.items()},
         ),
     )
     return Response(status_code=204)
+
+
+def _model_load(one: ModelLoadIn) -> ModelLoad:
+    felt = one.felt
+    if felt is None:
+        return ModelLoad(in_flight=one.in_flight, waiting=one.waiting)
+    ttft, latency, queue = (
+        {int(bucket): count for bucket, count in counts.items()} for counts in (felt.ttft, felt.latency, felt.queue)
+    )
+    counts = FeltCounts(ttft=ttft, latency=latency, queue=queue, tokens=felt.tokens)
+    return ModelLoad(in_flight=one.in_flight, waiting=one.waiting, felt=counts)
 
 
 async def _changed(call: Call, since: int, wait_s: float) -> dict[str, Any]:
