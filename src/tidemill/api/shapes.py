@@ -961,6 +961,8 @@ class FeedOut(TypedDict):
     version: int
     tokens: dict[str, Any]
     routes: dict[str, Any]
+    sites: dict[str, Any]
+    home: str
     projects: dict[str, Any]
 
 

@@ -49,6 +49,11 @@ def overloaded(code: str, message: str, *, retry_after_s: int) -> Answer:
     return refuse(503, code, message, headers=((b"Retry-After", b"%d" % retry_after_s),))
 
 
+def moved(location: bytes) -> Answer:
+    """A 308: the same request, there."""
+    return Answer(status=308, body=b"", content_type=b"text/plain", headers=((b"Location", location),))
+
+
 def unauthorized(message: str) -> Answer:
     """A 401 in OpenAI's words."""
     return refuse(401, "invalid_api_key", message, headers=((b"WWW-Authenticate", b"Bearer"),))
@@ -59,6 +64,15 @@ def model_not_found(model: str, near: Sequence[str]) -> Answer:
     shown = model if len(model) <= 128 else model[:128] + "…"
     hint = f" Did you mean {' or '.join(near)}?" if near else " GET /v1/models lists the models you may use."
     return refuse(404, "model_not_found", f"The model '{shown}' does not exist for this key.{hint}", param="model")
+
+
+def service_not_found(service: str, route: Route | None) -> Answer:
+    """A 404; ``route`` is that of a service of that name whose paths are not open."""
+    if route is None:
+        message = f"The service '{service}' does not exist for this key. Names are as tidemill ps shows them."
+    else:
+        message = f"The service '{service}' is asked by its model, '{route.model}'; service.http: true opens its paths."
+    return refuse(404, "service_not_found", message)
 
 
 def model_list(routes: Sequence[Route]) -> Answer:

@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Final
 
 from tidemill.gateway import answers
 from tidemill.gateway.journey import Asking, Client, Journey
-from tidemill.gateway.messages import LAST_CHUNK, RequestHead, ResponseHead, chunk, end_to_end, write_head
-from tidemill.gateway.metering import StreamMeter, Usage, WholeMeter, estimated_prompt
-from tidemill.gateway.table import Replica
-from tidemill.gateway.upstream import BUFFER_HIGH, UpstreamConnection
+from tidemill.gateway.messages import (
+    LAST_CHUNK,
+    RequestHead,
+    ResponseHead,
+    chunk,
+    end_to_end,
+    header_value,
+    write_head,
+)
+from tidemill.gateway.metering import StreamMeter, Usage, WholeMeter, ask_model, estimated_prompt
+from tidemill.gateway.table import Replica, Route
+from tidemill.gateway.upstream import BUFFER_HIGH, Receiver, UpstreamConnection
 
 if TYPE_CHECKING:
     from tidemill.gateway.server import Gateway
@@ -32,10 +40,9 @@ class Exchange(Journey):
         super().__init__(gateway, client, head, asking, head_at=head_at)
         self._http_1_0 = head.http_1_0
         self._target = head.target
-        headers = self._headers_for(head, without=_NOT_FORWARDED)
-        headers += [(b"content-length", b"%d" % len(asking.body)), (b"x-request-id", self._request_id)]
-        self._headers = write_head(b"", headers)
+        self._given = self._headers_for(head, without=_NOT_FORWARDED)
         self._body = asking.body
+        self._write_headers()
         self._size = len(asking.body)
         self._counts.request_bytes += self._size
         self._held: list[bytes] = []
@@ -47,9 +54,12 @@ class Exchange(Journey):
         self._tokens = 0
         """Of its answer, as they were counted for what the model gives a second."""
 
+    def _write_headers(self) -> None:
+        headers = [*self._given, (b"content-length", b"%d" % len(self._body)), (b"x-request-id", self._request_id)]
+        self._headers = write_head(b"", headers)
+
     def response_started(self, head: ResponseHead) -> None:
-        self._response = head
-        self._hear()
+        self._begin(head)
         self._body = b""
         self._client.release()
         if self._asking.is_metered and head.status == 200:
@@ -99,9 +109,17 @@ class Exchange(Journey):
 
     # Ways there
 
-    def _transmit(self, upstream: UpstreamConnection, replica: Replica) -> None:
+    def transmit(self, receiver: Receiver, upstream: UpstreamConnection, replica: Replica) -> None:
         first = b"POST %b%b HTTP/1.1\r\nhost: %b" % (replica.prefix, self._target, replica.authority)
-        upstream.send(self, first + self._headers, self._body)
+        upstream.send(receiver, first + self._headers, self._body)
+
+    def _moved(self, route: Route) -> None:
+        self._body = ask_model(
+            self._body,
+            route.model,
+            salt=self._gateway.salt(route, self._target.partition(b"?")[0], self._asking.tenant),
+        )
+        self._write_headers()
 
     # Ways back
 
@@ -123,8 +141,12 @@ class Exchange(Journey):
         if response is None:
             return
         self._is_committed = True
-        headers = end_to_end(response.headers, without=frozenset({b"content-length", b"x-request-id"}))
+        headers = end_to_end(
+            response.headers, without=frozenset({b"content-length", b"x-request-id", b"x-tidemill-model"})
+        )
         headers.append((b"x-request-id", self._request_id))
+        if self._left is not None:
+            headers.append((b"x-tidemill-model", header_value(self._asking.route.model)))
         if response.status in (204, 304):
             pass
         elif length is not None:
