@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Final
 
 from tidemill.model.fleet import Level, SiteKind
+from tidemill.model.guard import GuardRule
 from tidemill.model.ids import SiteId, WorkloadId
 from tidemill.model.resources import Resources
 from tidemill.model.scaling import Scaling
@@ -151,6 +152,8 @@ class Service:
     """For how long fewer have to be enough before a replica is given up."""
     concurrency: int = 256
     wait_ns: int = 30 * SECOND_NS
+    guards: tuple[GuardRule, ...] = ()
+    """What looks at its requests and answers, beside the rules that the settings have for all."""
     affinity: Affinity = Affinity.NONE
     fallback: tuple[str, ...] = ()
     """Models that answer when none of its replicas can, in order."""
