@@ -21,6 +21,7 @@ from tidemill.model.spec import (
     Environment,
     Group,
     Kind,
+    Pace,
     Placement,
     Port,
     RetryOn,
@@ -138,6 +139,7 @@ def test_everything_at_once() -> None:
         ({"kind": "service"}, {"kind": "service", "ports": ["http"], "service": {"port": "http"}}),
         ({"service": {"port": 8000}}, {"kind": "service", "ports": [8000], "service": {"port": "port-8000"}}),
         ({"service": {"readiness": "/up"}}, {"service": {"readiness": {"path": "/up"}}}),
+        ({"service": {"liveness": "/up"}}, {"service": {"liveness": {"path": "/up", "every": "10s", "failures": 3}}}),
         ({"ports": 8000}, {"ports": [8000]}),
         ({"ports": ["a:8000"]}, {"ports": [{"name": "a", "port": 8000}]}),
         ({"resources": {"gpus": None}}, {"resources": {"gpus": "none"}}),
@@ -251,6 +253,9 @@ def test_short_forms_mean_their_long_forms(short: dict[str, Any], long: dict[str
         ({"service": {"port": "B!"}}, "service.port", "1024 to 65535"),
         ({"service": {"readiness": "health"}}, "service.readiness.path", "/health"),
         ({"service": {"replicas": 65}}, "service.replicas", "1 to 64"),
+        ({"service": {"liveness": {"path": "x"}}}, "service.liveness.path", "/health"),
+        ({"service": {"liveness": {"every": "10ms"}}}, "service.liveness.every", "2s or 1m"),
+        ({"service": {"liveness": {"failures": 0}}}, "service.liveness.failures", "1 to 1000"),
         ({"retry": {"on": ["bad_luck"]}}, "retry.on", "node_lost"),
         ({"retry": {"on": ["exit:0"]}}, "retry.on", "exit:75"),
         ({"retry": {"max": -1}}, "retry.max", "0 to 1000"),
@@ -378,6 +383,10 @@ TEXT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("C
 SCRIPT = TEXT.filter(lambda text: bool(text.strip()))
 NAME = st.from_regex(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,20}[A-Za-z0-9])?", fullmatch=True)
 SIZE = st.one_of(st.just(0), st.integers(0, MAX_BYTES), st.integers(1, 512).map(lambda count: count * GIB))
+MOMENT = st.integers(SECOND_NS // 10, DAY_NS)
+PACE = st.builds(
+    Pace, delay_ns=st.integers(0, DAY_NS), every_ns=MOMENT, answer_ns=MOMENT, failures=st.integers(1, 1_000)
+)
 DURATION = st.one_of(st.integers(0, MAX_DURATION_NS), st.integers(0, 10_000).map(lambda count: count * SECOND_NS))
 
 
@@ -473,6 +482,7 @@ def specs(draw: st.DrawFn) -> WorkloadSpec:
     group = draw(st.none() | st.builds(Group, name=NAME, size=st.integers(2, 4_096)))
     starts = sorted(draw(st.lists(INSTANT, min_size=2, max_size=2, unique=True)))
     tier = draw(st.sampled_from(Tier))
+    pace = draw(st.none() | PACE)
     any_of = tuple(
         draw(st.lists(st.builds(Alternative, resources=resources(), speed_milli=st.integers(1, 999_999)), max_size=3))
     )
@@ -527,6 +537,9 @@ def specs(draw: st.DrawFn) -> WorkloadSpec:
             idle_ns=draw(st.integers(0, DAY_NS)),
             concurrency=draw(st.integers(1, 65_536)),
             wait_ns=draw(st.integers(0, 600 * SECOND_NS)),
+            readiness_pace=draw(PACE),
+            liveness_path="" if pace is None else draw(st.sampled_from(["", "/alive"])),
+            liveness_pace=pace,
         )
         if kind is Kind.SERVICE
         else None,

@@ -42,10 +42,9 @@ def endpoints(world: World, workload: Workload) -> list[Allocation]:
     """Where the replicas of a service answer that are ready, by job."""
     found = []
     for index in range(workload.spec.job_count):
-        attempt = world.attempts.get(job_id(workload.id, index))
-        if attempt is not None:
-            held = (world.allocations.get(launch) for launch in world.workers.get(attempt.id, ()))
-            found += [one for one in held if one is not None and one.endpoint]
+        worker = world.answering(world.attempts.get(job_id(workload.id, index)))
+        if worker is not None:
+            found.append(worker)
     return found
 
 

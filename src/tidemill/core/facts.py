@@ -46,7 +46,7 @@ from tidemill.model.events import (
     Vanished,
 )
 from tidemill.model.fleet import Node, NodeState
-from tidemill.model.ids import LaunchId, NodeId, job_id
+from tidemill.model.ids import JobId, LaunchId, NodeId, job_id
 from tidemill.model.job import Allocation, AllocationState, AttemptState, Cause, Job, JobState
 from tidemill.model.plan import Launch
 from tidemill.model.spec import Kind
@@ -170,6 +170,7 @@ def _started(fact: Started, world: World, out: Outcome) -> None:
         )
         for worker in world.workers_of(attempt):
             world.mark_row(worker.id, "since", out.now)
+        _answers_when_whole(world, job.id, out)
         if may(JOB, job.state, "started"):
             world.update(
                 world.jobs,
@@ -188,16 +189,21 @@ def _started(fact: Started, world: World, out: Outcome) -> None:
 @_take.register
 def _became(fact: Became, world: World, out: Outcome) -> None:
     held = _current(world, fact.launch_id, fact.fence)
-    if held is None:
+    if held is None or held.rank:  # the first of a gang answers for all
         return
     endpoint = fact.endpoint if fact.ready else ""
-    if held.endpoint == endpoint:
+    if held.endpoint == endpoint or held.state is AllocationState.DRAINING:
         return
     world.update(world.allocations, held.id, held, endpoint=endpoint)
-    job, attempt = world.jobs[held.job_id], world.attempts[held.job_id]
-    if fact.ready and not attempt.ready_ns:
-        world.update(world.attempts, job.id, attempt, ready_ns=out.now)
-    out.note("BecameReady" if fact.ready else "BecameUnready", job, rank=held.rank, endpoint=fact.endpoint)
+    out.note("BecameReady" if fact.ready else "BecameUnready", world.jobs[held.job_id], rank=0, endpoint=fact.endpoint)
+    _answers_when_whole(world, held.job_id, out)
+
+
+def _answers_when_whole(world: World, job: JobId, out: Outcome) -> None:
+    """Note since when a service's replica is ready: its first worker is, and all others run."""
+    attempt = world.attempts[job]
+    if not attempt.ready_ns and world.answering(attempt) is not None:
+        world.update(world.attempts, job, attempt, ready_ns=out.now)
 
 
 @_take.register

@@ -253,6 +253,13 @@ class World:
             self.allocations[launch] for launch in self.workers.get(attempt.id, ()) if launch in self.allocations
         )
 
+    def answering(self, attempt: Attempt | None) -> Allocation | None:
+        """The worker that answers for a replica of a service; None while not all of its workers run and it is ready."""
+        if attempt is None or attempt.state is not AttemptState.RUNNING:
+            return None
+        workers = (self.allocations.get(launch) for launch in self.workers.get(attempt.id, ()))
+        return next((worker for worker in workers if worker is not None and worker.endpoint), None)
+
     def amounts_of(self, line: Line, placed: Placed | None = None) -> dict[str, int]:
         """What a gang of the line takes at its smallest, or in these places, per device model, ``cpu`` and ``memory``.
 

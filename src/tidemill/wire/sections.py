@@ -15,6 +15,7 @@ from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import (
     MAX_ARRAY,
     MAX_CONCURRENCY,
+    MAX_FAILURES,
     MAX_REPLICAS,
     MAX_WORKERS,
     PRIORITY_RANGE,
@@ -23,6 +24,7 @@ from tidemill.model.spec import (
     Environment,
     Group,
     Kind,
+    Pace,
     Placement,
     Port,
     RetryOn,
@@ -51,6 +53,7 @@ from tidemill.wire.checks import (
     list_of,
     mapping_of,
     name_of,
+    period_of,
     scalar,
     shown,
     size_of,
@@ -227,7 +230,45 @@ class ReadinessIn(StrictSection):
         default="", description="Path that answers 200 once it is ready; without it an open port is enough."
     )
     timeout: Annotated[int, *taking(duration_of, _DURATION_SCHEMA)] = Field(
-        default=120 * SECOND_NS, description="How long it may take.", json_schema_extra={"default": "2m"}
+        default=120 * SECOND_NS,
+        description="How long it may take until it is ready, its model loaded.",
+        json_schema_extra={"default": "2m"},
+    )
+    delay: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=0, description="How long after its start it is asked first.", json_schema_extra={"default": "0s"}
+    )
+    every: Annotated[int, *taking(period_of, _DURATION_SCHEMA)] = Field(
+        default=2 * SECOND_NS,
+        description="How often it is asked once it is ready; before that, four times a second.",
+        json_schema_extra={"default": "2s"},
+    )
+    answer: Annotated[int, *taking(period_of, _DURATION_SCHEMA)] = Field(
+        default=2 * SECOND_NS, description="Within which time it has to answer.", json_schema_extra={"default": "2s"}
+    )
+    failures: Annotated[int, *counted(1, MAX_FAILURES)] = Field(
+        default=3, description="After how many failures in a row it gets no more requests, until it answers again."
+    )
+
+
+class LivenessIn(StrictSection):
+    """How it is told that a replica does not work any more and has to be replaced."""
+
+    path: Annotated[str, *taking(path_of, {**TEXT, "examples": ["/health"]})] = Field(
+        default="", description="Path that answers 200 while it works; without it an open port is enough."
+    )
+    delay: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=0,
+        description="How long after it became ready it is asked first; until it is ready, `readiness` counts.",
+        json_schema_extra={"default": "0s"},
+    )
+    every: Annotated[int, *taking(period_of, _DURATION_SCHEMA)] = Field(
+        default=10 * SECOND_NS, description="How often it is asked.", json_schema_extra={"default": "10s"}
+    )
+    answer: Annotated[int, *taking(period_of, _DURATION_SCHEMA)] = Field(
+        default=2 * SECOND_NS, description="Within which time it has to answer.", json_schema_extra={"default": "2s"}
+    )
+    failures: Annotated[int, *counted(1, MAX_FAILURES)] = Field(
+        default=3, description="After how many failures in a row the replica is ended and another attempt made."
     )
 
 
@@ -239,6 +280,9 @@ class ServiceIn(StrictSection):
     ] = Field(default=None, description="Name or number of its port; the first of `ports`, or `http`, when left out.")
     readiness: Annotated[ReadinessIn, _wrapped("path", str)] = Field(
         default_factory=_shared(ReadinessIn), description="A path, or a section.", json_schema_extra={"default": {}}
+    )
+    liveness: Annotated[LivenessIn | None, _wrapped("path", str)] = Field(
+        default=None, description="A path, or a section; a replica that fails it is replaced. Left out: none is."
     )
     replicas: Annotated[
         Span,
@@ -900,6 +944,9 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         port=name,
         readiness_path=section.readiness.path,
         readiness_timeout_ns=section.readiness.timeout,
+        readiness_pace=_pace(section.readiness),
+        liveness_path=section.liveness.path if section.liveness is not None else "",
+        liveness_pace=_pace(section.liveness) if section.liveness is not None else None,
         replicas=section.replicas.largest,
         replicas_min=section.replicas.smallest if section.replicas.smallest < section.replicas.largest else None,
         idle_ns=section.idle,
@@ -907,6 +954,10 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         concurrency=section.concurrency,
         wait_ns=section.wait,
     )
+
+
+def _pace(probe: ReadinessIn | LivenessIn) -> Pace:
+    return Pace(delay_ns=probe.delay, every_ns=probe.every, answer_ns=probe.answer, failures=probe.failures)
 
 
 def problem(field: str, value: object, detail: str, mend: str) -> dict[str, Any]:
