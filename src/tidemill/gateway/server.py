@@ -27,8 +27,9 @@ from tidemill.gateway import answers
 from tidemill.gateway.answers import Answer
 from tidemill.gateway.books import Books, Refused
 from tidemill.gateway.circuit import State
-from tidemill.gateway.exchange import Asking, Exchange
+from tidemill.gateway.exchange import Exchange
 from tidemill.gateway.health import Prober
+from tidemill.gateway.journey import Asking
 from tidemill.gateway.messages import ChunkedBody, Malformed, RequestHead, cut_head, read_request, write_head
 from tidemill.gateway.metering import ask_for_usage
 from tidemill.gateway.metrics import Metrics

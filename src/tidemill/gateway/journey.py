@@ -1,0 +1,361 @@
+"""A request's way to a replica: which one, waiting in line for it, reaching it, and once more before the first byte.
+
+What is sent there and what comes back differs: ``exchange`` for what speaks OpenAI's API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
+
+from tidemill.gateway import answers
+from tidemill.gateway.answers import Answer
+from tidemill.gateway.circuit import State
+from tidemill.gateway.health import OWN_TROUBLE
+from tidemill.gateway.messages import RequestHead, ResponseHead
+from tidemill.gateway.table import Replica, Route
+from tidemill.gateway.upstream import UpstreamConnection
+from tidemill.gateway.waiting import Line, retry_after_s
+
+if TYPE_CHECKING:
+    from tidemill.gateway.server import Gateway
+
+_CAUTION: Final = 1.25
+"""A request that is refused at once is of more use than one that is refused when its time is over."""
+_log = logging.getLogger("tidemill.gateway")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asking:
+    """What is asked of a model: by whom, of which route, in which words, and until when it may wait for a replica.
+
+    ``wait_s`` None: as long as the route says. ``is_metered`` is false for what has no tokens.
+    """
+
+    route: Route
+    body: bytes
+    token: str = ""
+    tenant: str = ""
+    is_metered: bool = False
+    hides_usage: bool = False
+    wait_s: float | None = None
+
+
+class Client(Protocol):
+    """Who asked."""
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the client keeps up with what it is sent."""
+
+    @property
+    def closes(self) -> bool:
+        """Whether the answer under way is the last on this connection."""
+
+    def write(self, data: bytes) -> None:
+        """Send part of the answer."""
+
+    def release(self) -> None:
+        """The request's body is needed no more."""
+
+    def answer(self, answer: Answer, request_id: bytes) -> None:
+        """Send an answer of the gateway's own in place of the replica's."""
+
+    def ended(self, *, close: bool) -> None:
+        """The answer is out."""
+
+    def broke(self) -> None:
+        """The answer cannot be completed; the client must not take it for whole."""
+
+
+class Journey(ABC):
+    """One request until its response has begun, and what it holds until it is over.
+
+    Until the first byte of a response another replica may be tried, once; while none can take it, it waits in line.
+    """
+
+    def __init__(self, gateway: Gateway, client: Client, head: RequestHead, asking: Asking) -> None:
+        self._client = client
+        self._gateway = gateway
+        self._asking = asking
+        self._request_id = gateway.request_id(head)
+        self._tried: list[Replica] = []
+        """Those that it was sent to, and that broke off without an answer."""
+        self._sent = 0
+        """How often it was sent: a replica may have begun to work on each."""
+        self._is_refused = False
+        """Whether a replica could not be reached."""
+        self._had_a_turn = False
+        self._replica: Replica | None = None
+        self._upstream: UpstreamConnection | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._was_reused = False
+        self._line: Line | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._until: float | None = None
+        self._response: ResponseHead | None = None
+        self._is_over = False
+        self._heard_at = self._taken_at = asyncio.get_running_loop().time()
+        self._counts = gateway.metrics.of(asking.route.model)
+        self._counts.requests += 1
+        self._counts.in_flight += 1
+
+    def start(self) -> None:
+        """Send it to the best replica, or wait in line for one, or say why not."""
+        line = self._gateway.line(self._asking.route.model)
+        if (line.count and not self._had_a_turn) or not self.go():
+            self._wait(line)
+
+    def go(self) -> bool:
+        """Whether it does not wait any more."""
+        route = self._route
+        replica = route.choose(tried=self._tried)
+        if replica is None:
+            if not self._is_hopeless(route):
+                return False
+            self._leave_line()
+            self._give_up()
+            return True
+        self._leave_line()
+        self._taken_at = self._heard_at = asyncio.get_running_loop().time()
+        if self._had_a_turn:
+            self._counts.retries += 1
+        self._had_a_turn = True
+        self._assign(replica)
+        upstream = self._gateway.pool.take(replica.address) if not self._sent else None
+        if upstream is not None:
+            self._send(upstream, replica)
+        else:
+            self._connecting = asyncio.get_running_loop().create_task(self._connect(replica))
+        return True
+
+    def abandon(self) -> None:
+        """The client went away: stop the replica's work at once."""
+        if not self._is_over:
+            self._counts.aborted += 1
+            self._over()
+
+    def ejected(self, why: str) -> None:
+        """The replica is not waited for: what it has not begun to answer goes elsewhere, the rest ends."""
+        if self._is_over:
+            return
+        if self._response is not None:
+            self._break("replica_failed", f"The model's replica was given up: {why}.")
+            return
+        upstream, self._upstream = self._upstream, None
+        if upstream is not None:
+            upstream.abandon()
+        connecting, self._connecting = self._connecting, None
+        if connecting is not None:
+            connecting.cancel()
+        self._elsewhere()
+
+    def check(self, now: float) -> None:
+        """End a response that a replica no longer sends."""
+        if self._replica is None or not self._client.is_writable:
+            return
+        if now - self._heard_at > self._gateway.limits.silence_s:
+            self._break("replica_timeout", "The model's replica sent nothing for too long.", status=504)
+
+    def pause(self) -> None:
+        """Read no more from the replica while the client does not keep up."""
+        if self._upstream is not None:
+            self._upstream.pause()
+
+    def resume(self) -> None:
+        """Read on."""
+        self._heard_at = asyncio.get_running_loop().time()
+        if self._upstream is not None:
+            self._upstream.resume()
+
+    # What the upstream calls
+
+    def response_failed(self, reason: str, *, started: bool) -> None:
+        if self._is_over or self._replica is None:
+            return
+        self._upstream = None
+        replica = self._replica
+        _log.info("replica %s of %s: %s", replica.job, self._asking.route.model, reason)
+        self._gateway.suspect(replica, self._asking.route)
+        if started:
+            self._break("replica_failed", "The model's replica broke off in the middle of the response.")
+        else:
+            self._elsewhere()
+
+    # What differs
+
+    @abstractmethod
+    def _transmit(self, upstream: UpstreamConnection, replica: Replica) -> None:
+        """Send the request."""
+
+    @abstractmethod
+    def _break(self, code: str, message: str, *, status: int = 502) -> None:
+        """End a response that cannot be completed."""
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Enter what it took, now that it is over."""
+
+    # Ways there
+
+    @property
+    def _route(self) -> Route:
+        """The model's route as it is now."""
+        return self._gateway.route_now(self._asking.route)
+
+    def _is_hopeless(self, route: Route) -> bool:
+        """Whether no replica that comes, or comes again, would be sent to."""
+        if self._sent >= 2 or not self._gateway.has_route(route):
+            return True
+        alive = [one for one in route.replicas if one.circuit.state is State.CLOSED and not one.circuit.is_suspect]
+        return bool(alive) and all(one in self._tried for one in alive)
+
+    def _wait(self, line: Line) -> None:
+        """Wait in line for a replica, unless that would take too long."""
+        route, asking = self._route, self._asking
+        loop = asyncio.get_running_loop()
+        if self._until is None:
+            self._until = loop.time() + (route.wait_s if asking.wait_s is None else asking.wait_s)
+        left = self._until - loop.time()
+        if left <= 0:
+            self._give_up()
+            return
+        expected = line.expected_s(route, asking.tenant)
+        most = self._gateway.limits.waiting
+        if line.count >= most or line.of(asking.tenant) >= max(1, most // 2):
+            self._refuse("queue_full", "Too many requests wait", expected or 1.0, is_own=line.count < most)
+        elif expected * _CAUTION > left:
+            self._refuse("overloaded", "No replica will be free in time", expected)
+        else:
+            self._line = line
+            line.join(self, asking.tenant, is_first=self._had_a_turn)
+            self._counts.waiting += 1
+            self._deadline = loop.call_later(left, self._run_out)
+
+    def _leave_line(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        if self._line is not None:
+            line, self._line = self._line, None
+            self._counts.waiting -= 1
+            line.leave(self, self._asking.tenant)
+
+    def _run_out(self) -> None:
+        """The time is over in which it may wait."""
+        self._leave_line()
+        if not self._is_over:
+            self._give_up()
+
+    async def _connect(self, replica: Replica) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            upstream = await self._gateway.pool.connect(replica.address)
+        except (OSError, ValueError) as error:
+            self._connecting = None
+            if not self._is_over:
+                self._is_refused = True
+                self._unassign()
+                if getattr(error, "errno", None) in OWN_TROUBLE:
+                    self._refuse("overloaded", f"The gateway has no room ({error})", 1.0)
+                    return
+                self._gateway.eject(replica, f"it cannot be reached: {error}")
+                self.start()
+            return
+        self._connecting = None
+        if self._is_over:
+            self._gateway.pool.give(upstream, replica.address)
+        elif upstream.is_usable:
+            replica.heard_at = loop.time()
+            self._send(upstream, replica)
+        else:
+            self._unassign()
+            self.start()
+
+    def _send(self, upstream: UpstreamConnection, replica: Replica) -> None:
+        self._upstream = upstream
+        self._was_reused = upstream.served > 0
+        self._sent += 1
+        self._transmit(upstream, replica)
+        if not self._client.is_writable:
+            upstream.pause()
+
+    def _elsewhere(self) -> None:
+        """Try another replica, after one that may have begun to work on this."""
+        replica = self._replica
+        if replica is not None and not self._was_reused:  # else it may only have closed an idle connection meanwhile
+            self._tried.append(replica)
+        self._unassign()
+        if self._sent >= 2:
+            self._give_up()
+        else:
+            self.start()
+
+    def _assign(self, replica: Replica) -> None:
+        self._replica = replica
+        replica.circuit.begin()
+        replica.under_way.add(self)
+        replica.turn = self._gateway.next_turn()
+
+    def _unassign(self) -> None:
+        if self._replica is not None:
+            replica, self._replica = self._replica, None
+            replica.under_way.discard(self)
+            if self._response is None:
+                replica.circuit.cancel()
+
+    def _hear(self) -> None:
+        now = self._heard_at = asyncio.get_running_loop().time()
+        replica = self._replica
+        if replica is not None:
+            replica.heard_at = now
+            if replica.circuit.state is not State.CLOSED:
+                replica.circuit.answered(now=now)
+                self._gateway.advance(self._asking.route.model)
+
+    # Ends
+
+    def _give_up(self) -> None:
+        """No replica is left to try, or none came in time."""
+        name = self._asking.route.model
+        if self._sent:
+            answer = answers.refuse(502, "replica_failed", f"The replica of '{name}' broke off before it answered.")
+        elif self._is_refused:
+            answer = answers.overloaded("replica_refused", f"No replica of '{name}' can be reached.", retry_after_s=2)
+        elif any(not one.is_leaving and one.circuit.allows for one in self._route.replicas):
+            answer = answers.overloaded("overloaded", f"No replica of '{name}' was free in time.", retry_after_s=2)
+        else:
+            answer = answers.overloaded("no_ready_replica", f"No replica of '{name}' is ready yet.", retry_after_s=5)
+        self._end_with(answer)
+
+    def _refuse(self, code: str, why: str, expected_s: float, *, is_own: bool = False) -> None:
+        """Say at once that there is no room: with 429 when it is the tenant's own requests that fill it."""
+        message = f"{why} for '{self._asking.route.model}'. Come again in a while."
+        after = retry_after_s(expected_s)
+        if is_own:
+            answer = answers.refuse(429, code, message, headers=((b"Retry-After", b"%d" % after),))
+        else:
+            answer = answers.overloaded(code, message, retry_after_s=after)
+        self._end_with(answer)
+
+    def _end_with(self, answer: Answer) -> None:
+        self._counts.errors += 1
+        self._over()
+        self._client.answer(answer, self._request_id)
+
+    def _over(self) -> None:
+        self._is_over = True
+        self._counts.in_flight -= 1
+        self._leave_line()
+        self._settle()
+        self._unassign()
+        upstream, self._upstream = self._upstream, None
+        if upstream is not None:
+            upstream.abandon()
+        connecting, self._connecting = self._connecting, None
+        if connecting is not None and connecting is not asyncio.current_task():
+            connecting.cancel()
+        self._gateway.advance(self._asking.route.model)
