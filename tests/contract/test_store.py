@@ -30,6 +30,7 @@ from tidemill.model.job import Job, JobState
 from tidemill.model.plan import Change
 from tidemill.model.queue import Queue
 from tidemill.model.reservation import Reservation
+from tidemill.model.rollout import Rollout
 from tidemill.model.tenant import Project
 from tidemill.model.values import replace
 from tidemill.ports import Batch, Snapshot
@@ -209,6 +210,12 @@ class ForgetsWhatItRented(MemoryStore):
 
     def rentals(self, *, since_ns: int = 0) -> Any:
         return tuple(one for one in super().rentals(since_ns=since_ns) if one.instance_id)
+
+
+class LoadsWhatIsRolledOut(MemoryStore):
+    def load(self) -> Snapshot:
+        found = sorted(self._all.things[Rollout].values(), key=lambda it: it.id)
+        return replace(super().load(), rollouts=tuple(found))
 
 
 class ForgetsBadLuck(MemoryStore):

@@ -13,6 +13,7 @@ from tidemill.api.follow import rung
 from tidemill.api.guard import Call, Caller, Routes, blocking, unless_gone
 from tidemill.api.shapes import EnteredOut, FeedOut, LoadIn, RequestUsagesIn
 from tidemill.control.replicating import Load
+from tidemill.control.rollouts import Counted
 from tidemill.model.ids import JobId, ProjectId, TokenId, WorkloadId
 from tidemill.model.ledger import TokenUsage
 from tidemill.model.tenant import Scope
@@ -64,6 +65,14 @@ async def hear_load(call: Caller) -> Response:
             models={model: (one.in_flight, one.waiting) for model, one in given.models.items()},
             replicas={JobId(job): (one.in_flight, one.is_leaving) for job, one in given.replicas.items()},
         ),
+    )
+    call.plane.rollouts.hear(
+        given.worker,
+        {
+            (model, variant): Counted(requests=one.requests, errors=one.errors, slow=dict(one.slow))
+            for model, variants in given.variants.items()
+            for variant, one in variants.items()
+        },
     )
     return Response(status_code=204)
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
 
-from tidemill.core.scaling import Bounds, Memory, Signals, decide
+from tidemill.core.scaling import Bounds, Decision, Memory, Signals, decide
 from tidemill.core.world import World
 from tidemill.errors import TidemillError
 from tidemill.model.events import Fact, Scaled
@@ -67,6 +67,9 @@ class Scaler:
         self._memories: dict[WorkloadId, Memory] = {}
         self.leaving: frozenset[JobId] = frozenset()
         """Replicas that get no more requests."""
+        self._left_at: dict[JobId, float] = {}
+        self.also: list[Callable[[World], Sequence[Fact]]] = []
+        """What else looks at services, one after the other with this: rollouts."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scale", daemon=True)
 
@@ -93,19 +96,59 @@ class Scaler:
         }
         self._loads = loads | {worker: (now, load)}
 
-    def facts(self) -> list[Scaled]:
+    def facts(self) -> list[Fact]:
         """What is to change now."""
-        world, found = self._world(), []
+        world, found = self._world(), list[Fact]()
         services = world.services.copy()
         for workload_id in services:
             workload = world.workloads.get(workload_id)
-            if workload is not None and workload.spec.service is not None and workload.spec.service.is_scaled:
-                scaled = self._look(world, workload)
-                if scaled is not None:
-                    found.append(scaled)
+            if workload is None or workload.spec.service is None or workload_id in world.updating:
+                continue
+            if workload.spec.service.is_scaled and (scaled := self._look(world, workload)) is not None:
+                found.append(scaled)
+        for look in self.also:
+            found += look(world)
         self._memories = {one: memory for one, memory in self._memories.items() if one in services}
         self.leaving = frozenset(job for job in self.leaving if job in world.attempts)
+        self._left_at = {job: at for job, at in self._left_at.items() if job in self.leaving}
         return found
+
+    def needed(self, world: World, workload: Workload, active: Sequence[Job]) -> int:
+        """How many replicas a service needs now, whichever revision of it ``active`` are of."""
+        service = workload.spec.service
+        if service is None or not service.is_scaled:
+            return service.replicas if service is not None else 0
+        return self._decide(world, workload, active).wanted
+
+    def steer(
+        self, world: World, workload: Workload, wanted: int, why: str, *, drain_s: float = float("inf")
+    ) -> Scaled | None:
+        """What is to be told so that so many replicas of a workload are kept; None when that is so.
+
+        One with requests under way leaves first, for ``drain_s`` at most.
+        """
+        now, active = self._clock(), active_jobs(world, workload)
+        ready = {held.job_id for held in endpoints(world, workload)}
+        leaving = [job.id for job in active if job.id in self.leaving]
+        kept = [job for job in active if job.id not in self.leaving]
+        for _ in range(min(wanted - len(kept), len(leaving))):
+            self.leaving -= {leaving.pop()}
+        spare = max(0, len(kept) - wanted) if leaving or wanted < len(kept) else 0
+        unborn = [job.id for job in kept if job.id not in ready and job.id in world.attempts]
+        queued = [job.id for job in kept if job.id not in world.attempts]
+        spare -= len(dropped := queued[max(0, len(queued) - spare) :])
+        given_up = unborn[max(0, len(unborn) - spare) :] if spare else []
+        spare -= len(given_up)
+        if spare:
+            gone = sorted((job.id for job in kept if job.id in ready), key=self._under_way)[:spare]
+            self.leaving |= set(gone)
+            self._left_at |= dict.fromkeys(gone, self._monotonic())
+        given_up += [one for one in leaving if self._is_free(one) or self._is_drained(one, drain_s)]
+        going = [one for one in leaving if one not in given_up]
+        told = wanted + len(going) + max(0, spare)
+        if not given_up and not dropped and told <= len(active):
+            return None
+        return Scaled(at_ns=now, workload_id=workload.id, wanted=told, why=why, give_up=tuple(sorted(given_up)))
 
     def _run(self) -> None:
         while not self._closing.wait(_EVERY_S):
@@ -122,13 +165,17 @@ class Scaler:
 
     def _look(self, world: World, workload: Workload) -> Scaled | None:
         """What is to change about one service."""
+        decision = self._decide(world, workload, active_jobs(world, workload))
+        return self.steer(world, workload, decision.wanted, decision.why)
+
+    def _decide(self, world: World, workload: Workload, active: Sequence[Job]) -> Decision:
+        """How many replicas a scaled service needs, when these run or are to."""
         service = workload.spec.service
         if service is None:
-            return None
-        now, active = self._clock(), _active(world, workload)
-        ready = {held.job_id for held in endpoints(world, workload)}
-        leaving = [job.id for job in active if job.id in self.leaving]
+            return Decision(wanted=0, why="")
+        now = self._clock()
         kept = [job for job in active if job.id not in self.leaving]
+        ready = {job.id for job in kept if world.answering(world.attempts.get(job.id)) is not None}
         signals = self._signals(world, service.model or workload.spec.name, kept, ready)
         bounds = Bounds(
             least=service.smallest, most=service.replicas, concurrency=service.concurrency, idle_ns=service.idle_ns
@@ -137,24 +184,7 @@ class Scaler:
         if memory is None:  # what there is was needed lately, as far as anybody knows
             memory = Memory(needed=((now, len(active)),))
         decision, self._memories[workload.id] = decide(bounds, signals, memory, now=now)
-        for _ in range(min(decision.wanted - len(kept), len(leaving))):
-            self.leaving -= {leaving.pop()}
-        spare = max(0, len(kept) - decision.wanted) if leaving or decision.wanted < len(kept) else 0
-        unborn = [job.id for job in kept if job.id not in ready and job.id in world.attempts]
-        queued = [job.id for job in kept if job.id not in world.attempts]
-        spare -= len(dropped := queued[max(0, len(queued) - spare) :])
-        given_up = unborn[max(0, len(unborn) - spare) :] if spare else []
-        spare -= len(given_up)
-        if spare:
-            self.leaving |= set(sorted((job.id for job in kept if job.id in ready), key=self._under_way)[:spare])
-        given_up += [one for one in leaving if self._is_free(one)]
-        going = [one for one in leaving if one not in given_up]
-        wanted = decision.wanted + len(going) + max(0, spare)
-        if not given_up and not dropped and wanted <= len(active):
-            return None
-        return Scaled(
-            at_ns=now, workload_id=workload.id, wanted=wanted, why=decision.why, give_up=tuple(sorted(given_up))
-        )
+        return decision
 
     def _signals(self, world: World, model: str, kept: Sequence[Job], ready: set[JobId]) -> Signals:
         fresh = [load for at, load in self._loads.values() if self._monotonic() - at < _FRESH_S]
@@ -178,8 +208,12 @@ class Scaler:
         heard = [load for at, load in self._loads.values() if now - at < _REMEMBERED_S]
         return bool(heard) and all(load.replicas.get(job) == (0, True) for load in heard)
 
+    def _is_drained(self, job: JobId, drain_s: float) -> bool:
+        """Whether a replica had all the time to finish that it gets."""
+        return self._monotonic() - self._left_at.get(job, float("inf")) >= drain_s
 
-def _active(world: World, workload: Workload) -> list[Job]:
+
+def active_jobs(world: World, workload: Workload) -> list[Job]:
     """The replicas that run, or are to: neither parked nor being given up."""
     found = []
     for index in range(workload.spec.job_count):

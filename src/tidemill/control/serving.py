@@ -11,8 +11,9 @@ import msgspec
 from tidemill.control.identity import Directory
 from tidemill.control.projects import Projects
 from tidemill.control.replicating import Scaler, endpoints
+from tidemill.control.rollouts import Rollouts, variant_of
 from tidemill.core.world import World
-from tidemill.model.ids import JobId
+from tidemill.model.ids import RolloutId
 from tidemill.model.ledger import TokenUsage
 from tidemill.ports import Store
 from tidemill.units import SECOND_NS
@@ -29,17 +30,19 @@ class Serving:
         world: Callable[[], World],
         projects: Projects,
         scaler: Scaler,
+        rollouts: Rollouts,
     ) -> None:
         self._store = store
         self._directory = directory
         self._world = world
         self._projects = projects
         self.scaler = scaler
+        self.rollouts = rollouts
 
     @property
-    def stamp(self) -> tuple[int, frozenset[JobId]]:
+    def stamp(self) -> tuple[object, ...]:
         """Another value whenever the feed changes for another reason than a commit."""
-        return self._directory.version, self.scaler.leaving
+        return self._directory.version, self.scaler.leaving, tuple(self.rollouts.weights.items())
 
     def feed(self) -> tuple[str, dict[str, Any]]:
         """Everything the gateway needs: token hashes and where each model's ready replicas are, and its version."""
@@ -63,11 +66,19 @@ class Serving:
                     "replicas": [],
                 },
             )
-            if route["project"] == workload.project_id:
-                route["replicas"] += [
-                    {"job": held.job_id, "endpoint": held.endpoint, "is_leaving": held.job_id in leaving}
-                    for held in endpoints(world, workload)
-                ]
+            if route["project"] != workload.project_id:
+                continue
+            each = {"health": service.readiness_path}
+            rollout = world.rollouts.get(world.updating.get(workload_id, RolloutId("")))
+            if rollout is not None:
+                each |= {"variant": variant_of(rollout, workload_id), "workload": workload_id}
+                if (weights := self.rollouts.weights.get(rollout.id)) is not None:
+                    route.setdefault("weights", {})[each["variant"]] = weights[workload_id == rollout.workload_id]
+                route["concurrency"] = min(route["concurrency"], service.concurrency)
+            route["replicas"] += [
+                {"job": held.job_id, "endpoint": held.endpoint, "is_leaving": held.job_id in leaving, **each}
+                for held in endpoints(world, workload)
+            ]
         known = {
             token.hash: {
                 "id": token.id,

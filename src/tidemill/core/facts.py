@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial, singledispatch
 from typing import Final
 
-from tidemill.core import ending, waiting
+from tidemill.core import ending, revising, waiting
 from tidemill.core.admission import why_refused
 from tidemill.core.lifecycle import ALLOCATION, ATTEMPT, JOB, NODE, apply, may
 from tidemill.core.meter import meters_held
@@ -37,6 +37,8 @@ from tidemill.model.events import (
     QueueSet,
     ReservationCancelled,
     ReservationMade,
+    RolloutBegan,
+    RolloutMoved,
     Sampled,
     Scaled,
     SiteSet,
@@ -125,7 +127,9 @@ def _stop_requested(fact: StopRequested, world: World, out: Outcome) -> None:
 @_take.register
 def _scaled(fact: Scaled, world: World, out: Outcome) -> None:
     workload = world.workloads.get(fact.workload_id)
-    if workload is None or workload.spec.service is None or not workload.spec.service.is_scaled:
+    if workload is None or workload.spec.service is None:
+        return
+    if not workload.spec.service.is_scaled and workload.id not in world.updating:
         return
     jobs = [
         world.jobs[one] for index in range(workload.spec.job_count) if (one := job_id(workload.id, index)) in world.jobs
@@ -136,6 +140,18 @@ def _scaled(fact: Scaled, world: World, out: Outcome) -> None:
     changed = waiting.scale(world, jobs, fact.wanted, out)
     if jobs and (changed or leaving):
         out.note("Scaled", jobs[0], wanted=fact.wanted, detail=fact.why)
+
+
+@_take.register
+def _rollout_began(fact: RolloutBegan, world: World, out: Outcome) -> None:
+    if revising.may_begin(world, fact):
+        revising.begin(world, fact.rollout, out)
+        _submitted(Submitted(at_ns=fact.at_ns, workload=fact.workload), world, out)
+
+
+@_take.register
+def _rollout_moved(fact: RolloutMoved, world: World, out: Outcome) -> None:
+    revising.move(world, fact, out)
 
 
 @_take.register

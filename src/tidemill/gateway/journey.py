@@ -142,6 +142,7 @@ class Journey(ABC):
         """The replica is not waited for: what it has not begun to answer goes elsewhere, the rest ends."""
         if self._is_over:
             return
+        self._note_variant(is_answered=False)
         if self._response is not None:
             self._break("replica_failed", f"The model's replica was given up: {why}.")
             return
@@ -158,6 +159,7 @@ class Journey(ABC):
         if self._replica is None or not self._client.is_writable:
             return
         if now - self._heard_at > self._gateway.limits.silence_s:
+            self._note_variant(is_answered=False)
             self._break("replica_timeout", "The model's replica sent nothing for too long.", status=504)
 
     def pause(self) -> None:
@@ -179,6 +181,7 @@ class Journey(ABC):
         self._upstream = None
         replica = self._replica
         _log.info("replica %s of %s: %s", replica.job, self._asking.route.model, reason)
+        self._note_variant(is_answered=False)
         self._gateway.suspect(replica, self._asking.route)
         if started:
             self._break("replica_failed", "The model's replica broke off in the middle of the response.")
@@ -258,6 +261,8 @@ class Journey(ABC):
             self._connecting = None
             if not self._is_over:
                 self._is_refused = True
+                if getattr(error, "errno", None) not in OWN_TROUBLE:
+                    self._note_variant(is_answered=False)
                 self._unassign()
                 if getattr(error, "errno", None) in OWN_TROUBLE:
                     self._refuse("overloaded", f"The gateway has no room ({error})", 1.0)
@@ -315,6 +320,13 @@ class Journey(ABC):
             if replica.circuit.state is not State.CLOSED:
                 replica.circuit.answered(now=now)
                 self._gateway.advance(self._asking.route.model)
+
+    def _note_variant(self, *, is_answered: bool) -> None:
+        """Count what a revision made of a request, while there is another one to compare it with."""
+        replica = self._replica
+        if replica is not None and replica.variant:
+            took_s = asyncio.get_running_loop().time() - self._taken_at if is_answered else None
+            self._gateway.metrics.of_variant(self._asking.route.model, replica.variant).note(took_s)
 
     # Ends
 

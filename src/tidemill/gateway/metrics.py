@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tidemill.core.buckets import bucket_of
+from tidemill.units import SECOND_NS
+
 
 @dataclass(slots=True)
 class ModelCounts:
@@ -22,6 +25,24 @@ class ModelCounts:
     completion_tokens: int = 0
     in_flight: int = 0
     waiting: int = 0
+
+
+@dataclass(slots=True)
+class VariantCounts:
+    """One revision's figures, while a model is served by two; ``slow`` are times of answers, in buckets."""
+
+    requests: int = 0
+    errors: int = 0
+    slow: dict[int, int] = field(default_factory=dict)
+
+    def note(self, seconds: float | None) -> None:
+        """A replica answered after so long; None: it failed."""
+        self.requests += 1
+        if seconds is None:
+            self.errors += 1
+        else:
+            bucket = bucket_of(seconds * SECOND_NS)
+            self.slow[bucket] = self.slow.get(bucket, 0) + 1
 
 
 _HELP = {
@@ -45,6 +66,16 @@ class Metrics:
     models: dict[str, ModelCounts] = field(default_factory=dict)
     refused: dict[int, int] = field(default_factory=dict)
     """The gateway's own refusals, by status."""
+    variants: dict[str, dict[str, VariantCounts]] = field(default_factory=dict)
+    """By model, and by variant of it."""
+
+    def of_variant(self, model: str, variant: str) -> VariantCounts:
+        """The figures of one revision of a routed model."""
+        variants = self.variants.setdefault(model, {})
+        counts = variants.get(variant)
+        if counts is None:
+            counts = variants[variant] = VariantCounts()
+        return counts
 
     def of(self, model: str) -> ModelCounts:
         """The figures of a routed model."""
@@ -73,6 +104,20 @@ class Metrics:
             lines += [
                 f'tidemill_gateway_{name}{{model="{_escape(model)}"}} {getattr(counts, name)}'
                 for model, counts in self.models.items()
+            ]
+        for name, text in (
+            ("requests", "Requests that a revision of the model got, while it is updated."),
+            ("errors", "Those of them that it failed."),
+        ):
+            lines += [
+                f"# HELP tidemill_gateway_variant_{name}_total {text}",
+                f"# TYPE tidemill_gateway_variant_{name}_total counter",
+            ]
+            lines += [
+                f'tidemill_gateway_variant_{name}_total{{model="{_escape(model)}",variant="{_escape(variant)}"}}'
+                f" {getattr(counts, name)}"
+                for model, variants in self.variants.items()
+                for variant, counts in variants.items()
             ]
         lines += [
             "# HELP tidemill_gateway_replicas Replicas by circuit; those that are closed are sent requests.",

@@ -194,7 +194,22 @@ class Gateway:
                 models[model] = {"in_flight": counts.in_flight - counts.waiting, "waiting": counts.waiting}
             for replica in route.replicas:
                 replicas[replica.job] = {"in_flight": replica.outstanding, "is_leaving": replica.is_leaving}
-        return orjson.dumps({"worker": f"{self._place}/{self._request_prefix}", "models": models, "replicas": replicas})
+        told = {"worker": f"{self._place}/{self._request_prefix}", "models": models, "replicas": replicas}
+        if variants := self._variants():
+            told["variants"] = variants
+        return orjson.dumps(told)
+
+    def _variants(self) -> dict[str, dict[str, Any]]:
+        """What became of requests to each revision of those models that are served by two, or were just now."""
+        routes = self.table.routes if self.table is not None else {}
+        return {
+            model: {
+                name: {"requests": one.requests, "errors": one.errors, "slow": list(one.slow.items())}
+                for name, one in counts.items()
+            }
+            for model, counts in self.metrics.variants.items()
+            if model in routes and any(replica.variant for replica in routes[model].replicas)
+        }
 
     async def tell_load(
         self, tell: Callable[[bytes], Awaitable[None]], *, every_s: float = 0.1, at_least_every_s: float = 1.0

@@ -25,6 +25,9 @@ class _Replica(msgspec.Struct):
     job: str
     endpoint: str
     is_leaving: bool = False
+    variant: str = ""
+    workload: str = ""
+    health: str | None = None
 
 
 class _Route(msgspec.Struct):
@@ -35,6 +38,7 @@ class _Route(msgspec.Struct):
     health: str = ""
     concurrency: int = 0
     wait_ms: int = 0
+    weights: dict[str, int] = {}
 
 
 class _Key(msgspec.Struct):
@@ -94,6 +98,11 @@ class Replica:
     """When its last byte of any response came (s, the loop's clock)."""
     is_leaving: bool = False
     """It is to end: what is under way may finish, and nothing more is sent."""
+    variant: str = ""
+    """Which revision of the service it is of, while there are two; else empty."""
+    workload: str = ""
+    health: str | None = None
+    """The path that tells whether it is well, where that may be another than the route's."""
     circuit: Circuit = field(default_factory=Circuit)
     under_way: set[UnderWay] = field(default_factory=set)
 
@@ -129,6 +138,8 @@ class Route:
     health: str = ""
     concurrency: int = 0
     wait_s: float = 0.0
+    weights: Mapping[str, int] = field(default_factory=dict)
+    """How many of a hundred requests go to each variant; empty: as there is room."""
 
     def choose(self, *, tried: Sequence[Replica] = ()) -> Replica | None:
         """The replica with the fewest requests under way; ties go to the one that waited longest for a turn.
@@ -197,7 +208,8 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
             replica = _replica(each)
             identity = (replica.job, replica.host, replica.port, replica.prefix)
             same = known.setdefault(identity, replica)
-            same.is_leaving = each.is_leaving
+            same.is_leaving, same.variant = each.is_leaving, each.variant
+            same.workload, same.health = each.workload, each.health
             replicas.append(same)
         routes[model] = Route(
             model=model,
@@ -208,6 +220,7 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
             health=route.health,
             concurrency=route.concurrency,
             wait_s=route.wait_ms / 1000,
+            weights=route.weights,
         )
     keys = {
         digest: Key(scopes=frozenset(key.scopes), project=key.project, expires_ns=key.expires_ns, id=key.id)

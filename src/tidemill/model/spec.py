@@ -13,6 +13,7 @@ from typing import Final
 from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.ids import SiteId, WorkloadId
 from tidemill.model.resources import Resources
+from tidemill.model.rollout import Rolling
 from tidemill.model.storage import DataMode, DataMount, VolumeMount
 from tidemill.units import DAY_NS, MILLI, SECOND_NS
 
@@ -144,6 +145,8 @@ class Service:
     """For how long fewer have to be enough before a replica is given up."""
     concurrency: int = 256
     wait_ns: int = 30 * SECOND_NS
+    rollout: Rolling = Rolling()
+    """How it takes the place of the revision before it."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= MAX_REPLICAS:

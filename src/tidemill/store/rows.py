@@ -15,13 +15,14 @@ from tidemill.model.ledger import LedgerLine
 from tidemill.model.plan import Change
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.reservation import Reservation
+from tidemill.model.rollout import Rollout
 from tidemill.ports import Batch
 from tidemill.store.codec import encode
 
 Row = dict[str, Any]
 OTHERS: Final = "others"
 """In the ledger's column of launches, in which nothing means idle: no launch of ours, and yet it was held."""
-Thing = Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rental
+Thing = Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rental | Rollout
 THINGS: Final[tuple[type[Thing], ...]] = (
     Workload,
     Job,
@@ -32,6 +33,7 @@ THINGS: Final[tuple[type[Thing], ...]] = (
     QueueUsage,
     Reservation,
     Rental,
+    Rollout,
 )
 LOW_BITS: Final = 32
 LOW_MASK: Final = (1 << LOW_BITS) - 1
@@ -182,6 +184,17 @@ def _rental(it: Rental) -> Row:
     return {"id": it.id, "state": it.state.value, "ended_ns": it.ended_ns, "version": it.version, "body": encode(it)}
 
 
+def _rollout(it: Rollout) -> Row:
+    return {
+        "id": it.id,
+        "first_id": it.first_id,
+        "workload_id": it.workload_id,
+        "ended_ns": it.ended_ns,
+        "version": it.version,
+        "body": encode(it),
+    }
+
+
 _ROWS: Final[dict[type[Thing], Callable[[Any], Row]]] = {
     Workload: _workload,
     Job: _job,
@@ -192,6 +205,7 @@ _ROWS: Final[dict[type[Thing], Callable[[Any], Row]]] = {
     QueueUsage: _plain,
     Reservation: _reservation,
     Rental: _rental,
+    Rollout: _rollout,
 }
 
 

@@ -61,6 +61,7 @@ from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals, TokenTotal
 from tidemill.model.plan import Reason, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.reservation import Reservation
+from tidemill.model.rollout import Rollout
 from tidemill.model.storage import DataSet, DataSetState, Volume
 from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
 from tidemill.ports import Batch, IdempotencyRecord, JobFilter, JobRow, Page, Snapshot, StoredEvent
@@ -93,6 +94,7 @@ _TABLES: Final[dict[type[Thing], Table]] = {
     QueueUsage: schema.queue_usage,
     Reservation: schema.reservations,
     Rental: schema.rentals,
+    Rollout: schema.rollouts,
 }
 _NEWEST: Final = (schema.workloads.c.submitted_ns, schema.workloads.c.id, schema.jobs.c.position)
 _JOB_ROWS: Final = select(schema.jobs.c.body, schema.jobs.c.reason, schema.workloads.c.body, *_NEWEST).join(
@@ -125,6 +127,7 @@ _UPDATES: Final[dict[type[Thing], Executable]] = {
     QueueUsage: _guarded(schema.queue_usage, "version", "body"),
     Reservation: _guarded(schema.reservations, "cancelled_ns", "version", "body"),
     Rental: _guarded(schema.rentals, "state", "ended_ns", "version", "body"),
+    Rollout: _guarded(schema.rollouts, "ended_ns", "version", "body"),
 }
 _REASON: Final = (
     update(schema.jobs)
@@ -348,6 +351,13 @@ class SqlStore:
                     .where(schema.reservations.c.cancelled_ns == 0)
                     .order_by(schema.reservations.c.id),
                 ),
+                rollouts=_values(
+                    connection,
+                    Rollout,
+                    select(schema.rollouts.c.body)
+                    .where(schema.rollouts.c.ended_ns == 0)
+                    .order_by(schema.rollouts.c.id),
+                ),
             )
 
     # Workloads, jobs and what they held
@@ -566,6 +576,15 @@ class SqlStore:
         rentals = schema.rentals.c
         wanted = (rentals.ended_ns == 0) | (rentals.ended_ns >= since_ns)
         return self._all(Rental, select(rentals.body).where(wanted).order_by(rentals.id))
+
+    def revisions(self, workload_id: WorkloadId) -> tuple[Rollout, ...]:
+        """All rollouts of the service of which a workload is a revision, by revision; none: it was never updated."""
+        rollouts = schema.rollouts.c
+        first = select(rollouts.first_id).where(
+            (rollouts.workload_id == workload_id) | (rollouts.first_id == workload_id)
+        )
+        found = self._all(Rollout, select(rollouts.body).where(rollouts.first_id.in_(first)))
+        return tuple(sorted(found, key=lambda one: one.revision))
 
     def idempotent(self, principal_id: PrincipalId, key: str) -> IdempotencyRecord | None:
         records = schema.idempotency.c

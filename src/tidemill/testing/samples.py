@@ -21,6 +21,7 @@ from tidemill.model.ids import (
     ProjectId,
     RentalId,
     ReservationId,
+    RolloutId,
     SiteId,
     VolumeId,
     WorkloadId,
@@ -44,6 +45,7 @@ from tidemill.model.ledger import CPU_METER, Evidence, LedgerLine, UsageInterval
 from tidemill.model.plan import Change, Reason, ResolvableBy
 from tidemill.model.queue import GPU, Queue, QueueUsage
 from tidemill.model.reservation import Reservation
+from tidemill.model.rollout import Rollout, RolloutState
 from tidemill.model.spec import Environment, Kind, Port, RetryOn, RetryPolicy, Service, WorkloadSpec
 from tidemill.model.storage import DataSet, DataSetState, Volume
 from tidemill.model.values import replace
@@ -230,8 +232,17 @@ def a_rental(number: int) -> Rental:
     )  # fmt: skip
 
 
+def a_rollout(number: int, *, first: int = 1) -> Rollout:
+    """A rollout to a workload of that number, of the service whose first revision is ``first``."""
+    return Rollout(
+        id=RolloutId(f"rol_{number}"), project_id=RED, name="chat", first_id=WorkloadId(f"wl_{first}"),
+        before_id=WorkloadId(f"wl_{number - 1}"), workload_id=WorkloadId(f"wl_{number}"), revision=number,
+        state=RolloutState.CANARY, began_ns=NOW,
+    )  # fmt: skip
+
+
 def new(
-    *things: Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rental,
+    *things: Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rental | Rollout,
 ) -> tuple[Change, ...]:
     """Changes that insert these."""
     return tuple(Change(assumed=None, after=thing) for thing in things)

@@ -17,6 +17,7 @@ from tidemill.model.plan import Reason
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.reservation import Reservation
 from tidemill.model.resources import GpuRequest, Resources
+from tidemill.model.rollout import Rollout
 from tidemill.model.spec import (
     Alternative,
     Dependency,
@@ -167,6 +168,7 @@ def values() -> st.SearchStrategy[Any]:
         _built(QueueUsage, taken=_tuples(st.tuples(TEXTS, st.floats(allow_nan=False, allow_infinity=False)))),
         reservations(),
         _built(Rental, offer=st.just(a_rental(1).offer)),
+        _built(Rollout),
         _built(LogEntry, body=_tuples(st.tuples(TEXTS, st.none() | st.booleans() | NUMBERS | TEXTS))),
         _built(LedgerLine, usage=_built(UsageInterval)),
         _built(Reason),

@@ -106,7 +106,7 @@ def recorded_stream(path: Path) -> Stream:
         for fact in part.facts:
             if isinstance(fact, events.ProjectOpened):
                 names[fact.project.id] = fact.project.name
-            elif isinstance(fact, events.Submitted) and fact.workload.id not in known:
+            elif isinstance(fact, events.Submitted | events.RolloutBegan) and fact.workload.id not in known:
                 yield arrival(fact.workload, part.now - beginning.now)
             elif isinstance(fact, _FROM_OUTSIDE):
                 yield Outside(part.now - beginning.now, fact)

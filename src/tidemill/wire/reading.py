@@ -16,20 +16,24 @@ from tidemill.wire.checks import MAX_ERRORS, shown
 from tidemill.wire.sections import (
     AlternativeIn,
     ArrayIn,
+    CanaryIn,
     CheckpointIn,
     DataIn,
     EnvironmentIn,
     GroupIn,
+    GuardIn,
     LivenessIn,
     PlacementIn,
     ReadinessIn,
     ResourcesIn,
     RetryIn,
+    RolloutIn,
     ServiceIn,
     VolumeIn,
     WorkloadSpecIn,
     contradictions,
     invalid,
+    names_of,
     problem,
 )
 
@@ -112,6 +116,9 @@ SECTIONS: Final[Mapping[tuple[str, ...], type[BaseModel]]] = {
     ("service",): ServiceIn,
     ("service", "readiness"): ReadinessIn,
     ("service", "liveness"): LivenessIn,
+    ("service", "rollout"): RolloutIn,
+    ("service", "rollout", "canary"): CanaryIn,
+    ("service", "rollout", "guard"): GuardIn,
     ("array",): ArrayIn,
     ("retry",): RetryIn,
     ("checkpoint",): CheckpointIn,
@@ -125,13 +132,11 @@ SECTIONS: Final[Mapping[tuple[str, ...], type[BaseModel]]] = {
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
     section = SECTIONS.get(tuple(part for part in location if isinstance(part, str)))
-    return list(section.model_fields) if section is not None else []
+    return [*names_of(section)] if section is not None else []
 
 
 _MISPLACED: Final[Mapping[str, str]] = {
-    name: ".".join((*place, name))
-    for place, section in reversed(list(SECTIONS.items()))
-    for name in section.model_fields
+    name: ".".join((*place, name)) for place, section in reversed(list(SECTIONS.items())) for name in names_of(section)
 }
 _FOREIGN: Final = {
     "command": "run",

@@ -8,10 +8,12 @@ from time import time_ns
 from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic.fields import FieldInfo
 
 from tidemill.errors import InvalidSpec
 from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.resources import GpuRequest, Resources
+from tidemill.model.rollout import MAX_REQUESTS, MAX_SURGE, CanaryStep, Guard, Rolling
 from tidemill.model.spec import (
     MAX_ARRAY,
     MAX_CONCURRENCY,
@@ -82,6 +84,16 @@ from tidemill.wire.fields import (
     secret_of,
     workdir_of,
 )
+from tidemill.wire.rolling import (
+    errors_of,
+    guard_of,
+    hold_of,
+    progress_of,
+    slower_of,
+    steps_of,
+    watch_of,
+    weight_of,
+)
 from tidemill.wire.scheduling import (
     MAX_SPEED,
     MAX_WEIGHT,
@@ -149,6 +161,11 @@ def _few(value: object, what: str) -> object:
 
 class StrictSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+
+
+def names_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a section, as they are written."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def _shared(section: Callable[[], Section]) -> Callable[[], Section]:
@@ -272,6 +289,74 @@ class LivenessIn(StrictSection):
     )
 
 
+class CanaryIn(StrictSection):
+    """A part of the requests, for a while."""
+
+    weight: Annotated[int, *taking(weight_of, {"type": ["integer", "string"], "examples": [10, "10%"]})] = Field(
+        description="How many of a hundred requests go to the new revision."
+    )
+    hold: Annotated[int, *taking(hold_of, _DURATION_SCHEMA)] = Field(
+        default=0,
+        alias="for",
+        description="For how long, once its replicas are ready; until `tidemill promote` when left out.",
+        json_schema_extra={"default": ""},
+    )
+
+
+class GuardIn(StrictSection):
+    """When a new revision is taken back by itself, compared with the one before."""
+
+    errors: Annotated[int, *taking(errors_of, {"type": ["string", "number"], "examples": ["5%", 0.05]})] = Field(
+        default=50,
+        description="How many more of its requests may fail: answers of 500 or more, and those that broke off.",
+        json_schema_extra={"default": "5%"},
+    )
+    slower: Annotated[float, *taking(slower_of, {"type": "number", "examples": [1.5]})] = Field(
+        default=0,
+        description="How many times as long 95 of 100 answers may take; 0 for no bound.",
+        json_schema_extra={"default": 0},
+    )
+    requests: Annotated[int, *counted(1, MAX_REQUESTS)] = Field(
+        default=50, description="Fewer requests than these say nothing."
+    )
+    window: Annotated[int, *taking(watch_of, _DURATION_SCHEMA)] = Field(
+        default=60 * SECOND_NS,
+        description="Over how long requests are compared.",
+        json_schema_extra={"default": "1m"},
+    )
+
+
+class RolloutIn(StrictSection):
+    """How a changed service takes the place of the one that runs."""
+
+    surge: Annotated[int, *counted(0, MAX_SURGE)] = Field(
+        default=1, description="How many replicas there may be beyond those needed, whatever is still ending."
+    )
+    unavailable: Annotated[int, *counted(0, MAX_SURGE)] = Field(
+        default=0, description="How many fewer than needed may be ready; for machines without room for one more."
+    )
+    drain: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=600 * SECOND_NS,
+        description="How long a replica that leaves may go on with what is under way on it.",
+        json_schema_extra={"default": "10m"},
+    )
+    progress: Annotated[int, *taking(progress_of, _DURATION_SCHEMA)] = Field(
+        default=1_800 * SECOND_NS,
+        description="After how long without getting further it is taken back.",
+        json_schema_extra={"default": "30m"},
+    )
+    canary: Annotated[list[CanaryIn], BeforeValidator(steps_of)] = Field(
+        default_factory=list,
+        description="Parts of the requests that it gets first, each a weight or a section.",
+        json_schema_extra={"default": ""},
+    )
+    guard: Annotated[GuardIn | None, BeforeValidator(guard_of)] = Field(
+        default_factory=_shared(GuardIn),
+        description="When it is taken back by itself; `false`: only when its replicas do not come up.",
+        json_schema_extra={"default": {}},
+    )
+
+
 class ServiceIn(StrictSection):
     """How a service is reached."""
 
@@ -310,6 +395,11 @@ class ServiceIn(StrictSection):
         default=30 * SECOND_NS,
         description="How long a request may wait for a replica, unless it says so itself (`X-Tidemill-Wait`).",
         json_schema_extra={"default": "30s"},
+    )
+    rollout: RolloutIn = Field(
+        default_factory=_shared(RolloutIn),
+        description="How it takes the place of the revision before, when it is updated.",
+        json_schema_extra={"default": {}},
     )
 
 
@@ -864,6 +954,8 @@ def contradictions(given: set[str], spec: Any, now: int) -> Iterator[dict[str, A
             yield problem("service.port", wanted, f"{shown(wanted)} is not among ports.", f"Ports are {names}.")
         elif not known and isinstance(wanted, str) and not PORT_NAME.fullmatch(wanted):
             yield problem("service.port", wanted, f"{shown(wanted)} is not a name of a port.", PORT_MEND)
+    if isinstance(spec.service, ServiceIn) and isinstance(spec.service.rollout, RolloutIn):
+        yield from _impossible_rollouts(spec.service.rollout)
     yield from _clashing_mounts(spec)
     yield from _impossible_schedules(spec, kind, now)
 
@@ -953,7 +1045,37 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         model=section.model,
         concurrency=section.concurrency,
         wait_ns=section.wait,
+        rollout=_rolling(section.rollout),
     )
+
+
+def _rolling(section: RolloutIn) -> Rolling:
+    guard = section.guard
+    return Rolling(
+        surge=section.surge,
+        unavailable=section.unavailable,
+        drain_ns=section.drain,
+        progress_ns=section.progress,
+        steps=tuple(CanaryStep(weight=step.weight, hold_ns=step.hold) for step in section.canary),
+        guard=Guard(
+            errors_milli=guard.errors,
+            slower_milli=int(guard.slower),
+            requests=guard.requests,
+            window_ns=guard.window,
+        )
+        if guard is not None
+        else None,
+    )
+
+
+def _impossible_rollouts(rollout: RolloutIn) -> Iterator[dict[str, Any]]:
+    if not rollout.surge and not rollout.unavailable:
+        sentence = "With neither surge nor unavailable no replica can be exchanged."
+        yield problem("service.rollout.surge", 0, sentence, "Write surge: 1, or unavailable: 1.")
+    weights = [step.weight for step in rollout.canary]
+    if weights != sorted(set(weights)):
+        sentence = "Each step of a canary has a larger weight than the one before."
+        yield problem("service.rollout.canary", weights, sentence, "Write for example 10, then 50.")
 
 
 def _pace(probe: ReadinessIn | LivenessIn) -> Pace:

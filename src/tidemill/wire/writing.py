@@ -9,6 +9,7 @@ from typing import Any, Final
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Dependency, DependsOn, Kind, Pace, Placement, Port, Service, Tier, WorkloadSpec
 from tidemill.units import MILLI, SECOND_NS
+from tidemill.wire.rolling import rolling_json
 from tidemill.wire.scheduling import instant_text
 from tidemill.wire.sections import default_retry
 
@@ -197,6 +198,8 @@ def _service_json(service: Service) -> dict[str, Any]:
         written["concurrency"] = service.concurrency
     if service.wait_ns != _SERVICE.wait_ns:
         written["wait"] = _duration_json(service.wait_ns)
+    if service.rollout != _SERVICE.rollout:
+        written["rollout"] = rolling_json(service.rollout, _duration_json)
     return written
 
 
