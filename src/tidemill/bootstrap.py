@@ -498,6 +498,7 @@ class _Gateway:
             "--pepper-file", str(home / "secret.key"),
             "--home", str(home),
             "--drain", "3",
+            *(("--traces", settings.traces, "--trace-ratio", f"{settings.trace_ratio:g}") if settings.traces else ()),
         ]  # fmt: skip
         self._closing = threading.Event()
         self._adopted = _gateway_of(home, self._command)

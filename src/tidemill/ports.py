@@ -23,6 +23,7 @@ from tidemill.model.ids import (
     DataSetId,
     JobId,
     LaunchId,
+    ModelId,
     NodeId,
     PrincipalId,
     ProjectId,
@@ -33,6 +34,7 @@ from tidemill.model.job import Allocation, Attempt, Job, JobState, Workload
 from tidemill.model.ledger import LedgerLine, LedgerTotals, TokenTotals, TokenUsage
 from tidemill.model.plan import Change, LaunchSpec, Reason, Sight, Waiting
 from tidemill.model.queue import Queue, QueueUsage
+from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
 from tidemill.model.rollout import Rollout
 from tidemill.model.spec import Kind
@@ -304,6 +306,21 @@ class Store(Protocol):
 
     def unscanned_datasets(self) -> tuple[DataSet, ...]:
         """Those of all projects whose files are still to be read, by id."""
+
+    def model(self, project_id: ProjectId, name: str) -> Model | None:
+        """The model of that name, also one that was deleted."""
+
+    def models(self, project_id: ProjectId) -> tuple[Model, ...]:
+        """A project's models, by name, those that were deleted among them."""
+
+    def model_versions(self, model_id: ModelId) -> tuple[ModelVersion, ...]:
+        """A model's versions, newest first, those that were deleted among them."""
+
+    def project_model_versions(self, project_id: ProjectId, *, digest: str = "") -> tuple[ModelVersion, ...]:
+        """The versions of all models of a project that were not deleted, oldest first; with ``digest``, of that."""
+
+    def model_versions_of(self, job_ids: Sequence[JobId]) -> tuple[ModelVersion, ...]:
+        """What these jobs made that was not deleted, oldest first."""
 
     def integrity(self) -> tuple[str, ...]:
         """What is wrong with the database, in sentences; empty when it is sound."""

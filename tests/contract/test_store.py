@@ -13,7 +13,7 @@ import tempfile
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tidemill.model.ids import JobId, ProjectId, queue_id
 from tidemill.model.job import Job, JobState
 from tidemill.model.plan import Change
 from tidemill.model.queue import Queue
+from tidemill.model.registry import ModelVersion
 from tidemill.model.reservation import Reservation
 from tidemill.model.rollout import Rollout
 from tidemill.model.tenant import Project
@@ -247,8 +248,20 @@ class CountsForTheDead(MemoryStore):
         return replace(super().load(), unlucky=tuple(sorted(counts.items())))
 
 
+class KeepsDeletedModels(MemoryStore):
+    def model_versions_of(self, job_ids: Sequence[JobId]) -> tuple[ModelVersion, ...]:
+        return self._sorted(ModelVersion, lambda it: it.lineage.job_id in job_ids, key=lambda it: it.id)
+
+
 BROKEN = [IgnoresVersions, StoresHalf, ForgetsTheEpoch, BooksTwice, KeepsReasons, MarksGoBack]
-BROKEN_POLICIES = [LoadsWhatWasCancelled, ForgetsUsage, KeepsTheFirstQueue, ForgetsWhatItRented]
+BROKEN_POLICIES = [
+    LoadsWhatWasCancelled,
+    LoadsWhatIsRolledOut,
+    ForgetsUsage,
+    KeepsTheFirstQueue,
+    ForgetsWhatItRented,
+    KeepsDeletedModels,
+]
 """What histories do not touch."""
 BROKEN_LUCK = [ForgetsBadLuck, CountsOnlyFailures, CountsAllThatEnded, CountsForTheDead]
 

@@ -14,6 +14,7 @@ from tidemill.api.guard import Call, Caller, Routes, blocking, unless_gone
 from tidemill.api.shapes import EnteredOut, FeedOut, LoadIn, RequestUsagesIn
 from tidemill.control.replicating import Load
 from tidemill.control.rollouts import Counted
+from tidemill.core.buckets import COUNT
 from tidemill.model.ids import JobId, ProjectId, TokenId, WorkloadId
 from tidemill.model.ledger import TokenUsage
 from tidemill.model.tenant import Scope
@@ -69,12 +70,16 @@ async def hear_load(call: Caller) -> Response:
     call.plane.rollouts.hear(
         given.worker,
         {
-            (model, variant): Counted(requests=one.requests, errors=one.errors, slow=dict(one.slow))
+            (model, variant): Counted(requests=one.requests, errors=one.errors, slow=_pairs(one.slow))
             for model, variants in given.variants.items()
             for variant, one in variants.items()
         },
     )
     return Response(status_code=204)
+
+
+def _pairs(given: list[list[int]]) -> dict[int, int]:
+    return {bucket: count for bucket, count in given if bucket < COUNT}
 
 
 async def _changed(call: Call, since: int, wait_s: float) -> dict[str, Any]:

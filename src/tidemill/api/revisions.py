@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -24,6 +25,7 @@ from tidemill.api.shapes import (
 from tidemill.control.revisions import Revision, Standing
 from tidemill.errors import InvalidSpec
 from tidemill.model.job import Workload
+from tidemill.model.rollout import RolloutState
 from tidemill.model.spec import WorkloadSpec
 from tidemill.model.tenant import Scope
 from tidemill.wire import read_request
@@ -110,19 +112,18 @@ def _whole(call: Call, workload: Workload) -> WorkloadOut:
 
 def _listed(call: Call, reference: str, project: str) -> RevisionsOut:
     workload = find_workload(call, reference, project)
-    revisions = call.plane.revisions
-    standing = revisions.standing(workload)
-    found = [_revision_json(one, standing) for one in reversed(revisions.of(workload))]
+    known, standing = call.plane.revisions.listing(workload)
+    found = [_revision_json(one, _state_of(one, standing, known)) for one in reversed(known)]
     rollout = _rollout_json(standing) if standing is not None else None
     return {"name": workload.spec.name, "items": found, "rollout": rollout}
 
 
-def _revision_json(revision: Revision, standing: Standing | None) -> RevisionOut:
+def _revision_json(revision: Revision, state: str) -> RevisionOut:
     rollout, workload = revision.rollout, revision.workload
     return {
         "revision": revision.number,
         "workload": workload.id,
-        "state": _state_of(revision, standing),
+        "state": state,
         "submitted_ns": workload.submitted_ns,
         "ready": revision.ready,
         "weight": revision.weight,
@@ -133,16 +134,18 @@ def _revision_json(revision: Revision, standing: Standing | None) -> RevisionOut
     }
 
 
-def _state_of(revision: Revision, standing: Standing | None) -> str:
+def _state_of(revision: Revision, standing: Standing | None, known: Sequence[Revision]) -> str:
     """``running``, ``coming``, ``going``, ``replaced``, ``taken back`` or ``stopped``."""
     if revision.is_live:
         if standing is None:
             return "running"
         is_new = revision.workload.id == standing.rollout.workload_id
-        return "going" if is_new == (standing.rollout.state == "returning") else "coming"
-    if revision.rollout is not None and revision.rollout.state == "reverted":
+        return "going" if is_new == (standing.rollout.state is RolloutState.RETURNING) else "coming"
+    if revision.rollout is not None and revision.rollout.state is RolloutState.REVERTED:
         return "taken back"
-    return "stopped" if standing is None and revision.rollout is None else "replaced"
+    later = (one.rollout for one in known if one.rollout is not None)
+    is_replaced = any((one.before_id, one.state) == (revision.workload.id, RolloutState.COMPLETE) for one in later)
+    return "replaced" if is_replaced else "stopped"
 
 
 def _rollout_json(standing: Standing) -> RolloutOut:

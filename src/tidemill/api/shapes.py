@@ -877,7 +877,7 @@ class VariantLoadIn(Body):
 
     requests: _Count
     errors: _Count
-    slow: Annotated[list[tuple[int, int]], Field(max_length=COUNT)] = []
+    slow: Annotated[list[Annotated[list[_Count], Field(min_length=2, max_length=2)]], Field(max_length=COUNT)] = []
 
 
 class LoadIn(Body):

@@ -116,6 +116,10 @@ class Revisions:
                 raise Conflict(f"{before.spec.name} ended, or is being updated by somebody else.")
         return made[0]
 
+    def listing(self, workload: Workload) -> tuple[tuple[Revision, ...], Standing | None]:
+        """All revisions of a service, oldest first, and the rollout under way, both as of one instant."""
+        return self._turns.look(lambda _: (self.of(workload), self.standing(workload)))
+
     def of(self, workload: Workload) -> tuple[Revision, ...]:
         """All revisions of a service, oldest first. Raises: InvalidRequest for what is no service."""
         if workload.spec.service is None:

@@ -36,6 +36,9 @@ class Settings:
 
     ``tls_cert`` and ``tls_key`` are PEM files with the certificate that the API shows to other machines, and its key.
 
+    ``traces`` is a collector of traces that speaks OTLP over HTTP; ``trace_ratio`` is the share of requests that are
+    traced where their caller does not say.
+
     ``shared`` is a folder that several control planes of one PostgreSQL have in common: one of them leads.
 
     ``labels``, ``taints``, ``rack`` and ``block`` say what this machine is to those who place work. ``mig_dynamic``
@@ -69,6 +72,8 @@ class Settings:
     shared: str = ""
     tls_cert: str = ""
     tls_key: str = ""
+    traces: str = ""
+    trace_ratio: float = 1.0
     ray_port: int = 6379
     ray_redis: str = ""
     volumes: str = ""
@@ -86,6 +91,7 @@ class Settings:
     meter_every: str = "1m"
     retry_backoff: str = "500ms"
     retry_backoff_max: str = "1m"
+    retry_forget: str = "10m"
     stop_retry: str = "5s"
     stop_margin: str = "5s"
     starts_per_turn: int = 512
@@ -287,6 +293,14 @@ def _checked(name: str, value: Any, default: object) -> Any:
                 if value and not Path(str(value)).is_absolute():
                     raise ValueError("a folder that machines share has the same whole path on each")
                 return str(value)
+            case "traces":
+                if value and not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", str(value)):
+                    raise ValueError("it is the address of a collector, such as http://collector:4318")
+                return str(value)
+            case "trace_ratio":
+                if not 0 <= float(value) <= 1:
+                    raise ValueError("it is a share, from 0 to 1")
+                return float(value)
             case "tls_cert" | "tls_key":
                 if value and not Path(str(value)).is_absolute():
                     raise ValueError("it is the whole path of a PEM file")

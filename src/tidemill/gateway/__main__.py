@@ -22,6 +22,7 @@ import uvloop
 from tidemill.gateway.books import Books
 from tidemill.gateway.feed import Feed
 from tidemill.gateway.server import Gateway, Limits
+from tidemill.gateway.tracing import Tracer, headers_of
 
 ADDRESS_IN_USE = 98
 """The exit status when another process listens there."""
@@ -52,6 +53,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--allow-host", action="append", default=[], metavar="NAME", help="a further Host to answer to; may be repeated"
     )
     parser.add_argument("--drain", type=float, default=30.0, metavar="SECONDS", help="time to finish after SIGTERM")
+    parser.add_argument("--traces", default="", metavar="URL", help="an OTLP/HTTP collector for traces")
+    parser.add_argument("--trace-ratio", type=float, default=1.0, metavar="N", help="the share that is traced, 0 to 1")
     return parser.parse_args(argv)
 
 
@@ -74,6 +77,14 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
         copy=options.home / "gateway-feed.json",
         adopt=gateway.adopt,
     )
+    if options.traces:
+        gateway.tracer = Tracer(
+            options.traces,
+            metrics=gateway.metrics,
+            ratio=options.trace_ratio,
+            headers=headers_of(os.environ.get("OTEL_EXPORTER_OTLP_HEADERS", "")),
+            instance=f"{socket.gethostname()}:{os.getpid()}",
+        )
     try:
         server = await loop.create_server(gateway.connection, host, port, backlog=2048)
     except OSError as error:
@@ -93,6 +104,8 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
         gateway.tell_load(partial(feed.report, "/v1/gateway/load")),
         books.deliver(partial(feed.report, "/v1/gateway/usage")),
     ]
+    if gateway.tracer is not None:
+        keeping.insert(0, gateway.tracer.run())
     tasks = [loop.create_task(one) for one in keeping]
     log.info("serving on http://%s:%d", *server.sockets[0].getsockname()[:2])
     await asyncio.wait({loop.create_task(stopping.wait()), *tasks}, return_when=asyncio.FIRST_COMPLETED)
@@ -109,6 +122,10 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
             while await books.hand_on(partial(feed.report, "/v1/gateway/usage")):
                 pass
     books.close()
+    if gateway.tracer is not None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await gateway.tracer.flush()
     return 0
 
 

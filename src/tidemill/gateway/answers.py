@@ -27,6 +27,8 @@ class Answer:
     body: bytes
     content_type: bytes = b"application/json"
     headers: Sequence[tuple[bytes, bytes]] = ()
+    code: str = ""
+    """The error's, empty when it is none."""
 
 
 def error_body(status: int, code: str, message: str, param: str | None = None) -> bytes:
@@ -39,7 +41,7 @@ def refuse(
     status: int, code: str, message: str, *, param: str | None = None, headers: Sequence[tuple[bytes, bytes]] = ()
 ) -> Answer:
     """An answer that says no, and what to do."""
-    return Answer(status=status, body=error_body(status, code, message, param), headers=headers)
+    return Answer(status=status, body=error_body(status, code, message, param), headers=headers, code=code)
 
 
 def overloaded(code: str, message: str, *, retry_after_s: int) -> Answer:

@@ -26,11 +26,13 @@ class Exchange(Journey):
     middle of it is an honest 502.
     """
 
-    def __init__(self, gateway: Gateway, client: Client, head: RequestHead, asking: Asking) -> None:
-        super().__init__(gateway, client, head, asking)
+    def __init__(
+        self, gateway: Gateway, client: Client, head: RequestHead, asking: Asking, *, head_at: float = 0.0
+    ) -> None:
+        super().__init__(gateway, client, head, asking, head_at=head_at)
         self._http_1_0 = head.http_1_0
         self._target = head.target
-        headers = end_to_end(head.headers, without=_NOT_FORWARDED)
+        headers = self._headers_for(head, without=_NOT_FORWARDED)
         headers += [(b"content-length", b"%d" % len(asking.body)), (b"x-request-id", self._request_id)]
         self._headers = write_head(b"", headers)
         self._body = asking.body
@@ -60,6 +62,8 @@ class Exchange(Journey):
         if not data or self._is_over:
             return
         self._hear()
+        if not self._first_at:
+            self._first_at = self._heard_at
         if self._meter is not None:
             data = self._meter.feed(data)
             if self._usage is not None:
@@ -75,8 +79,11 @@ class Exchange(Journey):
             self._commit(self._held_size)
         if self._is_chunked:
             self._client.write(LAST_CHUNK)
-        is_failure = self._response is not None and self._response.status >= 500
-        self._counts.errors += is_failure
+        is_failure = False
+        if self._response is not None and self._response.status >= 400:
+            self._error = str(self._response.status)
+            is_failure = self._response.status >= 500
+            self._counts.errors += is_failure
         self._note_variant(is_answered=not is_failure)
         close = self._http_1_0
         self._upstream = None  # it is the pool's again
@@ -130,6 +137,8 @@ class Exchange(Journey):
     def _break(self, code: str, message: str, *, status: int = 502) -> None:
         """End a response that cannot be completed."""
         self._counts.errors += 1
+        self._error = code
+        self._log(message)
         response = self._response
         committed, streaming = self._is_committed, response is not None and response.is_event_stream
         self._over()
@@ -142,6 +151,9 @@ class Exchange(Journey):
         self._client.broke()
 
     # What it took
+
+    def _reported(self) -> tuple[int, int] | None:
+        return self._meter.reported if self._meter is not None else None
 
     def _begin_metering(self, head: ResponseHead) -> None:
         books, asking = self._gateway.books, self._asking
@@ -176,4 +188,10 @@ class Exchange(Journey):
             return  # no tokens were told of, and nothing of it can be counted
         self._counts.prompt_tokens += usage.prompt_tokens
         self._counts.completion_tokens += usage.completion_tokens
+        self._counts.cached_tokens += meter.cached
+        timings = self._timings
+        timings.input_tokens.note(usage.prompt_tokens)
+        timings.output_tokens.note(usage.completion_tokens)
+        if isinstance(meter, StreamMeter) and usage.completion_tokens > 1 and self._first_at:
+            timings.gap.note((self._heard_at - self._first_at) / (usage.completion_tokens - 1))
         books.settle(usage)

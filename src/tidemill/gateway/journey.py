@@ -15,7 +15,8 @@ from tidemill.gateway import answers
 from tidemill.gateway.answers import Answer
 from tidemill.gateway.circuit import State
 from tidemill.gateway.health import OWN_TROUBLE
-from tidemill.gateway.messages import RequestHead, ResponseHead
+from tidemill.gateway.messages import RequestHead, ResponseHead, end_to_end
+from tidemill.gateway.metrics import ABORTED
 from tidemill.gateway.table import Replica, Route
 from tidemill.gateway.upstream import UpstreamConnection
 from tidemill.gateway.waiting import Line, retry_after_s
@@ -42,6 +43,8 @@ class Asking:
     is_metered: bool = False
     hides_usage: bool = False
     wait_s: float | None = None
+    operation: str = ""
+    """What is asked for, as OpenTelemetry calls it; empty for what is no inference."""
 
 
 class Client(Protocol):
@@ -77,7 +80,10 @@ class Journey(ABC):
     Until the first byte of a response another replica may be tried, once; while none can take it, it waits in line.
     """
 
-    def __init__(self, gateway: Gateway, client: Client, head: RequestHead, asking: Asking) -> None:
+    def __init__(
+        self, gateway: Gateway, client: Client, head: RequestHead, asking: Asking, *, head_at: float = 0.0
+    ) -> None:
+        """``head_at`` is when the request's head had come, by the loop's clock."""
         self._client = client
         self._gateway = gateway
         self._asking = asking
@@ -98,10 +104,17 @@ class Journey(ABC):
         self._until: float | None = None
         self._response: ResponseHead | None = None
         self._is_over = False
-        self._heard_at = self._taken_at = asyncio.get_running_loop().time()
+        self._began_at = self._heard_at = self._taken_at = asyncio.get_running_loop().time()
+        self._sent_at = self._first_at = 0.0
+        """When it was sent last, and when the first byte of the response's body came; zero: not yet."""
+        self._error = ""
+        """What went wrong, as a code; empty: nothing."""
         self._counts = gateway.metrics.of(asking.route.model)
         self._counts.requests += 1
         self._counts.in_flight += 1
+        self._timings = self._counts.of(asking.operation)
+        tracer = gateway.tracer
+        self._trace = tracer.begin(head, head_at or self._began_at) if tracer is not None else None
 
     def start(self) -> None:
         """Send it to the best replica, or wait in line for one, or say why not."""
@@ -123,6 +136,8 @@ class Journey(ABC):
         self._taken_at = self._heard_at = asyncio.get_running_loop().time()
         if self._had_a_turn:
             self._counts.retries += 1
+        else:
+            self._timings.queue.note(self._taken_at - self._began_at)
         self._had_a_turn = True
         self._assign(replica)
         upstream = self._gateway.pool.take(replica.address) if not self._sent else None
@@ -136,6 +151,7 @@ class Journey(ABC):
         """The client went away: stop the replica's work at once."""
         if not self._is_over:
             self._counts.aborted += 1
+            self._error = ABORTED
             self._over()
 
     def ejected(self, why: str) -> None:
@@ -180,7 +196,7 @@ class Journey(ABC):
             return
         self._upstream = None
         replica = self._replica
-        _log.info("replica %s of %s: %s", replica.job, self._asking.route.model, reason)
+        self._log(f"replica {replica.job} of {self._asking.route.model}: {reason}")
         self._note_variant(is_answered=False)
         self._gateway.suspect(replica, self._asking.route)
         if started:
@@ -202,7 +218,18 @@ class Journey(ABC):
     def _settle(self) -> None:
         """Enter what it took, now that it is over."""
 
+    def _reported(self) -> tuple[int, int] | None:
+        """Prompt and completion tokens, as far as they were told of."""
+        return None
+
     # Ways there
+
+    def _headers_for(self, head: RequestHead, *, without: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
+        """The request's headers that go on to a replica, with the trace that this is part of."""
+        if self._trace is None:
+            return end_to_end(head.headers, without=without)
+        dropped = {b"traceparent"} if self._trace.parent_id else {b"traceparent", b"tracestate"}
+        return [*end_to_end(head.headers, without=without | dropped), (b"traceparent", self._trace.header)]
 
     @property
     def _route(self) -> Route:
@@ -284,6 +311,9 @@ class Journey(ABC):
         self._upstream = upstream
         self._was_reused = upstream.served > 0
         self._sent += 1
+        if self._trace is not None:
+            self._sent_at = asyncio.get_running_loop().time()
+            self._trace.step("connect", self._taken_at, self._sent_at)
         self._transmit(upstream, replica)
         if not self._client.is_writable:
             upstream.pause()
@@ -355,6 +385,7 @@ class Journey(ABC):
 
     def _end_with(self, answer: Answer) -> None:
         self._counts.errors += 1
+        self._error = answer.code
         self._over()
         self._client.answer(answer, self._request_id)
 
@@ -362,6 +393,7 @@ class Journey(ABC):
         self._is_over = True
         self._counts.in_flight -= 1
         self._leave_line()
+        self._note_times()
         self._settle()
         self._unassign()
         upstream, self._upstream = self._upstream, None
@@ -371,3 +403,48 @@ class Journey(ABC):
         if connecting is not None and connecting is not asyncio.current_task():
             connecting.cancel()
         self._gateway.advance(self._asking.route.model)
+
+    # What is told of it
+
+    def _log(self, text: str) -> None:
+        _log.info("request %s: %s", self._request_id.decode(), text)
+
+    def _note_times(self) -> None:
+        now, first_at = asyncio.get_running_loop().time(), self._first_at
+        self._timings.over(self._error, now - self._began_at)
+        if first_at and self._response is not None and self._response.is_event_stream:
+            self._timings.first.note(first_at - self._began_at)
+        if self._trace is not None:
+            self._end_trace(now)
+
+    def _end_trace(self, now: float) -> None:
+        trace, tracer, asking = self._trace, self._gateway.tracer, self._asking
+        if trace is None or tracer is None or not trace.is_sampled:
+            return
+        trace.step("admit", trace.began_at, self._began_at)
+        if self._had_a_turn:
+            trace.step("wait", self._began_at, self._taken_at)
+        if self._sent_at:
+            trace.step("first byte", self._sent_at, self._first_at or now)
+        if self._first_at:
+            trace.step("stream", self._first_at, now)
+        trace.name = f"{asking.operation} {asking.route.model}".strip()
+        trace.error = self._error
+        trace.attributes = {
+            "gen_ai.operation.name": asking.operation,
+            "gen_ai.provider.name": "tidemill",
+            "gen_ai.request.model": asking.route.model,
+            "tidemill.request.id": self._request_id.decode(),
+            "tidemill.project": asking.tenant or asking.route.project,
+            "tidemill.key": asking.token,
+            "tidemill.replica": self._replica.job if self._replica is not None else "",
+            "tidemill.tries": self._sent,
+        }
+        if self._error:
+            trace.attributes["error.type"] = self._error
+        if self._response is not None:
+            trace.attributes["http.response.status_code"] = self._response.status
+        reported = self._reported()
+        if reported is not None:
+            trace.attributes |= {"gen_ai.usage.input_tokens": reported[0], "gen_ai.usage.output_tokens": reported[1]}
+        tracer.end(trace, now)

@@ -77,16 +77,32 @@ def tokens_in(usage: object) -> tuple[int, int] | None:
     return found[0], found[1]
 
 
-def tokens_of(body: bytes) -> tuple[int, int] | None:
-    """Prompt and completion tokens that a whole answer, or both ends of a long one, tell of."""
+def cached_in(usage: object) -> int:
+    """How many of a usage's prompt tokens the replica had in its prefix cache, as far as it tells."""
+    if isinstance(usage, dict):
+        for name in ("prompt_tokens_details", "input_tokens_details"):
+            details = usage.get(name)
+            value = details.get("cached_tokens") if isinstance(details, dict) else None
+            if type(value) is int and 0 <= value <= MOST_TOKENS:
+                return value
+    return 0
+
+
+def usage_of(body: bytes) -> object:
+    """The usage that a whole answer, or both ends of a long one, tell of; None when there is none."""
     for found in reversed(_USAGE.findall(body)):
         try:
-            tokens = tokens_in(orjson.loads(found))
+            usage = orjson.loads(found)
         except orjson.JSONDecodeError:
             continue
-        if tokens is not None:
-            return tokens
+        if tokens_in(usage) is not None:
+            return usage
     return None
+
+
+def tokens_of(body: bytes) -> tuple[int, int] | None:
+    """Prompt and completion tokens that a whole answer, or both ends of a long one, tell of."""
+    return tokens_in(usage_of(body))
 
 
 def estimated_prompt(size: int) -> int:
@@ -101,6 +117,8 @@ class WholeMeter:
         self._first = b""
         self._last = b""
         self._has_gap = False
+        self.cached = 0
+        """Prompt tokens from the prefix cache, known once ``reported`` is."""
 
     def feed(self, data: bytes) -> bytes:
         """The data, to be passed on."""
@@ -119,9 +137,10 @@ class WholeMeter:
     @property
     def reported(self) -> tuple[int, int] | None:
         """What the answer says."""
-        if self._has_gap:
-            return tokens_of(self._last) or tokens_of(self._first)
-        return tokens_of(self._first + self._last)
+        ends = (self._last, self._first) if self._has_gap else (self._first + self._last,)
+        usage = next(filter(None, map(usage_of, ends)), None)
+        self.cached = cached_in(usage)
+        return tokens_in(usage)
 
     @property
     def counted(self) -> int:
@@ -142,6 +161,7 @@ class StreamMeter:
         self._events = 0
         self._has_role_event = False
         self.reported: tuple[int, int] | None = None
+        self.cached = 0
 
     @property
     def counted(self) -> int:
@@ -200,10 +220,14 @@ class StreamMeter:
         if not isinstance(content, dict):
             return False
         nested = content.get("response")
-        tokens = tokens_in(content.get("usage")) or tokens_in(nested.get("usage") if isinstance(nested, dict) else None)
+        usage = content.get("usage")
+        if tokens_in(usage) is None:
+            usage = nested.get("usage") if isinstance(nested, dict) else None
+        tokens = tokens_in(usage)
         if tokens is None:
             return False
         self.reported = tokens
+        self.cached = cached_in(usage)
         return self._hides and content.get("choices") == []
 
     def _count(self, events: bytes) -> None:

@@ -32,8 +32,9 @@ from tidemill.gateway.health import Prober
 from tidemill.gateway.journey import Asking
 from tidemill.gateway.messages import ChunkedBody, Malformed, RequestHead, cut_head, read_request, write_head
 from tidemill.gateway.metering import ask_for_usage
-from tidemill.gateway.metrics import Metrics
+from tidemill.gateway.metrics import OPERATIONS, Metrics
 from tidemill.gateway.table import Key, Replica, Route, Table
+from tidemill.gateway.tracing import Tracer
 from tidemill.gateway.upstream import Pool, tune
 from tidemill.gateway.waiting import Line
 
@@ -109,6 +110,8 @@ class Gateway:
         """Bytes of request bodies held now."""
         self.is_draining = False
         self.books = books
+        self.tracer: Tracer | None = None
+        """What traces go to, where there is a collector."""
         self.prober: Prober | None = None
         """What looks at replicas from outside, while it runs."""
         self._lines: dict[str, Line] = {}
@@ -358,6 +361,7 @@ class Gateway:
             is_metered=self.books is not None,
             hides_usage=hides_usage,
             wait_s=wait_s,
+            operation=OPERATIONS.get(path, ""),
         )
 
     def _wait_s(self, head: RequestHead) -> float | Answer | None:
@@ -407,6 +411,8 @@ class Connection(asyncio.Protocol):
         self._phase = _Phase.IDLE
         self._since = 0.0
         """When the phase began."""
+        self._head_at = 0.0
+        """When the head was whole."""
         self._buffer = b""
         self._head: RequestHead | None = None
         self._key: Key | None = None
@@ -592,6 +598,7 @@ class Connection(asyncio.Protocol):
             return False
         self._buffer = cut[1]
         head = self._head = read_request(cut[0])
+        self._head_at = self._now()
         self._must_close = self._must_close or not head.keep_alive
         self._judge(head)
         return True
@@ -669,7 +676,7 @@ class Connection(asyncio.Protocol):
         if isinstance(outcome, Answer):
             self._reply(outcome)
             return True
-        self._exchange = Exchange(self.gateway, self, head, outcome)
+        self._exchange = Exchange(self.gateway, self, head, outcome, head_at=self._head_at)
         self._exchange.start()
         return True
 
@@ -686,7 +693,7 @@ class Connection(asyncio.Protocol):
     def _reply(self, answer: Answer, request_id: bytes = b"") -> None:
         head = self._head
         if answer.status >= 400:
-            self.gateway.metrics.refuse(answer.status)
+            self.gateway.metrics.refuse(answer.status, answer.code)
         if not request_id and head is not None:
             request_id = self.gateway.request_id(head)
         headers = [

@@ -14,6 +14,7 @@ from tidemill.model.ids import JobId, LaunchId, NodeId, ProjectId
 from tidemill.model.job import Allocation, Attempt, Job, Workload
 from tidemill.model.ledger import LedgerLine
 from tidemill.model.queue import Queue, QueueUsage
+from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
 from tidemill.model.rollout import Rollout
 from tidemill.model.spec import Environment, Port, Service
@@ -50,7 +51,20 @@ class Change(Struct, frozen=True, kw_only=True, gc=False):
     """A new value of one thing, and the version of it that the turn assumed (None: it did not exist)."""
 
     assumed: int | None
-    after: Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rental | Rollout
+    after: (
+        Workload
+        | Job
+        | Attempt
+        | Allocation
+        | Node
+        | Queue
+        | QueueUsage
+        | Reservation
+        | Rental
+        | Rollout
+        | Model
+        | ModelVersion
+    )
 
 
 class Launch(Struct, frozen=True, kw_only=True, gc=False):

@@ -18,6 +18,7 @@ from tidemill.model.ids import (
     DataSetId,
     JobId,
     LaunchId,
+    ModelId,
     NodeId,
     OrganizationId,
     OutpostId,
@@ -31,6 +32,7 @@ from tidemill.model.job import Allocation, Attempt, Job, JobState, Workload
 from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals, TokenTotals, TokenUsage
 from tidemill.model.plan import Reason, Waiting
 from tidemill.model.queue import Queue, QueueUsage
+from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
 from tidemill.model.rollout import Rollout
 from tidemill.model.storage import DataSet, DataSetState, Volume
@@ -461,6 +463,32 @@ class MemoryStore:
         """Those of all projects whose files are still to be read, by id."""
         return tuple(
             one for one in self._by_key(self._all.datasets) if one.state is DataSetState.SCANNING and not one.deleted_ns
+        )
+
+    def model(self, project_id: ProjectId, name: str) -> Model | None:
+        """The model of that name, also one that was deleted."""
+        return next((one for one in self.models(project_id) if one.name == name), None)
+
+    def models(self, project_id: ProjectId) -> tuple[Model, ...]:
+        """A project's models, by name, those that were deleted among them."""
+        return self._sorted(Model, lambda it: it.project_id == project_id, key=lambda it: it.name)
+
+    def model_versions(self, model_id: ModelId) -> tuple[ModelVersion, ...]:
+        """A model's versions, newest first, those that were deleted among them."""
+        return self._sorted(ModelVersion, lambda it: it.model_id == model_id, key=lambda it: -it.number)
+
+    def project_model_versions(self, project_id: ProjectId, *, digest: str = "") -> tuple[ModelVersion, ...]:
+        """The versions of all models of a project that were not deleted, oldest first; with ``digest``, of that."""
+
+        def wanted(it: ModelVersion) -> bool:
+            return it.project_id == project_id and not it.deleted_ns and digest in ("", it.digest)
+
+        return self._sorted(ModelVersion, wanted, key=lambda it: it.id)
+
+    def model_versions_of(self, job_ids: Sequence[JobId]) -> tuple[ModelVersion, ...]:
+        """What these jobs made that was not deleted, oldest first."""
+        return self._sorted(
+            ModelVersion, lambda it: it.lineage.job_id in job_ids and not it.deleted_ns, key=lambda it: it.id
         )
 
     # Whether it is sound

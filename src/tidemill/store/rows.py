@@ -14,6 +14,7 @@ from tidemill.model.job import Allocation, Attempt, Job, Workload
 from tidemill.model.ledger import LedgerLine
 from tidemill.model.plan import Change
 from tidemill.model.queue import Queue, QueueUsage
+from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
 from tidemill.model.rollout import Rollout
 from tidemill.ports import Batch
@@ -22,7 +23,20 @@ from tidemill.store.codec import encode
 Row = dict[str, Any]
 OTHERS: Final = "others"
 """In the ledger's column of launches, in which nothing means idle: no launch of ours, and yet it was held."""
-Thing = Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rental | Rollout
+Thing = (
+    Workload
+    | Job
+    | Attempt
+    | Allocation
+    | Node
+    | Queue
+    | QueueUsage
+    | Reservation
+    | Rental
+    | Rollout
+    | Model
+    | ModelVersion
+)
 THINGS: Final[tuple[type[Thing], ...]] = (
     Workload,
     Job,
@@ -34,6 +48,8 @@ THINGS: Final[tuple[type[Thing], ...]] = (
     Reservation,
     Rental,
     Rollout,
+    Model,
+    ModelVersion,
 )
 LOW_BITS: Final = 32
 LOW_MASK: Final = (1 << LOW_BITS) - 1
@@ -195,6 +211,30 @@ def _rollout(it: Rollout) -> Row:
     }
 
 
+def _model(it: Model) -> Row:
+    return {
+        "id": it.id,
+        "project_id": it.project_id,
+        "name": it.name,
+        "version": it.version,
+        "body": encode(it),
+    }
+
+
+def _model_version(it: ModelVersion) -> Row:
+    return {
+        "id": it.id,
+        "model_id": it.model_id,
+        "project_id": it.project_id,
+        "number": it.number,
+        "job_id": it.lineage.job_id,
+        "digest": it.digest,
+        "deleted_ns": it.deleted_ns,
+        "version": it.version,
+        "body": encode(it),
+    }
+
+
 _ROWS: Final[dict[type[Thing], Callable[[Any], Row]]] = {
     Workload: _workload,
     Job: _job,
@@ -206,6 +246,8 @@ _ROWS: Final[dict[type[Thing], Callable[[Any], Row]]] = {
     Reservation: _reservation,
     Rental: _rental,
     Rollout: _rollout,
+    Model: _model,
+    ModelVersion: _model_version,
 }
 
 

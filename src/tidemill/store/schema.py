@@ -257,3 +257,30 @@ artifacts = Table(
     _text("body"),
     UniqueConstraint("project_id", "name", "version", name="uq_artifacts_version"),
 )
+models = Table(
+    "models",
+    metadata,
+    _text("id", primary_key=True),
+    _text("project_id"),
+    _text("name"),
+    _long("version"),
+    _text("body"),
+    UniqueConstraint("project_id", "name", name="uq_models_name"),
+)
+model_versions = Table(
+    "model_versions",
+    metadata,
+    _text("id", primary_key=True),
+    _text("model_id"),
+    _text("project_id"),
+    _long("number"),
+    _text("job_id"),
+    _text("digest"),
+    _long("deleted_ns"),
+    _long("version"),
+    _text("body"),
+    UniqueConstraint("model_id", "number", name="uq_model_versions_number"),
+    Index("ix_model_versions_project", "project_id", "digest"),
+    Index("ix_model_versions_job", "job_id"),
+)
+"""``job_id`` is the job that made it, empty when none is known. One that was deleted keeps its row, and its number."""

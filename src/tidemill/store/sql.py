@@ -50,6 +50,7 @@ from tidemill.model.ids import (
     DataSetId,
     JobId,
     LaunchId,
+    ModelId,
     NodeId,
     PrincipalId,
     ProjectId,
@@ -60,6 +61,7 @@ from tidemill.model.job import Allocation, AllocationState, Attempt, AttemptStat
 from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals, TokenTotals, TokenUsage
 from tidemill.model.plan import Reason, Waiting
 from tidemill.model.queue import Queue, QueueUsage
+from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
 from tidemill.model.rollout import Rollout
 from tidemill.model.storage import DataSet, DataSetState, Volume
@@ -95,6 +97,8 @@ _TABLES: Final[dict[type[Thing], Table]] = {
     Reservation: schema.reservations,
     Rental: schema.rentals,
     Rollout: schema.rollouts,
+    Model: schema.models,
+    ModelVersion: schema.model_versions,
 }
 _NEWEST: Final = (schema.workloads.c.submitted_ns, schema.workloads.c.id, schema.jobs.c.position)
 _JOB_ROWS: Final = select(schema.jobs.c.body, schema.jobs.c.reason, schema.workloads.c.body, *_NEWEST).join(
@@ -128,6 +132,8 @@ _UPDATES: Final[dict[type[Thing], Executable]] = {
     Reservation: _guarded(schema.reservations, "cancelled_ns", "version", "body"),
     Rental: _guarded(schema.rentals, "state", "ended_ns", "version", "body"),
     Rollout: _guarded(schema.rollouts, "ended_ns", "version", "body"),
+    Model: _guarded(schema.models, "name", "version", "body"),
+    ModelVersion: _guarded(schema.model_versions, "deleted_ns", "version", "body"),
 }
 _REASON: Final = (
     update(schema.jobs)
@@ -755,6 +761,36 @@ class SqlStore:
         datasets = schema.datasets.c
         query = select(datasets.body).where(datasets.state == DataSetState.SCANNING.value)
         return self._all(DataSet, query.order_by(datasets.id))
+
+    def model(self, project_id: ProjectId, name: str) -> Model | None:
+        """The model of that name, also one that was deleted."""
+        models = schema.models.c
+        return self._one(Model, select(models.body).where(models.project_id == project_id, models.name == name))
+
+    def models(self, project_id: ProjectId) -> tuple[Model, ...]:
+        """A project's models, by name, those that were deleted among them."""
+        models = schema.models.c
+        return self._all(Model, select(models.body).where(models.project_id == project_id).order_by(models.name))
+
+    def model_versions(self, model_id: ModelId) -> tuple[ModelVersion, ...]:
+        """A model's versions, newest first, those that were deleted among them."""
+        versions = schema.model_versions.c
+        query = select(versions.body).where(versions.model_id == model_id)
+        return self._all(ModelVersion, query.order_by(versions.number.desc()))
+
+    def project_model_versions(self, project_id: ProjectId, *, digest: str = "") -> tuple[ModelVersion, ...]:
+        """The versions of all models of a project that were not deleted, oldest first; with ``digest``, of that."""
+        versions = schema.model_versions.c
+        query = select(versions.body).where(versions.project_id == project_id, versions.deleted_ns == 0)
+        if digest:
+            query = query.where(versions.digest == digest)
+        return self._all(ModelVersion, query.order_by(versions.id))
+
+    def model_versions_of(self, job_ids: Sequence[JobId]) -> tuple[ModelVersion, ...]:
+        """What these jobs made that was not deleted, oldest first."""
+        versions = schema.model_versions.c
+        query = select(versions.body).where(versions.job_id.in_(job_ids), versions.deleted_ns == 0)
+        return self._all(ModelVersion, query.order_by(versions.id))
 
     # Whether it is sound
 

@@ -15,6 +15,8 @@ from tidemill.model.ids import (
     DataSetId,
     DeviceId,
     JobId,
+    ModelId,
+    ModelVersionId,
     NodeId,
     OrganizationId,
     PrincipalId,
@@ -44,6 +46,7 @@ from tidemill.model.job import (
 from tidemill.model.ledger import CPU_METER, Evidence, LedgerLine, UsageInterval
 from tidemill.model.plan import Change, Reason, ResolvableBy
 from tidemill.model.queue import GPU, Queue, QueueUsage
+from tidemill.model.registry import Lineage, Model, ModelVersion
 from tidemill.model.reservation import Reservation
 from tidemill.model.rollout import Rollout, RolloutState
 from tidemill.model.spec import Environment, Kind, Port, RetryOn, RetryPolicy, Service, WorkloadSpec
@@ -241,8 +244,32 @@ def a_rollout(number: int, *, first: int = 1) -> Rollout:
     )  # fmt: skip
 
 
+def a_model(number: int, project: ProjectId = RED) -> Model:
+    """A model without versions."""
+    return Model(id=ModelId(f"mdl_{number}"), project_id=project, name=f"model-{number}", created_ns=NOW)
+
+
+def a_model_version(number: int, model: Model, *, job: str = "") -> ModelVersion:
+    """A version of a model, which that job made."""
+    return ModelVersion(
+        id=ModelVersionId(f"mdv_{model.id}_{number}"), model_id=model.id, project_id=model.project_id, number=number,
+        digest=f"{number:064x}", size=number, files=1, lineage=Lineage(job_id=JobId(job)), created_ns=NOW,
+    )  # fmt: skip
+
+
 def new(
-    *things: Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rental | Rollout,
+    *things: Workload
+    | Job
+    | Attempt
+    | Allocation
+    | Node
+    | Queue
+    | QueueUsage
+    | Reservation
+    | Rental
+    | Rollout
+    | Model
+    | ModelVersion,
 ) -> tuple[Change, ...]:
     """Changes that insert these."""
     return tuple(Change(assumed=None, after=thing) for thing in things)

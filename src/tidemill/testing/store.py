@@ -51,6 +51,8 @@ from tidemill.testing.samples import (
     a_dataset,
     a_job,
     a_line,
+    a_model,
+    a_model_version,
     a_node,
     a_note,
     a_queue,
@@ -434,6 +436,32 @@ def check_rentals_are_kept(open_store: OpenStore) -> None:
         same(len(it.store.rentals()), 3, "what an older leader wants is not stored")
 
 
+def check_models_are_kept(open_store: OpenStore) -> None:
+    """Models are found by name and their versions by number, by content and by the job that made them."""
+    with _Session(open_store) as it:
+        one, two, other = a_model(1), a_model(2), a_model(3, BLUE)
+        versions = [a_model_version(number, one, job="job_1" if number > 1 else "") for number in (2, 3, 1)]
+        more = a_model_version(2, two, job="job_2")
+        it.commit(changes=new(two, one, other, *versions, more), log=[a_note(None, "ModelRegistered")])
+        for again in (one, more):
+            raises(Stale, it.commit, changes=new(again))
+        same(it.store.models(RED), (one, two), "a project's models, by name")
+        same((it.store.model(RED, "model-3"), it.store.model(BLUE, "model-3")), (None, other), "by name")
+        same(it.store.model_versions(one.id), (versions[1], versions[0], versions[2]), "newest first")
+        same(it.store.model_versions_of([JobId("job_1")]), (versions[0], versions[1]), "what a job made")
+        same(it.store.model_versions_of([]), (), "what no job made")
+        same(it.store.project_model_versions(RED, digest=more.digest), (versions[0], more), "by content")
+        renamed = replace(one, version=2, name="other", deleted_ns=NOW)
+        gone = replace(versions[0], version=2, deleted_ns=NOW)
+        it.commit(changes=[Change(assumed=1, after=thing) for thing in (renamed, gone)])
+        raises(Stale, it.commit, changes=[Change(assumed=1, after=replace(gone, number=9))])
+        same((it.store.model(RED, "model-1"), it.store.model(RED, "other")), (None, renamed), "by its new name")
+        same(it.store.model_versions(one.id), (versions[1], gone, versions[2]), "deleted, and kept")
+        same(it.store.model_versions_of([JobId("job_1")]), (versions[1],), "what is left of what a job made")
+        same(it.store.project_model_versions(RED), (versions[2], versions[1], more), "what is left in the project")
+        same(it.store.project_model_versions(BLUE), (), "another project's")
+
+
 def check_reasons_stay_while_a_job_waits(open_store: OpenStore) -> None:
     """The newest reason of a waiting job is stored; it goes when the job is placed, and does not come back."""
     with _Session(open_store) as it:
@@ -788,6 +816,7 @@ CHECKS: Final[tuple[Callable[[OpenStore], None], ...]] = (
     check_policies_are_loaded,
     check_rentals_are_kept,
     check_rollouts_are_kept,
+    check_models_are_kept,
     check_reasons_stay_while_a_job_waits,
     check_lists_filter,
     check_pages_are_stable,

@@ -15,6 +15,7 @@ from tidemill.model.job import Allocation, Attempt, DeviceShare, Job, Workload
 from tidemill.model.ledger import LedgerLine, UsageInterval
 from tidemill.model.plan import Reason
 from tidemill.model.queue import Queue, QueueUsage
+from tidemill.model.registry import Alias, Lineage, Model, ModelCard, ModelVersion, Placing
 from tidemill.model.reservation import Reservation
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.rollout import Rollout
@@ -167,6 +168,8 @@ def values() -> st.SearchStrategy[Any]:
         queues(),
         _built(QueueUsage, taken=_tuples(st.tuples(TEXTS, st.floats(allow_nan=False, allow_infinity=False)))),
         reservations(),
+        _built(Model, tags=PAIRS, placings=_tuples(_built(Placing), 2), aliases=_tuples(_built(Alias), 2)),
+        _built(ModelVersion, tags=PAIRS, metrics=PAIRS, card=_built(ModelCard), lineage=_built(Lineage)),
         _built(Rental, offer=st.just(a_rental(1).offer)),
         _built(Rollout),
         _built(LogEntry, body=_tuples(st.tuples(TEXTS, st.none() | st.booleans() | NUMBERS | TEXTS))),

@@ -1,4 +1,4 @@
-"""The quota tree, reservations, sites, volumes, data sets; limits of projects become queues of theirs."""
+"""The quota tree, reservations, sites, volumes, data sets, models; limits of projects become queues of theirs."""
 
 from __future__ import annotations
 
@@ -85,6 +85,31 @@ def upgrade() -> None:
     )
     op.create_index("ix_rollouts_first", "rollouts", ["first_id"])
     op.create_index("ix_rollouts_ended", "rollouts", ["ended_ns"])
+    # Models, and their versions.
+    op.create_table(
+        "models",
+        sa.Column("id", TEXT, primary_key=True, nullable=False),
+        sa.Column("project_id", TEXT, nullable=False),
+        sa.Column("name", TEXT, nullable=False),
+        sa.Column("version", LONG, nullable=False),
+        sa.Column("body", TEXT, nullable=False),
+        sa.UniqueConstraint("project_id", "name", name="uq_models_name"),
+    )
+    op.create_table(
+        "model_versions",
+        sa.Column("id", TEXT, primary_key=True, nullable=False),
+        sa.Column("model_id", TEXT, nullable=False),
+        sa.Column("project_id", TEXT, nullable=False),
+        sa.Column("number", LONG, nullable=False),
+        sa.Column("job_id", TEXT, nullable=False),
+        sa.Column("digest", TEXT, nullable=False),
+        sa.Column("deleted_ns", LONG, nullable=False),
+        sa.Column("version", LONG, nullable=False),
+        sa.Column("body", TEXT, nullable=False),
+        sa.UniqueConstraint("model_id", "number", name="uq_model_versions_number"),
+    )
+    op.create_index("ix_model_versions_project", "model_versions", ["project_id", "digest"])
+    op.create_index("ix_model_versions_job", "model_versions", ["job_id"])
     # What was rented from clouds.
     op.create_table(
         "rentals",
