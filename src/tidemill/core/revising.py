@@ -5,8 +5,6 @@ How many replicas either has is told by ``Scaled``, as for any service.
 
 from __future__ import annotations
 
-from typing import Final
-
 from tidemill.core import ending
 from tidemill.core.lifecycle import JOB, ROLLOUT, apply, may
 from tidemill.core.outcome import Outcome
@@ -15,14 +13,6 @@ from tidemill.model.events import RolloutBegan, RolloutMoved
 from tidemill.model.ids import WorkloadId, job_id
 from tidemill.model.job import Cause, Job, JobState
 from tidemill.model.rollout import Rollout, RolloutState
-
-_NOTED: Final = {
-    "advanced": "RolloutAdvanced",
-    "promoted": "RolloutAdvanced",
-    "reversed": "RolloutReversed",
-    "completed": "RolloutCompleted",
-    "reverted": "RolloutReverted",
-}
 
 
 def may_begin(world: World, fact: RolloutBegan) -> bool:
@@ -60,13 +50,25 @@ def move(world: World, fact: RolloutMoved, out: Outcome) -> None:
         detail=fact.detail,
         by=fact.by or rollout.by,
     )
-    if (name := _NOTED.get(fact.event)) is not None:
-        ids = (rollout.workload_id, rollout.before_id)
-        job = next((one for workload in ids for one in live_jobs(world, workload)), None)
-        body = {"revision": rollout.revision, "to": state.value, "step": after.step}
-        out.note(name, job, **body, detail=fact.detail, by=fact.by)
+    _note(world, after, fact, out)
     if is_over:
         _end(world, after, out)
+
+
+def _note(world: World, rollout: Rollout, fact: RolloutMoved, out: Outcome) -> None:
+    ids = (rollout.workload_id, rollout.before_id)
+    job = next((one for workload in ids for one in live_jobs(world, workload)), None)
+    revision, detail, by = rollout.revision, fact.detail, fact.by
+    match fact.event:
+        case "advanced" | "promoted":
+            to, step = rollout.state.value, rollout.step
+            out.note("RolloutAdvanced", job, revision=revision, to=to, step=step, detail=detail, by=by)
+        case "reversed":
+            out.note("RolloutReversed", job, revision=revision, detail=detail, by=by)
+        case "completed":
+            out.note("RolloutCompleted", job, revision=revision)
+        case "reverted":
+            out.note("RolloutReverted", job, revision=revision, detail=detail)
 
 
 def live_jobs(world: World, workload_id: WorkloadId) -> list[Job]:
