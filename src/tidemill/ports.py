@@ -209,8 +209,8 @@ class Store(Protocol):
     ) -> LedgerTotals:
         """Exact sums of a job's or a project's lines, or of idle time when ``idle``; of all lines otherwise."""
 
-    def put_token_usages(self, usages: Sequence[TokenUsage]) -> int:
-        """How many of these were not in the books before; all are there now, each once, or none."""
+    def put_token_usages(self, usages: Sequence[TokenUsage]) -> tuple[TokenUsage, ...]:
+        """Those of these that were not in the books before; all are there now, each once, or none."""
 
     def token_usages(
         self, *, project_id: ProjectId = ProjectId(""), cursor: str = "", limit: int = 100
@@ -218,9 +218,15 @@ class Store(Protocol):
         """What requests took, in the order in which they were stored."""
 
     def token_totals(
-        self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId("")
+        self,
+        *,
+        job_id: JobId = JobId(""),
+        project_id: ProjectId = ProjectId(""),
+        token_id: TokenId = TokenId(""),
+        since_ns: int = 0,
+        by: Sequence[str] = ("model", "key"),
     ) -> tuple[TokenTotals, ...]:
-        """Sums of a replica's or a project's requests, else of all, by model and key."""
+        """Sums of a replica's, a project's or a key's requests since then, else of all, by some of ``TOKEN_GROUPS``."""
 
     def rentals(self, *, since_ns: int = 0) -> tuple[Rental, ...]:
         """Rented instances that are not over, and those that ended at ``since_ns`` or later, by id."""

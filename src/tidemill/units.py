@@ -16,6 +16,8 @@ DAY_NS: Final = 24 * HOUR_NS
 MILLI: Final = 1_000
 """One whole GPU or one whole CPU core, in thousandths."""
 USD_MICRO: Final = 1_000_000
+MICRO_PICO: Final = 1_000_000
+"""A micro-USD in pico-USD, in which tokens are priced: one alone costs less than a micro-USD."""
 WATT_HOUR_MJ: Final = 3_600_000
 KILOWATT_HOUR_MJ: Final = 1_000 * WATT_HOUR_MJ
 

@@ -285,6 +285,7 @@ class Peer:
             ("GET", "/v1/tokens"): listed(token),
             ("POST", "/v1/tokens"): says(token | {"token": "tm_user_shown_once"}, 201),
             ("DELETE", "/v1/tokens/([^/]+)"): says(None, 204),
+            ("PUT", "/v1/tokens/([^/]+)"): says(token),
             ("GET", "/v1/projects"): listed(project),
             ("POST", "/v1/completions"): self._complete,
             ("POST", "/v1/projects"): says(project, 201),

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.adapters.api_peer import ROLES, Peer
+from tests.adapters.api_peer import PEPPER, ROLES, Peer
 from tidemill.api.app import App, create_app, policies
 from tidemill.api.guard import GuardedRoute
+from tidemill.core import tokens
 from tidemill.model.tenant import Scope
 
 OPEN = {("GET", "/v1/healthz"), ("GET", "/v1/readyz"), ("GET", "/v1/openapi.json")}
@@ -72,19 +73,20 @@ def test_the_policies_are_these() -> None:
         "read": 27,
         "exec": 3,
         "runner": 9,
-        "admin": 21,
+        "admin": 22,
         "gateway": 3,
         "join": 2,
         "outpost": 3,
     }
     assert by_scope["admin"] == {
         "POST /v1/projects", "GET /v1/tokens", "POST /v1/tokens", "DELETE /v1/tokens/{token_id}",
+        "PUT /v1/tokens/{token_id}",
         "PUT /v1/queues", "PUT /v1/queues/{name}", "POST /v1/reservations", "DELETE /v1/reservations/{name}",
         "POST /v1/nodes/{node}/mark", "GET /v1/turns", "PUT /v1/sites/{name}",
         "PUT /v1/sites/{name}/links/{other}", "DELETE /v1/sites/{name}/links/{other}", "POST /v1/sites/{name}/tokens",
         "POST /v1/nodes/{name}/lost", "DELETE /v1/outposts/{outpost_id}",
         "POST /v1/volumes", "DELETE /v1/volumes/{name}",
-        "GET /v1/strangers", "GET /v1/rentals", "POST /v1/strangers/{launch_id}/stop",
+        "GET /v1/strangers", "GET /v1/rentals", "POST /v1/strangers/{launch_id}/stop", "POST /v1/jobs/stop",
     }  # fmt: skip
 
 
@@ -228,3 +230,81 @@ def test_a_token_gets_no_more_than_its_maker(peer: Peer) -> None:
     assert peer.call("DELETE", f"/v1/tokens/{made['id']}")[0] == 200
     assert peer.call("GET", "/v1/projects", token=made["token"])[0] == 401
     assert peer.call("POST", "/v1/tokens", {"name": "x", "scopes": ["read"], "role": "admin"})[0] == 422
+
+
+def test_what_a_key_may_ask_of_models_is_said_changed_and_told_to_the_gateway(peer: Peer) -> None:
+    said = {
+        "models": ["llama-*"],
+        "limits": {"requests/minute": 60, "usd/month": 12.5},
+        "priority": "low",
+        "label": "nightly",
+    }
+    status, made = peer.call("POST", "/v1/tokens", {"name": "key", "scopes": ["infer"], **said})
+    assert status == 201, made
+    assert {name: made[name] for name in said} == said
+    status, changed = peer.call("PUT", f"/v1/tokens/{made['id']}", {"limits": {"concurrency": 4}, "priority": "high"})
+    assert (status, changed["limits"], changed["priority"]) == (200, {"concurrency": 4}, "high")
+    assert (changed["models"], changed["label"]) == (["llama-*"], "nightly"), "what was left out stays"
+    assert peer.call("POST", "/v1/projects", {"name": "other", "limits": {"tokens/day": 1000}})[0] == 201
+    assert peer.call("POST", "/v1/projects", {"name": "other"})[1]["limits"] == {"tokens/day": 1000}
+    feed = peer.plane.serving.feed()[1]
+    [key] = [key for key in feed["tokens"].values() if key["id"] == made["id"]]
+    assert {name: key[name] for name in ("models", "limits", "band", "label")} == {
+        "models": ["llama-*"],
+        "limits": {"concurrency": 4},
+        "band": 0,
+        "label": "nightly",
+    }
+    assert feed["projects"]["prj_one_other"] == {"limits": {"tokens/day": 1000}}
+    peer.call("DELETE", f"/v1/tokens/{made['id']}")
+    assert peer.call("PUT", f"/v1/tokens/{made['id']}", {"label": "x"})[1]["revoked_at_ns"] > 0, "it stays revoked"
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        ({"requests/hour": 1}, "'requests/hour' is not a limit"),
+        ({"tokens/day": 1.5}, "write a whole number"),
+        ({"usd/month": -1}, "is not an amount for usd/month"),
+    ],
+)
+def test_a_limit_that_cannot_be_is_refused_with_its_name(peer: Peer, limits: dict[str, float], says: str) -> None:
+    status, answer = peer.call("POST", "/v1/tokens", {"name": "key", "scopes": ["infer"], "limits": limits})
+    assert (status, answer["field"]) == (422, "limits"), answer
+    assert says in answer["detail"]
+    assert answer["mend"]
+
+
+def test_usage_adds_up_by_model_key_user_and_label_with_its_price(peer: Peer) -> None:
+    token = tokens.derive("gw", "gateway", PEPPER)
+    usages = [
+        {
+            "id": f"ab-{number:x}",
+            "at_ns": 10 + number,
+            "project": "prj_one_default",
+            "token": "tok_1",
+            "model": "m",
+            "workload": "wl",
+            "job": "job",
+            "prompt_tokens": 1000,
+            "completion_tokens": number,
+            "is_estimated": False,
+            "user": f"user {number % 2}",
+            "label": "nightly",
+            "price": [150_000, 2_000_001],
+        }
+        for number in range(4)
+    ]
+    for entered in (4, 0):
+        assert peer.call("POST", "/v1/gateway/usage", {"usages": usages}, token=token) == (200, {"entered": entered})
+    answer = peer.call("GET", "/v1/usage?project=default&by=user,label")[1]
+    assert [(one["user"], one["label"], one["requests"], one["completion_tokens"]) for one in answer["tokens"]] == [
+        ("user 0", "nightly", 2, 2),
+        ("user 1", "nightly", 2, 4),
+    ]
+    assert answer["tokens_amount_micro"] == (4 * 1000 * 150_000 + 6 * 2_000_001) // 1_000_000
+    [since] = peer.call("GET", "/v1/usage?project=default&by=&since_ns=12")[1]["tokens"]
+    assert (since["requests"], since["model"], since["token_id"]) == (2, "", "")
+    assert peer.call("GET", "/v1/usage?by=colour")[1]["field"] == "by"
+    [first] = peer.call("GET", "/v1/ledger/tokens?project=default&limit=1")[1]["items"]
+    assert (first["user"], first["label"], first["amount_pico"]) == ("user 0", "nightly", 150_000_000)

@@ -36,7 +36,7 @@ TREE = "queues:\n  - {name: research, weight: 2}\n  - name: vision\n    parent: 
 AS_JSON = [
     "status", "nodes", "top --once", "ps", "ps --all", "show hello", "why hello", "receipt hello", "stop hello",
     "quote -- echo hi", "run --dry-run -- echo hi", "run -d -- echo hi", "exec hello -- id", "secret list",
-    "secret rm HF_TOKEN", "token create ci", "token list", "token revoke tok_1", "project create vision",
+    "secret rm HF_TOKEN", "token create ci", "token list", "token revoke tok_1", "token show tok_1", "token set tok_1", "project create vision",
     "project list", "artifact list", "artifact show gpt", "artifact create gpt --job hello --path model", "schema",
     "cp hello:model {tmp}/out", "artifact get gpt {tmp}/gpt", "queue", "share", "share set research --weight 2 --limit gpu=",
     "share apply {tmp}/tree.yaml", "reserve list", "reserve create night --nodes 2 --start 2h --for 4h --every 7d",
@@ -81,7 +81,7 @@ def test_people_see_words_in_a_narrow_place_too(peer, capsys, tmp_path, line, mo
 def all_commands() -> list[list[str]]:
     groups = {
         "secret": ("set", "list", "rm"),
-        "token": ("create", "list", "revoke"),
+        "token": ("create", "list", "show", "set", "revoke"),
         "project": ("create", "list"),
         "artifact": ("create", "list", "show", "get"),
         "share": ("apply", "set"),

@@ -13,12 +13,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import msgspec
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidemill.gateway.books import Books, Refused
-from tidemill.gateway.metering import StreamMeter, Usage, WholeMeter, ask_for_usage, tokens_in, tokens_of
+from tidemill.gateway.metering import StreamMeter, Usage, WholeMeter, prepared, tokens_in, tokens_of
 
 USAGE = '"usage":{"prompt_tokens":7,"completion_tokens":%d,"prompt_tokens_details":{"cached_tokens":4}}'
 
@@ -77,26 +78,35 @@ def test_the_check_of_streams_finds_a_meter_that_forgets_what_has_no_end_yet() -
         check_stream(lambda hides: NoRest(hides_usage=hides))
 
 
-def test_the_usage_is_asked_for_and_nothing_else_is_changed() -> None:
-    for body, hides in (
-        (b'{ "model":"m", "n":1e0, "big":123456789012345678901234567890 }', True),
-        (b'{"model":"m","stream_options":{"other":1}}', True),
-        (b'{"model":"m","stream_options":null}', True),
-        (b'{"model":"m","stream_options":{"include_usage":true}}', False),
-        (b'{"model":"m","stream_options":7}', False),
+@pytest.mark.parametrize("salt", ["", "s4lt"])
+@pytest.mark.parametrize("own", ["", '"cache_salt":"mine",', '"cache\\u005fsalt":"mine", "cache_salt": null,'])
+def test_the_usage_is_asked_for_the_salt_is_ours_and_nothing_else_is_changed(salt: str, own: str) -> None:
+    for options, hides in (
+        ("", True),
+        (',"stream_options":{"other":1}', True),
+        (',"stream_options":null', True),
+        (',"stream_options":{"include_usage":true}', False),
+        (',"stream_options":7', False),
     ):
-        asked = ask_for_usage(body, json.loads(body))
+        body = b'{ %b"model":"m", "n":1e0, "big":123456789012345678901234567890 %b}' % (own.encode(), options.encode())
+        content = orjson.loads(body)
+        asked = prepared(body, content, asks_usage=True, salt=salt)
         assert asked.hides_usage is hides
-        if not hides:
+        if not hides and not salt:
             assert asked.body == body
-            continue
         before, after = json.loads(body), json.loads(asked.body)
-        assert after.pop("stream_options") == {**(before.pop("stream_options", None) or {}), "include_usage": True}
+        if hides:
+            assert after.pop("stream_options") == {**(before.pop("stream_options", None) or {}), "include_usage": True}
+        if salt:
+            assert after.pop("cache_salt") == salt
+            before.pop("cache_salt", None)
+            assert b"mine" not in asked.body
         assert after == before
-    assert (
-        b"123456789012345678901234567890"
-        in ask_for_usage(b'{"a":123456789012345678901234567890,"stream_options":null}', {"stream_options": None}).body
-    ), "numbers pass digit by digit"
+        assert b"123456789012345678901234567890" in asked.body, "numbers pass digit by digit"
+        assert b"1e0" in asked.body
+        unasked = prepared(body, content, asks_usage=False, salt=salt)
+        assert unasked.hides_usage is False
+        assert salt or unasked.body == body
 
 
 def test_tokens_are_read_from_every_shape_and_from_both_ends_of_long_answers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -87,15 +88,17 @@ def test_the_check_of_circuits_finds(bug: str) -> None:
 class Asker:
     """A request that notes when it went."""
 
-    def __init__(self, tenant: str, number: int, line: Line, room: list[int], went: list[Asker]) -> None:
-        self.tenant, self.number = tenant, number
+    def __init__(
+        self, tenant: str, number: int, line: Line, room: list[int], went: list[Asker], *, band: int = 1
+    ) -> None:
+        self.tenant, self.number, self.band = tenant, number, band
         self._line, self._room, self._went = line, room, went
 
     def go(self) -> bool:
         if not self._room[0]:
             return False
         self._room[0] -= 1
-        self._line.leave(self, self.tenant)
+        self._line.leave(self, self.tenant, band=self.band)
         self._went.append(self)
         self._line.advance()  # as happens when a replica fails at once
         return True
@@ -139,14 +142,69 @@ def test_the_check_of_lines_finds_one_that_is_only_first_come_first_served() -> 
     class Greedy(Line):
         __slots__ = ()
 
-        def join(self, waiter: object, _tenant: str, *, is_first: bool = False) -> None:
-            super().join(waiter, "all", is_first=is_first)  # type: ignore[arg-type]
+        def join(self, waiter: Any, _tenant: str, *, band: int = 1, is_first: bool = False) -> None:
+            super().join(waiter, "all", band=band, is_first=is_first)
 
-        def leave(self, waiter: object, _tenant: str) -> None:
-            super().leave(waiter, "all")  # type: ignore[arg-type]
+        def leave(self, waiter: Any, _tenant: str, *, band: int = 1) -> None:
+            super().leave(waiter, "all", band=band)
 
     with pytest.raises((AssertionError, ExceptionGroup)):
         check_line(Greedy)
+
+
+def check_bands(make: Callable[[], Line]) -> None:
+    """Who waits in a band that is before another goes sooner; nobody is passed by for ever."""
+
+    @settings(max_examples=150, deadline=None, report_multiple_bugs=False)
+    @given(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.integers(0, 2))
+    def check(before: list[int], mine: int) -> None:
+        line, room, went = make(), [0], list[Asker]()
+
+        def ask(band: int, number: int) -> Asker:
+            asker = Asker("a", number, line, room, went, band=band)
+            line.join(asker, "a", band=band)
+            return asker
+
+        for number, band in enumerate(before):
+            ask(band, number)
+        own, turns, sooner = ask(mine, 99), 0, 0
+        while own not in went:
+            room[0] = 1
+            line.advance()
+            turns += 1
+            sooner += went[-1].band > mine
+            ask(0, 1000 + turns)  # somebody urgent comes all the time
+            assert turns < 200 * len(before) + 200, "it is passed by for ever"
+        assert sooner <= before.count(2) + before.count(1)
+        if mine == 0:
+            assert sooner <= 1 + len(before) // 8, "what is less urgent went before it"
+
+    check()
+
+
+def test_what_is_urgent_goes_first_and_nothing_is_passed_by_for_ever() -> None:
+    check_bands(Line)
+
+
+@pytest.mark.parametrize("bug", ["bands are not looked at", "only the first band"])
+def test_the_check_of_bands_finds(bug: str) -> None:
+    class Wrong(Line):
+        __slots__ = ()
+
+        def join(self, waiter: Any, tenant: str, *, band: int = 1, is_first: bool = False) -> None:
+            super().join(waiter, tenant, band=1 if bug == "bands are not looked at" else band, is_first=is_first)
+
+        def leave(self, waiter: Any, tenant: str, *, band: int = 1) -> None:
+            super().leave(waiter, tenant, band=1 if bug == "bands are not looked at" else band)
+
+        def _let_one_go(self) -> bool:
+            if bug == "only the first band":
+                for one in self._bands:
+                    one.turn = 0
+            return Line._let_one_go(self)
+
+    with pytest.raises((AssertionError, ExceptionGroup)):
+        check_bands(Wrong)
 
 
 def test_what_is_to_be_expected_follows_from_slots_and_who_is_before() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -9,9 +10,11 @@ from starlette.responses import Response
 from tidemill.api.bodies import body_of, json_answer
 from tidemill.api.guard import Call, Caller, Routes, blocking, missing
 from tidemill.api.jobs import ProjectName
-from tidemill.api.shapes import PageOf, ProjectIn, ProjectOut, SecretIn, SecretOut, TokenIn, TokenOut
+from tidemill.api.shapes import PageOf, ProjectIn, ProjectOut, SecretIn, SecretOut, TokenChangeIn, TokenIn, TokenOut
+from tidemill.control.identity import Inference
 from tidemill.errors import InvalidRequest
 from tidemill.model.ids import ProjectId, TokenId, queue_id
+from tidemill.model.limits import Limit, limits_of
 from tidemill.model.queue import CPU, GPU
 from tidemill.model.tenant import Project, Scope, Token
 from tidemill.units import parse_duration
@@ -39,6 +42,7 @@ async def create_project(call: Caller) -> Response:
         given.name,
         limit_gpu_milli=given.limit_gpu_milli,
         limit_cpu_milli=given.limit_cpu_milli,
+        limits=None if given.limits is None else _limits(given.limits),
     )
     return json_answer(_project_json(call, made), 201)
 
@@ -61,6 +65,9 @@ async def create_token(call: Caller) -> Response:
     project = call.project(given.project).id if given.project else ProjectId("")
     if not project and call.identity.project_ids:
         project = call.identity.project_ids[0]
+    inference = Inference(
+        models=tuple(given.models), limits=_limits(given.limits), priority=given.priority, label=given.label
+    )
 
     async def make() -> Response:
         token, secret = await blocking(
@@ -70,11 +77,29 @@ async def create_token(call: Caller) -> Response:
             scopes=tuple(dict.fromkeys(given.scopes)),
             project=project,
             expires_ns=expires_ns,
+            inference=inference,
         )
         return json_answer({**_token_json(call, token), "token": secret}, 201)
 
     whole = f"token\0{given.model_dump_json()}".encode()
     return await call.services.once.answer(call.identity.principal_id, call.idempotency_key, whole, make)
+
+
+@routes.put("/v1/tokens/{token_id}", allow=Scope.ADMIN, body=TokenChangeIn, answer=TokenOut)
+async def change_token(call: Caller, token_id: str) -> Response:
+    """Change what a token says of requests to models: which it may ask, how much, and when it is its turn."""
+    given = await body_of(call.request, TokenChangeIn)
+    known = next((token for token in _own_tokens(call) if token.id == token_id), None)
+    if known is None:
+        raise missing("token", token_id)
+    inference = Inference(
+        models=known.models if given.models is None else tuple(given.models),
+        limits=known.limits if given.limits is None else _limits(given.limits),
+        priority=known.priority if given.priority is None else given.priority,
+        label=known.label if given.label is None else given.label,
+    )
+    changed = await blocking(call.plane.access.change_token, call.identity, known.id, inference)
+    return json_answer(_token_json(call, changed))
 
 
 @routes.delete("/v1/tokens/{token_id}", allow=Scope.ADMIN, answer=TokenOut)
@@ -130,6 +155,19 @@ def _expiry(given: str | int, *, now: int) -> int:
     return now + length
 
 
+def _limits(given: Mapping[str, float]) -> tuple[Limit, ...]:
+    try:
+        return limits_of(given)
+    except ValueError as error:
+        mend = 'Write for example {"requests/minute": 60, "usd/month": 50}.'
+        raise InvalidRequest(f"{error}.", field="limits", value=dict(given), mend=mend) from error
+
+
+def limits_json(limits: Sequence[Limit]) -> dict[str, int | float]:
+    """Limits as they are written."""
+    return {limit.name: limit.written for limit in limits}
+
+
 def _own_tokens(call: Call) -> list[Token]:
     identity = call.identity
     return [
@@ -149,6 +187,7 @@ def _project_json(call: Call, project: Project) -> ProjectOut:
         "created_at_ns": project.created_ns,
         "limit_gpu_milli": limit.get(GPU, 0),
         "limit_cpu_milli": limit.get(CPU, 0),
+        "limits": limits_json(project.limits),
     }
 
 
@@ -162,4 +201,8 @@ def _token_json(call: Call, token: Token) -> TokenOut:
         "created_at_ns": token.created_ns,
         "expires_at_ns": token.expires_ns,
         "revoked_at_ns": token.revoked_ns,
+        "models": list(token.models),
+        "limits": limits_json(token.limits),
+        "priority": token.priority.value,
+        "label": token.label,
     }

@@ -21,6 +21,7 @@ from tidemill.api.shapes import (
     ReservationOut,
     ShareOut,
     SiteOptionOut,
+    TokenTotalsOut,
     TokenUsageOut,
     UsageOut,
     WorkerOut,
@@ -39,7 +40,7 @@ from tidemill.model.queue import Queue
 from tidemill.model.reservation import Reservation
 from tidemill.model.spec import Kind
 from tidemill.ports import StoredEvent
-from tidemill.units import MILLI, SECOND_NS
+from tidemill.units import MICRO_PICO, MILLI, SECOND_NS
 from tidemill.wire import resources_json, spec_to_json
 from tidemill.wire.requests import amounts_json
 from tidemill.wire.writing import milli_json
@@ -470,6 +471,9 @@ def token_usage_json(usage: TokenUsage) -> TokenUsageOut:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "estimated": usage.is_estimated,
+        "user": usage.user,
+        "label": usage.label,
+        "amount_pico": usage.amount_pico,
     }
 
 
@@ -490,17 +494,30 @@ def usage_json(totals: Sequence[LedgerTotals], tokens: Sequence[TokenTotals]) ->
         "energy_evidence": (Evidence.MEASURED if measured and lines else Evidence.ESTIMATED).value,
         "carbon_mg": sum(one.carbon_mg for one in totals),
         "lines": lines,
-        "tokens": [
-            {
-                "model": one.model,
-                "token_id": one.token_id,
-                "requests": one.requests,
-                "estimated": one.estimated,
-                "prompt_tokens": one.prompt_tokens,
-                "completion_tokens": one.completion_tokens,
-            }
-            for one in tokens
-        ],
+        "tokens": [_token_totals_json(named, group) for named, group in sorted(_grouped(tokens).items())],
+        "tokens_amount_micro": sum(one.amount_pico for one in tokens) // MICRO_PICO,
+    }
+
+
+def _grouped(tokens: Sequence[TokenTotals]) -> dict[tuple[str, str, str, str], list[TokenTotals]]:
+    """Sums of several projects by what they are grouped by."""
+    groups: dict[tuple[str, str, str, str], list[TokenTotals]] = {}
+    for one in tokens:
+        groups.setdefault((one.model, one.token_id, one.user, one.label), []).append(one)
+    return groups
+
+
+def _token_totals_json(named: tuple[str, str, str, str], group: Sequence[TokenTotals]) -> TokenTotalsOut:
+    return {
+        "model": named[0],
+        "token_id": named[1],
+        "user": named[2],
+        "label": named[3],
+        "requests": sum(one.requests for one in group),
+        "estimated": sum(one.estimated for one in group),
+        "prompt_tokens": sum(one.prompt_tokens for one in group),
+        "completion_tokens": sum(one.completion_tokens for one in group),
+        "amount_micro": sum(one.amount_pico for one in group) // MICRO_PICO,
     }
 
 

@@ -35,7 +35,9 @@ from tidemill.api.shapes import (
 from tidemill.control.enginework import Stranger
 from tidemill.control.identity import administer
 from tidemill.core.facts import has_left
+from tidemill.errors import InvalidRequest
 from tidemill.model.ids import JobId, LaunchId, ProjectId
+from tidemill.model.ledger import TOKEN_GROUPS
 from tidemill.model.tenant import Scope
 from tidemill.ports import StoredEvent
 
@@ -219,18 +221,28 @@ async def usage(
     call: Caller,
     job: Annotated[str, Query(max_length=100, description="Only that job.")] = "",
     project: ProjectName = "",
+    by: Annotated[
+        str, Query(max_length=100, description="What requests to models are summed by: some of model,key,user,label.")
+    ] = "model,key",
+    since_ns: Annotated[int, Query(ge=0, lt=2**63, description="Only requests to models since then.")] = 0,
 ) -> Response:
     """Get exact sums of what a job, a project or everything visible used."""
+    groups = tuple(part for part in by.split(",") if part)
+    for one in groups:
+        if one not in TOKEN_GROUPS:
+            mend = f"Write some of {','.join(TOKEN_GROUPS)}."
+            raise InvalidRequest(f"Requests cannot be summed by {one}.", field="by", value=by, mend=mend)
 
     def answer() -> UsageOut:
         store = call.plane.store
         if job:
             job_id = find_job(call, job, project).job.id
-            return usage_json([store.ledger_totals(job_id=job_id)], store.token_totals(job_id=job_id))
+            totals = store.token_totals(job_id=job_id, since_ns=since_ns, by=groups)
+            return usage_json([store.ledger_totals(job_id=job_id)], totals)
         projects = call.visible_projects(project)
         return usage_json(
             [store.ledger_totals(project_id=one) for one in projects],
-            [totals for one in projects for totals in store.token_totals(project_id=one)],
+            [totals for one in projects for totals in store.token_totals(project_id=one, since_ns=since_ns, by=groups)],
         )
 
     return json_answer(await blocking(answer))

@@ -16,7 +16,7 @@ from tidemill.control.replicating import Load
 from tidemill.control.rollouts import Counted
 from tidemill.core.buckets import COUNT
 from tidemill.model.ids import JobId, ProjectId, TokenId, WorkloadId
-from tidemill.model.ledger import TokenUsage
+from tidemill.model.ledger import TokenPrice, TokenUsage
 from tidemill.model.tenant import Scope
 
 routes = Routes("gateway")
@@ -50,6 +50,11 @@ async def enter_usage(call: Caller) -> Response:
             prompt_tokens=one.prompt_tokens,
             completion_tokens=one.completion_tokens,
             is_estimated=one.is_estimated,
+            user=one.user,
+            label=one.label,
+            amount_pico=TokenPrice(input_micro=one.price[0], output_micro=one.price[1]).of(
+                one.prompt_tokens, one.completion_tokens
+            ),
         )
         for one in given.usages
     ]

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from typing_extensions import TypedDict
 
 from tidemill.core.buckets import COUNT
+from tidemill.model.limits import LIMITS, Priority
+from tidemill.model.spec import MAX_PRICE_MICRO
 from tidemill.model.tenant import Scope
 
 Item = TypeVar("Item")
@@ -334,6 +336,21 @@ class StrangerOut(TypedDict):
     seen_at_ns: int
 
 
+class LiveJobOut(TypedDict):
+    """A job that is not over."""
+
+    id: str
+    name: str
+    state: str
+
+
+class LiveJobsOut(TypedDict):
+    """How many jobs are not over, and the first of them."""
+
+    live: int
+    jobs: list[LiveJobOut]
+
+
 class FailingOut(TypedDict):
     """A device that nothing is placed on, and what it fails of."""
 
@@ -596,18 +613,25 @@ class EventOut(TypedDict):
 
 
 class TokenTotalsOut(TypedDict):
-    """Sums over the requests to a model with one key; ``estimated`` of them did not come to their end."""
+    """Sums over requests to models; ``estimated`` of them did not come to their end.
+
+    What they are not grouped by is empty.
+    """
 
     model: str
     token_id: str
+    user: str
+    label: str
     requests: int
     estimated: int
     prompt_tokens: int
     completion_tokens: int
+    amount_micro: int
 
 
 class TokenUsageOut(TypedDict):
-    """What one request to a model took; ``estimated`` when it did not come to its end."""
+    """What one request to a model took; ``estimated`` when it did not come to its end. ``amount_pico``: millionths of a
+    micro-USD."""
 
     id: str
     at_ns: int
@@ -619,10 +643,16 @@ class TokenUsageOut(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     estimated: bool
+    user: str
+    label: str
+    amount_pico: int
 
 
 class UsageOut(TypedDict):
-    """Exact sums over ledger lines. ``held_milli_ns`` maps a resource to milli-units x ns."""
+    """Exact sums over ledger lines. ``held_milli_ns`` maps a resource to milli-units x ns.
+
+    ``amount_micro`` is for machines, ``tokens_amount_micro`` for tokens of requests to models.
+    """
 
     held_milli_ns: dict[str, int]
     device_seconds: dict[str, float]
@@ -633,6 +663,7 @@ class UsageOut(TypedDict):
     carbon_mg: int
     lines: int
     tokens: list[TokenTotalsOut]
+    tokens_amount_micro: int
 
 
 class LedgerLineOut(TypedDict):
@@ -728,13 +759,14 @@ class SecretOut(TypedDict):
 
 
 class ProjectOut(TypedDict):
-    """A project and its limits; zero does not limit."""
+    """A project and its limits; zero does not limit what jobs hold. ``limits`` is for requests to models."""
 
     id: str
     name: str
     created_at_ns: int
     limit_gpu_milli: int
     limit_cpu_milli: int
+    limits: dict[str, int | float]
 
 
 class TokenOut(TypedDict):
@@ -748,6 +780,10 @@ class TokenOut(TypedDict):
     created_at_ns: int
     expires_at_ns: int
     revoked_at_ns: int
+    models: list[str]
+    limits: dict[str, int | float]
+    priority: str
+    label: str
     token: NotRequired[str]
 
 
@@ -823,6 +859,7 @@ class FeedOut(TypedDict):
     version: int
     tokens: dict[str, Any]
     routes: dict[str, Any]
+    projects: dict[str, Any]
 
 
 class Body(BaseModel):
@@ -847,6 +884,12 @@ class RequestUsageIn(Body):
     prompt_tokens: Annotated[int, Field(ge=0, lt=2**31)]
     completion_tokens: Annotated[int, Field(ge=0, lt=2**31)]
     is_estimated: bool
+    user: _Name = ""
+    label: _Name = ""
+    price: Annotated[
+        list[Annotated[int, Field(ge=0, le=MAX_PRICE_MICRO)]],
+        Field(min_length=2, max_length=2, description="Micro-USD for a million tokens, in and out."),
+    ] = [0, 0]
 
 
 class RequestUsagesIn(Body):
@@ -973,12 +1016,20 @@ class SecretIn(Body):
     value: Annotated[str, StringConstraints(max_length=65_536, pattern=PLAIN_TEXT)]
 
 
+Limits = Annotated[dict[Annotated[str, StringConstraints(max_length=40)], float], Field(max_length=len(LIMITS))]
+Label = Annotated[str, StringConstraints(max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$")]
+
+
 class ProjectIn(Body):
     """A project, made or given new limits."""
 
     name: Name
     limit_gpu_milli: int = Field(0, ge=0, le=10**12)
     limit_cpu_milli: int = Field(0, ge=0, le=10**12)
+    limits: Limits | None = Field(None, description="Of requests to models; left as they are when left out.")
+
+
+Models = Annotated[list[Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,200}$")]], Field(max_length=200)]
 
 
 class TokenIn(Body):
@@ -988,6 +1039,19 @@ class TokenIn(Body):
     scopes: list[Annotated[Scope, Field(strict=False)]] = Field(min_length=1, max_length=10)
     project: Plain = ""
     expires_in: str | int = Field("90d", description="A duration such as 90d, or never.")
+    models: Models = Field(default=[], description="What it may ask, `*` standing for anything; none: all.")
+    limits: Limits = Field(default={}, description="Of requests to models, such as `requests/minute` or `usd/month`.")
+    priority: Annotated[Priority, Field(strict=False)] = Priority.NORMAL
+    label: Label = Field("", description="What its requests are booked under when they do not say.")
+
+
+class TokenChangeIn(Body):
+    """What a token is to say of requests to models from now on; what is left out stays as it is."""
+
+    models: Models | None = None
+    limits: Limits | None = None
+    priority: Annotated[Priority | None, Field(strict=False)] = None
+    label: Label | None = None
 
 
 _Resource = Annotated[str, StringConstraints(max_length=100, pattern=PLAIN_TEXT)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +11,32 @@ import typer
 
 from tidemill.cli.output import age, clock, count, emit, facts, note, paint, say, table
 from tidemill.cli.parsing import InProject, Json, group_of
-from tidemill.errors import InvalidRequest
+from tidemill.errors import InvalidRequest, NotFound
+from tidemill.model.limits import limit_of
 from tidemill.sdk.client import Client
+from tidemill.sdk.results import TokenInfo
 from tidemill.units import MILLI, format_size
 
 _SecretName = Annotated[str, typer.Argument(metavar="NAME", help="Its name; jobs get a variable of that name.")]
+_TokenId = Annotated[str, typer.Argument(metavar="ID", help="See tidemill token list; or its name.")]
+_Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", metavar="NAME", help="What it may ask, * standing for anything; repeatable. All by default."
+    ),
+]
+_Limits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limit", metavar="WHAT=N", help="Of requests to models, such as requests/minute=60, usd/month=50; repeatable."
+    ),
+]
+_Priority = Annotated[
+    str | None, typer.Option("--priority", metavar="BAND", help="high, normal or low: whose requests go first.")
+]
+_Label = Annotated[
+    str | None, typer.Option("--label", metavar="TEXT", help="What its requests are booked under when they do not say.")
+]
 _Reference = Annotated[str, typer.Argument(metavar="NAME[:VERSION]", help="The newest version unless given.")]
 
 
@@ -85,12 +107,25 @@ def token_create(
     ] = None,
     expires_in: Annotated[str, typer.Option("--expires-in", metavar="TIME", help="Such as 90d.")] = "",
     project: InProject = None,
+    model: _Models = None,
+    limit: _Limits = None,
+    priority: _Priority = None,
+    label: _Label = None,
     json: Json = False,
 ) -> None:
     """Make a token. It is shown this once."""
     scopes = [part for item in scope or ["read", "submit"] for part in item.split(",") if part]
     with Client() as client:
-        made = client.create_token(name, scopes=scopes, project=project or "", expires_in=expires_in)
+        made = client.create_token(
+            name,
+            scopes=scopes,
+            project=project or "",
+            expires_in=expires_in,
+            models=model or (),
+            limits=_limits_of(limit),
+            priority=priority or "normal",
+            label=label or "",
+        )
     if json:
         emit(made.to_json())
         return
@@ -120,9 +155,93 @@ def token_list(json: Json = False) -> None:
     table(("name", "id", "begins", "scopes", "project", "expires"), rows)
 
 
-def token_revoke(
-    token_id: Annotated[str, typer.Argument(metavar="ID", help="See tidemill token list.")], json: Json = False
+def token_show(token_id: _TokenId, json: Json = False) -> None:
+    """All about one token: what it opens, what it may ask of models, and how much."""
+    with Client() as client:
+        _show_token(_token(client, token_id), json=json)
+
+
+def token_set(
+    token_id: _TokenId,
+    model: _Models = None,
+    limit: _Limits = None,
+    priority: _Priority = None,
+    label: _Label = None,
+    json: Json = False,
 ) -> None:
+    """Change which models a token may ask, how much, and when it is its turn. What is not named stays as it is."""
+    with Client() as client:
+        known = _token(client, token_id)
+        limits = {**known.limits, **_limits_of(limit)}
+        for name in [part.partition("=")[0] for part in limit or () if part.endswith("=")]:
+            limits.pop(name, None)
+        changed = client.change_token(
+            known.id,
+            models=None if model is None else [one for one in model if one],
+            limits=limits,
+            priority=priority,
+            label=label,
+        )
+    _show_token(changed, json=json)
+
+
+def _token(client: Client, token_id: str) -> TokenInfo:
+    """The token of that id or name. Raises: NotFound."""
+    known = client.tokens()
+    found = [one for one in known if token_id == one.id] or [
+        one for one in known if token_id == one.name and not one.revoked_at_ns
+    ]
+    if len(found) != 1:
+        many = "Several tokens have that name." if found else "There is no such token."
+        raise NotFound(many, field="token", value=token_id, mend="See tidemill token list.")
+    return found[0]
+
+
+def _show_token(token: TokenInfo, *, json: bool) -> None:
+    if json:
+        emit(token.to_json())
+        return
+    say(paint(token.name, "bold"))
+    facts(
+        [
+            ("id", token.id),
+            ("begins", token.display),
+            ("scopes", ", ".join(token.scopes)),
+            ("project", token.project or "all"),
+            ("expires", clock(token.expires_at_ns) or "never"),
+            *([("revoked", clock(token.revoked_at_ns))] if token.revoked_at_ns else []),
+            ("models", ", ".join(token.models) or "all"),
+            ("limits", _limits_text(token.limits) or "none"),
+            ("priority", token.priority),
+            *([("label", token.label)] if token.label else []),
+        ]
+    )
+
+
+def _limits_text(limits: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{amount:,g} {name}" if amount < MILLI else f"{amount:,} {name}" for name, amount in limits.items()
+    )
+
+
+def _limits_of(given: Sequence[str] | None) -> dict[str, float]:
+    """The limits in texts such as ``requests/minute=60``, without those that have no amount. Raises: InvalidRequest."""
+    found: dict[str, float] = {}
+    for text in given or ():
+        name, equals, amount = text.partition("=")
+        try:
+            if not equals:
+                raise ValueError(f"{text!r} has no amount")
+            if amount:
+                limit = limit_of(name, float(amount) if "." in amount else int(amount))
+                found[limit.name] = limit.written
+        except ValueError as error:
+            mend = "Write for example requests/minute=60, tokens/day=1000000 or usd/month=50."
+            raise InvalidRequest(f"{error}.", field="limit", value=text, mend=mend) from error
+    return found
+
+
+def token_revoke(token_id: _TokenId, json: Json = False) -> None:
     """Make a token worthless, at once."""
     with Client() as client:
         client.revoke_token(token_id)
@@ -132,7 +251,14 @@ def token_revoke(
         say(f"revoked {token_id}")
 
 
-token_app = group_of("Credentials for people and programs.", create=token_create, list=token_list, revoke=token_revoke)
+token_app = group_of(
+    "Credentials for people and programs.",
+    create=token_create,
+    list=token_list,
+    show=token_show,
+    set=token_set,
+    revoke=token_revoke,
+)
 
 
 # --- projects ---
@@ -142,11 +268,17 @@ def project_create(
     name: Annotated[str, typer.Argument(metavar="NAME")],
     gpus: Annotated[float, typer.Option("--gpus", metavar="N", min=0, help="At most so many held at a time.")] = 0,
     cpus: Annotated[float, typer.Option("--cpus", metavar="N", min=0, help="At most so many held at a time.")] = 0,
+    limit: _Limits = None,
     json: Json = False,
 ) -> None:
-    """Make a project, with limits or without; tidemill share set gives it a weight, a guarantee and more."""
+    """Make a project, or give one other limits; tidemill share set gives it a weight, a guarantee and more."""
     with Client() as client:
-        made = client.create_project(name, limit_gpu_milli=round(gpus * MILLI), limit_cpu_milli=round(cpus * MILLI))
+        made = client.create_project(
+            name,
+            limit_gpu_milli=round(gpus * MILLI),
+            limit_cpu_milli=round(cpus * MILLI),
+            limits=None if limit is None else _limits_of(limit),
+        )
     if json:
         emit(made.to_json())
     else:
@@ -162,10 +294,17 @@ def project_list(json: Json = False) -> None:
         emit([project.to_json() for project in projects])
         return
     rows = [
-        (item.name, item.id, _limit(item.limit_gpu_milli), _limit(item.limit_cpu_milli), age(item.created_at_ns))
+        (
+            item.name,
+            item.id,
+            _limit(item.limit_gpu_milli),
+            _limit(item.limit_cpu_milli),
+            _limits_text(item.limits) or "none",
+            age(item.created_at_ns),
+        )
         for item in projects
     ]
-    table(("name", "id", "gpu limit", "cpu limit", "age"), rows)
+    table(("name", "id", "gpu limit", "cpu limit", "requests to models", "age"), rows)
 
 
 def _limit(milli: int) -> str:

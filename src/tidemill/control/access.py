@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 
-from tidemill.control.identity import Directory, Identity
+from tidemill.control.identity import Directory, Identity, Inference
 from tidemill.control.vault import Vault
 from tidemill.errors import InvalidRequest, NotFound
 from tidemill.model.ids import ProjectId, TokenId
@@ -21,9 +23,17 @@ class Access:
         self._directory = directory
         self._vault = vault
         self._clock = clock
+        self._changing = threading.Lock()
 
     def create_token(
-        self, identity: Identity, *, name: str, scopes: tuple[Scope, ...], project: ProjectId, expires_ns: int
+        self,
+        identity: Identity,
+        *,
+        name: str,
+        scopes: tuple[Scope, ...],
+        project: ProjectId,
+        expires_ns: int,
+        inference: Inference = Inference(),
     ) -> tuple[Token, str]:
         """A new token of the same principal and its secret, shown this once. Raises: Forbidden."""
         principal = self._directory.principal(identity.principal_id)
@@ -37,6 +47,7 @@ class Access:
             project=project,
             expires_ns=expires_ns,
             now=self._clock(),
+            inference=inference,
         )
         self._store.put_token(token)
         self._directory.remember(token, principal)
@@ -45,7 +56,24 @@ class Access:
     def revoke_token(self, identity: Identity, token_id: TokenId) -> None:
         """Nothing; the token opens nothing from now on. Raises: NotFound."""
         identity.require(Scope.ADMIN)
-        token = self._directory.revoked(token_id, identity.organization_id, now=self._clock())
+        with self._changing:
+            self._replace(self._directory.revoked(token_id, identity.organization_id, now=self._clock()))
+
+    def change_token(self, identity: Identity, token_id: TokenId, inference: Inference) -> Token:
+        """The token, with something else to say of requests to models from now on. Raises: NotFound."""
+        identity.require(Scope.ADMIN)
+        with self._changing:
+            token = replace(
+                self._directory.token(token_id, identity.organization_id),
+                models=inference.models,
+                limits=inference.limits,
+                priority=inference.priority,
+                label=inference.label,
+            )
+            self._replace(token)
+        return token
+
+    def _replace(self, token: Token) -> None:
         principal = self._directory.principal(token.principal_id)
         self._store.put_token(token)
         if principal is not None:

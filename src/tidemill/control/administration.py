@@ -34,6 +34,7 @@ from tidemill.model.events import (
 )
 from tidemill.model.fleet import Node
 from tidemill.model.ids import ProjectId, ReservationId, queue_id, sortable_id
+from tidemill.model.limits import Limit
 from tidemill.model.queue import Queue
 from tidemill.model.reservation import Reservation
 from tidemill.model.tenant import Project, Scope
@@ -51,9 +52,17 @@ class Administration:
         """Held while a change of the quota tree or of reservations is checked and made, one at a time."""
 
     def create_project(
-        self, identity: Identity, name: str, *, limit_gpu_milli: int = 0, limit_cpu_milli: int = 0
+        self,
+        identity: Identity,
+        name: str,
+        *,
+        limit_gpu_milli: int = 0,
+        limit_cpu_milli: int = 0,
+        limits: tuple[Limit, ...] | None = None,
     ) -> Project:
         """A new project, or the one of that name; its queue has these limits from now on, zero being none.
+
+        ``limits`` is for what it asks of models; None leaves that as it is.
 
         Raises: Forbidden, InvalidRequest when another queue has that name.
         """
@@ -74,7 +83,9 @@ class Administration:
                 limited = with_limits(before, gpu_milli=limit_gpu_milli, cpu_milli=limit_cpu_milli)
                 self._check_tree(identity, [limited], [project])
                 facts.append(QueueSet(at_ns=now, queue=limited))
-            if known is None:
+            if limits is not None:
+                project = replace(project, limits=limits)
+            if project != known:
                 self._projects.add(project)
             if facts:
                 self._turns.put(facts).result(timeout=30)

@@ -15,6 +15,7 @@ from typing import Final
 from tidemill.core import tokens
 from tidemill.errors import Forbidden, InvalidSetting, NotFound, Unauthorized
 from tidemill.model.ids import LaunchId, OrganizationId, PrincipalId, ProjectId, TokenId, sortable_id
+from tidemill.model.limits import Limit, Priority
 from tidemill.model.tenant import Principal, Scope, Token
 
 PEPPER_BYTES: Final = 32
@@ -53,6 +54,16 @@ class Identity:
     def may_see(self, project_id: ProjectId) -> bool:
         """Whether things of that project exist for this identity."""
         return not self.project_ids or project_id in self.project_ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inference:
+    """What a token says of requests to models; see ``Token``."""
+
+    models: tuple[str, ...] = ()
+    limits: tuple[Limit, ...] = ()
+    priority: Priority = Priority.NORMAL
+    label: str = ""
 
 
 def read_pepper(path: Path, *, create: bool) -> bytes:
@@ -188,6 +199,7 @@ class Directory:
         expires_ns: int,
         now: int,
         entropy: bytes = b"",
+        inference: Inference = Inference(),
     ) -> tuple[Token, str]:
         """A new token and its secret, shown this once. A granter gives at most what it has, for at most as long.
 
@@ -219,6 +231,10 @@ class Directory:
             scopes=scopes,
             created_ns=now,
             expires_ns=expires_ns,
+            models=inference.models,
+            limits=inference.limits,
+            priority=inference.priority,
+            label=inference.label,
         )
         return token, secret
 
@@ -235,9 +251,14 @@ class Directory:
 
     def revoked(self, token_id: TokenId, organization: OrganizationId, *, now: int) -> Token:
         """The token with that id, revoked. Raises: NotFound."""
-        for token in self._tokens.values():
+        token = self.token(token_id, organization)
+        return replace(token, revoked_ns=token.revoked_ns or now)
+
+    def token(self, token_id: TokenId, organization: OrganizationId) -> Token:
+        """The token with that id. Raises: NotFound."""
+        for token in list(self._tokens.values()):
             if token.id == token_id and token.organization_id == organization:
-                return replace(token, revoked_ns=token.revoked_ns or now)
+                return token
         raise NotFound("There is no such token.", field="token", value=token_id)
 
     def principal(self, principal_id: PrincipalId) -> Principal | None:

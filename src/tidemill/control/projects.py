@@ -12,11 +12,13 @@ from tidemill.ports import Store
 
 
 class Projects:
-    """All projects. Thread-safe: a project is added and never changed, and who reads sees all or none of it."""
+    """All projects. Thread-safe: who reads sees all of a project's change or none of it."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._projects: dict[ProjectId, Project] = {project.id: project for project in store.projects()}
+        self.version = 1
+        """Another number whenever a project is added or changed."""
 
     @property
     def by_id(self) -> Mapping[ProjectId, Project]:
@@ -28,9 +30,10 @@ class Projects:
         return tuple(self._projects.values())
 
     def add(self, project: Project) -> None:
-        """Nothing; the project is stored and known from now on."""
+        """Nothing; the project, new or in place of the one of that id, is stored and known from now on."""
         self._store.put_project(project)
         self._projects = {**self._projects, project.id: project}
+        self.version += 1
 
     def of(self, identity: Identity) -> tuple[Project, ...]:
         """The projects that the identity may see."""

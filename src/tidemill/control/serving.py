@@ -15,6 +15,8 @@ from tidemill.control.rollouts import Rollouts, variant_of
 from tidemill.core.world import World
 from tidemill.model.ids import RolloutId
 from tidemill.model.ledger import TokenUsage
+from tidemill.model.limits import Limit, Priority
+from tidemill.model.tenant import Token
 from tidemill.ports import Store
 from tidemill.units import SECOND_NS
 
@@ -42,7 +44,12 @@ class Serving:
     @property
     def stamp(self) -> tuple[object, ...]:
         """Another value whenever the feed changes for another reason than a commit."""
-        return self._directory.version, self.scaler.leaving, tuple(self.rollouts.weights.items())
+        return (
+            self._directory.version,
+            self._projects.version,
+            self.scaler.leaving,
+            tuple(self.rollouts.weights.items()),
+        )
 
     def feed(self) -> tuple[str, dict[str, Any]]:
         """Everything the gateway needs: token hashes and where each model's ready replicas are, and its version."""
@@ -63,6 +70,8 @@ class Serving:
                     "health": service.readiness_path,
                     "concurrency": service.concurrency,
                     "wait_ms": service.wait_ns * 1000 // SECOND_NS,
+                    "price": [service.price_input_micro, service.price_output_micro],
+                    "is_salted": service.is_salted,
                     "replicas": [],
                 },
             )
@@ -86,11 +95,13 @@ class Serving:
                 "organization": token.organization_id,
                 "scopes": [scope.value for scope in token.scopes],
                 "expires_ns": token.expires_ns,
+                **_inference(token),
             }
             for token in self._directory.all()
             if not token.revoked_ns
         }
-        feed = {"tokens": known, "routes": routes}
+        projects = {one.id: {"limits": amounts(one.limits)} for one in self._projects.all() if one.limits}
+        feed = {"tokens": known, "routes": routes, "projects": projects}
         version = hashlib.sha256(msgspec.json.encode(feed)).hexdigest()[:16]
         return version, feed
 
@@ -100,4 +111,23 @@ class Serving:
         It is the same however often they come.
         """
         known = self._projects.by_id
-        return self._store.put_token_usages([usage for usage in usages if usage.project_id in known])
+        return len(self._store.put_token_usages([usage for usage in usages if usage.project_id in known]))
+
+
+def amounts(limits: Sequence[Limit]) -> dict[str, int]:
+    """Limits as the gateway reads them: exact, money in micro-USD."""
+    return {limit.name: limit.amount for limit in limits}
+
+
+def _inference(token: Token) -> dict[str, Any]:
+    """What a token says of requests to models, as far as it says something."""
+    said: dict[str, Any] = {}
+    if token.models:
+        said["models"] = list(token.models)
+    if token.limits:
+        said["limits"] = amounts(token.limits)
+    if token.priority is not Priority.NORMAL:
+        said["band"] = token.priority.band
+    if token.label:
+        said["label"] = token.label
+    return said

@@ -170,6 +170,9 @@ class Exchange(Journey):
             job=self._replica.job,
             prompt_tokens=estimated_prompt(self._size),
             is_estimated=True,
+            user=asking.user,
+            label=asking.label,
+            price=asking.route.price,
         )
         if head.is_event_stream:
             books.open(self._usage)

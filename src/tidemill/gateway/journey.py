@@ -17,7 +17,7 @@ from tidemill.gateway.circuit import State
 from tidemill.gateway.health import OWN_TROUBLE
 from tidemill.gateway.messages import RequestHead, ResponseHead, end_to_end
 from tidemill.gateway.metrics import ABORTED
-from tidemill.gateway.table import Replica, Route
+from tidemill.gateway.table import NORMAL_BAND, Replica, Route
 from tidemill.gateway.upstream import UpstreamConnection
 from tidemill.gateway.waiting import Line, retry_after_s
 
@@ -29,11 +29,12 @@ _CAUTION: Final = 1.25
 _log = logging.getLogger("tidemill.gateway")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Asking:
     """What is asked of a model: by whom, of which route, in which words, and until when it may wait for a replica.
 
-    ``wait_s`` None: as long as the route says. ``is_metered`` is false for what has no tokens.
+    ``wait_s`` None: as long as the route says. ``is_metered`` is false for what has no tokens. ``band`` is its
+    priority when requests wait, ``user`` and ``label`` are what it is booked under.
     """
 
     route: Route
@@ -43,6 +44,9 @@ class Asking:
     is_metered: bool = False
     hides_usage: bool = False
     wait_s: float | None = None
+    band: int = NORMAL_BAND
+    user: str = ""
+    label: str = ""
     operation: str = ""
     """What is asked for, as OpenTelemetry calls it; empty for what is no inference."""
 
@@ -253,7 +257,7 @@ class Journey(ABC):
         if left <= 0:
             self._give_up()
             return
-        expected = line.expected_s(route, asking.tenant)
+        expected = line.expected_s(route, asking.tenant, band=asking.band)
         most = self._gateway.limits.waiting
         if line.count >= most or line.of(asking.tenant) >= max(1, most // 2):
             self._refuse("queue_full", "Too many requests wait", expected or 1.0, is_own=line.count < most)
@@ -261,7 +265,7 @@ class Journey(ABC):
             self._refuse("overloaded", "No replica will be free in time", expected)
         else:
             self._line = line
-            line.join(self, asking.tenant, is_first=self._had_a_turn)
+            line.join(self, asking.tenant, band=asking.band, is_first=self._had_a_turn)
             self._counts.waiting += 1
             self._deadline = loop.call_later(left, self._run_out)
 
@@ -272,7 +276,7 @@ class Journey(ABC):
         if self._line is not None:
             line, self._line = self._line, None
             self._counts.waiting -= 1
-            line.leave(self, self._asking.tenant)
+            line.leave(self, self._asking.tenant, band=self._asking.band)
 
     def _run_out(self) -> None:
         """The time is over in which it may wait."""

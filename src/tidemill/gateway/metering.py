@@ -40,6 +40,10 @@ class Usage(msgspec.Struct, kw_only=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     is_estimated: bool = False
+    user: str = ""
+    label: str = ""
+    price: tuple[int, int] = (0, 0)
+    """Micro-USD for a million tokens, in and out, when it was asked."""
 
 
 class Asked(msgspec.Struct, kw_only=True, frozen=True):
@@ -49,19 +53,30 @@ class Asked(msgspec.Struct, kw_only=True, frozen=True):
     hides_usage: bool
 
 
-def ask_for_usage(body: bytes, content: dict[str, Any]) -> Asked:
-    """The body of a stream's request with the usage asked for; all else in it is the same, byte for byte."""
-    options = content.get("stream_options")
-    if isinstance(options, dict) and options.get("include_usage") is True:
-        return Asked(body=body, hides_usage=False)
-    if "stream_options" not in content:
+def prepared(body: bytes, content: dict[str, Any], *, asks_usage: bool, salt: str = "") -> Asked:
+    """The body of a request as an engine gets it; all else in it is the same, byte for byte.
+
+    With ``asks_usage`` a stream is asked for its usage, and ``salt`` replaces what the client may have said of it.
+    """
+    added, replaced, hides_usage = b"", dict[str, msgspec.Raw](), False
+    if salt:
+        if "cache_salt" in content:
+            replaced["cache_salt"] = msgspec.Raw(b'"%b"' % salt.encode())
+        else:
+            added = b'"cache_salt":"%b",' % salt.encode()
+    if asks_usage:
+        options = content.get("stream_options")  # of another type: the engine says what is wrong with it
+        if "stream_options" not in content:
+            added, hides_usage = added + _ASK, True
+        elif options is None or (isinstance(options, dict) and options.get("include_usage") is not True):
+            replaced["stream_options"] = msgspec.Raw(orjson.dumps({**(options or {}), "include_usage": True}))
+            hides_usage = True
+    if replaced:
+        body = msgspec.json.encode(msgspec.json.decode(body, type=dict[str, msgspec.Raw]) | replaced)
+    if added:
         at = body.index(b"{") + 1
-        return Asked(body=body[:at] + _ASK + body[at:], hides_usage=True)
-    if options is not None and not isinstance(options, dict):
-        return Asked(body=body, hides_usage=False)  # the engine says what is wrong with it
-    parts = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    parts["stream_options"] = msgspec.Raw(orjson.dumps({**(options or {}), "include_usage": True}))
-    return Asked(body=msgspec.json.encode(parts), hides_usage=True)
+        body = b"%b%b%b" % (body[:at], added, body[at:])
+    return Asked(body=body, hides_usage=hides_usage)
 
 
 def tokens_in(usage: object) -> tuple[int, int] | None:

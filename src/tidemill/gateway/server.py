@@ -31,12 +31,13 @@ from tidemill.gateway.exchange import Exchange
 from tidemill.gateway.health import Prober
 from tidemill.gateway.journey import Asking
 from tidemill.gateway.messages import ChunkedBody, Malformed, RequestHead, cut_head, read_request, write_head
-from tidemill.gateway.metering import ask_for_usage
+from tidemill.gateway.metering import prepared
 from tidemill.gateway.metrics import OPERATIONS, Metrics
 from tidemill.gateway.table import Key, Replica, Route, Table
 from tidemill.gateway.tracing import Tracer
 from tidemill.gateway.upstream import Pool, tune
 from tidemill.gateway.waiting import Line
+from tidemill.gateway.wishes import Salts, read_wishes, user_of
 
 INFERENCE_PATHS: Final = frozenset(
     {b"/v1/completions", b"/v1/chat/completions", b"/v1/embeddings", b"/v1/responses", b"/v1/rerank"}
@@ -47,7 +48,8 @@ _DRAINED_BODY: Final = 64 * 1024
 _REQUESTS_PER_STEP: Final = 64
 _USAGE_ON_REQUEST: Final = frozenset({b"/v1/completions", b"/v1/chat/completions"})
 """Where a stream tells of its usage only when it is asked to."""
-_WAIT_HEADER: Final = b"x-tidemill-wait"
+_SALTED: Final = frozenset({b"/v1/completions", b"/v1/chat/completions", b"/v1/responses"})
+"""What engines keep prefixes of."""
 _log = logging.getLogger("tidemill.gateway")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -116,6 +118,7 @@ class Gateway:
         """What looks at replicas from outside, while it runs."""
         self._lines: dict[str, Line] = {}
         self._own_token = own_token
+        self._salts = Salts(pepper)
         self._feed_age_s = feed_age_s
         self._turns = itertools.count(1)
         self._request_prefix = os.urandom(6).hex()
@@ -346,37 +349,26 @@ class Gateway:
         route = table.route(model, key)
         if route is None:
             return answers.model_not_found(model, table.near(model, key))
-        wait_s = self._wait_s(head)
-        if isinstance(wait_s, Answer):
-            return wait_s
-        hides_usage = False
-        if self.books is not None and path in _USAGE_ON_REQUEST and content.get("stream") is True:
-            asked = ask_for_usage(body, content)
-            body, hides_usage = asked.body, asked.hides_usage
-        return Asking(
+        asking = Asking(
             route=route,
             body=body,
             token=key.id,
             tenant=key.project,
             is_metered=self.books is not None,
-            hides_usage=hides_usage,
-            wait_s=wait_s,
+            band=key.band,
+            user=user_of(content),
+            label=key.label,
             operation=OPERATIONS.get(path, ""),
         )
-
-    def _wait_s(self, head: RequestHead) -> float | Answer | None:
-        """How long the client says that its request may wait for a replica; None when it does not say."""
-        value = head.header(_WAIT_HEADER)
-        if value is None:
-            return None
-        try:
-            wait_s = float(value)
-        except ValueError:
-            wait_s = -1.0
-        if not 0 <= wait_s <= self.limits.longest_wait_s:
-            message = f"X-Tidemill-Wait is a number of seconds from 0 to {self.limits.longest_wait_s:g}."
-            return answers.refuse(400, "invalid_wait", message, param="X-Tidemill-Wait")
-        return wait_s
+        refusal = read_wishes(asking, head, content, longest_wait_s=self.limits.longest_wait_s)
+        if refusal is not None:
+            return refusal
+        asks_usage = self.books is not None and path in _USAGE_ON_REQUEST and content.get("stream") is True
+        salt = self._salts.of(key.project) if route.is_salted and path in _SALTED else ""
+        if asks_usage or salt:
+            asked = prepared(body, content, asks_usage=asks_usage, salt=salt)
+            asking.body, asking.hides_usage = asked.body, asked.hides_usage
+        return asking
 
     def _is_own(self, secret: str) -> bool:
         return tokens.parse(secret) == "gw" and hmac.compare_digest(secret, self._own_token())

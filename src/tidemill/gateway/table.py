@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import lru_cache, partial
 from typing import Final, Protocol
 from urllib.parse import urlsplit
 
@@ -12,9 +14,11 @@ import msgspec
 
 from tidemill.core import tokens
 from tidemill.gateway.circuit import Circuit, State
+from tidemill.model.limits import Priority
 
 _ALL_OPEN: Final = frozenset({"infer", "admin"})
 _NEAR_NAMES: Final = 3
+NORMAL_BAND: Final = Priority.NORMAL.band
 
 
 class FeedError(ValueError):
@@ -39,6 +43,8 @@ class _Route(msgspec.Struct):
     concurrency: int = 0
     wait_ms: int = 0
     weights: dict[str, int] = {}
+    price: tuple[int, int] = (0, 0)
+    is_salted: bool = False
 
 
 class _Key(msgspec.Struct):
@@ -46,12 +52,21 @@ class _Key(msgspec.Struct):
     id: str = ""
     project: str = ""
     expires_ns: int = 0
+    models: list[str] = []
+    limits: dict[str, int] = {}
+    band: int = NORMAL_BAND
+    label: str = ""
+
+
+class _Project(msgspec.Struct):
+    limits: dict[str, int] = {}
 
 
 class _Feed(msgspec.Struct):
     version: int
     tokens: dict[str, _Key]
     routes: dict[str, _Route]
+    projects: dict[str, _Project] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +78,14 @@ class Key:
     expires_ns: int
     id: str = ""
     """The token's, not its secret."""
+    models: frozenset[str] | None = None
+    """Those of the models there are that it may ask; None: all of its holder's."""
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """What it may ask of models, by the limit's name, money in micro-USD."""
+    band: int = NORMAL_BAND
+    """Whose turn it is when requests wait; zero is first."""
+    label: str = ""
+    """What requests are booked under that do not say."""
 
     def is_expired(self, *, now: int) -> bool:
         """Whether it opens nothing any more at ``now`` (ns)."""
@@ -75,6 +98,8 @@ class Key:
 
     def may_use(self, route: Route) -> bool:
         """Whether that route exists for its holder."""
+        if self.models is not None and route.model not in self.models:
+            return False
         return not self.project or self.project == route.project
 
 
@@ -140,6 +165,10 @@ class Route:
     wait_s: float = 0.0
     weights: Mapping[str, int] = field(default_factory=dict)
     """How many of a hundred requests go to each variant; empty: as there is room."""
+    price: tuple[int, int] = (0, 0)
+    """Micro-USD for a million tokens, in and out."""
+    is_salted: bool = False
+    """Whether its engine is told whose prefixes may be shared."""
 
     def choose(self, *, tried: Sequence[Replica] = ()) -> Replica | None:
         """The replica with the fewest requests under way; ties go to the one that waited longest for a turn.
@@ -170,6 +199,8 @@ class Table:
     routes: Mapping[str, Route]
     raw: bytes
     """The feed it was read from: hashes of tokens, never tokens."""
+    project_limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """What all keys of a project together may ask of models."""
 
     def key(self, token: str, pepper: bytes) -> Key | None:
         """What the token opens, expired or not; None for one that is malformed or unknown."""
@@ -221,12 +252,30 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
             concurrency=route.concurrency,
             wait_s=route.wait_ms / 1000,
             weights=route.weights,
+            price=route.price,
+            is_salted=route.is_salted,
         )
+    open_to = lru_cache(maxsize=None)(partial(_matching, tuple(routes)))
     keys = {
-        digest: Key(scopes=frozenset(key.scopes), project=key.project, expires_ns=key.expires_ns, id=key.id)
+        digest: Key(
+            scopes=frozenset(key.scopes),
+            project=key.project,
+            expires_ns=key.expires_ns,
+            id=key.id,
+            models=open_to(tuple(key.models)) if key.models else None,
+            limits=key.limits,
+            band=key.band,
+            label=key.label,
+        )
         for digest, key in feed.tokens.items()
     }
-    return Table(version=feed.version, keys=keys, routes=routes, raw=raw)
+    limits = {project: told.limits for project, told in feed.projects.items()}
+    return Table(version=feed.version, keys=keys, routes=routes, raw=raw, project_limits=limits)
+
+
+def _matching(models: Sequence[str], patterns: Sequence[str]) -> frozenset[str]:
+    """The models that one of the patterns names."""
+    return frozenset(model for model in models if any(fnmatchcase(model, pattern) for pattern in patterns))
 
 
 def _replicas(table: Table) -> dict[tuple[str, str, int, bytes], Replica]:

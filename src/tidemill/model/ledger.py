@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from msgspec import Struct
 
@@ -100,7 +101,9 @@ class TokenUsage(Struct, frozen=True, kw_only=True, gc=False):
     """What one request to a model took; ``id`` is the gateway's, so that it is in the books once however often told.
 
     ``project_id`` is who asked, ``token_id`` with which key, ``job_id`` the replica that answered. ``is_estimated``:
-    the answer did not come to its end, and its tokens are those that were counted as they passed.
+    the answer did not come to its end or told of no tokens, and its tokens are those that were counted as they passed.
+    ``user`` and ``label`` are what the request said. ``amount_pico`` is the price, in millionths of a micro-USD, and so
+    exact: tokens are priced in micro-USD for a million of them.
     """
 
     id: str
@@ -113,17 +116,42 @@ class TokenUsage(Struct, frozen=True, kw_only=True, gc=False):
     prompt_tokens: int
     completion_tokens: int
     is_estimated: bool
+    user: str = ""
+    label: str = ""
+    amount_pico: int = 0
+
+
+class TokenPrice(Struct, frozen=True, kw_only=True, gc=False):
+    """What a model's tokens cost: micro-USD for a million of them, in and out."""
+
+    input_micro: int = 0
+    output_micro: int = 0
+
+    def of(self, prompt_tokens: int, completion_tokens: int) -> int:
+        """The price of a request, in millionths of a micro-USD.
+
+        >>> TokenPrice(input_micro=150_000, output_micro=600_000).of(1_000, 2)
+        151200000
+        """
+        return self.input_micro * prompt_tokens + self.output_micro * completion_tokens
+
+
+TOKEN_GROUPS: Final = ("model", "key", "user", "label")
+"""What sums over requests can be grouped by."""
 
 
 class TokenTotals(Struct, frozen=True, kw_only=True, gc=False):
-    """Sums over the requests to a model with one key; ``estimated`` counts requests."""
+    """Sums over requests; ``estimated`` counts requests. What they are not grouped by is empty."""
 
     model: str
     token_id: TokenId
+    user: str
+    label: str
     requests: int
     estimated: int
     prompt_tokens: int
     completion_tokens: int
+    amount_pico: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

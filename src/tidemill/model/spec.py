@@ -15,7 +15,7 @@ from tidemill.model.ids import SiteId, WorkloadId
 from tidemill.model.resources import Resources
 from tidemill.model.rollout import Rolling
 from tidemill.model.storage import DataMode, DataMount, VolumeMount
-from tidemill.units import DAY_NS, MILLI, SECOND_NS
+from tidemill.units import DAY_NS, MILLI, SECOND_NS, USD_MICRO
 
 _EXIT_CODE: Final = re.compile(r"exit:(\d{1,3})")
 _LABEL: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
@@ -26,6 +26,8 @@ MAX_REPLICAS: Final = 64
 MAX_CONCURRENCY: Final = 65_536
 MAX_FAILURES: Final = 1_000
 MAX_WAIT_NS: Final = 600 * SECOND_NS
+MAX_PRICE_MICRO: Final = 1_000 * USD_MICRO
+"""Of a million tokens."""
 SECRET_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
 
@@ -147,6 +149,12 @@ class Service:
     wait_ns: int = 30 * SECOND_NS
     rollout: Rolling = Rolling()
     """How it takes the place of the revision before it."""
+    price_input_micro: int = 0
+    """What a million tokens cost in requests, in micro-USD."""
+    price_output_micro: int = 0
+    """The same of answers."""
+    is_salted: bool = True
+    """Whether requests say whose prefixes they may share in the engine's cache."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= MAX_REPLICAS:
@@ -159,6 +167,9 @@ class Service:
             raise ValueError(f"concurrency lies between 1 and {MAX_CONCURRENCY}")
         if not 0 <= self.wait_ns <= MAX_WAIT_NS:
             raise ValueError("a request waits for 10 minutes at most")
+        for price in (self.price_input_micro, self.price_output_micro):
+            if not 0 <= price <= MAX_PRICE_MICRO:
+                raise ValueError(f"a million tokens cost from 0 to {MAX_PRICE_MICRO} micro-USD")
         if any(path and not path.startswith("/") for path in (self.readiness_path, self.liveness_path)):
             raise ValueError("the path of a probe begins with /")
 

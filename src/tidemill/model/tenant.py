@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from tidemill.model.ids import OrganizationId, PrincipalId, ProjectId, TokenId
+from tidemill.model.limits import Limit, Priority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,12 +20,14 @@ class Organization:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Project:
-    """Who shares a quota; what it may have is said by its ``model.queue.Queue``."""
+    """Who shares a quota; what its jobs may have is said by its ``model.queue.Queue``, ``limits`` is for requests."""
 
     id: ProjectId
     organization_id: OrganizationId
     name: str
     created_ns: int
+    limits: tuple[Limit, ...] = ()
+    """What all its keys together may ask of models."""
 
 
 class PrincipalKind(StrEnum):
@@ -85,6 +88,13 @@ class Token:
     created_ns: int
     expires_ns: int = 0
     revoked_ns: int = 0
+    models: tuple[str, ...] = ()
+    """Names of models, or patterns with ``*``, that it may ask; none: all."""
+    limits: tuple[Limit, ...] = ()
+    """What it may ask of models."""
+    priority: Priority = Priority.NORMAL
+    label: str = ""
+    """What its requests are booked under when they do not say."""
 
     def is_valid(self, *, now: int) -> bool:
         """Whether the token still opens anything at ``now`` (ns)."""

@@ -435,9 +435,16 @@ class Client:
         """The reservation of that name or id, which does not stand any more. Raises: NotFound."""
         return ReservationInfo.from_json(self._http.call("DELETE", f"/v1/reservations/{segment(name)}").json())
 
-    def usage(self, *, job: str = "") -> Mapping[str, Any]:
-        """Exact sums over the ledger lines of a job or a project."""
-        answer: Mapping[str, Any] = self._http.get("/v1/usage", job=job, project=self.project)
+    def usage(
+        self, *, job: str = "", by: Sequence[str] = ("model", "key"), since_ns: int | None = None
+    ) -> Mapping[str, Any]:
+        """Exact sums over the ledger lines of a job or a project.
+
+        Requests to models, since then, are summed by some of ``model``, ``key``, ``user`` and ``label``.
+        """
+        answer: Mapping[str, Any] = self._http.get(
+            "/v1/usage", job=job, project=self.project, by=",".join(by), since_ns=since_ns
+        )
         return answer
 
     def events(self, *, after: int = 0, follow: bool = True) -> Iterator[Event]:
@@ -601,14 +608,49 @@ class Client:
         """The tokens of the organization, without their secret part."""
         return tuple(self._list("/v1/tokens", TokenInfo, {}))
 
-    def create_token(self, name: str, *, scopes: Sequence[str], project: str = "", expires_in: str = "") -> TokenInfo:
-        """A new token; its ``token`` is shown in this answer only."""
+    def create_token(
+        self,
+        name: str,
+        *,
+        scopes: Sequence[str],
+        project: str = "",
+        expires_in: str = "",
+        models: Sequence[str] = (),
+        limits: Mapping[str, float] | None = None,
+        priority: str = "normal",
+        label: str = "",
+    ) -> TokenInfo:
+        """A new token; its ``token`` is shown in this answer only.
+
+        ``models`` are names or patterns of those that it may ask, none: all; ``limits`` maps names such as
+        ``requests/minute`` or ``usd/month`` to amounts.
+        """
         body: dict[str, Any] = {"name": name, "scopes": list(scopes)}
+        body |= {"models": list(models), "limits": dict(limits or {}), "priority": priority, "label": label}
         if project or self.project:
             body["project"] = project or self.project
         if expires_in:
             body["expires_in"] = expires_in
         return TokenInfo.from_json(self._http.post("/v1/tokens", body))
+
+    def change_token(
+        self,
+        token_id: str,
+        *,
+        models: Sequence[str] | None = None,
+        limits: Mapping[str, float] | None = None,
+        priority: str | None = None,
+        label: str | None = None,
+    ) -> TokenInfo:
+        """The token, with something else to say of requests to models; what is None stays as it is."""
+        given = {
+            "models": None if models is None else list(models),
+            "limits": None if limits is None else dict(limits),
+            "priority": priority,
+            "label": label,
+        }
+        body = {name: value for name, value in given.items() if value is not None}
+        return TokenInfo.from_json(self._http.call("PUT", f"/v1/tokens/{segment(token_id)}", body=body).json())
 
     def revoke_token(self, token_id: str) -> None:
         """Make a token worthless."""
@@ -654,9 +696,25 @@ class Client:
         """The organization's projects."""
         return tuple(self._list("/v1/projects", ProjectInfo, {}))
 
-    def create_project(self, name: str, *, limit_gpu_milli: int = 0, limit_cpu_milli: int = 0) -> ProjectInfo:
-        """A new project; a limit of zero does not limit."""
-        body = {"name": name, "limit_gpu_milli": limit_gpu_milli, "limit_cpu_milli": limit_cpu_milli}
+    def create_project(
+        self,
+        name: str,
+        *,
+        limit_gpu_milli: int = 0,
+        limit_cpu_milli: int = 0,
+        limits: Mapping[str, float] | None = None,
+    ) -> ProjectInfo:
+        """A new project, or the one of that name with these limits; zero does not limit what its jobs hold.
+
+        ``limits`` maps names such as ``tokens/day`` to what its keys may ask of models; None leaves them as they are.
+        """
+        body: dict[str, Any] = {
+            "name": name,
+            "limit_gpu_milli": limit_gpu_milli,
+            "limit_cpu_milli": limit_cpu_milli,
+        }
+        if limits is not None:
+            body["limits"] = dict(limits)
         return ProjectInfo.from_json(self._http.post("/v1/projects", body))
 
     def _list(self, path: str, kind: type[R], query: Mapping[str, Any], *, limit: int = 0) -> Iterator[R]:

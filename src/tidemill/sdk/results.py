@@ -611,6 +611,7 @@ class ProjectInfo(Record):
     created_at_ns: int = 0
     limit_gpu_milli: int = 0
     limit_cpu_milli: int = 0
+    limits: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -625,6 +626,10 @@ class TokenInfo(Record):
     created_at_ns: int = 0
     expires_at_ns: int = 0
     revoked_at_ns: int = 0
+    models: tuple[str, ...] = ()
+    limits: Mapping[str, float] = field(default_factory=dict)
+    priority: str = "normal"
+    label: str = ""
     token: str = ""
 
 

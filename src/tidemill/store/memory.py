@@ -29,7 +29,7 @@ from tidemill.model.ids import (
     WorkloadId,
 )
 from tidemill.model.job import Allocation, Attempt, Job, JobState, Workload
-from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals, TokenTotals, TokenUsage
+from tidemill.model.ledger import TOKEN_GROUPS, Evidence, LedgerLine, LedgerTotals, TokenTotals, TokenUsage
 from tidemill.model.plan import Reason, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
@@ -266,13 +266,14 @@ class MemoryStore:
             lines=len(lines),
         )
 
-    def put_token_usages(self, usages: Sequence[TokenUsage]) -> int:
-        """How many of these were not in the books before; all are there now, each once."""
+    def put_token_usages(self, usages: Sequence[TokenUsage]) -> tuple[TokenUsage, ...]:
+        """Those of these that were not in the books before; all are there now, each once."""
         with self._lock:
-            before = len(self._all.token_usages)
-            for usage in usages:
-                self._all.token_usages.setdefault(usage.id, usage)
-            return len(self._all.token_usages) - before
+            stored = self._all.token_usages
+            new = {usage.id: usage for usage in reversed(usages) if usage.id not in stored}
+            found = tuple(reversed(new.values()))
+            stored.update({usage.id: usage for usage in found})
+            return found
 
     def token_usages(
         self, *, project_id: ProjectId = ProjectId(""), cursor: str = "", limit: int = 100
@@ -288,25 +289,40 @@ class MemoryStore:
         )
 
     def token_totals(
-        self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId("")
+        self,
+        *,
+        job_id: JobId = JobId(""),
+        project_id: ProjectId = ProjectId(""),
+        token_id: TokenId = TokenId(""),
+        since_ns: int = 0,
+        by: Sequence[str] = ("model", "key"),
     ) -> tuple[TokenTotals, ...]:
-        """Sums of a replica's or a project's requests, else of all, by model and key."""
+        """Sums of a replica's, a project's or a key's requests since then, else of all, by some of ``TOKEN_GROUPS``."""
         with self._lock:
             stored = tuple(self._all.token_usages.values())
-        groups: dict[tuple[str, TokenId], list[TokenUsage]] = {}
+        groups: dict[tuple[str, ...], list[TokenUsage]] = {}
         for usage in stored:
-            if job_id in ("", usage.job_id) and project_id in ("", usage.project_id):
-                groups.setdefault((usage.model, usage.token_id), []).append(usage)
+            if (
+                job_id in ("", usage.job_id)
+                and project_id in ("", usage.project_id)
+                and token_id in ("", usage.token_id)
+                and usage.at_ns >= since_ns
+            ):
+                whole = {"model": usage.model, "key": usage.token_id, "user": usage.user, "label": usage.label}
+                groups.setdefault(tuple(whole[one] if one in by else "" for one in TOKEN_GROUPS), []).append(usage)
         return tuple(
             TokenTotals(
                 model=model,
-                token_id=token,
+                token_id=TokenId(token),
+                user=user,
+                label=label,
                 requests=len(usages),
                 estimated=sum(usage.is_estimated for usage in usages),
                 prompt_tokens=sum(usage.prompt_tokens for usage in usages),
                 completion_tokens=sum(usage.completion_tokens for usage in usages),
+                amount_pico=sum(usage.amount_pico for usage in usages),
             )
-            for (model, token), usages in sorted(groups.items())
+            for (model, token, user, label), usages in sorted(groups.items())
         )
 
     def rentals(self, *, since_ns: int = 0) -> tuple[Rental, ...]:

@@ -193,9 +193,15 @@ token_usages = Table(
     _long("prompt_tokens"),
     _long("completion_tokens"),
     _long("estimated"),
+    _long("at_ns"),
+    _text("user_name"),
+    _text("label"),
+    _long("amount_pico"),
     _text("body"),
     Index("ix_token_usages_project", "project_id", "line"),
     Index("ix_token_usages_job", "job_id", "line"),
+    Index("ix_token_usages_since", "project_id", "at_ns"),
+    Index("ix_token_usages_key", "token_id", "at_ns"),
 )
 """A request to a model in each row."""
 

@@ -58,7 +58,7 @@ from tidemill.model.ids import (
     WorkloadId,
 )
 from tidemill.model.job import Allocation, AllocationState, Attempt, AttemptState, Job, JobState, Workload
-from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals, TokenTotals, TokenUsage
+from tidemill.model.ledger import TOKEN_GROUPS, Evidence, LedgerLine, LedgerTotals, TokenTotals, TokenUsage
 from tidemill.model.plan import Reason, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
@@ -500,10 +500,11 @@ class SqlStore:
             lines=count,
         )
 
-    def put_token_usages(self, usages: Sequence[TokenUsage]) -> int:
-        """How many of these were not in the books before; all are there now, each once, or none."""
+    def put_token_usages(self, usages: Sequence[TokenUsage]) -> tuple[TokenUsage, ...]:
+        """Those of these that were not in the books before; all are there now, each once, or none."""
         if not usages:
-            return 0
+            return ()
+        once = list({usage.id: usage for usage in reversed(usages)}.values())[::-1]
         new = (sqlite.insert if self._database.is_sqlite else postgresql.insert)(schema.token_usages)
         rows = [
             {
@@ -515,20 +516,25 @@ class SqlStore:
                 "prompt_tokens": usage.prompt_tokens,
                 "completion_tokens": usage.completion_tokens,
                 "estimated": int(usage.is_estimated),
+                "at_ns": usage.at_ns,
+                "user_name": usage.user,
+                "label": usage.label,
+                "amount_pico": usage.amount_pico,
                 "body": encode(usage),
             }
-            for usage in {usage.id: usage for usage in reversed(usages)}.values()
-        ][::-1]
-        count = select(func.count()).select_from(schema.token_usages)
+            for usage in once
+        ]
+        ids = schema.token_usages.c.id
         with self._writing() as connection:
             self._check_leads(connection)
-            known = count.where(schema.token_usages.c.id.in_(bindparam("ids", expanding=True)))
-            before = sum(
-                connection.execute(known, {"ids": [row["id"] for row in rows[at : at + 500]]}).scalar_one()
+            known = select(ids).where(ids.in_(bindparam("ids", expanding=True)))
+            before = {
+                found
                 for at in range(0, len(rows), 500)
-            )
+                for found in connection.execute(known, {"ids": [row["id"] for row in rows[at : at + 500]]}).scalars()
+            }
             connection.execute(new.on_conflict_do_nothing(index_elements=["id"]), rows)
-        return len(rows) - before
+        return tuple(usage for usage in once if usage.id not in before)
 
     def token_usages(
         self, *, project_id: ProjectId = ProjectId(""), cursor: str = "", limit: int = 100
@@ -546,36 +552,56 @@ class SqlStore:
         )
 
     def token_totals(
-        self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId("")
+        self,
+        *,
+        job_id: JobId = JobId(""),
+        project_id: ProjectId = ProjectId(""),
+        token_id: TokenId = TokenId(""),
+        since_ns: int = 0,
+        by: Sequence[str] = ("model", "key"),
     ) -> tuple[TokenTotals, ...]:
-        """Sums of a replica's or a project's requests, else of all, by model and key."""
+        """Sums of a replica's, a project's or a key's requests since then, else of all, by some of ``TOKEN_GROUPS``.
+
+        Amounts are summed in halves, because their sum can be larger than the database's integers.
+        """
         usages = schema.token_usages.c
+        columns = dict(zip(TOKEN_GROUPS, (usages.model, usages.token_id, usages.user_name, usages.label), strict=True))
+        groups: list[Any] = [columns[one] for one in TOKEN_GROUPS if one in by]
         query = select(
-            usages.model,
-            usages.token_id,
             func.count(),
             func.sum(usages.estimated),
             func.sum(usages.prompt_tokens),
             func.sum(usages.completion_tokens),
+            func.sum(usages.amount_pico.op(">>")(_BITS)),
+            func.sum(usages.amount_pico.op("&")(_MASK)),
+            *groups,
         )
-        if job_id:
-            query = query.where(usages.job_id == job_id)
-        if project_id:
-            query = query.where(usages.project_id == project_id)
-        query = query.group_by(usages.model, usages.token_id).order_by(usages.model, usages.token_id)
+        for column, wanted in ((usages.job_id, job_id), (usages.project_id, project_id), (usages.token_id, token_id)):
+            if wanted:
+                query = query.where(column == wanted)
+        if since_ns:
+            query = query.where(usages.at_ns >= since_ns)
         with self._database.reading() as connection:
-            rows = connection.execute(query).all()
-        return tuple(
-            TokenTotals(
-                model=model,
-                token_id=TokenId(token),
-                requests=requests,
-                estimated=int(estimated),
-                prompt_tokens=int(prompt),
-                completion_tokens=int(completion),
+            rows = connection.execute(query.group_by(*groups).order_by(*groups)).all()
+        found = []
+        for requests, estimated, prompt, completion, high, low, *names in rows:
+            if not requests:  # a sum without groups is there also over nothing
+                continue
+            named = dict(zip((one for one in TOKEN_GROUPS if one in by), names, strict=True))
+            found.append(
+                TokenTotals(
+                    model=named.get("model", ""),
+                    token_id=TokenId(named.get("key", "")),
+                    user=named.get("user", ""),
+                    label=named.get("label", ""),
+                    requests=requests,
+                    estimated=int(estimated),
+                    prompt_tokens=int(prompt),
+                    completion_tokens=int(completion),
+                    amount_pico=(int(high) << LOW_BITS) + int(low),
+                )
             )
-            for model, token, requests, estimated, prompt, completion in rows
-        )
+        return tuple(found)
 
     def rentals(self, *, since_ns: int = 0) -> tuple[Rental, ...]:
         """Rented instances that are not over, and those that ended at ``since_ns`` or later, by id."""

@@ -241,13 +241,16 @@ def check_a_request_is_in_the_books_once(open_store: OpenStore) -> None:
                 prompt_tokens=10,
                 completion_tokens=number,
                 is_estimated=number == 1,
+                user=f"user {number % 2}",
+                label="nightly" if number > 1 else "",
+                amount_pico=2**61 + number,
             )
             for number in range(4)
         ]
-        same(it.store.put_token_usages([]), 0, "nothing")
-        same(it.store.put_token_usages([*usages[:2], usages[0]]), 2, "one comes twice at a time")
-        same(it.store.put_token_usages(usages), 2, "two of four were there")
-        same(it.store.put_token_usages(usages), 0, "all were there")
+        same(it.store.put_token_usages([]), (), "nothing")
+        same(it.store.put_token_usages([*usages[:2], usages[0]]), tuple(usages[:2]), "one comes twice at a time")
+        same(it.store.put_token_usages(usages), tuple(usages[2:]), "two of four were there")
+        same(it.store.put_token_usages(usages), (), "all were there")
         same(it.store.token_usages().items, tuple(usages), "each is there once, in order")
         first = it.store.token_usages(project_id=RED, limit=2)
         rest = it.store.token_usages(project_id=RED, cursor=first.next_cursor, limit=2)
@@ -262,6 +265,17 @@ def check_a_request_is_in_the_books_once(open_store: OpenStore) -> None:
         )
         same(sum(it.requests for it in it.store.token_totals(job_id=JobId("job_1"))), 4, "what a replica answered")
         same(it.store.token_totals(job_id=JobId("job_2")), (), "nothing")
+        same(it.store.token_totals(job_id=JobId("job_2"), by=()), (), "nothing at all, also when it is not grouped")
+        by_user = it.store.token_totals(by=("user", "label"))
+        same(
+            [(it.user, it.label, it.model, it.token_id, it.requests) for it in by_user],
+            [(f"user {user}", label, "", "", 1) for user in (0, 1) for label in ("", "nightly")],
+            "the sums by user and label",
+        )
+        [key] = it.store.token_totals(token_id=TokenId("tok_a"), since_ns=1, by=())
+        same((key.requests, key.amount_pico), (2, 2**62 + 4), "a key's since then, beyond 63 bits where it has to be")
+        [whole] = it.store.token_totals(by=())
+        same((whole.requests, whole.amount_pico), (4, 2**63 + 6), "all together")
 
 
 def check_a_ledger_line_is_written_once(open_store: OpenStore) -> None:

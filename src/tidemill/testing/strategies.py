@@ -13,6 +13,7 @@ from tidemill.model.events import LogEntry
 from tidemill.model.fleet import Device, Level, Node
 from tidemill.model.job import Allocation, Attempt, DeviceShare, Job, Workload
 from tidemill.model.ledger import LedgerLine, UsageInterval
+from tidemill.model.limits import LIMITS, Limit, limits_of
 from tidemill.model.plan import Reason
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Alias, Lineage, Model, ModelCard, ModelVersion, Placing
@@ -119,6 +120,12 @@ def workload_specs() -> st.SearchStrategy[WorkloadSpec]:
     )
 
 
+def limits() -> st.SearchStrategy[tuple[Limit, ...]]:
+    """Limits of requests to models."""
+    amounts = st.dictionaries(st.sampled_from(LIMITS), st.integers(0, 10**9), max_size=4)
+    return amounts.map(limits_of)
+
+
 def queues() -> st.SearchStrategy[Queue]:
     """Places in a quota tree, each by itself."""
     classes = st.sampled_from(("cpu", "memory", "gpu", "gpu:H100", "gpu:RTX 4090"))
@@ -177,9 +184,9 @@ def values() -> st.SearchStrategy[Any]:
         _built(Reason),
         _built(Artifact, metadata=PAIRS),
         _built(Secret, sealed=st.binary(max_size=64)),
-        _built(Token),
+        _built(Token, limits=limits()),
         _built(Organization),
-        _built(Project),
+        _built(Project, limits=limits()),
         _built(Principal),
         _built(IdempotencyRecord),
     )  # fmt: skip

@@ -8,9 +8,9 @@ from functools import lru_cache
 from typing import Final
 
 from tidemill.model.resources import GpuRequest, parse_gpus
-from tidemill.model.spec import SECRET_NAME, Kind, Port, RetryOn, parse_retry_on
+from tidemill.model.spec import MAX_PRICE_MICRO, SECRET_NAME, Kind, Port, RetryOn, parse_retry_on
 from tidemill.model.storage import DataMode
-from tidemill.units import MILLI
+from tidemill.units import MILLI, USD_MICRO
 from tidemill.wire.checks import (
     ARTIFACT,
     DATASET,
@@ -252,6 +252,21 @@ def model_of(value: object) -> str:
     if any(ord(character) < 32 for character in text):
         raise Refusal("It has control characters in it.", "Take them out.")
     return text
+
+
+_PRICE_MEND: Final = "Write US dollars for a million tokens, such as 0.15."
+
+
+def price_of(value: object) -> int:
+    """Micro-USD for a million tokens."""
+    if type(value) is not int and type(value) is not float:
+        raise Refusal(f"{shown(value)} is not a price.", _PRICE_MEND)
+    if not 0 <= value <= MAX_PRICE_MICRO / USD_MICRO:
+        raise Refusal(f"{shown(value)} dollars for a million tokens cannot be asked for.", _PRICE_MEND)
+    micro = round(value * USD_MICRO)
+    if abs(micro - value * USD_MICRO) > 1e-3:
+        raise Refusal(f"{shown(value)} dollars are not whole millionths of a dollar.", _PRICE_MEND)
+    return micro
 
 
 def retry_on_of(value: object) -> tuple[tuple[RetryOn, ...], tuple[int, ...]]:

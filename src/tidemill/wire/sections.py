@@ -79,6 +79,7 @@ from tidemill.wire.fields import (
     port_of,
     port_reference,
     ports_of,
+    price_of,
     python_of,
     retry_on_of,
     secret_of,
@@ -357,6 +358,20 @@ class RolloutIn(StrictSection):
     )
 
 
+_PRICE_SCHEMA: Final = {"type": "number", "minimum": 0, "maximum": 1000, "examples": [0.15]}
+
+
+class PriceIn(StrictSection):
+    """What requests to a model cost whoever asks."""
+
+    input: Annotated[int, *taking(price_of, _PRICE_SCHEMA)] = Field(
+        default=0, description="US dollars for a million tokens of requests."
+    )
+    output: Annotated[int, *taking(price_of, _PRICE_SCHEMA)] = Field(
+        default=0, description="US dollars for a million tokens of answers."
+    )
+
+
 class ServiceIn(StrictSection):
     """How a service is reached."""
 
@@ -400,6 +415,16 @@ class ServiceIn(StrictSection):
         default_factory=_shared(RolloutIn),
         description="How it takes the place of the revision before, when it is updated.",
         json_schema_extra={"default": {}},
+    )
+    price: PriceIn = Field(
+        default_factory=_shared(PriceIn),
+        description="What tokens cost; nothing unless it says so. Machines are paid for by the service's project.",
+        json_schema_extra={"default": {}},
+    )
+    cache_salt: Annotated[bool, *taking(flag_of, {"type": "boolean"})] = Field(
+        default=True,
+        description="Send `cache_salt` along, so that no project can find out what another one asked by how soon"
+        " the engine's prefix cache answers; false for an engine that refuses fields that it does not know.",
     )
 
 
@@ -1046,6 +1071,9 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         concurrency=section.concurrency,
         wait_ns=section.wait,
         rollout=_rolling(section.rollout),
+        price_input_micro=section.price.input,
+        price_output_micro=section.price.output,
+        is_salted=section.cache_salt,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Dependency, DependsOn, Kind, Pace, Placement, Port, Service, Tier, WorkloadSpec
-from tidemill.units import MILLI, SECOND_NS
+from tidemill.units import MILLI, SECOND_NS, USD_MICRO
 from tidemill.wire.rolling import rolling_json
 from tidemill.wire.scheduling import instant_text
 from tidemill.wire.sections import default_retry
@@ -198,6 +198,13 @@ def _service_json(service: Service) -> dict[str, Any]:
         written["concurrency"] = service.concurrency
     if service.wait_ns != _SERVICE.wait_ns:
         written["wait"] = _duration_json(service.wait_ns)
+    if service.price_input_micro or service.price_output_micro:
+        written["price"] = {
+            "input": service.price_input_micro / USD_MICRO,
+            "output": service.price_output_micro / USD_MICRO,
+        }
+    if not service.is_salted:
+        written["cache_salt"] = False
     if service.rollout != _SERVICE.rollout:
         written["rollout"] = rolling_json(service.rollout, _duration_json)
     return written

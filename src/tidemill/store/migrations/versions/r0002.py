@@ -132,10 +132,16 @@ def upgrade() -> None:
         sa.Column("prompt_tokens", LONG, nullable=False),
         sa.Column("completion_tokens", LONG, nullable=False),
         sa.Column("estimated", LONG, nullable=False),
+        sa.Column("at_ns", LONG, nullable=False),
+        sa.Column("user_name", TEXT, nullable=False),
+        sa.Column("label", TEXT, nullable=False),
+        sa.Column("amount_pico", LONG, nullable=False),
         sa.Column("body", TEXT, nullable=False),
     )
     op.create_index("ix_token_usages_project", "token_usages", ["project_id", "line"])
     op.create_index("ix_token_usages_job", "token_usages", ["job_id", "line"])
+    op.create_index("ix_token_usages_since", "token_usages", ["project_id", "at_ns"])
+    op.create_index("ix_token_usages_key", "token_usages", ["token_id", "at_ns"])
 
     projects = sa.table("projects", sa.column("id", TEXT), sa.column("body", TEXT))
     connection = op.get_bind()
