@@ -193,12 +193,14 @@ def bad_revisions(cloud: Cloud) -> str:
         eventually(lambda: revisions(cloud, "bad")["rollout"]["watched_ns"], within_s=60, what="the canary is ready")
         traffic.start()
         assert wait_until_over(cloud, "bad") == {1: "running", 2: "taken back"}
+        begun = len(traffic.seen)
+        eventually(lambda: len(traffic.seen) > begun + 20, within_s=30, what="requests go on")
         seen = traffic.stop()
         detail = revisions(cloud, "bad")["items"][0]["detail"]
         assert "requests failed on it" in detail, detail
         failed = [one for one in seen if not one.is_whole]
         assert all(one.status == 500 for one in failed)
-        late = [one for one in seen[-20:] if not one.is_whole]
+        late = [one for one in seen[begun:] if not one.is_whole]
         assert not late, "requests fail on after it was taken back"
         update(cloud, {**spec, "run": "exit 7"})
         assert wait_until_over(cloud, "bad") == {1: "running", 2: "taken back", 3: "taken back"}
