@@ -11,10 +11,9 @@ from starlette.responses import Response
 from tidemill.api.bodies import body_of, json_answer
 from tidemill.api.follow import rung
 from tidemill.api.guard import Call, Caller, Routes, blocking, unless_gone
-from tidemill.api.shapes import EnteredOut, FeedOut, LoadIn, RequestUsagesIn
-from tidemill.control.replicating import Load
+from tidemill.api.shapes import EnteredOut, FeedOut, LoadIn, ModelLoadIn, RequestUsagesIn
+from tidemill.control.loads import FeltCounts, Load, ModelLoad, ReplicaLoad
 from tidemill.control.rollouts import Counted
-from tidemill.core.buckets import COUNT
 from tidemill.model.ids import JobId, ProjectId, TokenId, WorkloadId
 from tidemill.model.ledger import TokenPrice, TokenUsage
 from tidemill.model.tenant import Scope
@@ -68,14 +67,18 @@ async def hear_load(call: Caller) -> Response:
     call.plane.serving.scaler.hear(
         given.worker,
         Load(
-            models={model: (one.in_flight, one.waiting) for model, one in given.models.items()},
-            replicas={JobId(job): (one.in_flight, one.is_leaving) for job, one in given.replicas.items()},
+            models={model: _model_load(one) for model, one in given.models.items()},
+            replicas={JobId(job): ReplicaLoad(**one.model_dump()) for job, one in given.replicas.items()},
         ),
     )
     call.plane.rollouts.hear(
         given.worker,
         {
-            (model, variant): Counted(requests=one.requests, errors=one.errors, slow=_pairs(one.slow))
+            (model, variant): Counted(
+                requests=one.requests,
+                errors=one.errors,
+                slow={int(bucket): count for bucket, count in one.slow.items()},
+            )
             for model, variants in given.variants.items()
             for variant, one in variants.items()
         },
@@ -83,8 +86,15 @@ async def hear_load(call: Caller) -> Response:
     return Response(status_code=204)
 
 
-def _pairs(given: list[list[int]]) -> dict[int, int]:
-    return {bucket: count for bucket, count in given if bucket < COUNT}
+def _model_load(one: ModelLoadIn) -> ModelLoad:
+    felt = one.felt
+    if felt is None:
+        return ModelLoad(in_flight=one.in_flight, waiting=one.waiting)
+    ttft, latency, queue = (
+        {int(bucket): count for bucket, count in counts.items()} for counts in (felt.ttft, felt.latency, felt.queue)
+    )
+    counts = FeltCounts(ttft=ttft, latency=latency, queue=queue, tokens=felt.tokens)
+    return ModelLoad(in_flight=one.in_flight, waiting=one.waiting, felt=counts)
 
 
 async def _changed(call: Call, since: int, wait_s: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Generic, Literal, NotRequired, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from typing_extensions import TypedDict
 
-from tidemill.core.buckets import COUNT
+from tidemill.core import buckets
 from tidemill.model.limits import LIMITS, Priority
 from tidemill.model.spec import MAX_PRICE_MICRO
 from tidemill.model.tenant import Scope
@@ -134,8 +134,38 @@ class AttemptOut(TypedDict):
     checkpoint_at_ns: int
 
 
+class AskOut(TypedDict):
+    """How many replicas one objective asks for, where it is at and what is meant, in words."""
+
+    objective: str
+    wants: int
+    seen: str
+    target: str
+
+
+class ReplicasOut(TypedDict):
+    """How many replicas a service has and is to have, why, and which objective asked for how many.
+
+    ``lead_ns`` is how long before they are needed replicas are launched. ``days`` is of how many days is known what is
+    usually needed, and ``has_pattern`` whether that can be gone by.
+    """
+
+    decided_at_ns: int
+    wanted: int
+    ready: int
+    coming: int
+    leaving: int
+    least: int
+    most: int
+    why: str
+    asks: list[AskOut]
+    lead_ns: int
+    days: int
+    has_pattern: bool
+
+
 class JobOut(TypedDict):
-    """One schedulable unit of a workload. The last three come with one job only."""
+    """One schedulable unit of a workload. The last four come with one job only."""
 
     id: str
     workload_id: str
@@ -165,6 +195,7 @@ class JobOut(TypedDict):
     spec: NotRequired[dict[str, Any]]
     attempt_list: NotRequired[list[AttemptOut]]
     workers: NotRequired[list[WorkerOut]]
+    replicas: NotRequired[ReplicasOut | None]
 
 
 class WorkloadOut(TypedDict):
@@ -250,6 +281,7 @@ class WhyOut(TypedDict):
     """Why a job is where it is. ``position`` counts from 1 while it waits; ``lines`` are for people.
 
     ``site`` is where it runs, ``sites`` how it would be at each while it waits; empty where there is one only.
+    ``replicas`` is null unless it is of a service whose number of replicas follows something.
     """
 
     job: str
@@ -264,6 +296,7 @@ class WhyOut(TypedDict):
     lines: list[str]
     site: str
     sites: list[SiteOptionOut]
+    replicas: ReplicasOut | None
 
 
 class ReceiptOut(TypedDict):
@@ -901,26 +934,49 @@ class RequestUsagesIn(Body):
 _Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+_Total = Annotated[int, Field(ge=0, lt=2**53)]
+_Counts = Annotated[
+    dict[Annotated[str, Field(pattern=r"^([0-9]|[1-7][0-9]|8[0-3])$")], _Total], Field(max_length=buckets.COUNT)
+]
+
+
+class FeltIn(Body):
+    """What users of a model felt since the gateway began: counts of times by bucket, and tokens of answers.
+
+    Bucket `n` has what took up to 2^(n/4) ms and longer than that of the one before.
+    """
+
+    ttft: _Counts
+    latency: _Counts
+    queue: _Counts
+    tokens: _Total
+
+
 class ModelLoadIn(Body):
-    """Requests under way on replicas of a model, and waiting for one."""
+    """Requests under way on replicas of a model, and waiting for one; now and then what users felt."""
 
     in_flight: _Count
     waiting: _Count
+    felt: FeltIn | None = None
 
 
 class ReplicaLoadIn(Body):
-    """Requests under way on a replica, and whether it gets no more."""
+    """Requests under way on a replica, whether it gets no more, and what its engine tells of itself."""
 
     in_flight: _Count
     is_leaving: bool
+    queued: _Count | None = None
+    running: _Count | None = None
+    cache_milli: Annotated[int, Field(ge=0, le=1000)] | None = None
+    first_token_ms: _Total | None = None
 
 
 class VariantLoadIn(Body):
     """What became of requests to a variant of a model since the gateway started; times of answers in buckets."""
 
-    requests: _Count
-    errors: _Count
-    slow: Annotated[list[Annotated[list[_Count], Field(min_length=2, max_length=2)]], Field(max_length=COUNT)] = []
+    requests: _Total
+    errors: _Total
+    slow: _Counts = {}
 
 
 class LoadIn(Body):

@@ -136,7 +136,7 @@ class ControlPlane:
             workloads=lambda: tuple(self.world.workloads.copy().values()),
             elsewhere=self.sites.read_file,
         )
-        scaler = Scaler(world=lambda: self.world, tell=self._turns.put, clock=clock)
+        scaler = Scaler(world=lambda: self.world, tell=self._turns.put, clock=clock, habits=store)
         self.rollouts = Rollouts(scaler, clock=clock)
         self.serving = Serving(
             store,

@@ -30,7 +30,7 @@ def bucket_of(ns: float) -> int:
 
 def upper_ns(bucket: int) -> int:
     """The longest time that is in that bucket."""
-    return round(_LEAST_NS * 2 ** (bucket / _PER_DOUBLING))
+    return int(_LEAST_NS * 2 ** (bucket / _PER_DOUBLING))
 
 
 def quantile_ns(counts: Counts, share_milli: int) -> int | None:

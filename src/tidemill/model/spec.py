@@ -14,6 +14,7 @@ from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.ids import SiteId, WorkloadId
 from tidemill.model.resources import Resources
 from tidemill.model.rollout import Rolling
+from tidemill.model.scaling import Scaling
 from tidemill.model.storage import DataMode, DataMount, VolumeMount
 from tidemill.units import DAY_NS, MILLI, SECOND_NS, USD_MICRO
 
@@ -149,6 +150,8 @@ class Service:
     wait_ns: int = 30 * SECOND_NS
     rollout: Rolling = Rolling()
     """How it takes the place of the revision before it."""
+    scaling: Scaling = Scaling()
+    """What the number of replicas follows beside the requests."""
     price_input_micro: int = 0
     """What a million tokens cost in requests, in micro-USD."""
     price_output_micro: int = 0
@@ -172,6 +175,10 @@ class Service:
                 raise ValueError(f"a million tokens cost from 0 to {MAX_PRICE_MICRO} micro-USD")
         if any(path and not path.startswith("/") for path in (self.readiness_path, self.liveness_path)):
             raise ValueError("the path of a probe begins with /")
+        if self.scaling != Scaling() and not self.is_scaled:
+            raise ValueError("only a number of replicas within a range can follow something")
+        if any(hours.replicas > self.replicas for hours in self.scaling.hours):
+            raise ValueError("no hours have more replicas than there are at most")
 
     @property
     def is_scaled(self) -> bool:

@@ -80,10 +80,43 @@ class Worker(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(Record):
-    """One schedulable unit of a workload. ``spec``, ``attempt_list`` and ``workers`` come with one job only."""
+class Ask(Record):
+    """How many replicas one objective asks for, where it is at and what is meant, in words."""
 
-    nested: ClassVar[Mapping[str, type[Record]]] = {"reason": Reason, "workers": Worker}
+    objective: str = ""
+    wants: int = 0
+    seen: str = ""
+    target: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replicas(Record):
+    """How many replicas a service has and is to have, why, and which objective asked for how many."""
+
+    nested: ClassVar[Mapping[str, type[Record]]] = {"asks": Ask}
+
+    decided_at_ns: int = 0
+    wanted: int = 0
+    ready: int = 0
+    coming: int = 0
+    leaving: int = 0
+    least: int = 0
+    most: int = 0
+    why: str = ""
+    asks: tuple[Ask, ...] = ()
+    lead_ns: int = 0
+    days: int = 0
+    has_pattern: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Record):
+    """One schedulable unit of a workload. ``spec``, ``attempt_list``, ``workers`` and ``replicas`` come with one only.
+
+    ``replicas`` is of its service; None unless their number follows something.
+    """
+
+    nested: ClassVar[Mapping[str, type[Record]]] = {"reason": Reason, "workers": Worker, "replicas": Replicas}
 
     id: str = ""
     workload_id: str = ""
@@ -113,6 +146,7 @@ class Job(Record):
     spec: Mapping[str, Any] | None = None
     attempt_list: tuple[Mapping[str, Any], ...] = ()
     workers: tuple[Worker, ...] = ()
+    replicas: Replicas | None = None
 
     @property
     def is_terminal(self) -> bool:
@@ -321,6 +355,7 @@ class Why(Record):
         "holdings": Holding,
         "forecast": Forecast,
         "sites": SiteOption,
+        "replicas": Replicas,
     }
 
     job: str = ""
@@ -335,6 +370,7 @@ class Why(Record):
     lines: tuple[str, ...] = ()
     site: str = ""
     sites: tuple[SiteOption, ...] = ()
+    replicas: Replicas | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from tidemill.errors import InvalidSpec
 from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.rollout import MAX_REQUESTS, MAX_SURGE, CanaryStep, Guard, Rolling
+from tidemill.model.scaling import DAYS, MAX_WINDOWS, Hours, Scaling
 from tidemill.model.spec import (
     MAX_ARRAY,
     MAX_CONCURRENCY,
@@ -94,6 +95,15 @@ from tidemill.wire.rolling import (
     steps_of,
     watch_of,
     weight_of,
+)
+from tidemill.wire.scaling import (
+    days_of,
+    objective_of,
+    share_of,
+    time_of,
+    tolerance_of,
+    window_of,
+    zone_of,
 )
 from tidemill.wire.scheduling import (
     MAX_SPEED,
@@ -358,6 +368,98 @@ class RolloutIn(StrictSection):
     )
 
 
+_Objective = Annotated[int, *taking(objective_of, {"type": ["string", "integer"], "examples": ["500ms", "2s"]})]
+_Share = Annotated[int, *taking(share_of, {"type": ["string", "number"], "examples": ["80%", 0.8]})]
+_TimeOfDay = Annotated[int, *taking(time_of, {"type": ["string", "integer"], "examples": ["08:30"]})]
+
+
+class HoursIn(StrictSection):
+    """Hours in which a service has so many replicas at least."""
+
+    replicas: Annotated[int, *counted(1, MAX_REPLICAS)] = Field(description="How many there are at least.")
+    days: Annotated[
+        tuple[int, ...], *taking(days_of, {"type": ["string", "array"], "examples": ["mon-fri", ["sat", "sun"]]})
+    ] = Field(default=tuple(range(len(DAYS))), description="On which days.", json_schema_extra={"default": "mon-sun"})
+    starts: _TimeOfDay = Field(
+        default=0, description="From when; they are ready by then.", json_schema_extra={"default": "00:00"}
+    )
+    ends: _TimeOfDay = Field(
+        default=86_400,
+        description="Until when; on the next day where that is not after `starts`.",
+        json_schema_extra={"default": "24:00"},
+    )
+    zone: Annotated[str, *taking(zone_of, {**TEXT, "examples": ["Europe/Berlin"]})] = Field(
+        default="UTC", description="The time zone of these times."
+    )
+
+
+class ScalingIn(StrictSection):
+    """What the number of replicas follows beside the requests that there are; what needs most of them wins."""
+
+    ttft: _Objective = Field(
+        default=0, description="95 of 100 streams are to begin within this time.", json_schema_extra={"default": ""}
+    )
+    latency: _Objective = Field(
+        default=0, description="95 of 100 answers are to be whole within this time.", json_schema_extra={"default": ""}
+    )
+    queue: _Objective = Field(
+        default=0,
+        description="95 of 100 requests are to wait in the gateway no longer than this.",
+        json_schema_extra={"default": ""},
+    )
+    engine_queue: Annotated[int, *counted(0, MAX_CONCURRENCY)] = Field(
+        default=0,
+        description="How many requests may wait inside a replica, as vLLM, SGLang, TGI or llama.cpp tell; 0 for no"
+        " objective.",
+    )
+    in_flight: Annotated[int, *counted(0, MAX_CONCURRENCY)] = Field(
+        default=0, description="How many requests a replica is to have on average; 0: `concurrency`."
+    )
+    tokens: Annotated[int, *counted(0, 10_000_000)] = Field(
+        default=0, description="How many tokens of answers a second a replica is to give; 0 for no objective."
+    )
+    gpu: _Share = Field(
+        default=0, description="How busy its GPUs are to be on average.", json_schema_extra={"default": ""}
+    )
+    kv_cache: _Share = Field(
+        default=0,
+        description="How full a replica's KV cache is to be on average, as vLLM or SGLang tell.",
+        json_schema_extra={"default": ""},
+    )
+    window: Annotated[int, *taking(window_of, _DURATION_SCHEMA)] = Field(
+        default=60 * SECOND_NS,
+        description="Over how long is looked at what was felt.",
+        json_schema_extra={"default": "1m"},
+    )
+    tolerance: Annotated[int, *taking(tolerance_of, {"type": ["string", "number"], "examples": ["10%"]})] = Field(
+        default=100,
+        description="Within this part of an objective the number of replicas stays.",
+        json_schema_extra={"default": "10%"},
+    )
+    up_after: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=0,
+        description="For how long more have to be needed before replicas are added; the first one comes at once.",
+        json_schema_extra={"default": "0s"},
+    )
+    up_step: Annotated[int, *counted(0, MAX_REPLICAS)] = Field(
+        default=0, description="How many replicas may be starting at a time; 0 for any number."
+    )
+    down_step: Annotated[int, *counted(0, MAX_REPLICAS)] = Field(
+        default=0, description="How many are given up in `down_every` at most; 0 for any number."
+    )
+    down_every: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=60 * SECOND_NS, description="How long `down_step` is for.", json_schema_extra={"default": "1m"}
+    )
+    predict: Annotated[bool, *taking(flag_of, {"type": "boolean"})] = Field(
+        default=False, description="Have there what was needed at this time of day, before it is needed again."
+    )
+    schedule: Annotated[list[HoursIn], Field(max_length=MAX_WINDOWS)] = Field(
+        default_factory=list,
+        description="Hours with a number of replicas at least.",
+        json_schema_extra={"default": ""},
+    )
+
+
 _PRICE_SCHEMA: Final = {"type": "number", "minimum": 0, "maximum": 1000, "examples": [0.15]}
 
 
@@ -415,6 +517,11 @@ class ServiceIn(StrictSection):
         default_factory=_shared(RolloutIn),
         description="How it takes the place of the revision before, when it is updated.",
         json_schema_extra={"default": {}},
+    )
+    scaling: ScalingIn = Field(
+        default_factory=_shared(ScalingIn),
+        description="What the number of replicas follows within its range.",
+        json_schema_extra={"default": ""},
     )
     price: PriceIn = Field(
         default_factory=_shared(PriceIn),
@@ -981,8 +1088,24 @@ def contradictions(given: set[str], spec: Any, now: int) -> Iterator[dict[str, A
             yield problem("service.port", wanted, f"{shown(wanted)} is not a name of a port.", PORT_MEND)
     if isinstance(spec.service, ServiceIn) and isinstance(spec.service.rollout, RolloutIn):
         yield from _impossible_rollouts(spec.service.rollout)
+    if isinstance(spec.service, ServiceIn):
+        yield from _impossible_scaling(spec.service)
     yield from _clashing_mounts(spec)
     yield from _impossible_schedules(spec, kind, now)
+
+
+def _impossible_scaling(service: ServiceIn) -> Iterator[dict[str, Any]]:
+    replicas, scaling = service.replicas, service.scaling
+    if not isinstance(replicas, Span) or not isinstance(scaling, ScalingIn):
+        return
+    if scaling != ScalingIn() and replicas.smallest == replicas.largest:
+        mend = f"Write replicas: 1..{max(2, replicas.largest)}, or leave scaling out."
+        yield problem("service.scaling", None, f"There are always {replicas.largest} replicas.", mend)
+    for hours in scaling.schedule if isinstance(scaling.schedule, list) else ():
+        if isinstance(hours, HoursIn) and hours.replicas > replicas.largest:
+            mend = f"Write {replicas.largest} at most, or a larger range of replicas."
+            sentence = f"There are never more than {replicas.largest} replicas."
+            yield problem("service.scaling.schedule.replicas", hours.replicas, sentence, mend)
 
 
 def _clashing_mounts(spec: Any) -> Iterator[dict[str, Any]]:
@@ -1071,6 +1194,7 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         concurrency=section.concurrency,
         wait_ns=section.wait,
         rollout=_rolling(section.rollout),
+        scaling=_scaling(section.scaling),
         price_input_micro=section.price.input,
         price_output_micro=section.price.output,
         is_salted=section.cache_salt,
@@ -1108,6 +1232,30 @@ def _impossible_rollouts(rollout: RolloutIn) -> Iterator[dict[str, Any]]:
 
 def _pace(probe: ReadinessIn | LivenessIn) -> Pace:
     return Pace(delay_ns=probe.delay, every_ns=probe.every, answer_ns=probe.answer, failures=probe.failures)
+
+
+def _scaling(given: ScalingIn) -> Scaling:
+    return Scaling(
+        ttft_ns=given.ttft,
+        latency_ns=given.latency,
+        queue_ns=given.queue,
+        engine_queue=given.engine_queue,
+        in_flight=given.in_flight,
+        tokens=given.tokens,
+        gpu_milli=given.gpu,
+        kv_cache_milli=given.kv_cache,
+        window_ns=given.window,
+        tolerance_milli=given.tolerance,
+        up_after_ns=given.up_after,
+        up_step=given.up_step,
+        down_step=given.down_step,
+        down_every_ns=given.down_every,
+        predicts=given.predict,
+        hours=tuple(
+            Hours(replicas=one.replicas, days=one.days, from_s=one.starts, until_s=one.ends, zone=one.zone)
+            for one in given.schedule
+        ),
+    )
 
 
 def problem(field: str, value: object, detail: str, mend: str) -> dict[str, Any]:

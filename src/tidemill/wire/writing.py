@@ -10,6 +10,7 @@ from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Dependency, DependsOn, Kind, Pace, Placement, Port, Service, Tier, WorkloadSpec
 from tidemill.units import MILLI, SECOND_NS, USD_MICRO
 from tidemill.wire.rolling import rolling_json
+from tidemill.wire.scaling import scaling_json
 from tidemill.wire.scheduling import instant_text
 from tidemill.wire.sections import default_retry
 
@@ -198,6 +199,8 @@ def _service_json(service: Service) -> dict[str, Any]:
         written["concurrency"] = service.concurrency
     if service.wait_ns != _SERVICE.wait_ns:
         written["wait"] = _duration_json(service.wait_ns)
+    if scaling := scaling_json(service.scaling, _duration_json):
+        written["scaling"] = scaling
     if service.price_input_micro or service.price_output_micro:
         written["price"] = {
             "input": service.price_input_micro / USD_MICRO,

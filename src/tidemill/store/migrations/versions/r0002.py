@@ -85,6 +85,13 @@ def upgrade() -> None:
     )
     op.create_index("ix_rollouts_first", "rollouts", ["first_id"])
     op.create_index("ix_rollouts_ended", "rollouts", ["ended_ns"])
+    # What services usually need.
+    op.create_table(
+        "habits",
+        sa.Column("project_id", TEXT, primary_key=True, nullable=False),
+        sa.Column("service", TEXT, primary_key=True, nullable=False),
+        sa.Column("body", TEXT, nullable=False),
+    )
     # Models, and their versions.
     op.create_table(
         "models",
