@@ -27,6 +27,7 @@ from tidemill.model.events import (
     LaunchRefused,
     Marking,
     MetersRead,
+    ModelPolicySet,
     NeverLaunched,
     NodeFellSilent,
     NodeJoined,
@@ -543,6 +544,12 @@ def _queue_set(fact: QueueSet, world: World, out: Outcome) -> None:
     world.quota.set_queue(world.queues[fact.queue.id])
     world.reopen()
     out.note("QueueSet", queue=fact.queue.name)
+
+
+@_take.register
+def _model_policy_set(fact: ModelPolicySet, _world: World, out: Outcome) -> None:
+    pickles = "allow" if fact.project.allows_pickles else "refuse"
+    out.note("ModelPolicySet", project=fact.project.name, pickles=pickles, by=fact.by)
 
 
 @_take.register

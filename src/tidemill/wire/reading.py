@@ -24,6 +24,7 @@ from tidemill.wire.sections import (
     GuardIn,
     HoursIn,
     LivenessIn,
+    ModelIn,
     PlacementIn,
     PriceIn,
     ReadinessIn,
@@ -35,8 +36,8 @@ from tidemill.wire.sections import (
     VolumeIn,
     WorkloadSpecIn,
     contradictions,
+    fields_of,
     invalid,
-    names_of,
     problem,
 )
 
@@ -132,17 +133,18 @@ SECTIONS: Final[Mapping[tuple[str, ...], type[BaseModel]]] = {
     ("group",): GroupIn,
     ("resources", "any_of"): AlternativeIn,
     ("data",): DataIn,
+    ("model",): ModelIn,
     ("volumes",): VolumeIn,
 }
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
     section = SECTIONS.get(tuple(part for part in location if isinstance(part, str)))
-    return [*names_of(section)] if section is not None else []
+    return list(fields_of(section)) if section is not None else []
 
 
 _MISPLACED: Final[Mapping[str, str]] = {
-    name: ".".join((*place, name)) for place, section in reversed(list(SECTIONS.items())) for name in names_of(section)
+    name: ".".join((*place, name)) for place, section in reversed(list(SECTIONS.items())) for name in fields_of(section)
 }
 _FOREIGN: Final = {
     "command": "run",

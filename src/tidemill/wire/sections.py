@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from tidemill.errors import InvalidSpec
 from tidemill.model.fleet import Level, SiteKind
+from tidemill.model.registry import parse_model_reference
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.rollout import MAX_REQUESTS, MAX_SURGE, CanaryStep, Guard, Rolling
 from tidemill.model.scaling import DAYS, MAX_WINDOWS, Hours, Scaling
@@ -74,6 +75,7 @@ from tidemill.wire.fields import (
     kind_of,
     mode_of,
     model_of,
+    model_reference_of,
     mount_of,
     package_of,
     path_of,
@@ -174,8 +176,8 @@ class StrictSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
 
-def names_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields of a section, as they are written."""
+def fields_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """A section's fields by the names under which they are written."""
     return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
@@ -565,6 +567,25 @@ class DataIn(StrictSection):
     )
 
 
+class ModelIn(StrictSection):
+    """A model of the registry that each worker finds, read-only."""
+
+    reference: Annotated[
+        str,
+        *taking(
+            model_reference_of,
+            {**TEXT, "examples": ["models:/greeter/production", "models:/greeter@champion", "models:/greeter/3"]},
+        ),
+    ] = Field(
+        alias="from",
+        description="Which: by stage, alias or version, or `greeter` for its newest. It is settled when the workload is"
+        " submitted, so that all its replicas have the same.",
+    )
+    at: Annotated[str, *taking(mount_of, {**TEXT, "examples": ["/model"]})] = Field(
+        default="", description="Where; `/models/NAME` when left out. The path is in `$TIDEMILL_MODEL_DIR`."
+    )
+
+
 class VolumeIn(StrictSection):
     """A volume that each worker finds."""
 
@@ -732,6 +753,7 @@ class GroupIn(StrictSection):
     ] = Field(description="How many jobs it has.")
 
 
+_Model = Annotated[ModelIn, _wrapped("from", str)]
 _Data = Annotated[DataIn, _wrapped("dataset", str)]
 _Volume = Annotated[VolumeIn, _wrapped("name", str)]
 _MOMENT_SCHEMA: Final = {**TEXT, "examples": ["2027-03-01T09:00:00Z", "in 2h"]}
@@ -802,6 +824,10 @@ class WorkloadSpecIn(StrictSection):
         default_factory=list,
         description="Data sets, each a name or a section; the path of each is in `$TIDEMILL_DATA_<NAME>`.",
         json_schema_extra={"default": [], "examples": [[{"dataset": "imagenet", "at": "/data"}]]},
+    )
+    model: _Model | None = Field(
+        default=None,
+        description="A model of the registry, by reference or as a section; its path is in `$TIDEMILL_MODEL_DIR`.",
     )
     volumes: Annotated[list[_Volume], BeforeValidator(lambda value: _few(value, "volumes"))] = Field(
         default_factory=list,
@@ -982,7 +1008,7 @@ class WorkloadSpecIn(StrictSection):
                 expected_duration_ns=self.expected_duration,
                 start_after_ns=self.start_after.at(now),
                 start_before_ns=self.start_before.at(now),
-                data=tuple([_data_mount(one) for one in self.data]),
+                data=(*_model_mounts(self.model), *[_data_mount(one) for one in self.data]),
                 volumes=tuple([_volume_mount(one) for one in self.volumes]),
             )
         except ValueError as error:
@@ -1006,6 +1032,16 @@ def _data_mount(given: DataIn) -> DataMount:
     return DataMount(dataset=given.dataset, at=given.at or default_data_path(given.dataset), mode=given.mode)
 
 
+def _model_mounts(given: ModelIn | None) -> tuple[DataMount, ...]:
+    if given is None:
+        return ()
+    return (
+        DataMount(
+            dataset="", model=given.reference, at=given.at or default_model_path(given.reference), mode=DataMode.COPY
+        ),
+    )
+
+
 def _volume_mount(given: VolumeIn) -> VolumeMount:
     return VolumeMount(volume=given.name, at=given.at or default_volume_path(given.name), read_only=given.read_only)
 
@@ -1013,6 +1049,11 @@ def _volume_mount(given: VolumeIn) -> VolumeMount:
 def default_data_path(reference: str) -> str:
     """Where a data set is found when its spec does not say."""
     return f"/data/{reference.partition(':')[0]}"
+
+
+def default_model_path(reference: str) -> str:
+    """Where a model is found when its spec does not say."""
+    return f"/models/{parse_model_reference(reference).name}"
 
 
 def default_volume_path(name: str) -> str:
@@ -1113,6 +1154,8 @@ def _clashing_mounts(spec: Any) -> Iterator[dict[str, Any]]:
     data = [one for one in spec.data if isinstance(one, DataIn)] if type(spec.data) is list else []
     volumes = [one for one in spec.volumes if isinstance(one, VolumeIn)] if type(spec.volumes) is list else []
     mounts = [("data", one.at or default_data_path(one.dataset)) for one in data]
+    if isinstance(spec.model, ModelIn):
+        mounts.append(("model", spec.model.at or default_model_path(spec.model.reference)))
     mounts += [("volumes", one.at or default_volume_path(one.name)) for one in volumes]
     for index, (field, path) in enumerate(mounts):
         for _, other in mounts[:index]:

@@ -41,8 +41,12 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
     for name in ("envs", "inputs", "labels"):
         if pairs := getattr(spec, name):
             written[name] = dict(pairs)
-    if spec.data:
-        written["data"] = [{"dataset": one.dataset, "at": one.at, "mode": one.mode.value} for one in spec.data]
+    if data := [one for one in spec.data if not one.model]:
+        written["data"] = [{"dataset": one.dataset, "at": one.at, "mode": one.mode.value} for one in data]
+    for one in spec.data:
+        if one.model:
+            pinned = f"models:/{one.dataset.replace(':', '/')}" if one.dataset else one.model
+            written["model"] = {"from": pinned, "at": one.at}
     if spec.volumes:
         written["volumes"] = [{"name": one.volume, "at": one.at, "read_only": one.read_only} for one in spec.volumes]
     if spec.secrets:
