@@ -12,7 +12,7 @@ from tidemill.core import rollout as decisions
 from tidemill.core.lifecycle import ROLLOUT, apply
 from tidemill.core.rollout import Answers, Decision, Seen, Side, decide, judge
 from tidemill.model.ids import ProjectId, RolloutId, WorkloadId
-from tidemill.model.rollout import CanaryStep, Guard, Rolling, Rollout, RolloutState
+from tidemill.model.rollout import CanaryStep, Comparison, Rolling, Rollout, RolloutState
 from tidemill.model.values import replace
 from tidemill.units import MINUTE_NS, SECOND_NS
 
@@ -130,7 +130,7 @@ def test_a_canary_is_held_from_when_it_is_ready_and_goes_step_by_step() -> None:
     ],
 )
 def test_a_revision_is_compared_with_the_one_before(old: Answers, new: Answers, is_bad: bool) -> None:
-    assert bool(judge(Guard(slower_milli=2000), old, new)) is is_bad
+    assert bool(judge(Comparison(slower_milli=2000), old, new)) is is_bad
 
 
 @settings(max_examples=200, deadline=None)
@@ -140,8 +140,8 @@ def test_a_revision_is_compared_with_the_one_before(old: Answers, new: Answers, 
     st.integers(0, 500),
 )
 def test_more_errors_never_speak_for_a_revision(old: Answers, new: Answers, more: int) -> None:
-    if judge(Guard(), old, new):
-        assert judge(Guard(), old, replace(new, errors=new.errors + more))
+    if judge(Comparison(), old, new):
+        assert judge(Comparison(), old, replace(new, errors=new.errors + more))
 
 
 # Whole rollouts

@@ -188,8 +188,8 @@ def bad_revisions(cloud: Cloud) -> str:
     spec = service("bad", replicas=2, envs={})
     with running(cloud, spec):
         traffic = Traffic(cloud, "bad", streams=0)
-        guard = {"requests": 10, "window": "20s"}
-        update(cloud, version({**spec, "envs": {"ENGINE_FAILS": "1"}}, 2, canary="50%", guard=guard))
+        judged = {"requests": 10, "window": "20s"}
+        update(cloud, version({**spec, "envs": {"ENGINE_FAILS": "1"}}, 2, canary="50%", rollback=judged))
         eventually(lambda: revisions(cloud, "bad")["rollout"]["watched_ns"], within_s=60, what="the canary is ready")
         traffic.start()
         assert wait_until_over(cloud, "bad") == {1: "running", 2: "taken back"}

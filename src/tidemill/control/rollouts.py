@@ -159,7 +159,7 @@ class Rollouts:
         lasting = old if rollout.state is RolloutState.RETURNING else new
         active = [job for one in (old, new) if one is not None for job in active_jobs(world, one)]
         sides = self._side(world, rollout.before_id), self._side(world, rollout.workload_id)
-        window = now - (rolling.guard.window_ns if rolling.guard is not None else 0)
+        window = now - (rolling.comparison.window_ns if rolling.comparison is not None else 0)
         answers = [
             self._tally.answers((model_of(one), variant_of(rollout, one.id)), since_ns=window)
             if one is not None
@@ -200,7 +200,7 @@ def rolling_of(workload: Workload | None, rollout: Rollout | None = None) -> Rol
     """How a revision takes the place of the one before; one that somebody went back to is not tried."""
     service = workload.spec.service if workload is not None else None
     rolling = service.rollout if service is not None else Rolling()
-    return replace(rolling, steps=(), guard=None) if rollout is not None and rollout.back_to else rolling
+    return replace(rolling, steps=(), comparison=None) if rollout is not None and rollout.back_to else rolling
 
 
 def model_of(workload: Workload) -> str:

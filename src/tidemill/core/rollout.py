@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from tidemill.model.rollout import CanaryStep, Guard, Rolling, Rollout, RolloutState
+from tidemill.model.rollout import CanaryStep, Comparison, Rolling, Rollout, RolloutState
 from tidemill.units import MILLI, format_duration
 
 _HUNDRED: Final = 100
@@ -97,23 +97,23 @@ def decide(rollout: Rollout, rolling: Rolling, seen: Seen, *, now: int) -> Decis
     return Decision(old=old, new=new, why=_progress(rollout, seen), weights=weights)
 
 
-def judge(guard: Guard, old: Answers, new: Answers) -> str:
+def judge(comparison: Comparison, old: Answers, new: Answers) -> str:
     """Why a new revision is not as good as the old one; empty while nothing speaks against it.
 
-    >>> judge(Guard(), Answers(requests=1000, errors=10), Answers(requests=50, errors=4))
+    >>> judge(Comparison(), Answers(requests=1000, errors=10), Answers(requests=50, errors=4))
     '4 of 50 requests failed on it, and 10 of 1000 on the one before'
-    >>> judge(Guard(), Answers(requests=1000, errors=10), Answers(requests=49, errors=49))
+    >>> judge(Comparison(), Answers(requests=1000, errors=10), Answers(requests=49, errors=49))
     ''
     """
-    if new.requests < guard.requests:
+    if new.requests < comparison.requests:
         return ""
     before = f"{old.errors} of {old.requests} on the one before"
     share_new, share_old = new.errors * max(1, old.requests), old.errors * new.requests
-    if (share_new - share_old) * MILLI > guard.errors_milli * new.requests * max(1, old.requests):
+    if (share_new - share_old) * MILLI > comparison.errors_milli * new.requests * max(1, old.requests):
         return f"{new.errors} of {new.requests} requests failed on it, and {before}"
-    if not guard.slower_milli or old.requests < guard.requests or old.slow_ns is None or new.slow_ns is None:
+    if not comparison.slower_milli or old.requests < comparison.requests or old.slow_ns is None or new.slow_ns is None:
         return ""
-    if new.slow_ns * MILLI <= old.slow_ns * guard.slower_milli:
+    if new.slow_ns * MILLI <= old.slow_ns * comparison.slower_milli:
         return ""
     took = f"{format_duration(new.slow_ns)} on it, and {format_duration(old.slow_ns)} on the one before"
     return f"95 of 100 answers took up to {took}"
@@ -147,7 +147,7 @@ def _is_bad(rolling: Rolling, rollout: Rollout, seen: Seen) -> str:
         return f"{new.lost} of its replicas failed for good"
     if not new.ready and new.failures >= FAILURES:
         return f"its replicas failed {new.failures} times before one was ready"
-    if rolling.guard is not None and (worse := judge(rolling.guard, seen.old_answers, seen.new_answers)):
+    if rolling.comparison is not None and (worse := judge(rolling.comparison, seen.old_answers, seen.new_answers)):
         return worse
     if seen.still_ns >= rolling.progress_ns and not rollout.watched_ns:
         return f"it came no further for {format_duration(rolling.progress_ns)}"

@@ -33,7 +33,7 @@ class CanaryStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Guard:
+class Comparison:
     """When a new revision is taken back by itself: compared with the old one, over the requests of ``window_ns``.
 
     It may have ``errors_milli`` more errors in 1000 requests. 95 of 100 of its answers may take ``slower_milli``
@@ -61,8 +61,8 @@ class Rolling:
     """How a service's replicas are exchanged for those of a new revision.
 
     There are at most ``surge`` more than it needs, and at most ``unavailable`` fewer are ready. One that leaves has
-    ``drain_ns`` to finish what is under way on it. ``steps`` are gone through first. ``guard`` None: it is not taken
-    back for what it answers. ``progress_ns`` is how long it may come no further before it is taken back.
+    ``drain_ns`` to finish what is under way on it. ``steps`` are gone through first. ``comparison`` None: it is not
+    taken back for what it answers. ``progress_ns`` is how long it may come no further before it is taken back.
     """
 
     surge: int = 1
@@ -70,7 +70,7 @@ class Rolling:
     drain_ns: int = 10 * MINUTE_NS
     progress_ns: int = 30 * MINUTE_NS
     steps: tuple[CanaryStep, ...] = ()
-    guard: Guard | None = Guard()
+    comparison: Comparison | None = Comparison()
 
     def __post_init__(self) -> None:
         if not 0 <= self.surge <= MAX_SURGE or not 0 <= self.unavailable <= MAX_SURGE:

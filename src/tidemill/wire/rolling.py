@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from tidemill.model.rollout import MAX_SLOWER_MILLI, MAX_STEPS, CanaryStep, Guard, Rolling
+from tidemill.model.rollout import MAX_SLOWER_MILLI, MAX_STEPS, CanaryStep, Comparison, Rolling
 from tidemill.units import DAY_NS, HOUR_NS, MILLI, SECOND_NS
 from tidemill.wire.checks import Refusal, duration_of, shown
 
@@ -81,7 +81,7 @@ def steps_of(value: object) -> object:
     return value
 
 
-def guard_of(value: object) -> object:
+def rollback_of(value: object) -> object:
     """A section, of ``true``; nothing, of ``false``."""
     return {} if value is True else None if value is False else value
 
@@ -96,7 +96,7 @@ def rolling_json(rolling: Rolling, duration: Any) -> dict[str, Any]:
     }
     if rolling.steps:
         written["canary"] = [_step_json(step, duration) for step in rolling.steps]
-    written["guard"] = False if rolling.guard is None else _guard_json(rolling.guard, duration)
+    written["rollback"] = False if rolling.comparison is None else _rollback_json(rolling.comparison, duration)
     return written
 
 
@@ -104,10 +104,10 @@ def _step_json(step: CanaryStep, duration: Any) -> dict[str, Any]:
     return {"weight": step.weight} | ({"for": duration(step.hold_ns)} if step.hold_ns else {})
 
 
-def _guard_json(guard: Guard, duration: Any) -> dict[str, Any]:
+def _rollback_json(it: Comparison, duration: Any) -> dict[str, Any]:
     return {
-        "errors": guard.errors_milli / MILLI,
-        "slower": guard.slower_milli / MILLI,
-        "requests": guard.requests,
-        "window": duration(guard.window_ns),
+        "errors": it.errors_milli / MILLI,
+        "slower": it.slower_milli / MILLI,
+        "requests": it.requests,
+        "window": duration(it.window_ns),
     }

@@ -10,11 +10,13 @@ from typing import Annotated, Any, Final, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic.fields import FieldInfo
 
-from tidemill.errors import InvalidSpec
+from tidemill.errors import InvalidRequest, InvalidSpec
+from tidemill.guards.reading import rules_of
 from tidemill.model.fleet import Level, SiteKind
+from tidemill.model.guard import Action, GuardRule
 from tidemill.model.registry import parse_model_reference
 from tidemill.model.resources import GpuRequest, Resources
-from tidemill.model.rollout import MAX_REQUESTS, MAX_SURGE, CanaryStep, Guard, Rolling
+from tidemill.model.rollout import MAX_REQUESTS, MAX_SURGE, CanaryStep, Comparison, Rolling
 from tidemill.model.scaling import DAYS, MAX_WINDOWS, Hours, Scaling
 from tidemill.model.spec import (
     MAX_ARRAY,
@@ -23,6 +25,7 @@ from tidemill.model.spec import (
     MAX_REPLICAS,
     MAX_WORKERS,
     PRIORITY_RANGE,
+    Affinity,
     Alternative,
     Dependency,
     Environment,
@@ -36,6 +39,7 @@ from tidemill.model.spec import (
     Service,
     Territory,
     Tier,
+    Timeouts,
     Weight,
     WorkloadSpec,
 )
@@ -67,10 +71,13 @@ from tidemill.wire.checks import (
 )
 from tidemill.wire.fields import (
     PORT_MEND,
+    affinity_of,
     artifact_of,
     cpus_of,
     dataset_of,
+    fallback_of,
     gpus_of,
+    hedge_of,
     image_of,
     kind_of,
     mode_of,
@@ -79,6 +86,7 @@ from tidemill.wire.fields import (
     mount_of,
     package_of,
     path_of,
+    patience_of,
     port_of,
     port_reference,
     ports_of,
@@ -90,9 +98,9 @@ from tidemill.wire.fields import (
 )
 from tidemill.wire.rolling import (
     errors_of,
-    guard_of,
     hold_of,
     progress_of,
+    rollback_of,
     slower_of,
     steps_of,
     watch_of,
@@ -316,7 +324,7 @@ class CanaryIn(StrictSection):
     )
 
 
-class GuardIn(StrictSection):
+class RollbackIn(StrictSection):
     """When a new revision is taken back by itself, compared with the one before."""
 
     errors: Annotated[int, *taking(errors_of, {"type": ["string", "number"], "examples": ["5%", 0.05]})] = Field(
@@ -363,10 +371,33 @@ class RolloutIn(StrictSection):
         description="Parts of the requests that it gets first, each a weight or a section.",
         json_schema_extra={"default": ""},
     )
-    guard: Annotated[GuardIn | None, BeforeValidator(guard_of)] = Field(
-        default_factory=_shared(GuardIn),
+    rollback: Annotated[RollbackIn | None, BeforeValidator(rollback_of)] = Field(
+        default_factory=_shared(RollbackIn),
         description="When it is taken back by itself; `false`: only when its replicas do not come up.",
         json_schema_extra={"default": {}},
+    )
+
+
+class TimeoutsIn(StrictSection):
+    """How long the gateway waits for a service's replica, in each phase of a request."""
+
+    connect: Annotated[int, *taking(patience_of, _DURATION_SCHEMA)] = Field(
+        default=5 * SECOND_NS,
+        description="To be connected; then another one is tried.",
+        json_schema_extra={"default": "5s"},
+    )
+    first_byte: Annotated[int, *taking(patience_of, _DURATION_SCHEMA)] = Field(
+        default=600 * SECOND_NS,
+        description="For a response to begin, once the request is sent.",
+        json_schema_extra={"default": "10m"},
+    )
+    between: Annotated[int, *taking(patience_of, _DURATION_SCHEMA)] = Field(
+        default=600 * SECOND_NS,
+        description="For the next part of a response; on a WebSocket for anything, from either side.",
+        json_schema_extra={"default": "10m"},
+    )
+    whole: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=0, description="For a whole response, from when a replica is chosen; 0 for as long as it takes."
     )
 
 
@@ -476,6 +507,13 @@ class PriceIn(StrictSection):
     )
 
 
+def _guards_of(value: object) -> tuple[GuardRule, ...]:
+    try:
+        return rules_of(value)
+    except InvalidRequest as error:
+        raise Refusal(f"{error.field}: {error.detail}", error.mend) from None
+
+
 class ServiceIn(StrictSection):
     """How a service is reached."""
 
@@ -519,6 +557,55 @@ class ServiceIn(StrictSection):
         default_factory=_shared(RolloutIn),
         description="How it takes the place of the revision before, when it is updated.",
         json_schema_extra={"default": {}},
+    )
+    guards: Annotated[
+        tuple[GuardRule, ...],
+        *taking(
+            _guards_of,
+            {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "kind": {"type": "string"},
+                        "name": {"type": "string"},
+                        "action": {"type": "string", "enum": [one.value for one in Action]},
+                        "on": {"enum": ["request", "response", "both"]},
+                    },
+                    "required": ["kind"],
+                },
+                "examples": [[{"kind": "pii", "action": "redact", "on": "both"}]],
+            },
+        ),
+    ] = Field(default=(), description="What looks at its requests and answers in the gateway: guardrails, in order.")
+    affinity: Annotated[Affinity, *taking(affinity_of, {"type": "string", "enum": [one.value for one in Affinity]})] = (
+        Field(
+            default=Affinity.NONE,
+            description="What comes to the same replica: requests that begin alike (`prefix`), or of one `session`.",
+            json_schema_extra={"default": "none"},
+        )
+    )
+    fallback: Annotated[
+        tuple[str, ...],
+        *taking(
+            fallback_of,
+            {"type": ["array", "string", "null"], "items": TEXT, "examples": [["llama-3.1-8b", "llama-3.2-1b"]]},
+        ),
+    ] = Field(default=(), description="Models that answer when none of its replicas can, in order.")
+    hedge: Annotated[int, *taking(hedge_of, {**_DURATION_SCHEMA, "examples": ["200ms"]})] = Field(
+        default=0,
+        description="After how long without an answer a second replica is asked too, where that does no harm:"
+        " embeddings, reranking, GET and HEAD. 0 for never.",
+    )
+    timeouts: TimeoutsIn = Field(
+        default_factory=_shared(TimeoutsIn),
+        description="How long a replica may take, in each phase of a request.",
+        json_schema_extra={"default": {}},
+    )
+    http: Annotated[bool, *taking(flag_of, {"type": "boolean"})] = Field(
+        default=False,
+        description="Whether all its paths are reached, under `/services/NAME/` of the gateway. When left out: if it"
+        " names no `model`.",
     )
     scaling: ScalingIn = Field(
         default_factory=_shared(ScalingIn),
@@ -1130,6 +1217,9 @@ def contradictions(given: set[str], spec: Any, now: int) -> Iterator[dict[str, A
     if isinstance(spec.service, ServiceIn) and isinstance(spec.service.rollout, RolloutIn):
         yield from _impossible_rollouts(spec.service.rollout)
     if isinstance(spec.service, ServiceIn):
+        own = spec.service.model or spec.name
+        if own and own in spec.service.fallback:
+            yield problem("service.fallback", own, "It would fall back to itself.", "Leave that one out.")
         yield from _impossible_scaling(spec.service)
     yield from _clashing_mounts(spec)
     yield from _impossible_schedules(spec, kind, now)
@@ -1237,6 +1327,12 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         concurrency=section.concurrency,
         wait_ns=section.wait,
         rollout=_rolling(section.rollout),
+        guards=section.guards,
+        affinity=section.affinity,
+        fallback=section.fallback,
+        hedge_ns=section.hedge,
+        timeouts=_timeouts(section.timeouts),
+        http=section.http if "http" in section.model_fields_set else None,
         scaling=_scaling(section.scaling),
         price_input_micro=section.price.input,
         price_output_micro=section.price.output,
@@ -1245,20 +1341,20 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
 
 
 def _rolling(section: RolloutIn) -> Rolling:
-    guard = section.guard
+    told = section.rollback
     return Rolling(
         surge=section.surge,
         unavailable=section.unavailable,
         drain_ns=section.drain,
         progress_ns=section.progress,
         steps=tuple(CanaryStep(weight=step.weight, hold_ns=step.hold) for step in section.canary),
-        guard=Guard(
-            errors_milli=guard.errors,
-            slower_milli=int(guard.slower),
-            requests=guard.requests,
-            window_ns=guard.window,
+        comparison=Comparison(
+            errors_milli=told.errors,
+            slower_milli=int(told.slower),
+            requests=told.requests,
+            window_ns=told.window,
         )
-        if guard is not None
+        if told is not None
         else None,
     )
 
@@ -1275,6 +1371,12 @@ def _impossible_rollouts(rollout: RolloutIn) -> Iterator[dict[str, Any]]:
 
 def _pace(probe: ReadinessIn | LivenessIn) -> Pace:
     return Pace(delay_ns=probe.delay, every_ns=probe.every, answer_ns=probe.answer, failures=probe.failures)
+
+
+def _timeouts(given: TimeoutsIn) -> Timeouts:
+    return Timeouts(
+        connect_ns=given.connect, first_byte_ns=given.first_byte, between_ns=given.between, whole_ns=given.whole
+    )
 
 
 def _scaling(given: ScalingIn) -> Scaling:
