@@ -70,15 +70,13 @@ def steps_of(value: object) -> object:
     """The steps of a canary as a list, also when there is one and only its weight is written."""
     if value is None:
         return []
-    if type(value) in (int, str):
-        return [{"weight": value}]
-    if type(value) is dict:
-        return [value]
+    if type(value) in (int, str, dict):
+        value = [value]
     if type(value) is not list:
         raise Refusal(f"{shown(value)} is no canary.", _CANARY_MEND)
     if len(value) > MAX_STEPS:
         raise Refusal(f"It has {len(value):,} steps.", f"Write at most {MAX_STEPS}.")
-    return value
+    return [{"weight": step} if type(step) in (int, str) else step for step in value]
 
 
 def rollback_of(value: object) -> object:
