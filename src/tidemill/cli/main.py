@@ -29,6 +29,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Run work": {
         "run": ("work", "Run a workload file or a command"),
         "quote": ("work", "What a run would need, take and cost"),
+        "chat": ("chat", "Talk with a model"),
         "stop": ("jobs", "Stop jobs, with their grace"),
         "compat": ("compat", "What becomes of a file written for another tool"),
         "schema": ("schema", "The JSON Schema of workload files"),
