@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from tidemill.cli.output import count, emit, emit_line, note, paint, say, show_error
 from tidemill.cli.ticker import Ticker
-from tidemill.errors import InvalidRequest, TidemillError
+from tidemill.errors import Conflict, InvalidRequest, TidemillError
 from tidemill.sdk.client import Client
 from tidemill.sdk.results import Job, JobUpdate, LogChunk, Workload
 from tidemill.units import format_duration, format_size
@@ -99,6 +99,7 @@ def run(options: RunOptions) -> int:
             if not options.is_sure and _is_worth_asking(options, request) and not _confirm(client, request):
                 note("nothing was submitted")
                 return 1
+            _check_is_new(client, request)
             workload = submit(client, request, is_json=options.is_json)
             return after_submit(client, workload, options)
     except TidemillError as error:
@@ -106,6 +107,16 @@ def run(options: RunOptions) -> int:
             raise
         show_error(error, lines=request.source.line_of, source=request.source.source)
         return error.kind.exit_status
+
+
+def _check_is_new(client: Client, request: Request) -> None:
+    """Raises: Conflict when it is a service of which one of that name runs: whoever means to update it says so."""
+    if "service" not in request.spec and request.spec.get("kind") != "service":
+        return
+    name = str(request.spec.get("name", ""))
+    if any(client.jobs(name=name, kind="service", state=",".join(_ACTIVE), limit=1)):
+        file = request.source.source if request.source is not None else "FILE"
+        raise Conflict(f"{name} runs already.", mend=f"tidemill update {file}, or --name for another one beside it.")
 
 
 def read_request(options: RunOptions) -> Request:
