@@ -699,6 +699,44 @@ class UsageOut(TypedDict):
     tokens_amount_micro: int
 
 
+class ModelCostOut(TypedDict):
+    """What the replicas of a model took for the tokens that they answered with, idle time among it."""
+
+    model: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    amount_micro: int
+    energy_mj: int
+    energy_evidence: str
+    carbon_mg: int
+    amount_micro_per_1k_tokens: int
+    energy_mj_per_1k_tokens: int
+    carbon_mg_per_1k_tokens: int
+
+
+class ModelCostsOut(TypedDict):
+    """Models, in order."""
+
+    items: list[ModelCostOut]
+
+
+class DecisionOut(TypedDict):
+    """What a guardrail decided about a request; ``found`` counts what it found, by label."""
+
+    id: str
+    at_ns: int
+    request_id: str
+    project_id: str
+    token_id: str
+    model: str
+    rule: str
+    kind: str
+    stage: str
+    action: str
+    found: dict[str, int]
+
+
 class LedgerLineOut(TypedDict):
     """One priced interval of use; without a launch, of idle time or of ``others``: work that is not this cloud's."""
 
@@ -734,6 +772,116 @@ class ArtifactOut(TypedDict):
     created_at_ns: int
     job: str
     metadata: dict[str, str]
+
+
+class StageOut(TypedDict):
+    """The stage of a version: since when, who put it there and why."""
+
+    stage: str
+    since_at_ns: int
+    by: str
+    why: str
+
+
+class AliasOut(TypedDict):
+    """A name that points to one version at a time."""
+
+    name: str
+    version: int
+    since_at_ns: int
+    by: str
+    why: str
+
+
+class ModelOut(TypedDict):
+    """A model of the registry. ``production`` and ``staging`` are numbers of versions; zero: none is there."""
+
+    id: str
+    name: str
+    project: str
+    description: str
+    tags: dict[str, str]
+    newest: int
+    versions: int
+    production: int
+    staging: int
+    aliases: list[AliasOut]
+    created_at_ns: int
+    created_by: str
+    changed_at_ns: int
+
+
+class AncestorOut(TypedDict):
+    """What a model was made of."""
+
+    reference: str
+    digest: str
+
+
+class LineageOut(TypedDict):
+    """Where a version came from; what is empty is not known. ``spec_digest`` is the SHA-256 of the job's spec."""
+
+    job: str
+    workload_id: str
+    workload: str
+    spec_digest: str
+    data: list[AncestorOut]
+    artifacts: list[AncestorOut]
+    models: list[AncestorOut]
+    commit: str
+    run: str
+    source: str
+
+
+class ModelUserOut(TypedDict):
+    """What is not over and was given this version."""
+
+    workload_id: str
+    name: str
+    kind: str
+
+
+class ModelVersionOut(TypedDict):
+    """One version of a model. ``digest`` is its manifest's; ``precisions`` has the parameters by data type.
+
+    ``pickles`` are files that can run code when they are loaded, and ``pickles_allowed`` says who let them in.
+    """
+
+    id: str
+    name: str
+    version: int
+    project: str
+    digest: str
+    size: int
+    files: int
+    description: str
+    tags: dict[str, str]
+    stage: StageOut
+    aliases: list[str]
+    format: str
+    framework: str
+    architecture: str
+    base_model: str
+    licence: str
+    parameters: int
+    precision: str
+    precisions: dict[str, int]
+    code: list[str]
+    metrics: dict[str, str]
+    pickles: list[str]
+    pickles_allowed: str
+    lineage: LineageOut
+    used_by: list[ModelUserOut]
+    cached_on: list[str]
+    created_at_ns: int
+    created_by: str
+
+
+class ModelPolicyOut(TypedDict):
+    """What a project lets into its models. ``pickles`` is ``allow`` or ``refuse``."""
+
+    project: str
+    pickles: str
 
 
 class VolumeOut(TypedDict):
@@ -851,6 +999,8 @@ class FeedOut(TypedDict):
     version: int
     tokens: dict[str, Any]
     routes: dict[str, Any]
+    sites: dict[str, Any]
+    home: str
     projects: dict[str, Any]
 
 
@@ -882,6 +1032,28 @@ class RequestUsageIn(Body):
         list[Annotated[int, Field(ge=0, le=MAX_PRICE_MICRO)]],
         Field(min_length=2, max_length=2, description="Micro-USD for a million tokens, in and out."),
     ] = [0, 0]
+
+
+class RulingIn(Body):
+    """What a guardrail decided about one request, as the gateway tells."""
+
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{1,32}-[0-9a-f]{1,16}$")]
+    at_ns: Annotated[int, Field(ge=0, lt=2**63)]
+    request: _Name
+    project: _Name
+    token: _Name
+    model: _Name
+    rule: _Name
+    kind: _Name
+    stage: _Name
+    action: _Name
+    found: dict[_Name, Annotated[int, Field(ge=0, lt=2**53)]]
+
+
+class RulingsIn(Body):
+    """What guardrails decided."""
+
+    rulings: list[RulingIn] = Field(max_length=10_000)
 
 
 class RequestUsagesIn(Body):
@@ -996,6 +1168,64 @@ class DataSetIn(Body):
     region: Plain = ""
     secret: Plain = Field("", description="The project's secret with KEY_ID:SECRET_KEY; none for a public bucket.")
     project: Plain = ""
+
+
+_Texts = dict[Annotated[str, StringConstraints(max_length=250)], Annotated[str, StringConstraints(max_length=10_000)]]
+
+
+class ModelFileIn(Body):
+    """A file of a version, which was uploaded before."""
+
+    path: Plain
+    size: int = Field(ge=0, lt=2**60)
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ModelVersionIn(Body):
+    """A version of a model to add: of files that were uploaded, of a job's output, or of an artifact."""
+
+    files: list[ModelFileIn] = Field(default=[], max_length=100_000)
+    job: Plain = Field("", description="The job that made it; from inside a job that job, when left out.")
+    path: Plain = Field("", description="What of the job's output folder it is, when there are no files.")
+    artifact: Plain = Field("", description="The artifact that it is, as name or name:version.")
+    description: Annotated[str, StringConstraints(max_length=10_000, pattern=PLAIN_TEXT)] = ""
+    tags: _Texts = {}
+    metrics: _Texts = {}
+    base_model: Plain = ""
+    licence: Plain = ""
+    framework: Plain = ""
+    commit: Plain = Field("", description="The git commit that it was made from.")
+    allow_pickles: bool = Field(
+        False, description="Let pickles in; the project's policy has to allow it, or an administrator asks."
+    )
+    project: Plain = ""
+
+
+class StageIn(Body):
+    """The stage that a version is put into."""
+
+    stage: Literal["none", "staging", "production", "archived"]
+    why: Annotated[str, StringConstraints(max_length=10_000, pattern=PLAIN_TEXT)] = ""
+
+
+class AliasIn(Body):
+    """What an alias points to."""
+
+    version: int = Field(ge=1, lt=10**9)
+    why: Annotated[str, StringConstraints(max_length=10_000, pattern=PLAIN_TEXT)] = ""
+
+
+class ModelChangeIn(Body):
+    """What is said of a model, or of a version of one. A tag that is null goes."""
+
+    description: Annotated[str, StringConstraints(max_length=10_000, pattern=PLAIN_TEXT)] | None = None
+    tags: dict[Annotated[str, StringConstraints(max_length=250)], str | None] = {}
+
+
+class ModelPolicyIn(Body):
+    """What a project lets into its models."""
+
+    pickles: Literal["allow", "refuse"]
 
 
 class SecretIn(Body):

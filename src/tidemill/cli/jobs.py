@@ -73,8 +73,9 @@ def show_command(job: JobRef, project: InProject = None, json: Json = False) -> 
     """All about one job: its state, its workers, where they are and what they have."""
     with Client(project=project) as client:
         found = client.job(job)
+        models = client.job_models(found.id)
     if json:
-        emit(found.to_json())
+        emit(found.to_json() | {"models": [one.to_json() for one in models]})
         return
     say(f"{paint(found.name, 'bold')}  {state(found.state)}  {paint(found.id, 'muted')}")
     ended = found.ended_at_ns
@@ -95,6 +96,7 @@ def show_command(job: JobRef, project: InProject = None, json: Json = False) -> 
             ("capacity", found.capacity if found.capacity != "on_demand" else ""),
             ("displaced", count(found.evictions, "time") if found.evictions else ""),
             ("endpoint", found.endpoint),
+            ("made", ", ".join(one.reference for one in models)),
             ("labels", ", ".join(f"{name}={value}" for name, value in found.labels.items())),
         ]
     )

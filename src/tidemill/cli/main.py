@@ -39,6 +39,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "why": ("jobs", "Why a job is where it is"),
         "logs": ("jobs", "A job's output"),
         "receipt": ("jobs", "What a job used and cost"),
+        "usage": ("usage", "Tokens of models, and what a thousand took"),
+        "guards": ("usage", "What guardrails decided about requests"),
         "queue": ("scheduling", "Waiting jobs, in their order"),
         "top": ("top", "Live view of machines and jobs"),
         "nodes": ("cloud", "The machines"),
@@ -67,7 +69,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "replay": ("twinning", "Take saved turns again, and see what changed"),
     },
     "Manage": {
-        "artifact": ("access", "Models and other results kept by name"),
+        "artifact": ("access", "Results kept by name"),
+        "model": ("models", "Models in versions, and which is in production"),
         "dataset": ("datasets", "Files that jobs read, known by content"),
         "volume": ("datasets", "Folders that jobs have mounted"),
         "secret": ("access", "Values that jobs get and nobody sees"),

@@ -13,6 +13,8 @@ import yaml
 
 from tidemill.control.cloudsettings import cloud_settings
 from tidemill.errors import InvalidSetting
+from tidemill.guards.reading import rules_of
+from tidemill.model.guard import GuardRule
 from tidemill.model.policy import Policy
 from tidemill.units import parse_duration, parse_size
 
@@ -32,9 +34,12 @@ class Settings:
     ``address`` is where other machines reach this one; ``ray_port`` and ``ray_redis`` (host:port of a Redis that keeps
     what the cluster's head knows) are for the engine ``ray``. ``cloud`` says what is rented and when, as
     ``control.cloudsettings`` reads it. ``volumes`` is a folder that machines share, for checkpoints and outputs.
+    ``model_limit`` is the size that one file of a model may have.
     ``data_cache`` is how much copies of data sets may take on this machine; zero: as much as the disk has.
 
     ``tls_cert`` and ``tls_key`` are PEM files with the certificate that the API shows to other machines, and its key.
+
+    ``guards`` are guardrails for requests to models, as ``guards.reading`` reads them.
 
     ``traces`` is a collector of traces that speaks OTLP over HTTP; ``trace_ratio`` is the share of requests that are
     traced where their caller does not say.
@@ -72,12 +77,14 @@ class Settings:
     shared: str = ""
     tls_cert: str = ""
     tls_key: str = ""
+    guards: tuple[GuardRule, ...] = ()
     traces: str = ""
     trace_ratio: float = 1.0
     ray_port: int = 6379
     ray_redis: str = ""
     volumes: str = ""
     data_cache: str = "100GB"
+    model_limit: str = "1TB"
     cloud: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     taints: tuple[str, ...] = ()
@@ -292,6 +299,8 @@ def _checked(name: str, value: Any, default: object) -> Any:
                 if value and not Path(str(value)).is_absolute():
                     raise ValueError("a folder that machines share has the same whole path on each")
                 return str(value)
+            case "guards":
+                return rules_of(value, is_general=True)
             case "traces":
                 if value and not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", str(value)):
                     raise ValueError("it is the address of a collector, such as http://collector:4318")
@@ -311,7 +320,7 @@ def _checked(name: str, value: Any, default: object) -> Any:
                 if value != "none" and parse_duration(value) <= 0:
                     raise ValueError("it has to be longer than nothing, or none")
                 return value if isinstance(value, str) else f"{value}s"
-            case "workdir_limit" | "data_cache":
+            case "workdir_limit" | "data_cache" | "model_limit":
                 parse_size(value)
                 return str(value)
             case "engine" if value not in _ENGINES:

@@ -268,6 +268,15 @@ class ProjectOpened:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPolicySet:
+    """Somebody said what a project lets into its models."""
+
+    at_ns: int
+    project: Project
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReservationMade:
     """Nodes are reserved as given; ``version`` is ignored."""
 
@@ -307,6 +316,7 @@ Fact = (
     | DeviceRecovered
     | QueueSet
     | ProjectOpened
+    | ModelPolicySet
     | ReservationMade
     | ReservationCancelled
 )

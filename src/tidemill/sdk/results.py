@@ -601,6 +601,130 @@ class DataSetInfo(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AliasInfo(Record):
+    """A name that points to one version of a model at a time."""
+
+    name: str = ""
+    version: int = 0
+    since_at_ns: int = 0
+    by: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo(Record):
+    """A model of the registry. ``production`` and ``staging`` are numbers of versions; zero: none is there."""
+
+    id: str = ""
+    name: str = ""
+    project: str = ""
+    description: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    newest: int = 0
+    versions: int = 0
+    production: int = 0
+    staging: int = 0
+    aliases: tuple[AliasInfo, ...] = ()
+    nested: ClassVar[Mapping[str, type[Record]]] = {"aliases": AliasInfo}
+    created_at_ns: int = 0
+    created_by: str = ""
+    changed_at_ns: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageInfo(Record):
+    """The stage of a version: since when, who put it there and why."""
+
+    stage: str = ""
+    since_at_ns: int = 0
+    by: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AncestorInfo(Record):
+    """What a model was made of."""
+
+    reference: str = ""
+    digest: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineageInfo(Record):
+    """Where a version of a model came from; what is empty is not known."""
+
+    job: str = ""
+    workload_id: str = ""
+    workload: str = ""
+    spec_digest: str = ""
+    data: tuple[AncestorInfo, ...] = ()
+    artifacts: tuple[AncestorInfo, ...] = ()
+    models: tuple[AncestorInfo, ...] = ()
+    commit: str = ""
+    run: str = ""
+    source: str = ""
+    nested: ClassVar[Mapping[str, type[Record]]] = {
+        "data": AncestorInfo,
+        "artifacts": AncestorInfo,
+        "models": AncestorInfo,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelUserInfo(Record):
+    """What is not over and was given a version of a model."""
+
+    workload_id: str = ""
+    name: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVersionInfo(Record):
+    """One version of a model; ``digest`` is that of the list of its files."""
+
+    id: str = ""
+    name: str = ""
+    version: int = 0
+    project: str = ""
+    digest: str = ""
+    size: int = 0
+    files: int = 0
+    description: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    stage: StageInfo = field(default_factory=StageInfo)
+    aliases: tuple[str, ...] = ()
+    format: str = ""
+    framework: str = ""
+    architecture: str = ""
+    base_model: str = ""
+    licence: str = ""
+    parameters: int = 0
+    precision: str = ""
+    precisions: Mapping[str, int] = field(default_factory=dict)
+    code: tuple[str, ...] = ()
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    pickles: tuple[str, ...] = ()
+    pickles_allowed: str = ""
+    lineage: LineageInfo = field(default_factory=LineageInfo)
+    used_by: tuple[ModelUserInfo, ...] = ()
+    cached_on: tuple[str, ...] = ()
+    created_at_ns: int = 0
+    created_by: str = ""
+
+    nested: ClassVar[Mapping[str, type[Record]]] = {
+        "stage": StageInfo,
+        "lineage": LineageInfo,
+        "used_by": ModelUserInfo,
+    }
+
+    @property
+    def reference(self) -> str:
+        """``name:version``."""
+        return f"{self.name}:{self.version}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProjectInfo(Record):
     """A project and its limits; zero means no limit."""
 
@@ -610,6 +734,23 @@ class ProjectInfo(Record):
     limit_gpu_milli: int = 0
     limit_cpu_milli: int = 0
     limits: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardDecision(Record):
+    """What a guardrail decided about a request; ``found`` counts what it found, by label."""
+
+    id: str = ""
+    at_ns: int = 0
+    request_id: str = ""
+    project_id: str = ""
+    token_id: str = ""
+    model: str = ""
+    rule: str = ""
+    kind: str = ""
+    stage: str = ""
+    action: str = ""
+    found: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from tidemill.wire.sections import (
     EnvironmentIn,
     GroupIn,
     HoursIn,
+    ModelIn,
     PlacementIn,
     PriceIn,
     ReadinessIn,
@@ -28,9 +29,11 @@ from tidemill.wire.sections import (
     RetryIn,
     ScalingIn,
     ServiceIn,
+    TimeoutsIn,
     VolumeIn,
     WorkloadSpecIn,
     contradictions,
+    fields_of,
     invalid,
     problem,
 )
@@ -113,6 +116,7 @@ SECTIONS: Final[Mapping[tuple[str, ...], type[BaseModel]]] = {
     ("env",): EnvironmentIn,
     ("service",): ServiceIn,
     ("service", "readiness"): ReadinessIn,
+    ("service", "timeouts"): TimeoutsIn,
     ("service", "scaling"): ScalingIn,
     ("service", "scaling", "schedule"): HoursIn,
     ("service", "price"): PriceIn,
@@ -123,19 +127,18 @@ SECTIONS: Final[Mapping[tuple[str, ...], type[BaseModel]]] = {
     ("group",): GroupIn,
     ("resources", "any_of"): AlternativeIn,
     ("data",): DataIn,
+    ("model",): ModelIn,
     ("volumes",): VolumeIn,
 }
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
     section = SECTIONS.get(tuple(part for part in location if isinstance(part, str)))
-    return list(section.model_fields) if section is not None else []
+    return list(fields_of(section)) if section is not None else []
 
 
 _MISPLACED: Final[Mapping[str, str]] = {
-    name: ".".join((*place, name))
-    for place, section in reversed(list(SECTIONS.items()))
-    for name in section.model_fields
+    name: ".".join((*place, name)) for place, section in reversed(list(SECTIONS.items())) for name in fields_of(section)
 }
 _FOREIGN: Final = {
     "command": "run",

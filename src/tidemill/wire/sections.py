@@ -8,9 +8,13 @@ from time import time_ns
 from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic.fields import FieldInfo
 
-from tidemill.errors import InvalidSpec
+from tidemill.errors import InvalidRequest, InvalidSpec
+from tidemill.guards.reading import rules_of
 from tidemill.model.fleet import Level, SiteKind
+from tidemill.model.guard import Action, GuardRule
+from tidemill.model.registry import parse_model_reference
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.scaling import DAYS, MAX_WINDOWS, Hours, Scaling
 from tidemill.model.spec import (
@@ -19,6 +23,7 @@ from tidemill.model.spec import (
     MAX_REPLICAS,
     MAX_WORKERS,
     PRIORITY_RANGE,
+    Affinity,
     Alternative,
     Dependency,
     Environment,
@@ -31,6 +36,7 @@ from tidemill.model.spec import (
     Service,
     Territory,
     Tier,
+    Timeouts,
     Weight,
     WorkloadSpec,
 )
@@ -61,17 +67,22 @@ from tidemill.wire.checks import (
 )
 from tidemill.wire.fields import (
     PORT_MEND,
+    affinity_of,
     artifact_of,
     cpus_of,
     dataset_of,
+    fallback_of,
     gpus_of,
+    hedge_of,
     image_of,
     kind_of,
     mode_of,
     model_of,
+    model_reference_of,
     mount_of,
     package_of,
     path_of,
+    patience_of,
     port_of,
     port_reference,
     ports_of,
@@ -159,6 +170,11 @@ class StrictSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
 
+def fields_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """A section's fields by the names under which they are written."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
 def _shared(section: Callable[[], Section]) -> Callable[[], Section]:
     """What gives one and the same section, with its defaults: sections cannot change."""
     made = section()
@@ -239,6 +255,29 @@ class ReadinessIn(StrictSection):
     )
     timeout: Annotated[int, *taking(duration_of, _DURATION_SCHEMA)] = Field(
         default=120 * SECOND_NS, description="How long it may take.", json_schema_extra={"default": "2m"}
+    )
+
+
+class TimeoutsIn(StrictSection):
+    """How long the gateway waits for a service's replica, in each phase of a request."""
+
+    connect: Annotated[int, *taking(patience_of, _DURATION_SCHEMA)] = Field(
+        default=5 * SECOND_NS,
+        description="To be connected; then another one is tried.",
+        json_schema_extra={"default": "5s"},
+    )
+    first_byte: Annotated[int, *taking(patience_of, _DURATION_SCHEMA)] = Field(
+        default=600 * SECOND_NS,
+        description="For a response to begin, once the request is sent.",
+        json_schema_extra={"default": "10m"},
+    )
+    between: Annotated[int, *taking(patience_of, _DURATION_SCHEMA)] = Field(
+        default=600 * SECOND_NS,
+        description="For the next part of a response; on a WebSocket for anything, from either side.",
+        json_schema_extra={"default": "10m"},
+    )
+    whole: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=0, description="For a whole response, from when a replica is chosen; 0 for as long as it takes."
     )
 
 
@@ -348,6 +387,13 @@ class PriceIn(StrictSection):
     )
 
 
+def _guards_of(value: object) -> tuple[GuardRule, ...]:
+    try:
+        return rules_of(value)
+    except InvalidRequest as error:
+        raise Refusal(f"{error.field}: {error.detail}", error.mend) from None
+
+
 class ServiceIn(StrictSection):
     """How a service is reached."""
 
@@ -383,6 +429,55 @@ class ServiceIn(StrictSection):
         default=30 * SECOND_NS,
         description="How long a request may wait for a replica, unless it says so itself (`X-Tidemill-Wait`).",
         json_schema_extra={"default": "30s"},
+    )
+    guards: Annotated[
+        tuple[GuardRule, ...],
+        *taking(
+            _guards_of,
+            {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "kind": {"type": "string"},
+                        "name": {"type": "string"},
+                        "action": {"type": "string", "enum": [one.value for one in Action]},
+                        "on": {"enum": ["request", "response", "both"]},
+                    },
+                    "required": ["kind"],
+                },
+                "examples": [[{"kind": "pii", "action": "redact", "on": "both"}]],
+            },
+        ),
+    ] = Field(default=(), description="What looks at its requests and answers in the gateway: guardrails, in order.")
+    affinity: Annotated[Affinity, *taking(affinity_of, {"type": "string", "enum": [one.value for one in Affinity]})] = (
+        Field(
+            default=Affinity.NONE,
+            description="What comes to the same replica: requests that begin alike (`prefix`), or of one `session`.",
+            json_schema_extra={"default": "none"},
+        )
+    )
+    fallback: Annotated[
+        tuple[str, ...],
+        *taking(
+            fallback_of,
+            {"type": ["array", "string", "null"], "items": TEXT, "examples": [["llama-3.1-8b", "llama-3.2-1b"]]},
+        ),
+    ] = Field(default=(), description="Models that answer when none of its replicas can, in order.")
+    hedge: Annotated[int, *taking(hedge_of, {**_DURATION_SCHEMA, "examples": ["200ms"]})] = Field(
+        default=0,
+        description="After how long without an answer a second replica is asked too, where that does no harm:"
+        " embeddings, reranking, GET and HEAD. 0 for never.",
+    )
+    timeouts: TimeoutsIn = Field(
+        default_factory=_shared(TimeoutsIn),
+        description="How long a replica may take, in each phase of a request.",
+        json_schema_extra={"default": {}},
+    )
+    http: Annotated[bool, *taking(flag_of, {"type": "boolean"})] = Field(
+        default=False,
+        description="Whether all its paths are reached, under `/services/NAME/` of the gateway. When left out: if it"
+        " names no `model`.",
     )
     scaling: ScalingIn = Field(
         default_factory=_shared(ScalingIn),
@@ -428,6 +523,25 @@ class DataIn(StrictSection):
         description="`copy` to the machine's own disk, `mount` the folder that it comes from (only where that is), or"
         " `auto`: mounted where that folder is, copied elsewhere.",
         json_schema_extra={"default": "auto"},
+    )
+
+
+class ModelIn(StrictSection):
+    """A model of the registry that each worker finds, read-only."""
+
+    reference: Annotated[
+        str,
+        *taking(
+            model_reference_of,
+            {**TEXT, "examples": ["models:/greeter/production", "models:/greeter@champion", "models:/greeter/3"]},
+        ),
+    ] = Field(
+        alias="from",
+        description="Which: by stage, alias or version, or `greeter` for its newest. It is settled when the workload is"
+        " submitted, so that all its replicas have the same.",
+    )
+    at: Annotated[str, *taking(mount_of, {**TEXT, "examples": ["/model"]})] = Field(
+        default="", description="Where; `/models/NAME` when left out. The path is in `$TIDEMILL_MODEL_DIR`."
     )
 
 
@@ -598,6 +712,7 @@ class GroupIn(StrictSection):
     ] = Field(description="How many jobs it has.")
 
 
+_Model = Annotated[ModelIn, _wrapped("from", str)]
 _Data = Annotated[DataIn, _wrapped("dataset", str)]
 _Volume = Annotated[VolumeIn, _wrapped("name", str)]
 _MOMENT_SCHEMA: Final = {**TEXT, "examples": ["2027-03-01T09:00:00Z", "in 2h"]}
@@ -668,6 +783,10 @@ class WorkloadSpecIn(StrictSection):
         default_factory=list,
         description="Data sets, each a name or a section; the path of each is in `$TIDEMILL_DATA_<NAME>`.",
         json_schema_extra={"default": [], "examples": [[{"dataset": "imagenet", "at": "/data"}]]},
+    )
+    model: _Model | None = Field(
+        default=None,
+        description="A model of the registry, by reference or as a section; its path is in `$TIDEMILL_MODEL_DIR`.",
     )
     volumes: Annotated[list[_Volume], BeforeValidator(lambda value: _few(value, "volumes"))] = Field(
         default_factory=list,
@@ -848,7 +967,7 @@ class WorkloadSpecIn(StrictSection):
                 expected_duration_ns=self.expected_duration,
                 start_after_ns=self.start_after.at(now),
                 start_before_ns=self.start_before.at(now),
-                data=tuple([_data_mount(one) for one in self.data]),
+                data=(*_model_mounts(self.model), *[_data_mount(one) for one in self.data]),
                 volumes=tuple([_volume_mount(one) for one in self.volumes]),
             )
         except ValueError as error:
@@ -872,6 +991,16 @@ def _data_mount(given: DataIn) -> DataMount:
     return DataMount(dataset=given.dataset, at=given.at or default_data_path(given.dataset), mode=given.mode)
 
 
+def _model_mounts(given: ModelIn | None) -> tuple[DataMount, ...]:
+    if given is None:
+        return ()
+    return (
+        DataMount(
+            dataset="", model=given.reference, at=given.at or default_model_path(given.reference), mode=DataMode.COPY
+        ),
+    )
+
+
 def _volume_mount(given: VolumeIn) -> VolumeMount:
     return VolumeMount(volume=given.name, at=given.at or default_volume_path(given.name), read_only=given.read_only)
 
@@ -879,6 +1008,11 @@ def _volume_mount(given: VolumeIn) -> VolumeMount:
 def default_data_path(reference: str) -> str:
     """Where a data set is found when its spec does not say."""
     return f"/data/{reference.partition(':')[0]}"
+
+
+def default_model_path(reference: str) -> str:
+    """Where a model is found when its spec does not say."""
+    return f"/models/{parse_model_reference(reference).name}"
 
 
 def default_volume_path(name: str) -> str:
@@ -953,6 +1087,9 @@ def contradictions(given: set[str], spec: Any, now: int) -> Iterator[dict[str, A
         elif not known and isinstance(wanted, str) and not PORT_NAME.fullmatch(wanted):
             yield problem("service.port", wanted, f"{shown(wanted)} is not a name of a port.", PORT_MEND)
     if isinstance(spec.service, ServiceIn):
+        own = spec.service.model or spec.name
+        if own and own in spec.service.fallback:
+            yield problem("service.fallback", own, "It would fall back to itself.", "Leave that one out.")
         yield from _impossible_scaling(spec.service)
     yield from _clashing_mounts(spec)
     yield from _impossible_schedules(spec, kind, now)
@@ -977,6 +1114,8 @@ def _clashing_mounts(spec: Any) -> Iterator[dict[str, Any]]:
     data = [one for one in spec.data if isinstance(one, DataIn)] if type(spec.data) is list else []
     volumes = [one for one in spec.volumes if isinstance(one, VolumeIn)] if type(spec.volumes) is list else []
     mounts = [("data", one.at or default_data_path(one.dataset)) for one in data]
+    if isinstance(spec.model, ModelIn):
+        mounts.append(("model", spec.model.at or default_model_path(spec.model.reference)))
     mounts += [("volumes", one.at or default_volume_path(one.name)) for one in volumes]
     for index, (field, path) in enumerate(mounts):
         for _, other in mounts[:index]:
@@ -1054,10 +1193,22 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         model=section.model,
         concurrency=section.concurrency,
         wait_ns=section.wait,
+        guards=section.guards,
+        affinity=section.affinity,
+        fallback=section.fallback,
+        hedge_ns=section.hedge,
+        timeouts=_timeouts(section.timeouts),
+        http=section.http if "http" in section.model_fields_set else None,
         scaling=_scaling(section.scaling),
         price_input_micro=section.price.input,
         price_output_micro=section.price.output,
         is_salted=section.cache_salt,
+    )
+
+
+def _timeouts(given: TimeoutsIn) -> Timeouts:
+    return Timeouts(
+        connect_ns=given.connect, first_byte_ns=given.first_byte, between_ns=given.between, whole_ns=given.whole
     )
 
 
