@@ -12,7 +12,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tidemill.cli.main import main
+from tests.twin.test_cli import call
 from tidemill.cli.traffic import _engine, _rules, _service
 from tidemill.errors import InvalidRequest, TidemillError
 from tidemill.model.spec import Service
@@ -205,39 +205,40 @@ def test_an_engine_and_a_service_that_cannot_be_are_refused() -> None:
 # The command
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    status = main(["twin", "--traffic", "synthetic:rate=0.5,span=5m,model=chat-3.1", *arguments])
-    told = capsys.readouterr()
-    return int(status or 0), told.out, told.err
+def run(*arguments: str) -> int:
+    return call("twin", "--traffic", "synthetic:rate=0.5,span=5m,model=chat-3.1", *arguments)
 
 
 def test_the_command_compares_and_writes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     html, table = tmp_path / "page.html", tmp_path / "table.csv"
-    status, out, _ = run(
-        capsys, "--json", "--html", str(html), "--csv", str(table),
-        "--what-if", "service.chat-3.1.replicas=2..4", "--what-if", "engine.start=5s", "--what-if", "load=2",
-    )  # fmt: skip
-    assert status == 0
-    told = json.loads(out)
+    changes = ("service.chat-3.1.replicas=2..4", "engine.start=5s", "load=2")
+    what_if = [part for change in changes for part in ("--what-if", change)]
+    assert run("--json", "--html", str(html), "--csv", str(table), *what_if) == 0
+    told = json.loads(capsys.readouterr().out)
     before, after = (one["services"][0] for one in told["runs"])
     assert (before["service"], before["replicas"], after["replicas"]) == ("chat-3.1", "0..8", "2..4")
-    assert before["requests"] == after["requests"] > 100
+    assert before["requests"] == after["requests"] > 50
     assert after["virtual_s"] == pytest.approx(before["virtual_s"] / 2)
+    assert after["launches"] == 2
     assert "<svg" in html.read_text()
     assert "what if,chat-3.1,replicas," in table.read_text()
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("arguments", "told"),
     [
-        ("service.other.replicas=2", "There is no service of that name"),
-        ("service.chat-3.1.replicas=many", "is not a number of replicas"),
-        ("service.chat-3.1.scaling.tftt=1s", "There is no field"),
-        ("nodes=4", "is nothing that can be changed of services"),
-        ("load=0", "is not a number above zero"),
+        (("--what-if", "service.other.replicas=2"), "There is no service of that name"),
+        (("--what-if", "service.chat-3.1.replicas=many"), "is not a number of replicas"),
+        (("--what-if", "service.chat-3.1.scaling.tftt=1s"), "There is no field"),
+        (("--what-if", "nodes=4"), "is nothing that can be changed of services"),
+        (("--what-if", "load=0"), "is not a number above zero"),
+        (("--nodes", "4xH100:8"), "cannot go together with --traffic"),
     ],
 )
-def test_a_change_that_cannot_be_made_says_why(capsys: pytest.CaptureFixture[str], change: str, told: str) -> None:
-    status, _, err = run(capsys, "--what-if", change)
-    assert status != 0
-    assert told in err
+def test_what_cannot_be_done_says_why(arguments: tuple[str, str], told: str) -> None:
+    with pytest.raises(InvalidRequest, match=r".") as caught:
+        run(*arguments)
+    assert told in caught.value.detail
+    assert caught.value.field == arguments[0]
+    with pytest.raises(InvalidRequest, match="needs --traffic"):
+        call("twin", "--synthetic", "jobs=5", "--engine", "gpu=H100")
