@@ -27,7 +27,7 @@ from tidemill.gateway.waiting import Line, retry_after_s
 if TYPE_CHECKING:
     from tidemill.gateway.server import Gateway
 
-_CAUTION: Final = 1.25
+CAUTION: Final = 1.25
 """A request that is refused at once is of more use than one that is refused when its time is over."""
 _log = logging.getLogger("tidemill.gateway")
 
@@ -378,7 +378,7 @@ class Journey(ABC):
         most = self._gateway.limits.waiting
         if line.count >= most or line.of(asking.tenant) >= max(1, most // 2):
             self._refuse("queue_full", "Too many requests wait", expected or 1.0, is_own=line.count < most)
-        elif expected * _CAUTION > left:
+        elif expected * CAUTION > left:
             self._refuse("overloaded", "No replica will be free in time", expected)
         else:
             self._line = line
