@@ -10,8 +10,10 @@ from typing import Annotated, Any, Final, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic.fields import FieldInfo
 
-from tidemill.errors import InvalidSpec
+from tidemill.errors import InvalidRequest, InvalidSpec
+from tidemill.guards.reading import rules_of
 from tidemill.model.fleet import Level, SiteKind
+from tidemill.model.guard import Action, GuardRule
 from tidemill.model.registry import parse_model_reference
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.scaling import DAYS, MAX_WINDOWS, Hours, Scaling
@@ -59,6 +61,7 @@ from tidemill.wire.checks import (
     scalar,
     shown,
     size_of,
+    slurm_word_of,
     text_of,
     wait_of,
     whole_number,
@@ -385,6 +388,13 @@ class PriceIn(StrictSection):
     )
 
 
+def _guards_of(value: object) -> tuple[GuardRule, ...]:
+    try:
+        return rules_of(value)
+    except InvalidRequest as error:
+        raise Refusal(f"{error.field}: {error.detail}", error.mend) from None
+
+
 class ServiceIn(StrictSection):
     """How a service is reached."""
 
@@ -421,6 +431,26 @@ class ServiceIn(StrictSection):
         description="How long a request may wait for a replica, unless it says so itself (`X-Tidemill-Wait`).",
         json_schema_extra={"default": "30s"},
     )
+    guards: Annotated[
+        tuple[GuardRule, ...],
+        *taking(
+            _guards_of,
+            {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "kind": {"type": "string"},
+                        "name": {"type": "string"},
+                        "action": {"type": "string", "enum": [one.value for one in Action]},
+                        "on": {"enum": ["request", "response", "both"]},
+                    },
+                    "required": ["kind"],
+                },
+                "examples": [[{"kind": "pii", "action": "redact", "on": "both"}]],
+            },
+        ),
+    ] = Field(default=(), description="What looks at its requests and answers in the gateway: guardrails, in order.")
     affinity: Annotated[Affinity, *taking(affinity_of, {"type": "string", "enum": [one.value for one in Affinity]})] = (
         Field(
             default=Affinity.NONE,
@@ -561,6 +591,17 @@ class CheckpointIn(StrictSection):
         default=10 * SECOND_NS,
         description="Time between SIGTERM and SIGKILL, in which to save a checkpoint.",
         json_schema_extra={"default": "10s"},
+    )
+
+
+class SlurmIn(StrictSection):
+    """What Slurm is told, at a site that has it; other sites pay no heed. Its partition is a label of the placement."""
+
+    account: Annotated[str, *taking(slurm_word_of, {**TEXT, "examples": ["physics"]})] = Field(
+        default="", description="Whom Slurm accounts it to, instead of the site's own account."
+    )
+    qos: Annotated[str, *taking(slurm_word_of, {**TEXT, "examples": ["fast"]})] = Field(
+        default="", description="Its quality of service there, instead of the site's own."
     )
 
 
@@ -808,6 +849,11 @@ class WorkloadSpecIn(StrictSection):
         description="What a worker gets before it is ended.",
         json_schema_extra={"default": {}},
     )
+    slurm: SlurmIn = Field(
+        default_factory=_shared(SlurmIn),
+        description="What Slurm is told, at a site that has it.",
+        json_schema_extra={"default": {}},
+    )
     expected_duration: Annotated[int, *taking(duration_of, _DURATION_SCHEMA)] = Field(
         default=0, description="How long it is expected to run; for forecasts and for the order, it ends nothing."
     )
@@ -940,6 +986,7 @@ class WorkloadSpecIn(StrictSection):
                 start_before_ns=self.start_before.at(now),
                 data=(*_model_mounts(self.model), *[_data_mount(one) for one in self.data]),
                 volumes=tuple([_volume_mount(one) for one in self.volumes]),
+                slurm=tuple([(what, word) for what in ("account", "qos") if (word := getattr(self.slurm, what))]),
             )
         except ValueError as error:
             raise InvalidSpec(f"{error}.") from error
@@ -1164,6 +1211,7 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         model=section.model,
         concurrency=section.concurrency,
         wait_ns=section.wait,
+        guards=section.guards,
         affinity=section.affinity,
         fallback=section.fallback,
         hedge_ns=section.hedge,
