@@ -34,6 +34,13 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "compat": ("compat", "What becomes of a file written for another tool"),
         "schema": ("schema", "The JSON Schema of workload files"),
     },
+    "Keep a service running": {
+        "update": ("revising", "Bring a service that runs to a changed file"),
+        "revisions": ("revising", "The revisions of a service, and its rollout"),
+        "promote": ("revising", "Let a canary have more of the requests"),
+        "abort": ("revising", "Take back what is being rolled out"),
+        "rollback": ("revising", "Go back to an earlier revision"),
+    },
     "Look at work": {
         "ps": ("jobs", "List jobs"),
         "show": ("jobs", "All about one job"),
