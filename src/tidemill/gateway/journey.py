@@ -110,6 +110,8 @@ class Journey(ABC):
         self._variant: str | None = None
         """Of which replica, since it was drawn; None: not drawn, or there is nothing to draw."""
         self._fallbacks = list(asking.route.fallback)
+        self._guards = asking.route.guards
+        """Those of the model that was asked for, also when another answers."""
         """Other models that have not been asked yet."""
         self._left: Route | None = None
         """The route that it came by, when another model answers."""
@@ -338,6 +340,8 @@ class Journey(ABC):
             route = gateway.fallback(name, asking.key)
             if route is None or gateway.line(name).count or (self.needs_open and not route.is_open):
                 continue
+            if route.guards is not None and (self._guards is None or route.guards.raw != self._guards.raw):
+                continue  # it was not looked at by that model's rules
             variant = route.draw(asking.wish or routing.ANY) if route.weights else None
             if route.weights and variant is None:
                 continue
