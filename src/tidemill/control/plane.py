@@ -139,6 +139,7 @@ class ControlPlane:
             world=lambda: self.world,
             projects=self.projects,
             scaler=Scaler(world=lambda: self.world, tell=self._turns.put, clock=clock),
+            clock=clock,
         )
         self.renting: Renting | None = None
         """What rents machines, when this installation does."""

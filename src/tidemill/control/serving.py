@@ -10,6 +10,7 @@ import msgspec
 
 from tidemill.control.identity import Directory
 from tidemill.control.projects import Projects
+from tidemill.control.rationing import Rationing
 from tidemill.control.replicating import Scaler, endpoints
 from tidemill.core.world import World
 from tidemill.model.ids import JobId
@@ -31,12 +32,14 @@ class Serving:
         world: Callable[[], World],
         projects: Projects,
         scaler: Scaler,
+        clock: Callable[[], int],
     ) -> None:
         self._store = store
         self._directory = directory
         self._world = world
         self._projects = projects
         self.scaler = scaler
+        self.rationing = Rationing(store, directory, projects, clock=clock)
 
     @property
     def stamp(self) -> tuple[int, int, frozenset[JobId]]:
@@ -95,7 +98,7 @@ class Serving:
         It is the same however often they come.
         """
         known = self._projects.by_id
-        return len(self._store.put_token_usages([usage for usage in usages if usage.project_id in known]))
+        return self.rationing.enter([usage for usage in usages if usage.project_id in known])
 
 
 def amounts(limits: Sequence[Limit]) -> dict[str, int]:

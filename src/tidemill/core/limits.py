@@ -99,7 +99,7 @@ class Share:
     balance: int = 0
     """What may be taken now; below zero when requests took more than they had said."""
     pending: int = 0
-    """Taken, and not given back or in the ledger."""
+    """Taken, and not given back or in the ledger; of a rate nothing, since it comes back by itself."""
     spent: int = 0
     """Taken in all and not given back; only its changes mean something."""
     recent: int = 0
@@ -135,7 +135,8 @@ class Share:
     def take(self, amount: int) -> None:
         """Take from the balance."""
         self.balance -= amount
-        self.pending += amount
+        if self.kind is not Kind.RATE:
+            self.pending += amount
         self.spent += amount
         self.taken += amount
 
@@ -144,7 +145,8 @@ class Share:
         if taken_ns < self.begins_ns:
             return
         self.balance += amount
-        self.pending -= amount
+        if self.kind is not Kind.RATE:
+            self.pending -= amount
         self.spent -= amount
 
     def books(self, amount: int, at_ns: int) -> None:
@@ -154,6 +156,8 @@ class Share:
 
     def free(self, *, now: int) -> int:
         """About how much there is: here, elsewhere, and where nobody holds it."""
+        if self.alone_ns:
+            return self.balance
         left = self.left if self.left is not None else self.amount
         if self.kind is Kind.RATE and self.told_ns >= 0:
             left = min(self.amount, left + self.amount * max(0, now - self.told_ns) // MINUTE_NS)

@@ -24,6 +24,7 @@ from tidemill.gateway.feed import Feed
 from tidemill.gateway.server import Gateway, Limits
 from tidemill.gateway.tracing import Tracer, headers_of
 
+_SHARES_LIMIT = 16 * 1024 * 1024
 ADDRESS_IN_USE = 98
 """The exit status when another process listens there."""
 
@@ -102,6 +103,7 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
         gateway.watch_replicas().run(),
         books.keep(),
         gateway.tell_load(partial(feed.report, "/v1/gateway/load")),
+        gateway.rations.keep(partial(feed.ask, "/v1/gateway/shares", limit=_SHARES_LIMIT)),
         books.deliver(partial(feed.report, "/v1/gateway/usage")),
     ]
     if gateway.tracer is not None:

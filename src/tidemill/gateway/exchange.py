@@ -44,6 +44,7 @@ class Exchange(Journey):
         self._is_chunked = False
         self._meter: StreamMeter | WholeMeter | None = None
         self._usage: Usage | None = None
+        self._is_whole = False
 
     def response_started(self, head: ResponseHead) -> None:
         self._response = head
@@ -83,6 +84,7 @@ class Exchange(Journey):
             self._error = str(self._response.status)
             self._counts.errors += self._response.status >= 500
         close = self._http_1_0
+        self._is_whole = True
         self._upstream = None  # it is the pool's again
         line = self._gateway.line(self._asking.route.model)
         line.served_in(asyncio.get_running_loop().time() - self._taken_at)
@@ -117,6 +119,8 @@ class Exchange(Journey):
         self._is_committed = True
         headers = end_to_end(response.headers, without=frozenset({b"content-length", b"x-request-id"}))
         headers.append((b"x-request-id", self._request_id))
+        if self._asking.charge is not None:
+            headers += self._asking.charge.headers()
         if response.status in (204, 304):
             pass
         elif length is not None:
@@ -185,7 +189,9 @@ class Exchange(Journey):
             usage.prompt_tokens, usage.completion_tokens = meter.reported
             usage.is_estimated = False
         elif isinstance(meter, WholeMeter):
-            return  # no tokens were told of, and nothing of it can be counted
+            if not self._is_whole:
+                return  # no tokens were told of, and nothing of it can be counted
+            usage.prompt_tokens = 0
         self._counts.prompt_tokens += usage.prompt_tokens
         self._counts.completion_tokens += usage.completion_tokens
         self._counts.cached_tokens += meter.cached
@@ -195,3 +201,4 @@ class Exchange(Journey):
         if isinstance(meter, StreamMeter) and usage.completion_tokens > 1 and self._first_at:
             timings.gap.note((self._heard_at - self._first_at) / (usage.completion_tokens - 1))
         books.settle(usage)
+        self._entered = usage

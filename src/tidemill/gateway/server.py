@@ -33,6 +33,7 @@ from tidemill.gateway.journey import Asking
 from tidemill.gateway.messages import ChunkedBody, Malformed, RequestHead, cut_head, read_request, write_head
 from tidemill.gateway.metering import prepared
 from tidemill.gateway.metrics import OPERATIONS, Metrics
+from tidemill.gateway.rations import Rations
 from tidemill.gateway.table import Key, Replica, Route, Table
 from tidemill.gateway.tracing import Tracer
 from tidemill.gateway.upstream import Pool, tune
@@ -94,13 +95,15 @@ class Gateway:
         books: Books | None = None,
         place: str = "",
         clock: Callable[[], int] | None = None,
+        workers: int = 1,
     ) -> None:
         """``books`` is where usage is entered; None: tokens are not metered. ``place`` is where this one listens.
+
+        ``workers`` is how many share the limits, as long as the control plane does not say.
 
         ``clock`` gives ns since 1970, and does not jump when the machine's time of day is set.
         """
         self._clock = clock or SteadyClock()
-        self._place = place
         self.pepper = pepper
         self.hosts = hosts
         self.limits = limits or Limits()
@@ -122,11 +125,16 @@ class Gateway:
         self._feed_age_s = feed_age_s
         self._turns = itertools.count(1)
         self._request_prefix = os.urandom(6).hex()
+        self._name = f"{place}/{self._request_prefix}"
+        self.rations = Rations(self._name, workers=workers, clock=self._clock)
+        if books is not None:
+            books.on_entered = self.rations.booked
         self._request_numbers = itertools.count(1)
 
     def adopt(self, table: Table) -> None:
         """Use another table from the next request on, also for those that wait."""
         self.table = table
+        self.rations.adopt(table)
         for model in [model for model, line in self._lines.items() if line.count]:
             self._lines[model].advance()
 
@@ -200,7 +208,7 @@ class Gateway:
                 models[model] = {"in_flight": counts.in_flight - counts.waiting, "waiting": counts.waiting}
             for replica in route.replicas:
                 replicas[replica.job] = {"in_flight": replica.outstanding, "is_leaving": replica.is_leaving}
-        return orjson.dumps({"worker": f"{self._place}/{self._request_prefix}", "models": models, "replicas": replicas})
+        return orjson.dumps({"worker": self._name, "models": models, "replicas": replicas})
 
     async def tell_load(
         self, tell: Callable[[bytes], Awaitable[None]], *, every_s: float = 0.1, at_least_every_s: float = 1.0
@@ -353,6 +361,7 @@ class Gateway:
         if asks_usage or salt:
             asked = prepared(body, content, asks_usage=asks_usage, salt=salt)
             asking.body, asking.hides_usage = asked.body, asked.hides_usage
+        asking.charge = self.rations.charge(key, route, content, len(body), has_output=path in _SALTED)
         return asking
 
     def _is_own(self, secret: str) -> bool:
