@@ -84,10 +84,14 @@ class Cloud:
     def down(self) -> None:
         """End every job and the daemon, whatever state they are in."""
         from tidemill.bootstrap import is_running, stop_daemon
+        from tidemill.errors import Conflict, Unavailable
 
         if not is_running(self.home):
             self.up()
-        stop_daemon(self.home, stop_jobs=True, timeout_s=30)
+        try:
+            stop_daemon(self.home, stop_jobs=True, timeout_s=30)
+        except (Conflict, Unavailable):  # what is cut off cannot end
+            stop_daemon(self.home, stop_jobs=False)
         if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=10)

@@ -754,7 +754,11 @@ def command_of_daemon(home: Path) -> tuple[str, dict[str, Any]]:
 
 
 def stop_daemon(home: Path, *, stop_jobs: bool, timeout_s: float = 60.0) -> bool:
-    """Whether a daemon was running; it is gone now. With ``stop_jobs`` its jobs are ended first, with their grace."""
+    """Whether a daemon was running; it is gone now. With ``stop_jobs`` its jobs are ended first, with their grace.
+
+    Raises: Conflict when some of them have not ended in time; Unavailable when it does not say so. Then it runs on,
+    for nobody else would see to their end.
+    """
     if not is_running(home):
         return False
     endpoint = read_endpoint(home)
@@ -762,6 +766,7 @@ def stop_daemon(home: Path, *, stop_jobs: bool, timeout_s: float = 60.0) -> bool
     if stop_jobs:
         token = (home / "admin.token").read_text().strip()
         _stop_all_jobs(str(endpoint["api_url"]), token, deadline)
+    deadline = max(deadline, time.monotonic())
     with contextlib.suppress(ProcessLookupError):
         os.kill(int(endpoint["pid"]), signal.SIGTERM)
     _stop_head(home / "outpost")
@@ -774,23 +779,54 @@ def stop_daemon(home: Path, *, stop_jobs: bool, timeout_s: float = 60.0) -> bool
 
 
 def _stop_all_jobs(api_url: str, token: str, deadline: float) -> None:
-    """Ask every job to end and wait until all have, or until the deadline."""
-    connection = http.client.HTTPConnection(api_url.removeprefix("http://"), timeout=30)
-    headers = {"Authorization": f"Bearer {token}", "Content-Length": "0"}
-    asked: set[str] = set()
-    while time.monotonic() < deadline:
-        live = []
-        for state in ("queued", "starting", "running", "stopping"):
-            connection.request("GET", f"/v1/jobs?state={state}&limit=1000", headers=headers)
-            live += json.loads(connection.getresponse().read())["items"]
-        if not live:
-            return
-        for job in live:
-            if job["id"] not in asked:
-                asked.add(job["id"])
-                connection.request("POST", f"/v1/jobs/{job['id']}/stop", headers=headers)
-                connection.getresponse().read()
-        time.sleep(0.05)
+    """Have every job end, and none begin meanwhile, until all are over. Raises: as ``stop_daemon``."""
+    left: dict[str, Any] | None = None
+    trouble = "it did not answer"
+    while True:
+        try:
+            status, answer = _ask_to_end(api_url, token, timeout_s=max(5.0, deadline - time.monotonic()))
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            trouble = str(error) or type(error).__name__
+        else:
+            if status == 202:
+                left = answer
+                if not answer["live"]:
+                    return
+            else:
+                trouble = str(answer.get("detail") or f"it answered with {status}")
+                if status < 500:
+                    break
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.1)
+    mend = "Give them longer (--timeout S), or leave them running (--keep-jobs): the next tidemill up adopts them."
+    if left is None:
+        raise Unavailable(f"The cloud could not be asked to end its jobs: {trouble}. It runs on.", mend=mend)
+    shown = ", ".join(f"{job['name']} ({job['id']}, {job['state']})" for job in left["jobs"])
+    more = left["live"] - len(left["jobs"])
+    raise Conflict(
+        f"Not over yet: {shown}{f' and {more} more' if more else ''}. The cloud runs on, and sees to their end.",
+        field="jobs",
+        value=left["live"],
+        mend=mend,
+    )
+
+
+def _ask_to_end(api_url: str, token: str, *, timeout_s: float) -> tuple[int, dict[str, Any]]:
+    """The status and the body of what this machine's control plane answers when it is asked to end all jobs.
+
+    Raises: OSError, HTTPException, ValueError.
+    """
+    body = json.dumps({"all": True})
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    connection = http.client.HTTPConnection(api_url.removeprefix("http://"), timeout=timeout_s)
+    try:
+        connection.request("POST", "/v1/jobs/stop", body, headers)
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+    finally:
+        connection.close()
+    return response.status, answer if isinstance(answer, dict) else {}
 
 
 def main() -> None:

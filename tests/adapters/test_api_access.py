@@ -86,7 +86,7 @@ def test_the_policies_are_these() -> None:
         "PUT /v1/sites/{name}/links/{other}", "DELETE /v1/sites/{name}/links/{other}", "POST /v1/sites/{name}/tokens",
         "POST /v1/nodes/{name}/lost", "DELETE /v1/outposts/{outpost_id}",
         "POST /v1/volumes", "DELETE /v1/volumes/{name}",
-        "GET /v1/strangers", "GET /v1/rentals", "POST /v1/strangers/{launch_id}/stop",
+        "GET /v1/strangers", "GET /v1/rentals", "POST /v1/strangers/{launch_id}/stop", "POST /v1/jobs/stop",
     }  # fmt: skip
 
 

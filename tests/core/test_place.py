@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.place import Gang, Place, Placed, fits, place_gang
 from tidemill.core.score import Tide
 from tidemill.model.fleet import Level, Mig, Node
+from tidemill.model.mig import MEDIA, Profile
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.values import replace
 from tidemill.units import MILLI
@@ -34,6 +36,7 @@ REQUESTS = (
     GpuRequest(model="A10", count=1),
     GpuRequest(profile="1g.10gb"),
     GpuRequest(profile="3g.40gb"),
+    GpuRequest(profile="1g.10gb+me"),
 )
 
 
@@ -151,7 +154,8 @@ def never_over_capacity(
                     profile = fleet.geometry[row, column].profile(share.profile)
                     assert profile is not None
                     assert share.slice in profile.starts, "a start that the geometry allows"
-                    for at in range(share.slice, share.slice + profile.size):
+                    media = [MEDIA] if share.profile.endswith("+me") else []
+                    for at in [*range(share.slice, share.slice + profile.size), *media]:
                         key = share.device_id, at
                         slices[key] = slices.get(key, 0) + 1
     assert all(amount <= fleet.cpu_total[fleet.row[node]] for node, amount in cpu.items())  # type: ignore[index]
@@ -287,6 +291,10 @@ def forgets_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FleetArrays, "slice_bits", lambda *_: 0)
 
 
+def forgets_media_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Profile, "has_media", property(lambda _: False))
+
+
 def drops_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     many = place._place_many
     monkeypatch.setattr(place, "_place_many", lambda *args: many(*args)[:-1])
@@ -343,6 +351,7 @@ def skips_memory_in_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (takes_half_of_devices, never_over_capacity),
         (forgets_slices, never_over_capacity),
+        (forgets_media_engines, never_over_capacity),
         (drops_a_worker, all_or_nothing),
         (leaves_the_domain, lies_as_asked),
         (crowds_together, lies_as_asked),
@@ -399,3 +408,19 @@ def test_changes_older_than_the_ring_are_not_missed() -> None:
         getattr(fresh, column)[:] = getattr(fleet, column)
     assert table.key.tolist() == place._ranked(fresh, one.choices[0], Tide())[0].key.tolist()
     assert np.max(table.key) > score.NEVER
+
+
+@pytest.mark.parametrize(
+    ("model", "gib", "profile", "most"),
+    [("H100-SXM", 80, "1g.10gb", 7), ("H100-SXM", 80, "1g.10gb+me", 1), ("H100-SXM", 80, "1g.20gb", 4), ("A30", 24, "2g.12gb", 2),
+     ("A30", 24, "2g.12gb+me", 1), ("B300-SXM", 288, "3g.135gb", 2), ("RTX-PRO-6000-Blackwell", 96, "1g.24gb", 4)],
+)  # fmt: skip
+def test_a_device_has_as_many_slices_as_its_maker_says(model: str, gib: int, profile: str, most: int) -> None:
+    node = gpu_node("a", 1, model=model, cpus=64)
+    device = replace(node.devices[0], memory_bytes=gib * 1024**3, mig=Mig.DYNAMIC)
+    fleet = FleetArrays()
+    fleet.rebuild([replace(node, devices=(device,))])
+    resources = Resources(gpus=GpuRequest(profile=profile), cpu_milli=MILLI, memory_bytes=GB)
+    one = Gang(choices=(Shape(resources),), workers=1, smallest=1)
+    placed = list(itertools.takewhile(bool, (place_gang(fleet, one, score=Tide()) for _ in range(9))))
+    assert len(placed) == most

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,18 @@ from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.outcome import Outcome
 from tidemill.errors import Conflict, InvalidRequest, NotFound
 from tidemill.model.events import Fact, NodeJoined, SiteSet
+from tidemill.model.ids import OrganizationId, ProjectId, QueueId
+from tidemill.model.job import Attempt
 from tidemill.model.plan import Plan
+from tidemill.model.queue import Queue
+from tidemill.model.tenant import Project
 from tidemill.model.values import replace
 from tidemill.ports import Snapshot
-from tidemill.twin.arrivals import Outside
-from tidemill.twin.cloud import beginning_of
+from tidemill.twin.arrivals import Arrival, Outside
+from tidemill.twin.cloud import Conditions, beginning_of
 from tidemill.twin.fleet import parse_fleet
 from tidemill.twin.history import recorded_conditions, recorded_stream
+from tidemill.twin.measure import weights_in
 from tidemill.twin.recording import RecordingFile, Turn, read_recording
 from tidemill.twin.replay import replay, replay_turns
 from tidemill.twin.report import figures
@@ -268,3 +273,96 @@ def test_a_world_with_sites_replays_with_what_was_said_of_them(tmp_path: Path) -
     assert any(one.what.endswith("is placed") for one in changed)
     again = figures(run(recorded_stream(path), recorded_conditions(path)))
     assert again["jobs"]["succeeded"] == figures(result)["jobs"]["succeeded"] == 60
+
+
+def limited_cloud(path: Path) -> None:
+    """Two projects whose ids are not their names, below a department; one of them may have 8 of 16 GPUs."""
+    vision, audio = (
+        Project(id=ProjectId(f"prj_{n}"), organization_id=OrganizationId("org_1"), name=name, created_ns=0)
+        for n, name in enumerate(("vision", "audio"))
+    )
+    research = Queue(id=QueueId("que_1/research"), name="research")
+    queues = (
+        research,
+        Queue(id=QueueId("que_2"), name="vision", parent_id=research.id, project_id=vision.id, limit=(("gpu", 8_000),)),
+        Queue(id=QueueId("que_3"), name="audio", parent_id=research.id, project_id=audio.id, weight_milli=3_000),
+    )
+    under = conditions("2xH100:8", queues=queues, projects=(vision, audio))
+    work = [job(at, 600, 8, tenant=tenant.id) for at, tenant in ((0, vision), (1, vision), (2, audio))]
+    made = beginning_of(under)
+    with RecordingFile(path) as kept:
+        recording = Recording(kept.write)
+        recording.begin(
+            made.snapshot, sites=made.sites, projects=made.projects, rates=made.rates, policy=made.policy, now=made.now
+        )
+        run(iter(work), under, watch=recording.turn)
+
+
+def starts_of(stream: Iterable[Arrival | Outside], under: Conditions) -> dict[str, int]:
+    """When each workload started, in seconds."""
+    found: dict[str, int] = {}
+
+    def watch(_inbox: object, now: int, plan: Plan) -> None:
+        for change in plan.changes:
+            if isinstance(change.after, Attempt) and change.assumed is None:
+                found.setdefault(change.after.job_id, (now - under.start_ns) // SECOND_NS)
+
+    run(iter(stream), under, watch=watch)
+    return found
+
+
+def test_quotas_of_a_recording_hold_in_the_twin(tmp_path: Path) -> None:
+    path = tmp_path / "limited.jsonl.gz"
+    limited_cloud(path)
+    under = recorded_conditions(path)
+    first, second, third = starts_of(recorded_stream(path), under).values()
+    assert (first, second, third) == (0, 2, 600), "vision's second job waits for its first, and audio passes it"
+    told = figures(run(recorded_stream(path), under))
+    assert set(told["tenants"]) == {"vision", "audio"}
+    freed = apply([parse_change("quota.vision.limit=gpu:16")], under)
+    assert [queue.name for queue in freed.queues] == ["research", "vision", "audio"], "the tree is whole"
+    assert sorted(starts_of(recorded_stream(path), freed).values()) == [0, 1, 600], "both of vision's run at once"
+
+
+def test_a_twin_that_forgets_whose_work_it_is_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "limited.jsonl.gz"
+    limited_cloud(path)
+    whole = list(recorded_stream(path))
+    nameless = [replace(one, tenant="vision") if isinstance(one, Arrival) else one for one in whole]
+    assert starts_of(nameless, recorded_conditions(path)) != starts_of(whole, recorded_conditions(path))
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        (("quota.visoin.limit=gpu:4",), "There is no project or queue 'visoin'. There are vision"),
+        (("quota.research.guaranteed=gpu:64",), "the whole fleet has 16"),
+        (("quota.audio.guaranteed=gpu:4",), "research above it is guaranteed none"),
+        (("quota.audio.parent=vision",), "cannot have queues below it"),
+        (("quota.research.parent=research",), "its own parent"),
+    ],
+)
+def test_a_tree_that_cannot_be_is_refused(texts: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    path = tmp_path / "limited.jsonl.gz"
+    limited_cloud(path)
+    with pytest.raises(InvalidRequest) as caught:
+        apply([parse_change(text) for text in texts], recorded_conditions(path))
+    assert says in f"{caught.value.detail} {caught.value.mend}"
+    assert caught.value.value == ", ".join(texts)
+
+
+def test_departments_come_and_projects_move(tmp_path: Path) -> None:
+    path = tmp_path / "limited.jsonl.gz"
+    limited_cloud(path)
+    found = apply(
+        [
+            parse_change(text)
+            for text in ("quota.audio.parent=speech", "quota.speech.weight=2", "quota.research.guaranteed=gpu:8",
+                         "quota.vision.max_queued=5", "quota.vision.parent=root")
+        ],
+        recorded_conditions(path),
+    )  # fmt: skip
+    queues = {queue.name: queue for queue in found.queues}
+    assert queues["audio"].parent_id == queues["speech"].id
+    assert (queues["speech"].weight_milli, queues["vision"].max_queued, queues["vision"].parent_id) == (2_000, 5, "")
+    assert weights_in(found.queues) == {"prj_0": 1_000, "prj_1": 2_000}

@@ -25,7 +25,7 @@ from tidemill.api.follow import Streamed, event_stream, in_threads
 from tidemill.api.guard import Call, Caller, Routes, blocking, durable, missing
 from tidemill.api.joblogs import Seen, Wanted, follow_logs, follow_octets, parse_position, start_at
 from tidemill.api.refs import find_job, find_workload
-from tidemill.api.shapes import JobOut, NothingIn, PageOf, ReceiptOut, WhyOut
+from tidemill.api.shapes import JobOut, LiveJobOut, LiveJobsOut, NothingIn, PageOf, ReceiptOut, WhyOut
 from tidemill.control.blobs import walk
 from tidemill.errors import Conflict, InvalidRequest, NotFound
 from tidemill.model.ids import JobId, WorkloadId
@@ -33,13 +33,14 @@ from tidemill.model.job import Job, JobState
 from tidemill.model.spec import Kind
 from tidemill.model.tenant import Scope
 from tidemill.ports import JobFilter, JobRow
-from tidemill.wire.requests import CheckpointedIn, read_body
+from tidemill.wire.requests import CheckpointedIn, StopAllIn, read_body
 
 routes = Routes("jobs")
 Limit = Annotated[int, Query(ge=1, le=1_000, description="How many at most.")]
 Cursor = Annotated[str, Query(max_length=500, description="`next_cursor` of the page before.")]
 ProjectName = Annotated[str, Query(max_length=100, description="Project, by name or id.")]
 _NUMBER_LIMIT: Final = 10**6
+_SHOWN: Final = 10
 
 
 @routes.get("/v1/jobs", allow=Scope.READ, answer=PageOf[JobOut])
@@ -103,6 +104,28 @@ async def stop_job(call: Caller, reference: str, project: ProjectName = "") -> R
     row = await blocking(find_job, call, reference, project)
     await durable(call.plane.jobs.stop(call.identity, [row.job.id]))
     return json_answer(await blocking(lambda: _whole(call, find_job(call, row.job.id))), 202)
+
+
+@routes.post("/v1/jobs/stop", allow=Scope.ADMIN, status=202, body=StopAllIn, answer=LiveJobsOut)
+async def stop_all_jobs(call: Caller) -> Response:
+    """Ask every job to end, before the cloud goes down, and say which are not over yet.
+
+    No work is taken for 15 s after this was last asked: ask again until nothing is left.
+    """
+    given, _ = await json_object(call.request)
+    read_body(StopAllIn, given)
+
+    def answer() -> LiveJobsOut:
+        live = sorted(call.plane.jobs.end_all(call.identity), key=lambda job: job.id)
+        workloads = call.plane.world.workloads
+        shown: list[LiveJobOut] = [
+            {"id": job.id, "name": workloads[job.workload_id].spec.name, "state": job.state.value}
+            for job in live[:_SHOWN]
+            if job.workload_id in workloads
+        ]
+        return {"live": len(live), "jobs": shown}
+
+    return json_answer(await blocking(answer), 202)
 
 
 @routes.get("/v1/jobs/{reference}/why", allow=Scope.READ, answer=WhyOut)

@@ -335,6 +335,21 @@ class StrangerOut(TypedDict):
     seen_at_ns: int
 
 
+class LiveJobOut(TypedDict):
+    """A job that is not over."""
+
+    id: str
+    name: str
+    state: str
+
+
+class LiveJobsOut(TypedDict):
+    """How many jobs are not over, and the first of them."""
+
+    live: int
+    jobs: list[LiveJobOut]
+
+
 class FailingOut(TypedDict):
     """A device that nothing is placed on, and what it fails of."""
 

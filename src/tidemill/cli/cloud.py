@@ -107,7 +107,10 @@ def down_command(
     timeout: Annotated[float, typer.Option("--timeout", metavar="S", help="For the jobs to end, in seconds.")] = 60.0,
     json: Json = False,
 ) -> None:
-    """Stop the cloud. Jobs are asked to end, and killed after their grace, unless --keep-jobs."""
+    """Stop the cloud. Jobs are asked to end, and killed after their grace, unless --keep-jobs.
+
+    While some are not over it stays up: they are named, and the exit status is 5.
+    """
     from tidemill import bootstrap
 
     home = connection.home()

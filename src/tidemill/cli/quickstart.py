@@ -99,7 +99,7 @@ class Quickstart:
                 from tidemill import bootstrap
 
                 ticker.say("stopping the cloud that the quickstart started")
-                bootstrap.stop_daemon(self.home, stop_jobs=True, timeout_s=30)
+                bootstrap.stop_daemon(self.home, stop_jobs=True, timeout_s=60)
 
     def take(self, prompt: str) -> dict[str, Any]:
         """The five steps, and their outcome for programs."""

@@ -12,20 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from tidemill.catalog.devices import devices
+from tidemill.control.alternatives import variants, worth_telling
 from tidemill.control.answers import Why, duration_of, explain, price, quote_of
 from tidemill.control.driver import Driver, snapshot_of, world_from
 from tidemill.control.siteoptions import at_site, site_options
 from tidemill.control.turns import TurnLoop
 from tidemill.core.copying import Copies
-from tidemill.core.feasible import model_matches
 from tidemill.core.world import World, line_of
 from tidemill.model.events import Exited, Fact, Started, Submitted
 from tidemill.model.ids import JobId, LaunchId, NodeId, job_id
 from tidemill.model.job import Allocation, AllocationState, AttemptState, Cause, JobState, Workload
 from tidemill.model.plan import Forecast, Forget, Launch, Option, Plan, Quote, SiteOption, Stop
 from tidemill.model.policy import Policy
-from tidemill.model.spec import Kind, Tier, WorkloadSpec
+from tidemill.model.spec import WorkloadSpec
 from tidemill.ports import JobRow, Snapshot
 from tidemill.units import DAY_NS, SECOND_NS
 
@@ -108,7 +107,7 @@ def quote(turns: TurnLoop, workload: Workload, policy: Policy, *, now: int) -> Q
     if best is not None and answer.feasible and not answer.placement:
         amounts = {name: getattr(best, name) for name in ("amount_micro", "energy_mj", "carbon_mg")}
         answer = replace(answer, **amounts)
-    answer = replace(answer, finish_ns=finish, options=_options(copy, workload, answer, starts))
+    answer = replace(answer, finish_ns=finish, options=options_for(copy, workload, answer, starts))
     return replace(answer, sites=_foreseen(copy, workload, sites))
 
 
@@ -125,53 +124,42 @@ def _foreseen(copy: Copy, workload: Workload, sites: tuple[SiteOption, ...]) -> 
     return tuple(found)
 
 
-def _options(copy: Copy, workload: Workload, answer: Quote, starts: int) -> tuple[Option, ...]:
-    """The nearest other specs that would start, or cost less, soonest first; three at most."""
+def options_for(copy: Copy, workload: Workload, answer: Quote, starts: int) -> tuple[Option, ...]:
+    """The nearest other specs that would end sooner, cost less or cause less carbon; three at most."""
+    lasts = duration_of(workload.spec)
+    near = variants(
+        copy.world,
+        workload,
+        feasible=answer.feasible,
+        starts_ns=starts,
+        lasts_ns=lasts,
+        now=copy.now,
+        policy=copy.policy,
+    )
     found: list[Option] = []
-    for change, spec, slower in _variants(copy.world, workload.spec):
-        other = replace(workload, spec=spec)
-        duration = int(duration_of(workload.spec) * slower)
-        trial = replace(spec, expected_duration_ns=duration, max_duration_ns=0)
-        jobs = [job_id(workload.id, index) for index in range(spec.job_count)]
+    for one in near:
+        other = replace(workload, spec=one.spec)
+        jobs = [job_id(workload.id, index) for index in range(one.spec.job_count)]
         at = likely_start(copy, jobs, submitted=[other])
-        if at is None or (answer.feasible and starts and at >= starts and spec.tier is workload.spec.tier):
-            continue
-        priced = price(copy.world, replace(workload, spec=trial), now=copy.now, policy=copy.policy)
-        found.append(
-            Option(
-                change=change,
-                starts_ns=at,
-                finish_ns=at + duration,
-                amount_micro=priced.amount_micro,
-                energy_mj=priced.energy_mj,
-                carbon_mg=priced.carbon_mg,
-            )
-        )
-    found.sort(key=lambda option: (option.finish_ns, option.amount_micro, option.change))
-    return tuple(found[:3])
+        if at is not None:
+            found.append(_option(copy, other, one.change, int(lasts * one.slower), at))
+    asked = _option(copy, workload, "", lasts, starts) if answer.feasible else None
+    return worth_telling(found, asked=asked)
 
 
-def _variants(world: World, spec: WorkloadSpec) -> list[tuple[str, WorkloadSpec, float]]:
-    """Nearby specs: what is different in the spec's own words, the spec, how many times as long it would take."""
-    variants: list[tuple[str, WorkloadSpec, float]] = []
-    gpus = spec.resources.gpus
-    if gpus is not None and gpus.model and gpus.is_whole:
-        flops = {device.model: device.bf16_tflops for device in devices()}
-        known = [speed for model, speed in flops.items() if model_matches(model, gpus.model)]
-        here = [flops.get(model, 0.0) for model in world.fleet.models if model_matches(model, gpus.model)]
-        mine = max(here, default=0.0) or max(known, default=0.0)
-        for model in world.fleet.models:
-            if not model_matches(model, gpus.model) and flops.get(model) and mine and not model.startswith("MIG-"):
-                request = replace(gpus, model=model, memory_min_bytes=0, memory_max_bytes=0)
-                other = replace(spec, resources=replace(spec.resources, gpus=request), any_of=())
-                variants.append((f"resources.gpus: {request}", other, mine / flops[model]))
-    if spec.nodes > 1 and spec.kind is not Kind.SERVICE:
-        nodes = spec.nodes // 2
-        fewer = replace(spec, nodes=nodes, nodes_min=min(spec.nodes_min, nodes))
-        variants.append((f"nodes: {nodes}", fewer, spec.nodes / nodes))
-    if spec.tier is Tier.ON_DEMAND and spec.kind in (Kind.TASK, Kind.ARRAY):
-        variants.append(("capacity: spot", replace(spec, tier=Tier.SPOT), 1.0))
-    return variants
+def _option(copy: Copy, workload: Workload, change: str, lasts_ns: int, starts_ns: int) -> Option:
+    """What a spec would give that starts then; ``starts_ns`` zero: nobody knows when."""
+    trial = replace(workload.spec, expected_duration_ns=lasts_ns, max_duration_ns=0)
+    at = max(starts_ns, copy.now)
+    priced = price(copy.world, replace(workload, spec=trial), now=at, policy=copy.policy)
+    return Option(
+        change=change,
+        starts_ns=starts_ns,
+        finish_ns=starts_ns + lasts_ns if starts_ns else 0,
+        amount_micro=priced.amount_micro,
+        energy_mj=priced.energy_mj,
+        carbon_mg=priced.carbon_mg,
+    )
 
 
 def forecast(copy: Copy, jobs: Sequence[JobId], *, submitted: Sequence[Workload] = ()) -> Forecast | None:

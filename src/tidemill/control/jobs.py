@@ -1,8 +1,12 @@
-"""Work as it is submitted and stopped: each request takes effect once, however often it comes."""
+"""Work as it is submitted and stopped: each request takes effect once, however often it comes.
+
+Before a cloud goes down all its work is ended at once, and none is taken meanwhile.
+"""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -11,17 +15,20 @@ from typing import Final
 import msgspec
 
 from tidemill.control.acceptance import Acceptance
-from tidemill.control.identity import Identity
+from tidemill.control.identity import Identity, administer
 from tidemill.control.turns import TurnLoop
-from tidemill.errors import IdempotencyMismatch
+from tidemill.errors import IdempotencyMismatch, Unavailable
 from tidemill.model.events import StopRequested, Submitted
 from tidemill.model.ids import JobId, WorkloadId, sortable_id
-from tidemill.model.job import Workload
+from tidemill.model.job import Job, Workload
 from tidemill.model.spec import WorkloadSpec
 from tidemill.model.tenant import Project
 from tidemill.ports import IdempotencyRecord, Store
+from tidemill.units import SECOND_NS
 
 RECORDED_RESPONSE: Final = msgspec.json.Decoder(list[str])
+_NO_NEW_NS: Final = 15 * SECOND_NS
+"""How long no work is taken after all of it was last asked to end: who ends a cloud asks again before that."""
 
 
 class Jobs:
@@ -35,12 +42,15 @@ class Jobs:
         *,
         clock: Callable[[], int],
         entropy: Callable[[int], bytes],
+        monotonic: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._store = store
         self._turns = turns
         self._acceptance = acceptance
         self._clock = clock
         self._entropy = entropy
+        self._monotonic = monotonic
+        self._no_new_until_ns = 0
         self._in_flight: dict[tuple[str, str], tuple[str, Future[tuple[Workload, ...]]]] = {}
         self._lock = threading.Lock()
 
@@ -88,6 +98,20 @@ class Jobs:
         now = self._clock()
         return self._turns.put([StopRequested(at_ns=now, job_id=job, by=identity.name) for job in job_ids])
 
+    def end_all(self, identity: Identity) -> tuple[Job, ...]:
+        """The jobs that are not over, now that all of them were asked to end in one turn; blocks until it is stored.
+
+        What waits is over with that turn, so that nothing of it takes the room of what ends. No work is taken until
+        some time after this was last asked, which is to be asked again until nothing is left: what was on its way when
+        it was asked first is ended then. Raises: Forbidden, Unavailable, …
+        """
+        administer(identity)
+        self._no_new_until_ns = self._monotonic() + _NO_NEW_NS
+        live = self._turns.look(lambda world: [job.id for job in world.jobs.values() if not job.stop_requested])
+        if live:
+            self.stop(identity, live).result()
+        return tuple(self._turns.world.jobs.copy().values())
+
     def _submit(
         self,
         identity: Identity,
@@ -97,6 +121,8 @@ class Jobs:
         record: IdempotencyRecord | None = None,
     ) -> Future[tuple[Workload, ...]]:
         """``answer``, which is given when the workloads, and ``record`` with their ids, are durable."""
+        if self._monotonic() < self._no_new_until_ns:
+            raise Unavailable("The cloud is going down, and takes no work.", mend="Submit it once it is up again.")
         now = self._clock()
         specs = [self._acceptance.check(spec, project, now=now) for spec in specs]
         self._acceptance.check_room(project, sum(spec.job_count for spec in specs))

@@ -146,7 +146,7 @@ class ControlPlane:
         self.acceptance = Acceptance(store, self._turns, self.data, self.blobs, renting=lambda: self.renting)
         self.access = Access(store, directory, vault, clock=clock)
         self.administration = Administration(self.projects, self._turns, clock=clock)
-        self.jobs = Jobs(store, self._turns, self.acceptance, clock=clock, entropy=entropy)
+        self.jobs = Jobs(store, self._turns, self.acceptance, clock=clock, entropy=entropy, monotonic=monotonic)
         self.runners = Runners(store, self._turns, self.sites, directory, vault, api_url=settings.api_url, clock=clock)
         self.outputs = Outputs(
             store,

@@ -7,7 +7,7 @@ What follows from the layout alone (labels, taints, models, memory sizes) is wor
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tidemill.core.fleetarrays import FleetArrays, Free, Ints
 from tidemill.model.fleet import Level, Node, Site
+from tidemill.model.mig import MEDIA
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import ANYWHERE, Territory
 from tidemill.units import MILLI
@@ -73,8 +74,9 @@ class Fitting:
     """What the layout says about a shape: nodes and devices that could ever serve it, free or not.
 
     ``nodes`` (N,) bool; ``devices`` (N, D) bool; ``milli`` (N, D) is how much of each device one worker takes;
-    ``starts`` (N, D, 8) bool is where a MIG profile may begin, ``size`` how many slices it takes (0: no profile);
-    ``most`` is the largest ``milli`` of a device that will do, 0 when there is none.
+    ``starts`` (N, D, 9) bool is where a MIG profile may begin, ``size`` how many slices it takes (0: no profile);
+    ``most`` is the largest ``milli`` of a device that will do, 0 when there is none; ``has_media`` is whether the
+    profile takes the device's media engines, which are there once.
     """
 
     nodes: NDArray[np.bool_]
@@ -84,6 +86,11 @@ class Fitting:
     size: int
     models: tuple[int, ...]
     most: int = 0
+    has_media: bool = False
+
+    def at(self, *rows: Any) -> Fitting:
+        """Of some nodes, or of one device, what concerns their devices."""
+        return replace(self, devices=self.devices[rows], milli=self.milli[rows], starts=self.starts[rows])
 
 
 def fitting(fleet: FleetArrays, shape: Shape) -> Fitting:
@@ -145,7 +152,8 @@ def _work_out(fleet: FleetArrays, shape: Shape) -> Fitting:
     if (fleet.model < 0).any():  # the only device of a model may be failing
         present = np.flatnonzero(np.bincount(fleet.model[fleet.model >= 0], minlength=len(fleet.models))).tolist()
     models = () if used.tolist() == present else tuple(used.tolist()) or (-1,)
-    return Fitting(nodes, devices, milli, starts, size, models, most)
+    has_media = bool(request.profile) and request.profile.endswith("+me")
+    return Fitting(nodes, devices, milli, starts, size, models, most, has_media)
 
 
 def _allowed_nodes(fleet: FleetArrays, shape: Shape) -> NDArray[np.bool_]:
@@ -267,10 +275,7 @@ def workers_that_fit_on(fleet: FleetArrays, shape: Shape, rows: Ints, *, less: F
     if resources.memory_bytes:
         fits = np.minimum(fits, np.maximum(some.memory, 0) // resources.memory_bytes)
     if resources.gpus is not None:
-        part = Fitting(
-            static.nodes, static.devices[rows], static.milli[rows], static.starts[rows], static.size, static.models
-        )
-        fits = np.minimum(fits, workers_by_gpu(some, part, resources.gpus))
+        fits = np.minimum(fits, workers_by_gpu(some, static.at(rows), resources.gpus))
     return np.where(static.nodes[rows] & fleet.is_ready[rows], fits, 0)
 
 
@@ -291,16 +296,26 @@ def places_for_slices(free: Free, static: Fitting) -> Ints:
     ready_made = static.devices & (free.gpu == MILLI) & ~static.starts.any(axis=2)
     places: Ints = ready_made.astype(np.int64)
     if static.size:
-        places += free_starts(free.mig, static).sum(axis=2)
+        cut = free_starts(free.mig, static).sum(axis=2)
+        places += np.minimum(cut, 1) if static.has_media else cut
     return places
 
 
 def free_starts(mig: Ints, static: Fitting) -> NDArray[np.bool_]:
-    """Where a slice of the profile could begin now. Shape (..., 8)."""
+    """Where a slice of the profile could begin now. Shape (..., 9)."""
     is_free: NDArray[np.bool_] = mig == 0
     room: NDArray[np.bool_] = is_free.copy()
     for step in range(1, static.size):
         room[..., :-step] &= is_free[..., step:]
         room[..., -step:] = False
     room &= static.starts
+    if static.has_media:
+        room &= is_free[..., MEDIA:]
     return room
+
+
+def take_slice(mig: Ints, start: int, static: Fitting) -> None:
+    """Take a slice of the profile on one device, in place. Shape (9,)."""
+    mig[start : start + static.size] += 1
+    if static.has_media:
+        mig[MEDIA] += 1

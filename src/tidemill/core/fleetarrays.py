@@ -6,9 +6,9 @@ before it is free (it is *promised*, while somebody still holds it): then what i
 
 Shapes: N nodes, sorted by id; D the most devices that any node has. ``gpu_free`` is (N, D) milli-GPU, 0 where there
 is no device that may be used; ``model`` (N, D) numbers ``models``, -1 there; ``island`` (N, D) is the NVLink domain;
-``mig`` (N, D, 8) how often each MIG memory slice is taken (no third axis while no device is cut); ``cpu_free`` (N,)
-milli-CPU, ``memory_free`` (N,) bytes; ``is_ready`` (N,) bool; ``seed_order`` (N,) one fixed shuffle that breaks ties
-without favouring any node's name.
+``mig`` (N, D, 9) how often each MIG memory slice is taken, and the media engines (no third axis while no device is
+cut); ``cpu_free`` (N,) milli-CPU, ``memory_free`` (N,) bytes; ``is_ready`` (N,) bool; ``seed_order`` (N,) one fixed
+shuffle that breaks ties without favouring any node's name.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from tidemill.model.fleet import Level, Mig, Node, NodeState, Site
 from tidemill.model.ids import DeviceId, NodeId, SiteId
 from tidemill.model.job import DeviceShare
-from tidemill.model.mig import SLICES, Geometry, geometry_of
+from tidemill.model.mig import POSITIONS, Geometry, geometry_of
 from tidemill.units import MILLI
 
 Ints = NDArray[np.int64]
 NO_DEVICE: Final = -1
 _FEW: Final = 32
-_BITS: Final = 1 << np.arange(SLICES)
+BITS: Final = 1 << np.arange(POSITIONS)
 
 
 class Free(NamedTuple):
@@ -115,7 +115,7 @@ class FleetArrays:
                     self.is_cut[row, column] = True
                     if (geometry := geometry_of(device.model, device.memory_bytes)) is not None:
                         self.geometry[row, column] = geometry
-        self.mig: Ints = np.zeros((*shape, SLICES if self.is_cut.any() else 0), np.int64)
+        self.mig: Ints = np.zeros((*shape, POSITIONS if self.is_cut.any() else 0), np.int64)
         shuffled = sorted(range(len(self.nodes)), key=lambda at: (crc32(self.nodes[at].id.encode()), at))
         self.seed_order: Ints = np.zeros(len(self.nodes), np.int64)
         self.seed_order[shuffled] = np.arange(len(self.nodes))
@@ -200,7 +200,7 @@ class FleetArrays:
             column = self._column[row, share.device_id]
             free.gpu[row, column] -= share.milli
             if bits := self.slice_bits(row, column, share):
-                free.mig[row, column] += np.where(_BITS & bits, 1, 0)
+                free.mig[row, column] += np.where(BITS & bits, 1, 0)
 
     def checkpoint(self) -> int:
         """A mark to roll back to."""
@@ -228,7 +228,7 @@ class FleetArrays:
         return next((one.model for one in self.nodes[self.row[node]].devices if one.id == device), "")
 
     def slice_bits(self, row: int, column: int, share: DeviceShare) -> int:
-        """The memory slices that a share of a cut device takes, as bits; zero for any other share."""
+        """The positions that a share of a cut device takes, as bits; zero for any other share."""
         if not share.profile or (geometry := self.geometry.get((row, column))) is None:
             return 0
         profile = geometry.profile(share.profile)
@@ -254,7 +254,7 @@ class FleetArrays:
         for column, milli, bits in columns:
             self.gpu_free[row, column] -= milli
             if bits:
-                self.mig[row, column] += np.where(_BITS & bits, 1 if milli > 0 else -1, 0)
+                self.mig[row, column] += np.where(BITS & bits, 1 if milli > 0 else -1, 0)
         self.recent[self.touches & (len(self.recent) - 1)] = row
         self.last[row] = self.touches
         self.touches += 1

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tidemill.core.fleetarrays import FleetArrays, Free
 from tidemill.model.ids import JobId, LaunchId
 from tidemill.model.job import Allocation
-from tidemill.model.mig import SLICES
+from tidemill.model.mig import POSITIONS
 
 NEVER: Final = 1 << 62
 """An instant after all others."""
@@ -178,7 +178,7 @@ class HeldArrays:
                 )
             bits = self.slices[rows]
             if bits.any():
-                np.subtract.at(free.mig, nodes, (bits[:, :, None] >> np.arange(SLICES)) & 1)
+                np.subtract.at(free.mig, nodes, (bits[:, :, None] >> np.arange(POSITIONS)) & 1)
 
     def clear(self) -> None:
         """Forget every row; the fleet's columns were laid anew."""

@@ -23,10 +23,11 @@ from tidemill.core.feasible import (
     fitting,
     free_starts,
     places_for_slices,
+    take_slice,
     workers_that_fit,
     workers_that_fit_on,
 )
-from tidemill.core.fleetarrays import FleetArrays, Free, Ints
+from tidemill.core.fleetarrays import BITS, FleetArrays, Free, Ints
 from tidemill.core.score import BLOCK_BITS, NEVER, TIE_BITS, Score, Tide, Want
 from tidemill.model.fleet import SPOT_TAINT, Level
 from tidemill.model.ids import NodeId
@@ -275,9 +276,8 @@ def _fits_on_rows(fleet: FleetArrays, shape: Shape, static: Fitting, rows: Ints)
         return fits_there
     free = fleet.gpu_free[rows]
     if request.profile:
-        part = Fitting(static.nodes, static.devices[rows], static.milli, static.starts[rows], static.size, ())
         some = Free(fleet.cpu_free, fleet.memory_free, free, fleet.mig[rows])
-        fits_there &= places_for_slices(some, part).sum(axis=1) >= request.count
+        fits_there &= places_for_slices(some, static.at(rows)).sum(axis=1) >= request.count
     elif request.is_whole:
         fits_there &= (static.devices[rows] & (free == MILLI)).sum(axis=1) >= request.count
     else:
@@ -575,7 +575,7 @@ def _devices_for(
             column = fleet.column(row, share.device_id)
             gpu[row, column] -= share.milli
             if share.profile and static.size and static.starts[row, column].any():
-                mig[row, column, share.slice : share.slice + static.size] += 1
+                take_slice(mig[row, column], share.slice, static)
         found.append(devices)
     gpu[row], mig[row] = before
     return found
@@ -635,15 +635,15 @@ def _choose_slices(
                 if gpu[column] == MILLI:  # a fixed slice, a device by itself
                     best = min(best, ((-1, column, 0), column, -1)) if best else ((-1, column, 0), column, -1)
                 continue
-            part = Fitting(static.nodes, static.devices, static.milli, static.starts[row, column], static.size, ())
-            for start in np.flatnonzero(free_starts(mig[column], part)).tolist():
+            for start in np.flatnonzero(free_starts(mig[column], static.at(row, column))).tolist():
                 after = mig[column].copy()
-                after[start : start + static.size] += 1
+                take_slice(after, start, static)
+                taken = int((after > 0) @ BITS)
                 spoiled = -sum(
                     profile.size
                     for profile in geometry.profiles
                     for begin in profile.starts
-                    if not after[begin : begin + profile.size].any()
+                    if not taken & profile.bits(begin)
                 )
                 is_fresh = int(not mig[column].any())
                 candidate = ((is_fresh, spoiled, column * 8 + start), column, start)
@@ -656,7 +656,7 @@ def _choose_slices(
             gpu[column] = 0
             found.append(DeviceShare(device_id=device, milli=MILLI))
         else:
-            mig[column, start : start + static.size] += 1
+            take_slice(mig[column], start, static)
             milli = int(static.milli[row, column])
             found.append(DeviceShare(device_id=device, milli=milli, profile=request.profile, slice=start))
     return tuple(found)

@@ -1,7 +1,8 @@
 """How a device can be cut into MIG slices: profiles, their sizes, and where each may begin.
 
-A device has eight slices of memory (an A30 four); a profile takes ``size`` of them from one of its ``starts`` on.
-Positions say it all: the seven slices of compute never run out before the positions do.
+A device has eight slices of memory (some have four); a profile takes ``size`` of them from one of its ``starts`` on.
+Positions say it all: the seven slices of compute never run out before the positions do. The media engines are one
+position more, after the slices: a profile with ``+me`` takes it too, so a device has one of those at a time.
 
 Source: NVIDIA, Multi-Instance GPU User Guide, "Supported MIG Profiles", and the placements that
 ``nvidia-smi mig -lgipp`` lists for each profile.
@@ -18,6 +19,9 @@ from tidemill.units import MILLI
 _GIB: Final = 1024**3
 SLICES: Final = 8
 """The most slices of memory of any device."""
+MEDIA: Final = SLICES
+"""The position of the media engines."""
+POSITIONS: Final = SLICES + 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +33,14 @@ class Profile:
     starts: tuple[int, ...]
     milli: int
 
+    @property
+    def has_media(self) -> bool:
+        """Whether it takes the device's media engines."""
+        return self.name.endswith("+me")
+
     def bits(self, start: int) -> int:
-        """The slices it takes from ``start`` on, as a bit mask."""
-        return ((1 << self.size) - 1) << start
+        """The positions it takes from ``start`` on, as a bit mask."""
+        return ((1 << self.size) - 1) << start | self.has_media << MEDIA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +96,20 @@ _TABLE: Final[tuple[tuple[str, int, Geometry], ...]] = (
     ("H100", 96, _seven("12", "24", "24", "48", "48", "96")),
     ("GH200", 96, _seven("12", "24", "24", "48", "48", "96")),
     ("H200", 141, _seven("18", "35", "35", "71", "71", "141")),
+    (
+        "RTX-PRO-6000",
+        96,
+        _geometry(
+            4,
+            ("1g.24gb", 1, (0, 1, 2, 3)),
+            ("1g.24gb+me", 1, (0, 1, 2, 3)),
+            ("2g.48gb", 2, (0, 2)),
+            ("4g.96gb", 4, (0,)),
+        ),
+    ),
     ("B200", 180, _seven("23", "45", "45", "90", "90", "180")),
     ("GB200", 186, _seven("23", "47", "47", "93", "93", "186")),
+    ("B300", 288, _seven("34", "67", "67", "135", "135", "269")),
 )  # fmt: skip
 _TOLERANCE: Final = 0.12
 
@@ -100,11 +121,11 @@ def geometry_of(model: str, memory_bytes: int) -> Geometry | None:
     >>> [profile.name for profile in geometry_of("H100-SXM", 80 * 1024**3).profiles if profile.size == 4]
     ['3g.40gb', '4g.40gb']
     """
-    name = model.upper().split("-")[0]
+    name = model.upper() + "-"
     size = memory_bytes / _GIB
     near = [
         (abs(gib - size), geometry)
         for prefix, gib, geometry in _TABLE
-        if name == prefix and abs(gib - size) <= _TOLERANCE * gib
+        if name.startswith(prefix + "-") and abs(gib - size) <= _TOLERANCE * gib
     ]
     return min(near, key=lambda pair: pair[0])[1] if near else None

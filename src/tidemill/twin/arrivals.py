@@ -16,8 +16,8 @@ class Arrival:
     ``duration_ns`` is how long each of its jobs truly runs with all its workers, at the speed of its first choice;
     only the simulated machines know it. A job that is stopped keeps what it did until its last checkpoint: one every
     ``checkpoint_ns`` (zero: none), and with ``saves_on_stop`` one within its grace when it is told to stop.
-    ``name`` is the workload's id where it has one already, as in a recording; ``durations_ns`` are then those of its
-    jobs by index.
+    ``tenant`` is a project's id. ``name`` is the workload's id where it has one already, as in a recording;
+    ``durations_ns`` are then those of its jobs by index.
     """
 
     at_ns: int

@@ -51,6 +51,8 @@ class Conditions:
     policy: Policy = field(default_factory=lambda: Policy(meter_every_ns=30 * DAY_NS, replan_ns=HOUR_NS))
     """What only bounds how soon the clock is looked at is rarer here than in a control plane that lives."""
     queues: tuple[Queue, ...] = ()
+    projects: tuple[Project, ...] = ()
+    """Those that are there at the start; a tenant of a trace becomes one, whose id is its name, with its first job."""
     sites: tuple[Site, ...] = (SITE,)
     """The first is where machines are of which nothing else is said."""
     start_ns: int = EPOCH_NS
@@ -78,7 +80,7 @@ def beginning_of(conditions: Conditions) -> Beginning:
         now=conditions.start_ns,
         snapshot=Snapshot(nodes=conditions.nodes, queues=conditions.queues),
         sites=conditions.sites,
-        projects=(),
+        projects=conditions.projects,
         rates=RateCard(id=conditions.rates.id, rates=rates),
         policy=conditions.policy,
     )
@@ -100,16 +102,18 @@ class Cloud:
         self._nevers: dict[int, tuple[WorkloadSpec, Reason | None]] = {}
         """The door's answers by the spec's identity; specs are shared among jobs, and the table keeps them alive."""
         self._fleet_size = len(world.nodes)
-        self._opened = {project.id for project in beginning.projects}
+        self._organizations = {project.id: project.organization_id for project in beginning.projects}
 
-    def open_project(self, name: str, now: int) -> list[Fact]:
+    def open_project(self, project: Project, now: int) -> list[Fact]:
         """The facts that make a tenant known; none when it is already."""
-        project_id = ProjectId(name)
-        if project_id in self._opened:
+        if project.id in self._organizations:
             return []
-        self._opened.add(project_id)
-        project = Project(id=project_id, organization_id=ORGANIZATION, name=name, created_ns=now)
+        self._organizations[project.id] = project.organization_id
         return [ProjectOpened(at_ns=now, project=project)]
+
+    def organization_of(self, tenant: ProjectId) -> OrganizationId:
+        """Who pays for a tenant."""
+        return self._organizations.get(tenant, ORGANIZATION)
 
     def step(self, inbox: Sequence[Fact], *, now: int) -> Plan:
         """The plan of one turn, which is taken as stored."""

@@ -32,6 +32,7 @@ _FROM_OUTSIDE: Final = (
     events.NodeMarked,
     events.DeviceFailed,
     events.DeviceRecovered,
+    events.ProjectOpened,
     events.QueueSet,
     events.SiteSet,
     events.ReservationMade,
@@ -70,6 +71,7 @@ def recorded_conditions(path: Path) -> Conditions:
         rates=beginning.rates,
         policy=beginning.policy,
         queues=beginning.snapshot.queues,
+        projects=beginning.projects,
         sites=beginning.sites,
         start_ns=beginning.now,
         start_delay_ns=delays[len(delays) // 2] if delays else 0,
@@ -80,7 +82,6 @@ def recorded_stream(path: Path) -> Stream:
     """All that came from outside, by time, with how long each job took. The file is read twice."""
     beginning = _beginning(path)
     found = _look(path)
-    names = {project.id: project.name for project in beginning.projects}
     known: set[WorkloadId] = set()
 
     def arrival(workload: Workload, at_ns: int) -> Arrival:
@@ -89,7 +90,7 @@ def recorded_stream(path: Path) -> Stream:
         durations = tuple(_takes(found.seen.get(one), workload, found.end_ns, beginning.policy) for one in jobs)
         return Arrival(
             at_ns,
-            names.get(workload.project_id, workload.project_id),
+            workload.project_id,
             workload.principal_id,
             workload.spec,
             durations[0],
@@ -104,9 +105,7 @@ def recorded_stream(path: Path) -> Stream:
         if isinstance(part, Beginning):
             continue
         for fact in part.facts:
-            if isinstance(fact, events.ProjectOpened):
-                names[fact.project.id] = fact.project.name
-            elif isinstance(fact, events.Submitted) and fact.workload.id not in known:
+            if isinstance(fact, events.Submitted) and fact.workload.id not in known:
                 yield arrival(fact.workload, part.now - beginning.now)
             elif isinstance(fact, _FROM_OUTSIDE):
                 yield Outside(part.now - beginning.now, fact)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from tidemill.core.lifecycle import is_terminal
-from tidemill.model.ids import JobId
+from tidemill.model.ids import JobId, QueueId
 from tidemill.model.job import Allocation, AllocationState, Attempt, AttemptState, Cause, Job, JobState
 from tidemill.model.plan import Plan
+from tidemill.model.queue import Queue
 from tidemill.model.resources import Resources
 from tidemill.model.spec import WorkloadSpec
 from tidemill.twin.cloud import Cloud
@@ -103,9 +104,10 @@ LEVELS: Final = ("held", "capacity", "waiting_jobs", "waiting_gpus", "running_jo
 class Measures:
     """Adds up what plans say. Call ``advance`` and ``submitted`` before a turn and ``took`` after it."""
 
-    def __init__(self, cloud: Cloud, *, now: int, weights: dict[str, int] | None = None) -> None:
+    def __init__(self, cloud: Cloud, *, now: int, weights: Mapping[str, int] | None = None) -> None:
         self._cloud = cloud
         self._weights = weights or {}
+        self._names: dict[str, str] = {}
         self.tenants: dict[str, Tenant] = {}
         self.start_ns = self.now = now
         self.wait, self.slowdown, self.jct = Sketch(), Sketch(), Sketch()
@@ -139,12 +141,23 @@ class Measures:
         """How many jobs are not over."""
         return len(self._jobs)
 
-    def tenant(self, name: str) -> Tenant:
+    def tenant(self, tenant_id: str) -> Tenant:
         """A tenant's part so far."""
-        found = self.tenants.get(name)
+        found = self.tenants.get(tenant_id)
         if found is None:
-            found = self.tenants[name] = Tenant(name, self._weights.get(name, MILLI), since_ns=self.now)
+            name, weight = self._names.get(tenant_id, tenant_id), self._weights.get(tenant_id, MILLI)
+            found = self.tenants[tenant_id] = Tenant(name, weight, since_ns=self.now)
         return found
+
+    def name(self, tenant_id: str, name: str) -> None:
+        """People call a tenant so; by its id too, where another one is called the same."""
+        self._names[tenant_id] = f"{name} ({tenant_id})" if name in self._names.values() else name
+
+    def weigh(self, weights: Mapping[str, int]) -> None:
+        """Tenants have other weights from now on."""
+        self._weights = weights
+        for tenant_id, who in self.tenants.items():
+            who.weight_milli = weights.get(tenant_id, MILLI)
 
     def submitted(self, job_id: JobId, tenant: str, spec: WorkloadSpec, duration_ns: int, now: int) -> None:
         """A job is at the door."""
@@ -242,7 +255,8 @@ class Measures:
         now, width = self.now, self.series.width_ns
         elapsed = max(now - self.series.began_ns, 1)
         buckets = len(self.series.values["held"])
-        for name, tenant in self.tenants.items():
+        for tenant in self.tenants.values():
+            name = tenant.name
             tenant.gpu_ns += tenant.held_milli * (now - tenant.since_ns)
             tenant.since_ns = now
             column = self.tenant_series.setdefault(name, array("d", bytes(8 * buckets)))
@@ -332,6 +346,25 @@ def jain(values: Sequence[float]) -> float:
     """
     squares = sum(value * value for value in values)
     return sum(values) ** 2 / (len(values) * squares) if squares else 1.0
+
+
+def weights_in(queues: Iterable[Queue]) -> dict[str, int]:
+    """What each tenant weighs beside all others, by its id, in thousandths.
+
+    Below a department it is the tenant's part of the department's weight, as if all of its tenants had work.
+    """
+    by_id = {queue.id: queue for queue in queues}
+    together: dict[QueueId, int] = {}
+    for queue in by_id.values():
+        together[queue.parent_id] = together.get(queue.parent_id, 0) + queue.weight_milli
+
+    def weight(queue: Queue) -> int:
+        above = by_id.get(queue.parent_id)
+        if above is None:
+            return queue.weight_milli
+        return max(1, weight(above) * queue.weight_milli // together[queue.parent_id])
+
+    return {queue.project_id: weight(queue) for queue in by_id.values() if queue.project_id}
 
 
 def share_error(tenants: Sequence[tuple[int, int, int]], capacity: int) -> float:

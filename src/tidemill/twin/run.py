@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from tidemill.model.events import Fact, NodeJoined, NodeMarked, NodeWentAway, Submitted
+from tidemill.model.events import Fact, NodeJoined, NodeMarked, NodeWentAway, ProjectOpened, QueueSet, Submitted
 from tidemill.model.ids import JobId, PrincipalId, ProjectId, WorkloadId, job_id
 from tidemill.model.job import Workload
 from tidemill.model.plan import Plan
+from tidemill.model.tenant import Project
 from tidemill.twin.arrivals import Arrival, Outside, Stream
 from tidemill.twin.cloud import ORGANIZATION, Cloud, Conditions, beginning_of
 from tidemill.twin.machines import Machines, Work
-from tidemill.twin.measure import Measures
+from tidemill.twin.measure import Measures, weights_in
 from tidemill.units import DAY_NS
 
 _RARELY: Final = (100_000, 50, 100)
@@ -56,8 +57,10 @@ class _Run:
         self.start_ns = conditions.start_ns
         self.cloud = Cloud(beginning_of(conditions))
         self.machines = Machines(self.cloud, start_delay_ns=conditions.start_delay_ns)
-        weights = {queue.project_id: queue.weight_milli for queue in conditions.queues if queue.project_id}
-        self.measures = Measures(self.cloud, now=self.start_ns, weights={str(key): weights[key] for key in weights})
+        self._queues = {queue.id: queue for queue in conditions.queues}
+        self.measures = Measures(self.cloud, now=self.start_ns, weights=weights_in(conditions.queues))
+        for project in conditions.projects:
+            self.measures.name(project.id, project.name)
         self._stream = stream
         self._next: Arrival | Outside | None = None
         self._watch = watch
@@ -124,18 +127,30 @@ class _Run:
         """What comes from outside by ``now``."""
         while (item := self._next) is not None and self.start_ns + item.at_ns <= now:
             if isinstance(item, Outside):
-                yield replace(item.fact, at_ns=now)
+                yield from self._outside(item.fact, now)
             else:
                 yield from self._submit(item, now)
             self._advance()
 
+    def _outside(self, fact: Fact, now: int) -> Iterator[Fact]:
+        if isinstance(fact, ProjectOpened):
+            self.measures.name(fact.project.id, fact.project.name)
+            yield from self.cloud.open_project(fact.project, now)
+            return
+        if isinstance(fact, QueueSet):
+            self._queues[fact.queue.id] = fact.queue
+            self.measures.weigh(weights_in(self._queues.values()))
+        yield replace(fact, at_ns=now)
+
     def _submit(self, item: Arrival, now: int) -> Iterator[Fact]:
-        yield from self.cloud.open_project(item.tenant, now)
+        tenant = ProjectId(item.tenant)
+        project = Project(id=tenant, organization_id=ORGANIZATION, name=item.tenant, created_ns=now)
+        yield from self.cloud.open_project(project, now)
         self._count += 1
         workload = Workload(
             id=WorkloadId(item.name or f"wl_{self._count:09x}"),
-            organization_id=ORGANIZATION,
-            project_id=ProjectId(item.tenant),
+            organization_id=self.cloud.organization_of(tenant),
+            project_id=tenant,
             principal_id=PrincipalId(item.user),
             spec=item.spec,
             submitted_ns=now,

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 from tidemill.catalog import carbon_intensity, country_codes, own_prices, rate_card
+from tidemill.control.steering import check_tree
 from tidemill.errors import InvalidRequest, TidemillError
 from tidemill.model.fleet import Node, Site, SiteKind
-from tidemill.model.ids import ProjectId, SiteId, queue_id
+from tidemill.model.ids import ProjectId, QueueId, SiteId, queue_id
 from tidemill.model.policy import Policy
 from tidemill.model.queue import Queue
+from tidemill.model.tenant import Project
 from tidemill.twin.arrivals import Arrival, Outside, Stream
-from tidemill.twin.cloud import Conditions
+from tidemill.twin.cloud import ORGANIZATION, Conditions
 from tidemill.twin.fleet import parse_fleet
 from tidemill.units import MILLI, USD_MICRO, parse_duration, parse_size
 
 FIELD: Final = "--what-if"
 _RELATIVE: Final = re.compile(r"(?P<sign>[+-])(?P<rest>.+)")
-_QUOTAS: Final = ("guaranteed", "limit", "weight", "max_running")
+_QUOTAS: Final = ("guaranteed", "limit", "weight", "max_running", "max_queued", "parent")
+_ROOT: Final = "root"
 _BOOLEANS: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One change, as it was written and as it is made. ``speeds`` is how many times as fast work arrives."""
+    """One change, as it was written and as it is made.
+
+    ``speeds`` is how many times as fast work arrives; ``is_of_tree`` is whether the quota tree is another then.
+    """
 
     text: str
     make: Callable[[Conditions], Conditions]
     speeds: float = 1.0
+    is_of_tree: bool = False
 
 
 def parse_change(text: str) -> Change:
@@ -55,7 +63,7 @@ def parse_change(text: str) -> Change:
         return Change(text=text, make=_price(rest, value, text))
     if head == "quota" and "." in rest:
         tenant, _, what = rest.rpartition(".")
-        return Change(text=text, make=_quota(tenant, what, value, text))
+        return Change(text=text, make=_quota(tenant, what, value, text), is_of_tree=True)
     if name in ("start_delay", "tick"):
         new: dict[str, Any] = {f"{name}_ns": _duration(value, text)}
         return Change(text=text, make=lambda conditions: replace(conditions, **new))
@@ -68,10 +76,27 @@ def parse_change(text: str) -> Change:
 
 
 def apply(changes: Iterable[Change], conditions: Conditions) -> Conditions:
-    """The conditions with all changes, one after the other."""
+    """The conditions with all changes, one after the other.
+
+    Raises: InvalidRequest when they make a quota tree that a control plane would refuse too.
+    """
+    of_tree = []
     for change in changes:
         conditions = change.make(conditions)
+        of_tree += [change.text] if change.is_of_tree else []
+    if of_tree:
+        _check_tree(conditions, ", ".join(of_tree))
     return conditions
+
+
+def _check_tree(conditions: Conditions, text: str) -> None:
+    known = {project.id for project in conditions.projects}
+    others = {queue.project_id for queue in conditions.queues if queue.project_id} - known
+    tenants = [Project(id=one, organization_id=ORGANIZATION, name=one, created_ns=0) for one in sorted(others)]
+    try:
+        check_tree(conditions.queues, (), [*conditions.projects, *tenants], conditions.nodes)
+    except InvalidRequest as error:
+        raise InvalidRequest(error.detail, field=FIELD, value=text, mend=error.mend) from error
 
 
 def faster(stream: Stream, times: float) -> Stream:
@@ -240,28 +265,58 @@ def _price(resource: str, value: str, text: str) -> Callable[[Conditions], Condi
     return make
 
 
-def _quota(tenant: str, what: str, value: str, text: str) -> Callable[[Conditions], Conditions]:
+def _quota(name: str, what: str, value: str, text: str) -> Callable[[Conditions], Conditions]:
+    """A change of one queue: that of a tenant, or a department by its own name."""
     if what not in _QUOTAS:
-        raise _wrong(text, f"A quota has no {what!r}.", mend=f"Set quota.TENANT.{{{', '.join(_QUOTAS)}}}.")
-    new: dict[str, Any]
+        raise _wrong(text, f"A quota has no {what!r}.", mend=f"Set quota.NAME.{{{', '.join(_QUOTAS)}}}.")
+    new: dict[str, Any] = {}
     if what == "weight":
         new = {"weight_milli": round(_number(value, text) * MILLI)}
-    elif what == "max_running":
-        new = {"max_running": int(_number(value, text))}
-    else:
+    elif what in ("max_running", "max_queued"):
+        new = {what: int(_number(value, text))}
+    elif what != "parent":
         new = {what: _amounts(value, text)}
 
     def make(conditions: Conditions) -> Conditions:
-        project = ProjectId(tenant)
-        queues = {queue.project_id: queue for queue in conditions.queues}
-        queue = queues.get(project) or Queue(id=queue_id(project), name=_plain(tenant), project_id=project)
+        queues = {queue.id: queue for queue in conditions.queues}
+        queue = _queue_called(name, conditions, text)
+        more = dict(new)
+        if what == "parent":
+            more["parent_id"] = QueueId("")
+            if value != _ROOT:
+                above = _named(value, conditions.queues) or Queue(id=_department_id(value), name=_plain(value))
+                queues[above.id] = above
+                more["parent_id"] = above.id
         try:
-            queues[project] = replace(queue, **new)
+            queues[queue.id] = replace(queue, **more)
         except ValueError as error:
             raise _wrong(text, f"{error}.") from error
         return replace(conditions, queues=tuple(queues.values()))
 
     return make
+
+
+def _queue_called(name: str, conditions: Conditions, text: str) -> Queue:
+    """The queue of that name, or of the project of that name, which may have none yet."""
+    queue = _named(name, conditions.queues)
+    if queue is not None:
+        return queue
+    project = next((one.id for one in conditions.projects if name in (one.name, one.id)), None)
+    if project is None and conditions.projects:
+        known = sorted({one.name for one in conditions.projects} | {one.name for one in conditions.queues})
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:8]
+        raise _wrong(text, f"There is no project or queue {name!r}.", mend=f"There are {', '.join(near)}.")
+    project = project or ProjectId(name)  # a tenant of a trace, of whom nothing is known before
+    own = next((one for one in conditions.queues if one.project_id == project), None)
+    return own or Queue(id=queue_id(project), name=_plain(name), project_id=project)
+
+
+def _named(name: str, queues: Iterable[Queue]) -> Queue | None:
+    return next((queue for queue in queues if name in (queue.name, queue.id)), None)
+
+
+def _department_id(name: str) -> QueueId:
+    return QueueId(f"que_twin/{_plain(name)}")
 
 
 def _amounts(value: str, text: str) -> tuple[tuple[str, int], ...]:
@@ -305,7 +360,7 @@ def _wrong(text: str, what: str, mend: str = "") -> InvalidRequest:
         field=FIELD,
         value=text,
         mend=mend
-        or "Change nodes, policy.NAME, order, score, price.RESOURCE, site.NAME.WHAT, quota.TENANT.NAME, start_delay,"
+        or "Change nodes, policy.NAME, order, score, price.RESOURCE, site.NAME.WHAT, quota.NAME.WHAT, start_delay,"
         " tick or load,"
         " such as nodes=+4xH100:8 or policy.half_life=1d.",
     )

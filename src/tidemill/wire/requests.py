@@ -206,6 +206,17 @@ class CheckpointedIn(StrictSection):
     )
 
 
+class StopAllIn(StrictSection):
+    """That every job is meant: nobody asks for that by leaving something out."""
+
+    all: Annotated[bool, *taking(flag_of, {"const": True})] = Field(default=False, description="True: all of them.")
+
+    def model_post_init(self, _: Any) -> None:
+        """Refuse whatever does not say so."""
+        if not self.all:
+            raise InvalidRequest("It ends every job.", field="all", value=self.all, mend='Say so: {"all": true}.')
+
+
 def read_body(model: type[Request], given: object) -> Request:
     """What was sent, as ``model``. Raises: InvalidRequest; ``data["errors"]`` lists every mistake."""
     try:
