@@ -74,7 +74,7 @@ def test_the_policies_are_these() -> None:
         "exec": 3,
         "runner": 9,
         "admin": 22,
-        "gateway": 3,
+        "gateway": 4,
         "join": 2,
         "outpost": 3,
     }

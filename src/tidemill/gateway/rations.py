@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -34,6 +36,7 @@ _FIRST_PATIENCE_S: Final = 2.0
 """The same before it has answered for the first time."""
 _TIMEOUT_S: Final = 1.0
 _FRESH_NS: Final = SECOND_NS // 10
+_COPIED_EVERY_NS: Final = SECOND_NS
 _MOST_WAITING: Final = 1024
 _ASSUMED_OUTPUT: Final = 512
 """Tokens of an answer of which nothing is said, before there was one."""
@@ -218,7 +221,8 @@ class Charge:
 class Rations:
     """All shares of one worker, which is one of ``workers`` as long as nobody says otherwise."""
 
-    def __init__(self, worker: str, *, workers: int, clock: Callable[[], int]) -> None:
+    def __init__(self, worker: str, *, workers: int, clock: Callable[[], int], copy: Path | None = None) -> None:
+        """``copy`` is where what is left of quotas is written down, for a worker that begins and can ask nobody."""
         self.clock = clock
         self.active: set[Share] = set()
         """Shares of which something was taken, or that hold something."""
@@ -228,8 +232,10 @@ class Rations:
         self._of: dict[tuple[str, str], tuple[Share, ...]] = {}
         """The shares of a key and of who pays."""
         self._by_subject: dict[str, tuple[Share, ...]] = {}
-        self._elsewhere: dict[tuple[str, str], _Told] = {}
-        """What was told of limits that were not needed here yet."""
+        self._copy = copy
+        self._copied_ns = 0
+        self._elsewhere: dict[tuple[str, str], _Told] = {} if copy is None else _read(copy)
+        """What was told last of quotas."""
         self._outputs: dict[str, int] = {}
         self._waiting: deque[Charge] = deque()
         self._wanted = asyncio.Event()
@@ -275,11 +281,11 @@ class Rations:
         share = self._shares[subject, name] = Share(subject, limit)
         if before is not None:
             share.pending, share.spent = before.pending, before.spent
-        told = self._elsewhere.pop((subject, name), None)
+        told = self._elsewhere.get((subject, name))
         now = self.clock()
         share.roll(now=now)
         if told is not None and told.begins_ns == share.begins_ns:
-            share.told(0, told.left, told.elsewhere, is_short=told.is_short, now=now)
+            share.left = told.left
         return share
 
     def charge(self, key: Key, route: Route, content: dict[str, Any], size: int, *, has_output: bool) -> Charge | None:
@@ -357,6 +363,9 @@ class Rations:
                 self._hear(msgspec.json.decode(answer, type=_Answer))
             except (OSError, Refused, msgspec.DecodeError, UnicodeDecodeError) as error:
                 self._miss(error)
+            if self._copy is not None and self.clock() - self._copied_ns > _COPIED_EVERY_NS and not self._is_alone:
+                self._copied_ns = self.clock()
+                await asyncio.to_thread(_write, self._copy, list(self._elsewhere.values()))
             gap_s = _GAP_S if len(self._waiting) < before or not before else _LONG_GAP_S
             if self._waiting:
                 self._wanted.set()
@@ -409,8 +418,9 @@ class Rations:
         self._workers = max(1, answer.gateways)
         for told in answer.shares:
             share = self._shares.get((told.subject, told.name))
-            if share is None:
+            if share is None or share.kind is Kind.QUOTA:
                 self._elsewhere[told.subject, told.name] = told
+            if share is None:
                 continue
             if now >= share.ends_ns:
                 share.roll(now=now)
@@ -440,6 +450,26 @@ class Rations:
                 charge.be_alone(among=self._workers, now=now)
             if not charge.attempt(is_last=self._is_alone, now=now):
                 self._waiting.append(charge)
+
+
+def _read(path: Path) -> dict[tuple[str, str], _Told]:
+    """What a worker wrote down last, nothing when there is none that can be read."""
+    try:
+        return {(one.subject, one.name): one for one in msgspec.json.decode(path.read_bytes(), type=list[_Told])}
+    except FileNotFoundError:
+        return {}
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        _log.warning("what was left of limits is not known: %s", error)
+        return {}
+
+
+def _write(path: Path, told: list[_Told]) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(msgspec.json.encode(told))
+        draft.replace(path)
+    except OSError as error:
+        _log.warning("what is left of limits could not be written down: %s", error)
 
 
 def rate_headers(shares: Sequence[Share], *, now: int) -> list[tuple[bytes, bytes]]:
@@ -521,7 +551,9 @@ def _reset(share: Share, lacks: int, *, now: int) -> bytes:
 
 def _said(share: Share, amount: int) -> str:
     """An amount for people."""
-    return f"{amount / MICRO_PICO / USD_MICRO:g}" if share.measure == _MONEY else str(amount)
+    if share.measure != _MONEY:
+        return str(amount)
+    return f"{amount / MICRO_PICO / USD_MICRO:.6f}".rstrip("0").rstrip(".")
 
 
 def _most_output(content: dict[str, Any]) -> int | None:

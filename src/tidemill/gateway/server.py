@@ -16,6 +16,7 @@ import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, Final, cast
 from urllib.parse import unquote
 
@@ -34,6 +35,7 @@ from tidemill.gateway.messages import ChunkedBody, Malformed, RequestHead, cut_h
 from tidemill.gateway.metering import prepared
 from tidemill.gateway.metrics import OPERATIONS, Metrics
 from tidemill.gateway.rations import Rations
+from tidemill.gateway.siblings import Siblings
 from tidemill.gateway.table import Key, Replica, Route, Table
 from tidemill.gateway.tracing import Tracer
 from tidemill.gateway.upstream import Pool, tune
@@ -96,12 +98,12 @@ class Gateway:
         place: str = "",
         clock: Callable[[], int] | None = None,
         workers: int = 1,
+        limits_copy: Path | None = None,
     ) -> None:
         """``books`` is where usage is entered; None: tokens are not metered. ``place`` is where this one listens.
 
-        ``workers`` is how many share the limits, as long as the control plane does not say.
-
-        ``clock`` gives ns since 1970, and does not jump when the machine's time of day is set.
+        ``workers`` is how many share the limits, as long as the control plane does not say; what is left of those is
+        written to ``limits_copy``.
         """
         self._clock = clock or SteadyClock()
         self.pepper = pepper
@@ -115,6 +117,8 @@ class Gateway:
         """Bytes of request bodies held now."""
         self.is_draining = False
         self.books = books
+        self.siblings: Siblings | None = None
+        """Those that listen at the same address, where there are some."""
         self.tracer: Tracer | None = None
         """What traces go to, where there is a collector."""
         self.prober: Prober | None = None
@@ -126,7 +130,7 @@ class Gateway:
         self._turns = itertools.count(1)
         self._request_prefix = os.urandom(6).hex()
         self._name = f"{place}/{self._request_prefix}"
-        self.rations = Rations(self._name, workers=workers, clock=self._clock)
+        self.rations = Rations(self._name, workers=workers, clock=self._clock, copy=limits_copy)
         if books is not None:
             books.on_entered = self.rations.booked
         self._request_numbers = itertools.count(1)
@@ -209,6 +213,15 @@ class Gateway:
             for replica in route.replicas:
                 replicas[replica.job] = {"in_flight": replica.outstanding, "is_leaving": replica.is_leaving}
         return orjson.dumps({"worker": self._name, "models": models, "replicas": replicas})
+
+    def metrics_text(self) -> bytes:
+        """This process's figures, as Prometheus text."""
+        return self.metrics.text(
+            connections=len(self.connections),
+            feed_version=self.table.version if self.table is not None else -1,
+            feed_age_s=self._feed_age_s(),
+            replicas=self._states(),
+        )
 
     async def tell_load(
         self, tell: Callable[[bytes], Awaitable[None]], *, every_s: float = 0.1, at_least_every_s: float = 1.0
@@ -320,12 +333,7 @@ class Gateway:
                 return Answer(status=503, body=b'{"status":"starting"}', headers=((b"Retry-After", b"2"),))
             return Answer(status=200, body=b'{"status":"ok"}')
         if path == b"/metrics":
-            text = self.metrics.text(
-                connections=len(self.connections),
-                feed_version=table.version if table is not None else -1,
-                feed_age_s=self._feed_age_s(),
-                replicas=self._states(),
-            )
+            text = self.metrics_text() if self.siblings is None else self.siblings.text()
             return Answer(status=200, body=text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
         if table is None:
             return _starting()
