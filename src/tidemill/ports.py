@@ -36,6 +36,7 @@ from tidemill.model.plan import Change, LaunchSpec, Reason, Sight, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
+from tidemill.model.scaling import Habit
 from tidemill.model.spec import Kind
 from tidemill.model.storage import DataSet, Volume
 from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
@@ -257,6 +258,9 @@ class Store(Protocol):
     def delete_volume(self, project_id: ProjectId, name: str) -> bool:
         """Whether there was one."""
 
+    def put_habit(self, habit: Habit) -> None:
+        """Store it, or replace the one of that project and service."""
+
     def add_dataset(self, dataset: DataSet) -> DataSet:
         """The data set with the next version of its name that was never given; its own ``version`` is ignored."""
 
@@ -295,6 +299,9 @@ class Store(Protocol):
 
     def volumes(self, project_id: ProjectId) -> tuple[Volume, ...]:
         """A project's volumes, by name."""
+
+    def habits(self) -> tuple[Habit, ...]:
+        """What is remembered of services, by project and name."""
 
     def dataset(self, dataset_id: DataSetId) -> DataSet | None: ...
 

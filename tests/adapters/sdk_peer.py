@@ -255,6 +255,7 @@ class Peer:
                 self.job, job_json(id="job_06abd-0", name="wait", state="queued", reason=reason)
             ),
             ("GET", "/v1/jobs/([^/]+)/why"): says(why),
+            ("GET", "/v1/jobs/([^/]+)/models"): says({"items": [], "next_cursor": ""}),
             ("GET", "/v1/jobs/([^/]+)/receipt"): says(receipt),
             ("GET", "/v1/jobs/([^/]+)/logs"): self._logs,
             ("GET", "/v1/jobs/([^/]+)/outputs"): self._job_outputs,

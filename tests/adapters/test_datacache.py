@@ -73,7 +73,7 @@ def read_back(tree: Path) -> dict[str, bytes]:
 
 def hold(cache: DataCache, files: dict[str, bytes], store: Any = None, project: str = "prj", **named: Any) -> Any:
     source = store or Store(files)
-    return cache.hold(project, "images:1", manifest(files), source, stopping=named.get("stopping", NEVER))
+    return cache.hold(project, "the data set images:1", manifest(files), source, stopping=named.get("stopping", NEVER))
 
 
 FILES = {"a.txt": b"hello", "deep/er/b.bin": bytes(range(256)) * 40, "deep/empty": b"", "copy": b"hello"}

@@ -28,7 +28,10 @@ def note(what, **more):
     os.write(journal, (json.dumps(line) + "\n").encode())
     os.fsync(journal)
 
+counting = threading.Lock()
+
 class Handler(BaseHTTPRequestHandler):
+    under_way = 0
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -36,7 +39,18 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.reply(200, {"status": "ok"})
+        try:
+            with open(os.path.join(folder, "metrics"), "rb") as file:
+                told = file.read() if self.path == "/metrics" else None
+        except OSError:
+            told = None
+        if told is None:
+            self.reply(200, {"status": "ok"})
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(told)))
+        self.end_headers()
+        self.wfile.write(told)
 
     def reply(self, status, content):
         body = json.dumps(content).encode()
@@ -57,9 +71,11 @@ class Handler(BaseHTTPRequestHandler):
         tag, tokens, pause = asked.get("tag", ""), asked.get("max_tokens", 5), asked.get("pause", 0.02)
         note("call", tag=tag)
         sent = 0
+        with counting:
+            Handler.under_way += 1
         usage = lambda: {"prompt_tokens": 7, "completion_tokens": sent, "total_tokens": 7 + sent}
         try:
-            time.sleep(asked.get("think", 0))
+            time.sleep(asked.get("think", 0) + asked.get("think_each", 0) * Handler.under_way)
             if not asked.get("stream"):
                 time.sleep(pause * tokens)
                 sent = tokens
@@ -80,6 +96,8 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True
         finally:
+            with counting:
+                Handler.under_way -= 1
             note("end", tag=tag, tokens=sent)
 
 class Server(ThreadingHTTPServer):

@@ -18,6 +18,7 @@ from tidemill.api.shapes import (
     QueueOut,
     QuoteOut,
     ReasonOut,
+    ReplicasOut,
     ReservationOut,
     ShareOut,
     SiteOptionOut,
@@ -28,6 +29,7 @@ from tidemill.api.shapes import (
     WorkloadOut,
 )
 from tidemill.control.questions import Queued
+from tidemill.control.replicating import Account
 from tidemill.core.fairness import QueueShare
 from tidemill.core.world import World
 from tidemill.model.artifact import Artifact
@@ -80,6 +82,29 @@ def holding_json(holding: Holding, *, is_visible: bool) -> HoldingOut:
         "project": holding.project if is_visible else "",
         "amount": holding.amount,
         "ends_at_ns": holding.ends_ns,
+    }
+
+
+def replicas_json(account: Account | None) -> ReplicasOut | None:
+    """The fields of how many replicas a service has, and why."""
+    if account is None:
+        return None
+    return {
+        "decided_at_ns": account.at_ns,
+        "wanted": account.wanted,
+        "ready": account.ready,
+        "coming": account.coming,
+        "leaving": account.leaving,
+        "least": account.least,
+        "most": account.most,
+        "why": account.why,
+        "asks": [
+            {"objective": ask.objective, "wants": ask.wants, "seen": ask.seen, "target": ask.target}
+            for ask in account.asks
+        ],
+        "lead_ns": account.lead_ns,
+        "days": account.days,
+        "has_pattern": account.has_pattern,
     }
 
 

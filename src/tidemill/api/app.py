@@ -27,6 +27,8 @@ from tidemill.api import (
     fleet,
     gatewayfeed,
     jobs,
+    mlflow,
+    models,
     runners,
     scheduling,
     sites,
@@ -47,7 +49,22 @@ if TYPE_CHECKING:
     from tidemill.control.plane import ControlPlane
     from tidemill.control.settings import Settings
 
-_NOUNS = (workloads, runners, jobs, execs, artifacts, datasets, fleet, scheduling, accounts, sites, gatewayfeed, turns)
+_NOUNS = (
+    workloads,
+    runners,
+    jobs,
+    execs,
+    artifacts,
+    datasets,
+    models,
+    mlflow,
+    fleet,
+    scheduling,
+    accounts,
+    sites,
+    gatewayfeed,
+    turns,
+)
 """The busiest first: routes are tried in order."""
 
 

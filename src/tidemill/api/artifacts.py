@@ -8,18 +8,16 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, Response
 
 from tidemill.api.answers import artifact_json
-from tidemill.api.bodies import body_of, check_length, json_answer, stream
+from tidemill.api.bodies import body_of, check_length, json_answer, write_draft
 from tidemill.api.guard import Call, Caller, Routes, blocking, missing
 from tidemill.api.jobs import Limit, ProjectName, output_path
 from tidemill.api.refs import find_job
 from tidemill.api.shapes import ArtifactIn, ArtifactOut, BlobOut, PageOf
-from tidemill.control.blobs import Draft
 from tidemill.model.artifact import Artifact
 from tidemill.model.tenant import Scope
 from tidemill.units import parse_size
 
 routes = Routes("artifacts")
-_BATCH = 1 << 20
 
 
 @routes.put("/v1/blobs/{sha256}", allow=Scope.SUBMIT, status=201, body="application/octet-stream", answer=BlobOut)
@@ -32,7 +30,7 @@ async def put_blob(call: Caller, sha256: str) -> Response:
     known = await blocking(blobs.exists, digest)
     draft = await blocking(blobs.draft(digest).__enter__)
     try:
-        size = await _write(call, draft, limit)
+        size = await write_draft(call.request, draft, limit)
         if not known:
             size = await blocking(draft.commit)
         else:
@@ -96,19 +94,6 @@ async def artifact_content(call: Caller, reference: str, project: ProjectName = 
         media_type="application/gzip",
         filename=f"{artifact.name}-{artifact.version}.tar.gz",
     )
-
-
-async def _write(call: Call, draft: Draft, limit: int) -> int:
-    """The number of octets received, all of them written, in large steps."""
-    waiting = bytearray()
-    async for piece in stream(call.request, limit):
-        waiting += piece
-        if len(waiting) >= _BATCH:
-            await blocking(draft.write, bytes(waiting))
-            waiting.clear()
-    if waiting:
-        await blocking(draft.write, bytes(waiting))
-    return draft.size
 
 
 def _made(call: Call, given: ArtifactIn) -> ArtifactOut:

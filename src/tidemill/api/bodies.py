@@ -7,14 +7,17 @@ from typing import Any, Final, TypeVar
 
 import orjson
 from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from tidemill.api.problems import Malformed, WrongMediaType, from_validation
+from tidemill.control.blobs import Draft
 from tidemill.errors import TooLarge
 from tidemill.units import format_size
 
 JSON_LIMIT: Final = 32 << 20
+_BATCH: Final = 1 << 20
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -54,6 +57,19 @@ async def stream(request: Request, limit: int) -> AsyncIterator[bytes]:
                 yield piece
     except ClientDisconnect as error:
         raise Malformed("The request broke off.") from error
+
+
+async def write_draft(request: Request, draft: Draft, limit: int) -> int:
+    """The number of octets received, all of them written, in large steps. Raises: as ``stream``, StorageFull."""
+    waiting = bytearray()
+    async for piece in stream(request, limit):
+        waiting += piece
+        if len(waiting) >= _BATCH:
+            await run_in_threadpool(draft.write, bytes(waiting))
+            waiting.clear()
+    if waiting:
+        await run_in_threadpool(draft.write, bytes(waiting))
+    return draft.size
 
 
 async def json_object(request: Request) -> tuple[dict[str, Any], bytes]:

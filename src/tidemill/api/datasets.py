@@ -185,18 +185,18 @@ async def delete_dataset(call: Caller, reference: str, project: ProjectName = ""
 
 @routes.get("/v1/runners/{launch_id}/data/{manifest}/{digest}", allow=Scope.RUNNER, media=("application/octet-stream",))
 async def launch_file(call: Caller, launch_id: str, manifest: str, digest: str, relay: bool = False) -> Response:
-    """Get a file of a data set that the worker's spec names, from an offset with `Range: bytes=N-`.
+    """Get a file of a data set or model that the worker's spec names, from an offset with `Range: bytes=N-`.
 
     Answered with 307 and an address that is good for an hour when the file is in S3; with `relay` never.
     """
     launch = own_launch(call, launch_id)
 
     def find() -> Content:
-        _, _, _, workload = call.plane.runners.launch(launch)
+        _, _, job, workload = call.plane.runners.launch(launch)
         mount = next((one for one in workload.spec.data if one.digest == manifest), None)
         if mount is None:
             raise missing("data set", manifest)
-        return call.plane.data.content(mount, digest, relay=relay)
+        return call.plane.data.content(mount, digest, project=job.project_id, relay=relay)
 
     return await _content(call, await blocking(find))
 

@@ -11,8 +11,8 @@ from starlette.responses import Response
 from tidemill.api.bodies import body_of, json_answer
 from tidemill.api.follow import rung
 from tidemill.api.guard import Call, Caller, Routes, blocking, unless_gone
-from tidemill.api.shapes import EnteredOut, FeedOut, LoadIn, RequestUsagesIn, SharesIn, SharesOut
-from tidemill.control.replicating import Load
+from tidemill.api.shapes import EnteredOut, FeedOut, LoadIn, ModelLoadIn, RequestUsagesIn, SharesIn, SharesOut
+from tidemill.control.loads import FeltCounts, Load, ModelLoad, ReplicaLoad
 from tidemill.core.limits import Report
 from tidemill.errors import Stale
 from tidemill.model.ids import JobId, ProjectId, TokenId, WorkloadId
@@ -68,8 +68,8 @@ async def hear_load(call: Caller) -> Response:
     call.plane.serving.scaler.hear(
         given.worker,
         Load(
-            models={model: (one.in_flight, one.waiting) for model, one in given.models.items()},
-            replicas={JobId(job): (one.in_flight, one.is_leaving) for job, one in given.replicas.items()},
+            models={model: _model_load(one) for model, one in given.models.items()},
+            replicas={JobId(job): ReplicaLoad(**one.model_dump()) for job, one in given.replicas.items()},
         ),
     )
     return Response(status_code=204)
@@ -100,6 +100,17 @@ async def share_limits(call: Caller) -> Response:
         raise Stale("This gateway said newer things since.", field="number", value=given.number)
     shares = [(*one.key, one.begins_ns, one.granted, one.left, one.elsewhere, one.is_short) for one in told]
     return json_answer({"gateways": rationing.gateways, "shares": shares})
+
+
+def _model_load(one: ModelLoadIn) -> ModelLoad:
+    felt = one.felt
+    if felt is None:
+        return ModelLoad(in_flight=one.in_flight, waiting=one.waiting)
+    ttft, latency, queue = (
+        {int(bucket): count for bucket, count in counts.items()} for counts in (felt.ttft, felt.latency, felt.queue)
+    )
+    counts = FeltCounts(ttft=ttft, latency=latency, queue=queue, tokens=felt.tokens)
+    return ModelLoad(in_flight=one.in_flight, waiting=one.waiting, felt=counts)
 
 
 async def _changed(call: Call, since: int, wait_s: float) -> dict[str, Any]:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 Endpoint = Callable[..., Coroutine[Any, Any, Response]]
+Refused = Callable[[TidemillError], Response]
 OPEN: Final[tuple[Scope, ...]] = ()
 """The policy of a route that needs no token."""
 _KEY_LENGTH: Final = 200
@@ -130,7 +131,14 @@ class GuardedRoute(APIRoute):
     """A route with a policy. ``policy`` lists the scopes any one of which opens it."""
 
     def __init__(
-        self, path: str, endpoint: Endpoint, *, policy: tuple[Scope, ...], body: Any = None, **named: Any
+        self,
+        path: str,
+        endpoint: Endpoint,
+        *,
+        policy: tuple[Scope, ...],
+        body: Any = None,
+        refused: Refused = problem,
+        **named: Any,
     ) -> None:
         super().__init__(path, endpoint, **named)
         self.policy = policy
@@ -138,10 +146,14 @@ class GuardedRoute(APIRoute):
         parameters = set(inspect.signature(endpoint).parameters)
         in_path = {name for name in parameters if f"{{{name}}}" in path or f"{{{name}:path}}" in path}
         is_plain = parameters - in_path <= {"call"}
-        self.app = _guarded(self.app, endpoint if is_plain else None, policy, takes_call="call" in parameters)
+        self.app = _guarded(
+            self.app, endpoint if is_plain else None, policy, takes_call="call" in parameters, refused=refused
+        )
 
 
-def _guarded(framework: ASGIApp, endpoint: Endpoint | None, policy: tuple[Scope, ...], *, takes_call: bool) -> ASGIApp:
+def _guarded(
+    framework: ASGIApp, endpoint: Endpoint | None, policy: tuple[Scope, ...], *, takes_call: bool, refused: Refused
+) -> ASGIApp:
     """The route behind its policy; ``endpoint`` is called directly when it takes nothing but the path's parts."""
 
     async def app(scope: AsgiScope, receive: Receive, send: Send) -> None:
@@ -156,7 +168,7 @@ def _guarded(framework: ASGIApp, endpoint: Endpoint | None, policy: tuple[Scope,
             named = {"call": call} if takes_call else {}
             response = await endpoint(**named, **scope["path_params"])
         except TidemillError as error:
-            response = problem(error)
+            response = refused(error)
         await response(scope, receive, send)
 
     return app
@@ -186,8 +198,10 @@ def _token(scope: AsgiScope) -> str:
 class Routes:
     """The routes of one noun."""
 
-    def __init__(self, tag: str) -> None:
+    def __init__(self, tag: str, *, refused: Refused = problem) -> None:
+        """``refused`` makes the answer to an error."""
         self.tag = tag
+        self._refused = refused
         self.items: list[GuardedRoute] = []
 
     def get(self, path: str, *, allow: Scope | tuple[Scope, ...], **named: Any) -> Callable[[Endpoint], Endpoint]:
@@ -205,6 +219,10 @@ class Routes:
     def put(self, path: str, *, allow: Scope | tuple[Scope, ...], **named: Any) -> Callable[[Endpoint], Endpoint]:
         """See ``get``."""
         return self._declare("PUT", path, allow, **named)
+
+    def patch(self, path: str, *, allow: Scope | tuple[Scope, ...], **named: Any) -> Callable[[Endpoint], Endpoint]:
+        """See ``get``."""
+        return self._declare("PATCH", path, allow, **named)
 
     def delete(self, path: str, *, allow: Scope | tuple[Scope, ...], **named: Any) -> Callable[[Endpoint], Endpoint]:
         """See ``get``."""
@@ -239,6 +257,7 @@ class Routes:
                     endpoint,
                     policy=policy,
                     body=body,
+                    refused=self._refused,
                     methods=[method],
                     response_model=answer,
                     response_class=Response if answer is None else _Json,

@@ -17,6 +17,7 @@ from tidemill.api.answers import (
     holding_json,
     job_json,
     reason_json,
+    replicas_json,
     site_option_json,
     whole_job_json,
 )
@@ -133,7 +134,8 @@ async def why(call: Caller, reference: str, project: ProjectName = "") -> Respon
     """Say why a job is where it is."""
 
     def answer() -> dict[str, Any]:
-        found = call.plane.questions.why(find_job(call, reference, project).job.id)
+        row = find_job(call, reference, project)
+        found = call.plane.questions.why(row.job.id)
         visible, jobs = set(call.visible_projects()), call.plane.world.jobs
         lines = dict.fromkeys((found.sentence, *(reason.sentence for reason in found.reasons)))
         return {
@@ -152,6 +154,7 @@ async def why(call: Caller, reference: str, project: ProjectName = "") -> Respon
             "lines": [line for line in lines if line],
             "site": found.site,
             "sites": [site_option_json(option) for option in found.sites],
+            "replicas": replicas_json(call.plane.serving.scaler.account(row.workload.id)),
         }
 
     return json_answer(await blocking(answer))
@@ -293,7 +296,7 @@ def tar_pieces(folder: Path) -> Iterator[bytes]:
 
 def _whole(call: Call, row: JobRow) -> JobOut:
     store = call.plane.store
-    return whole_job_json(
+    found = whole_job_json(
         row.job,
         row.workload,
         project=call.project_name(row.job.project_id),
@@ -302,6 +305,8 @@ def _whole(call: Call, row: JobRow) -> JobOut:
         workers=store.allocations(row.job.id),
         nodes=call.plane.world.nodes,
     )
+    found["replicas"] = replicas_json(call.plane.serving.scaler.account(row.workload.id))
+    return found
 
 
 def _seen(call: Call, job: JobId) -> Seen:

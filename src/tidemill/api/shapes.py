@@ -11,6 +11,7 @@ from typing import Annotated, Any, Generic, Literal, NotRequired, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from typing_extensions import TypedDict
 
+from tidemill.core import buckets
 from tidemill.model.limits import LIMITS, Priority
 from tidemill.model.spec import MAX_PRICE_MICRO
 from tidemill.model.tenant import Scope
@@ -133,8 +134,38 @@ class AttemptOut(TypedDict):
     checkpoint_at_ns: int
 
 
+class AskOut(TypedDict):
+    """How many replicas one objective asks for, where it is at and what is meant, in words."""
+
+    objective: str
+    wants: int
+    seen: str
+    target: str
+
+
+class ReplicasOut(TypedDict):
+    """How many replicas a service has and is to have, why, and which objective asked for how many.
+
+    ``lead_ns`` is how long before they are needed replicas are launched. ``days`` is of how many days is known what is
+    usually needed, and ``has_pattern`` whether that can be gone by.
+    """
+
+    decided_at_ns: int
+    wanted: int
+    ready: int
+    coming: int
+    leaving: int
+    least: int
+    most: int
+    why: str
+    asks: list[AskOut]
+    lead_ns: int
+    days: int
+    has_pattern: bool
+
+
 class JobOut(TypedDict):
-    """One schedulable unit of a workload. The last three come with one job only."""
+    """One schedulable unit of a workload. The last four come with one job only."""
 
     id: str
     workload_id: str
@@ -164,6 +195,7 @@ class JobOut(TypedDict):
     spec: NotRequired[dict[str, Any]]
     attempt_list: NotRequired[list[AttemptOut]]
     workers: NotRequired[list[WorkerOut]]
+    replicas: NotRequired[ReplicasOut | None]
 
 
 class WorkloadOut(TypedDict):
@@ -249,6 +281,7 @@ class WhyOut(TypedDict):
     """Why a job is where it is. ``position`` counts from 1 while it waits; ``lines`` are for people.
 
     ``site`` is where it runs, ``sites`` how it would be at each while it waits; empty where there is one only.
+    ``replicas`` is null unless it is of a service whose number of replicas follows something.
     """
 
     job: str
@@ -263,6 +296,7 @@ class WhyOut(TypedDict):
     lines: list[str]
     site: str
     sites: list[SiteOptionOut]
+    replicas: ReplicasOut | None
 
 
 class ReceiptOut(TypedDict):
@@ -702,6 +736,116 @@ class ArtifactOut(TypedDict):
     metadata: dict[str, str]
 
 
+class StageOut(TypedDict):
+    """The stage of a version: since when, who put it there and why."""
+
+    stage: str
+    since_at_ns: int
+    by: str
+    why: str
+
+
+class AliasOut(TypedDict):
+    """A name that points to one version at a time."""
+
+    name: str
+    version: int
+    since_at_ns: int
+    by: str
+    why: str
+
+
+class ModelOut(TypedDict):
+    """A model of the registry. ``production`` and ``staging`` are numbers of versions; zero: none is there."""
+
+    id: str
+    name: str
+    project: str
+    description: str
+    tags: dict[str, str]
+    newest: int
+    versions: int
+    production: int
+    staging: int
+    aliases: list[AliasOut]
+    created_at_ns: int
+    created_by: str
+    changed_at_ns: int
+
+
+class AncestorOut(TypedDict):
+    """What a model was made of."""
+
+    reference: str
+    digest: str
+
+
+class LineageOut(TypedDict):
+    """Where a version came from; what is empty is not known. ``spec_digest`` is the SHA-256 of the job's spec."""
+
+    job: str
+    workload_id: str
+    workload: str
+    spec_digest: str
+    data: list[AncestorOut]
+    artifacts: list[AncestorOut]
+    models: list[AncestorOut]
+    commit: str
+    run: str
+    source: str
+
+
+class ModelUserOut(TypedDict):
+    """What is not over and was given this version."""
+
+    workload_id: str
+    name: str
+    kind: str
+
+
+class ModelVersionOut(TypedDict):
+    """One version of a model. ``digest`` is its manifest's; ``precisions`` has the parameters by data type.
+
+    ``pickles`` are files that can run code when they are loaded, and ``pickles_allowed`` says who let them in.
+    """
+
+    id: str
+    name: str
+    version: int
+    project: str
+    digest: str
+    size: int
+    files: int
+    description: str
+    tags: dict[str, str]
+    stage: StageOut
+    aliases: list[str]
+    format: str
+    framework: str
+    architecture: str
+    base_model: str
+    licence: str
+    parameters: int
+    precision: str
+    precisions: dict[str, int]
+    code: list[str]
+    metrics: dict[str, str]
+    pickles: list[str]
+    pickles_allowed: str
+    lineage: LineageOut
+    used_by: list[ModelUserOut]
+    cached_on: list[str]
+    created_at_ns: int
+    created_by: str
+
+
+class ModelPolicyOut(TypedDict):
+    """What a project lets into its models. ``pickles`` is ``allow`` or ``refuse``."""
+
+    project: str
+    pickles: str
+
+
 class VolumeOut(TypedDict):
     """A folder of a site that jobs may have mounted. ``node`` is the one machine that has it; empty: all there have."""
 
@@ -859,18 +1003,41 @@ class RequestUsagesIn(Body):
 _Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+_Total = Annotated[int, Field(ge=0, lt=2**53)]
+_Counts = Annotated[
+    dict[Annotated[str, Field(pattern=r"^([0-9]|[1-7][0-9]|8[0-3])$")], _Total], Field(max_length=buckets.COUNT)
+]
+
+
+class FeltIn(Body):
+    """What users of a model felt since the gateway began: counts of times by bucket, and tokens of answers.
+
+    Bucket `n` has what took up to 2^(n/4) ms and longer than that of the one before.
+    """
+
+    ttft: _Counts
+    latency: _Counts
+    queue: _Counts
+    tokens: _Total
+
+
 class ModelLoadIn(Body):
-    """Requests under way on replicas of a model, and waiting for one."""
+    """Requests under way on replicas of a model, and waiting for one; now and then what users felt."""
 
     in_flight: _Count
     waiting: _Count
+    felt: FeltIn | None = None
 
 
 class ReplicaLoadIn(Body):
-    """Requests under way on a replica, and whether it gets no more."""
+    """Requests under way on a replica, whether it gets no more, and what its engine tells of itself."""
 
     in_flight: _Count
     is_leaving: bool
+    queued: _Count | None = None
+    running: _Count | None = None
+    cache_milli: Annotated[int, Field(ge=0, le=1000)] | None = None
+    first_token_ms: _Total | None = None
 
 
 class LoadIn(Body):
@@ -973,6 +1140,64 @@ class DataSetIn(Body):
     region: Plain = ""
     secret: Plain = Field("", description="The project's secret with KEY_ID:SECRET_KEY; none for a public bucket.")
     project: Plain = ""
+
+
+_Texts = dict[Annotated[str, StringConstraints(max_length=250)], Annotated[str, StringConstraints(max_length=10_000)]]
+
+
+class ModelFileIn(Body):
+    """A file of a version, which was uploaded before."""
+
+    path: Plain
+    size: int = Field(ge=0, lt=2**60)
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ModelVersionIn(Body):
+    """A version of a model to add: of files that were uploaded, of a job's output, or of an artifact."""
+
+    files: list[ModelFileIn] = Field(default=[], max_length=100_000)
+    job: Plain = Field("", description="The job that made it; from inside a job that job, when left out.")
+    path: Plain = Field("", description="What of the job's output folder it is, when there are no files.")
+    artifact: Plain = Field("", description="The artifact that it is, as name or name:version.")
+    description: Annotated[str, StringConstraints(max_length=10_000, pattern=PLAIN_TEXT)] = ""
+    tags: _Texts = {}
+    metrics: _Texts = {}
+    base_model: Plain = ""
+    licence: Plain = ""
+    framework: Plain = ""
+    commit: Plain = Field("", description="The git commit that it was made from.")
+    allow_pickles: bool = Field(
+        False, description="Let pickles in; the project's policy has to allow it, or an administrator asks."
+    )
+    project: Plain = ""
+
+
+class StageIn(Body):
+    """The stage that a version is put into."""
+
+    stage: Literal["none", "staging", "production", "archived"]
+    why: Annotated[str, StringConstraints(max_length=10_000, pattern=PLAIN_TEXT)] = ""
+
+
+class AliasIn(Body):
+    """What an alias points to."""
+
+    version: int = Field(ge=1, lt=10**9)
+    why: Annotated[str, StringConstraints(max_length=10_000, pattern=PLAIN_TEXT)] = ""
+
+
+class ModelChangeIn(Body):
+    """What is said of a model, or of a version of one. A tag that is null goes."""
+
+    description: Annotated[str, StringConstraints(max_length=10_000, pattern=PLAIN_TEXT)] | None = None
+    tags: dict[Annotated[str, StringConstraints(max_length=250)], str | None] = {}
+
+
+class ModelPolicyIn(Body):
+    """What a project lets into its models."""
+
+    pickles: Literal["allow", "refuse"]
 
 
 class SecretIn(Body):

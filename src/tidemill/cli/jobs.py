@@ -13,7 +13,7 @@ from tidemill.cli.parsing import InProject, JobRef, Json, complete_job
 from tidemill.cli.running import LogPrinter, follow
 from tidemill.errors import InvalidRequest, TidemillError
 from tidemill.sdk.client import Client
-from tidemill.sdk.results import Forecast, Job, LogChunk
+from tidemill.sdk.results import Forecast, Job, LogChunk, Replicas
 from tidemill.units import format_duration
 
 ACTIVE = "queued,starting,running,stopping"
@@ -73,8 +73,9 @@ def show_command(job: JobRef, project: InProject = None, json: Json = False) -> 
     """All about one job: its state, its workers, where they are and what they have."""
     with Client(project=project) as client:
         found = client.job(job)
+        models = client.job_models(found.id)
     if json:
-        emit(found.to_json())
+        emit(found.to_json() | {"models": [one.to_json() for one in models]})
         return
     say(f"{paint(found.name, 'bold')}  {state(found.state)}  {paint(found.id, 'muted')}")
     ended = found.ended_at_ns
@@ -95,6 +96,7 @@ def show_command(job: JobRef, project: InProject = None, json: Json = False) -> 
             ("capacity", found.capacity if found.capacity != "on_demand" else ""),
             ("displaced", count(found.evictions, "time") if found.evictions else ""),
             ("endpoint", found.endpoint),
+            ("made", ", ".join(one.reference for one in models)),
             ("labels", ", ".join(f"{name}={value}" for name, value in found.labels.items())),
         ]
     )
@@ -113,10 +115,32 @@ def show_command(job: JobRef, project: InProject = None, json: Json = False) -> 
             for worker in found.workers
         ]
         table(("rank", "node", "state", "devices", "cpu", "exit", "isolation"), rows, flexible=6)
+    if found.replicas is not None:
+        say()
+        _show_replicas(found.replicas)
     told = [(f"rank {one.rank}", _by_scheduler(one.scheduler)) for one in found.workers if one.scheduler]
     if told:
         say()
         facts(told)
+
+
+def _show_replicas(found: Replicas) -> None:
+    """How many replicas a service has, and which objective asked for how many."""
+    there = [f"{found.ready} ready", f"{found.coming} coming" if found.coming else ""]
+    there.append(f"{found.leaving} leaving" if found.leaving else "")
+    known = "gone by" if found.has_pattern else "nothing to go by yet"
+    facts(
+        [
+            ("replicas", f"{found.wanted} wanted of {found.least}..{found.most}: {', '.join(filter(None, there))}"),
+            ("because", found.why),
+            ("start", f"in about {format_duration(found.lead_ns)}" if found.lead_ns else ""),
+            ("daily pattern", f"{count(found.days, 'day')}, {known}" if found.days else ""),
+        ]
+    )
+    table(
+        ("  objective", "asks for", "is at", "meant"),
+        [(f"  {ask.objective}", str(ask.wants), ask.seen, ask.target) for ask in found.asks],
+    )
 
 
 def _by_scheduler(said: Mapping[str, str]) -> str:
@@ -141,6 +165,8 @@ def why_command(job: JobRef, project: InProject = None, json: Json = False) -> N
         if line not in sentences:
             say(f"  {line}")
     facts([("at", answer.site)])
+    if answer.replicas is not None:
+        _show_replicas(answer.replicas)
     for reason in answer.reasons:
         say(f"  {paint('•', 'yellow')} {reason.sentence}")
         amounts = [

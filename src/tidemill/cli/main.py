@@ -67,7 +67,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "replay": ("twinning", "Take saved turns again, and see what changed"),
     },
     "Manage": {
-        "artifact": ("access", "Models and other results kept by name"),
+        "artifact": ("access", "Results kept by name"),
+        "model": ("models", "Models in versions, and which is in production"),
         "dataset": ("datasets", "Files that jobs read, known by content"),
         "volume": ("datasets", "Folders that jobs have mounted"),
         "secret": ("access", "Values that jobs get and nobody sees"),

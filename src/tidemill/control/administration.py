@@ -26,6 +26,7 @@ from tidemill.errors import InvalidRequest, NotFound
 from tidemill.model.events import (
     Fact,
     Marking,
+    ModelPolicySet,
     NodeMarked,
     ProjectOpened,
     QueueSet,
@@ -90,6 +91,18 @@ class Administration:
             if facts:
                 self._turns.put(facts).result(timeout=30)
         return project
+
+    def allow_pickles(self, identity: Identity, project: Project, allows: bool) -> Project:
+        """The project, whose models may have pickles from now on, or not. Raises: Forbidden."""
+        administer(identity)
+        with self._steering:
+            known = self._projects.by_id.get(project.id, project)
+            if known.allows_pickles == allows:
+                return known
+            changed = replace(known, allows_pickles=allows)
+            self._projects.add(changed)
+            self._turns.put([ModelPolicySet(at_ns=self._clock(), project=changed, by=identity.name)]).result(timeout=30)
+        return changed
 
     def queues(self, identity: Identity) -> tuple[Queue, ...]:
         """The queues of the identity's organization, by name; those of its projects when it is bound to some."""

@@ -7,6 +7,7 @@ is followed on the way: every step is taken from an open folder.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -71,6 +72,26 @@ class BlobStore:
             return self.path(digest).open("rb")
         except FileNotFoundError as error:
             raise _missing(digest) from error
+
+    def touch(self, digest: str) -> None:
+        """Nothing; a blob that is there counts as written now, for ``older_than``."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.path(digest))
+
+    def older_than(self, instant_s: float) -> Iterator[str]:
+        """The digests of blobs that were written, or touched, before that time of day."""
+        for path in sorted((self._root / "sha256").glob("??/*")):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < instant_s:
+                    yield path.name
+
+    def remove(self, digest: str) -> bool:
+        """Whether there was one; it is gone."""
+        try:
+            self.path(digest).unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     def pack(self, folder: Path) -> tuple[str, int]:
         """Digest and size of the stored archive (tar.gz) of a folder, or of one file; the same for the same content.

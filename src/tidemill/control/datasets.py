@@ -17,11 +17,12 @@ from typing import Final
 
 from tidemill.control.blobs import BlobStore
 from tidemill.control.homes import PIECE_BYTES, Bucket, Folder, S3Place, check_s3
+from tidemill.control.models import Models
 from tidemill.control.scan import scan
 from tidemill.control.vault import Vault
 from tidemill.errors import Conflict, InvalidRequest, InvalidSpec, NotFound, TidemillError, Unavailable
 from tidemill.model.fleet import Site
-from tidemill.model.ids import DataSetId, SiteId, VolumeId, sortable_id
+from tidemill.model.ids import DataSetId, ProjectId, SiteId, VolumeId, sortable_id
 from tidemill.model.job import Workload
 from tidemill.model.spec import WorkloadSpec
 from tidemill.model.storage import (
@@ -67,6 +68,7 @@ class DataSets:
     """The volumes and data sets of all projects. ``home`` is the site of this machine.
 
     ``sites`` lists the sites, ``workloads`` what is not over, ``elsewhere`` reads files at sites with outposts.
+    ``models`` has what jobs are given of the registry.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class DataSets:
         sites: Callable[[], Sequence[Site]],
         workloads: Callable[[], Sequence[Workload]],
         elsewhere: ReadElsewhere,
+        models: Models,
     ) -> None:
         self._store = store
         self._blobs = blobs
@@ -91,6 +94,7 @@ class DataSets:
         self._sites = sites
         self._workloads = workloads
         self._elsewhere = elsewhere
+        self._models = models
         self._closing = threading.Event()
         self._bell = threading.Event()
         self._scanner = threading.Thread(target=self._scan_forever, name="scan", daemon=True)
@@ -271,11 +275,15 @@ class DataSets:
         self._check_one_place(spec)
         return spec
 
-    def content(self, mount: DataMount, digest: str, *, relay: bool) -> Content:
-        """The octets of one file of a data set; ``relay``: through us, also when an address would do.
+    def content(self, mount: DataMount, digest: str, *, project: ProjectId, relay: bool) -> Content:
+        """The octets of one file of a data set or model of a project; ``relay``: through us, also when an address
+        would do.
 
         Raises: NotFound, Unavailable, InvalidRequest.
         """
+        if mount.model:
+            path = self._models.content(mount, project, digest)
+            return Content(size=path.stat().st_size, path=path)
         dataset = self._store.dataset(mount.dataset_id)
         file = self._files(mount.digest).get(digest)
         if dataset is None or file is None:
@@ -298,6 +306,8 @@ class DataSets:
         return Content(size=file.size, pieces=lambda at: _pieces(read, at, file))
 
     def _pinned(self, mount: DataMount, project: Project) -> DataMount:
+        if mount.model:
+            return self._models.pinned(mount, project)
         name, _, version = mount.dataset.partition(":")
         dataset = self._store.find_dataset(project.id, name, int(version or 0))
         if dataset is None:

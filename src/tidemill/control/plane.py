@@ -2,8 +2,8 @@
 
 Who calls goes to the part that it needs: ``jobs`` takes work and stops it, ``runners`` answers what runs, ``questions``
 answers people, ``administration`` changes what all share, ``access`` makes tokens and keeps secrets, ``projects`` says
-who sees which, ``outputs`` finds what jobs wrote; ``sites``, ``data``, ``serving`` and ``renting`` are the places, the
-data sets, the models served and the machines rented.
+who sees which, ``outputs`` finds what jobs wrote; ``sites``, ``data``, ``models``, ``serving`` and ``renting`` are the
+places, the data sets, the registry, the models served and the machines rented.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tidemill.control.driver import Driver, world_from
 from tidemill.control.identity import Directory
 from tidemill.control.jobs import Jobs
 from tidemill.control.logs import LogStore
+from tidemill.control.models import Models
 from tidemill.control.outputs import Outputs
 from tidemill.control.projects import Projects
 from tidemill.control.questions import Questions
@@ -42,7 +43,7 @@ from tidemill.control.sites import Sites
 from tidemill.control.turns import Recorder, TurnLoop
 from tidemill.control.vault import Vault
 from tidemill.core.world import World
-from tidemill.errors import Conflict, Fenced, Unavailable
+from tidemill.errors import Conflict, Fenced, TidemillError, Unavailable
 from tidemill.model.events import Fact, NodeJoined, NodeWentAway, Sampled
 from tidemill.model.fleet import Site
 from tidemill.model.ledger import RateCard
@@ -51,6 +52,7 @@ from tidemill.ports import Engine, Provisioner, Store
 
 log = logging.getLogger(__name__)
 _RECORDING_BEGINS_S: Final = 30.0
+_SWEEP_EVERY_S: Final = 6 * 3_600.0
 
 
 class ControlPlane:
@@ -122,6 +124,16 @@ class ControlPlane:
             epoch=epoch,
             monotonic=monotonic,
         )
+        self.models = Models(
+            store,
+            self.blobs,
+            root=settings.common / "models",
+            home=site.id,
+            epoch=epoch,
+            clock=clock,
+            workloads=lambda: tuple(self.world.workloads.copy().values()),
+            committed=lambda: self._turns.put(()),
+        )
         self.data = DataSets(
             store,
             self.blobs,
@@ -132,13 +144,14 @@ class ControlPlane:
             sites=self.sites.all,
             workloads=lambda: tuple(self.world.workloads.copy().values()),
             elsewhere=self.sites.read_file,
+            models=self.models,
         )
         self.serving = Serving(
             store,
             directory,
             world=lambda: self.world,
             projects=self.projects,
-            scaler=Scaler(world=lambda: self.world, tell=self._turns.put, clock=clock),
+            scaler=Scaler(world=lambda: self.world, tell=self._turns.put, clock=clock, habits=store),
             clock=clock,
         )
         self.renting: Renting | None = None
@@ -297,7 +310,14 @@ class ControlPlane:
         return [self.site, *(site for site in self.store.sites() if site.id != self.site.id)]
 
     def _sample_forever(self) -> None:
+        sweep_at_s = 0.0
         while not self._closing.wait(5.0):
+            if time.monotonic() >= sweep_at_s:
+                sweep_at_s = time.monotonic() + _SWEEP_EVERY_S
+                try:
+                    self.models.sweep()
+                except TidemillError as error:
+                    log.warning("files of models could not be looked through: %s", error)
             sampled = self._sample()
             if sampled is not None:
                 self._turns.put([sampled])

@@ -10,32 +10,60 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
 
-from tidemill.core.scaling import Bounds, Memory, Signals, decide
+from tidemill.control.loads import Load, Loads, ReplicaLoad
+from tidemill.core.pattern import is_good
+from tidemill.core.scaling import Ask, Bounds, Memory, Signals, decide, lead_ns
 from tidemill.core.world import World
 from tidemill.errors import TidemillError
 from tidemill.model.events import Fact, Scaled
-from tidemill.model.ids import JobId, WorkloadId, job_id
+from tidemill.model.ids import AttemptId, JobId, ProjectId, WorkloadId, job_id
 from tidemill.model.job import Allocation, AttemptState, Cause, Job, Workload
+from tidemill.model.scaling import Habit
+from tidemill.model.spec import Service
+from tidemill.units import SECOND_NS
 
 log = logging.getLogger(__name__)
 _EVERY_S: Final = 0.1
-_FRESH_S: Final = 3.0
-"""A load that is older says nothing of how many requests there are."""
-_REMEMBERED_S: Final = 30.0
-"""A gateway that was heard of since may have requests under way."""
+_LISTEN_FIRST_S: Final = 5.0
+"""After so long each gateway that there is has told what it has, and not before may anything be given up."""
+_USE_FRESH_NS: Final = 30 * SECOND_NS
+
+
+class Habits(Protocol):
+    """Where what is remembered of services outlives a control plane."""
+
+    def habits(self) -> tuple[Habit, ...]:
+        """What is remembered. Raises: Unavailable."""
+
+    def put_habit(self, habit: Habit) -> None:
+        """Remember it. Raises: Unavailable, StorageFull."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """What one gateway has: requests under way and waiting by model; under way, and whether leaving, by replica."""
+class Account:
+    """How many replicas a service has, how many it is to have, and which objective asked for how many.
 
-    models: Mapping[str, tuple[int, int]]
-    replicas: Mapping[JobId, tuple[int, bool]]
+    ``leaving`` have something under way still. ``lead_ns`` is how long before they are needed replicas are launched;
+    ``days`` is of how many days the pattern of what is usually needed is, and ``has_pattern`` whether it is gone by.
+    """
+
+    at_ns: int
+    wanted: int
+    ready: int
+    coming: int
+    leaving: int
+    least: int
+    most: int
+    why: str
+    asks: tuple[Ask, ...] = ()
+    lead_ns: int = 0
+    days: int = 0
+    has_pattern: bool = False
 
 
 def endpoints(world: World, workload: Workload) -> list[Allocation]:
@@ -58,14 +86,20 @@ class Scaler:
         world: Callable[[], World],
         tell: Callable[[Sequence[Fact]], Future[None]],
         clock: Callable[[], int],
+        habits: Habits,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.loads = Loads(monotonic=monotonic)
         self._world = world
         self._tell = tell
         self._clock = clock
+        self._habits = habits
         self._monotonic = monotonic
-        self._loads: dict[str, tuple[float, Load]] = {}
+        self._began_s = monotonic()
+        self._known: dict[tuple[ProjectId, str], Habit] | None = None
         self._memories: dict[WorkloadId, Memory] = {}
+        self._started: dict[WorkloadId, frozenset[AttemptId]] = {}
+        self._accounts: dict[WorkloadId, Account] = {}
         self.leaving: frozenset[JobId] = frozenset()
         """Replicas that get no more requests."""
         self._closing = threading.Event()
@@ -82,29 +116,30 @@ class Scaler:
             self._thread.join(timeout=5)
 
     def hear(self, worker: str, load: Load) -> None:
-        """Note what a gateway has; ``worker`` is where it listens, ``/``, and its own id.
+        """Note what a gateway has; ``worker`` is where it listens, ``/``, and its own id."""
+        self.loads.hear(worker, load)
 
-        One that listened there before is remembered only while it still tells.
-        """
-        now, place = self._monotonic(), worker.partition("/")[0]
-        loads = {
-            name: (at, one)
-            for name, (at, one) in self._loads.items()
-            if now - at < (_FRESH_S if name.partition("/")[0] == place else _REMEMBERED_S)
-        }
-        self._loads = loads | {worker: (now, load)}
+    def account(self, workload_id: WorkloadId) -> Account | None:
+        """What was decided of a service last; None when its replicas are always as many, or it is not looked at yet."""
+        return self._accounts.get(workload_id)
 
     def facts(self) -> list[Scaled]:
         """What is to change now."""
-        world, found = self._world(), []
+        if self._known is None:
+            self._known = {(habit.project_id, habit.service): habit for habit in self._habits.habits()}
+        world, found, longest_s = self._world(), [], 60.0
         services = world.services.copy()
         for workload_id in services:
             workload = world.workloads.get(workload_id)
             if workload is not None and workload.spec.service is not None and workload.spec.service.is_scaled:
+                longest_s = max(longest_s, workload.spec.service.scaling.window_ns / SECOND_NS)
                 scaled = self._look(world, workload)
                 if scaled is not None:
                     found.append(scaled)
-        self._memories = {one: memory for one, memory in self._memories.items() if one in services}
+        self.loads.longest_s = longest_s
+        for kept in (self._memories, self._accounts, self._started):
+            for gone in kept.keys() - services:
+                del kept[gone]
         self.leaving = frozenset(job for job in self.leaving if job in world.attempts)
         return found
 
@@ -130,14 +165,26 @@ class Scaler:
         ready = {held.job_id for held in endpoints(world, workload)}
         leaving = [job.id for job in active if job.id in self.leaving]
         kept = [job for job in active if job.id not in self.leaving]
-        signals = self._signals(world, service.model or workload.spec.name, kept, ready)
-        bounds = Bounds(
-            least=service.smallest, most=service.replicas, concurrency=service.concurrency, idle_ns=service.idle_ns
+        signals = self._signals(world, workload, service, kept, ready)
+        bounds = bounds_of(service)
+        before = self._memories.get(workload.id) or self._recalled(workload, len(active), now=now)
+        decision, memory = decide(bounds, signals, before, now=now)
+        self._memories[workload.id] = memory
+        self._keep(workload, before, memory)
+        self._accounts[workload.id] = Account(
+            at_ns=now,
+            wanted=decision.wanted,
+            ready=signals.ready,
+            coming=signals.coming,
+            leaving=len(leaving),
+            least=bounds.least,
+            most=bounds.most,
+            why=decision.why,
+            asks=decision.asks,
+            lead_ns=lead_ns(memory),
+            days=max(memory.pattern.days),
+            has_pattern=is_good(memory.pattern),
         )
-        memory = self._memories.get(workload.id)
-        if memory is None:  # what there is was needed lately, as far as anybody knows
-            memory = Memory(needed=((now, len(active)),))
-        decision, self._memories[workload.id] = decide(bounds, signals, memory, now=now)
         for _ in range(min(decision.wanted - len(kept), len(leaving))):
             self.leaving -= {leaving.pop()}
         spare = max(0, len(kept) - decision.wanted) if leaving or decision.wanted < len(kept) else 0
@@ -157,27 +204,106 @@ class Scaler:
             at_ns=now, workload_id=workload.id, wanted=wanted, why=decision.why, give_up=tuple(sorted(given_up))
         )
 
-    def _signals(self, world: World, model: str, kept: Sequence[Job], ready: set[JobId]) -> Signals:
-        fresh = [load for at, load in self._loads.values() if self._monotonic() - at < _FRESH_S]
-        counts = [load.models.get(model, (0, 0)) for load in fresh]
+    def _signals(
+        self, world: World, workload: Workload, service: Service, kept: Sequence[Job], ready: set[JobId]
+    ) -> Signals:
+        model = service.model or workload.spec.name
+        in_flight, waiting = self.loads.of_model(model)
+        felt = self.loads.felt(model, window_s=service.scaling.window_ns / SECOND_NS)
         coming = [job for job in kept if job.id not in ready]
+        there = [job.id for job in kept if job.id in ready]
+        told = [one for job in there if (one := _newest(self.loads.of_replica(job))) is not None]
+        queued = [one.queued for one in told if one.queued is not None]
+        caches = [one.cache_milli for one in told if one.cache_milli is not None]
         return Signals(
-            in_flight=sum(under_way for under_way, _ in counts),
-            waiting=sum(waiting for _, waiting in counts),
-            ready=len(kept) - len(coming),
+            in_flight=in_flight,
+            waiting=waiting,
+            ready=len(there),
             coming=len(coming),
             is_failing=any(job.retries and not _was_ready(world, job) for job in coming),
+            is_blind=not self.loads.is_whole or self._monotonic() - self._began_s < _LISTEN_FIRST_S,
+            ttft_ns=felt.ttft_ns,
+            latency_ns=felt.latency_ns,
+            queue_ns=felt.queue_ns,
+            tokens_milli=felt.tokens_milli,
+            engine_queue=sum(queued) if queued else None,
+            kv_cache_milli=sum(caches) // len(caches) if caches else None,
+            gpu_milli=_gpu_use(world, there, now=self._clock()),
+            starts_ns=self._newly_started(world, workload, there),
         )
+
+    def _newly_started(self, world: World, workload: Workload, there: Sequence[JobId]) -> tuple[int, ...]:
+        """How long those replicas took to start that were not ready when this was asked last."""
+        attempts = [one for job in there if (one := world.attempts.get(job)) is not None and one.ready_ns]
+        known = self._started.get(workload.id, frozenset())
+        self._started[workload.id] = frozenset(one.id for one in attempts)
+        fresh = sorted((one.ready_ns, one.ready_ns - one.placed_ns) for one in attempts if one.id not in known)
+        return tuple(max(0, took) for _, took in fresh)
+
+    def _recalled(self, workload: Workload, active: int, *, now: int) -> Memory:
+        """What is remembered of a service that was not looked at yet: what there is was needed lately, for all we know.
+
+        Its replicas' starts are seen again with those that are ready.
+        """
+        habit = (self._known or {}).get((workload.project_id, workload.spec.name))
+        memory = Memory(needed=((now, active),))
+        return memory if habit is None else replace(memory, pattern=habit.pattern, starts_ns=habit.starts_ns)
+
+    def _keep(self, workload: Workload, before: Memory, memory: Memory) -> None:
+        """Store what was learned, once in a slot of the day."""
+        if memory.pattern is before.pattern or memory.pattern == before.pattern:
+            return
+        habit = Habit(
+            project_id=workload.project_id,
+            service=workload.spec.name,
+            pattern=memory.pattern,
+            starts_ns=memory.starts_ns,
+        )
+        if self._known is not None:
+            self._known[habit.project_id, habit.service] = habit
+        try:
+            self._habits.put_habit(habit)
+        except TidemillError as error:
+            log.warning("what %s usually needs is stored later: %s", workload.spec.name, error)
 
     def _under_way(self, job: JobId) -> int:
         """How many requests the gateways have under way on a replica."""
-        return sum(load.replicas.get(job, (0, False))[0] for _, load in self._loads.values())
+        return sum(one.in_flight for one in self.loads.of_replica(job))
 
     def _is_free(self, job: JobId) -> bool:
         """Whether every gateway knows that a replica is leaving, and has nothing under way on it."""
-        now = self._monotonic()
-        heard = [load for at, load in self._loads.values() if now - at < _REMEMBERED_S]
-        return bool(heard) and all(load.replicas.get(job) == (0, True) for load in heard)
+        heard = [load.replicas.get(job) for load in self.loads.all]
+        return bool(heard) and all(one is not None and one.is_leaving and not one.in_flight for one in heard)
+
+
+def bounds_of(service: Service) -> Bounds:
+    """What the owner of a service says of its replicas."""
+    return Bounds(
+        least=service.smallest,
+        most=service.replicas,
+        concurrency=service.concurrency,
+        idle_ns=service.idle_ns,
+        scaling=service.scaling,
+    )
+
+
+def _newest(told: Sequence[ReplicaLoad]) -> ReplicaLoad | None:
+    """What an engine tells, by whichever gateway asked it: the one that saw most in its queue."""
+    found = [one for one in told if one.queued is not None or one.cache_milli is not None]
+    return max(found, key=lambda one: one.queued or 0, default=None)
+
+
+def _gpu_use(world: World, jobs: Sequence[JobId], *, now: int) -> int | None:
+    """How busy the devices of these replicas are on average, in thousandths; None when none says."""
+    found = []
+    for job in jobs:
+        attempt = world.attempts.get(job)
+        for held in world.workers_of(attempt) if attempt is not None else ():
+            for share in held.devices:
+                at, milli = world.uses.get((held.node_id, share.device_id), (0, 0))
+                if at and now - at < _USE_FRESH_NS:
+                    found.append(milli)
+    return sum(found) // len(found) if found else None
 
 
 def _active(world: World, workload: Workload) -> list[Job]:

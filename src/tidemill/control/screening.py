@@ -33,6 +33,7 @@ from tidemill.core.weights import (
     read_safetensors,
     safetensors_header_size,
 )
+from tidemill.errors import InvalidRequest
 from tidemill.model.registry import ModelCard
 from tidemill.model.storage import is_plain_path
 
@@ -56,6 +57,8 @@ _RUNS: Final = frozenset(
 )
 _OBJECT_ARRAY: Final = re.compile(rb"""['"][|<>=]?O\d*['"]""")
 _FRAMEWORKS: Final = {"pt": "pytorch", "tf": "tensorflow", "flax": "flax", "mlx": "mlx", "np": "numpy"}
+SAFE: Final = "Save it as safetensors, which cannot run code."
+_BROKEN_MEND: Final = "Write the file anew, and push it again."
 _ZLIB: Final = (b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")
 
 
@@ -121,6 +124,25 @@ def screen(files: Iterable[tuple[str, int, BinaryIO]]) -> Screened:
     )
     metrics = tuple(sorted(found.metrics.items()))
     return Screened(card=card, metrics=metrics, broken=tuple(broken), pickles=tuple(pickles))
+
+
+def broken_error(found: Screened) -> InvalidRequest | None:
+    """The error that names each file that is broken; None when none is."""
+    return _error([(path, f"{path}: {why}.") for path, why in found.broken], _BROKEN_MEND)
+
+
+def pickle_error(found: Screened) -> InvalidRequest | None:
+    """The error that names each file that can run code; None when none can."""
+    told = [(path, f"{path} can run code when it is loaded: {why}.") for path, why in found.pickles]
+    return _error(told, f"{SAFE} If you trust it: --allow-pickle.")
+
+
+def _error(told: list[tuple[str, str]], mend: str) -> InvalidRequest | None:
+    if not told:
+        return None
+    errors = [{"field": "files", "value": path, "detail": detail, "mend": mend} for path, detail in told]
+    more = f" ({len(told) - 1} more.)" if len(told) > 1 else ""
+    return InvalidRequest(told[0][1] + more, field="files", value=told[0][0], mend=mend, errors=errors)
 
 
 def weights_in(path: str, size: int, file: BinaryIO) -> Weights | None:

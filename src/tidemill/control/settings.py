@@ -32,6 +32,7 @@ class Settings:
     ``address`` is where other machines reach this one; ``ray_port`` and ``ray_redis`` (host:port of a Redis that keeps
     what the cluster's head knows) are for the engine ``ray``. ``cloud`` says what is rented and when, as
     ``control.cloudsettings`` reads it. ``volumes`` is a folder that machines share, for checkpoints and outputs.
+    ``model_limit`` is the size that one file of a model may have.
     ``data_cache`` is how much copies of data sets may take on this machine; zero: as much as the disk has.
 
     ``tls_cert`` and ``tls_key`` are PEM files with the certificate that the API shows to other machines, and its key.
@@ -79,6 +80,7 @@ class Settings:
     ray_redis: str = ""
     volumes: str = ""
     data_cache: str = "100GB"
+    model_limit: str = "1TB"
     cloud: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     taints: tuple[str, ...] = ()
@@ -316,7 +318,7 @@ def _checked(name: str, value: Any, default: object) -> Any:
                 if value != "none" and parse_duration(value) <= 0:
                     raise ValueError("it has to be longer than nothing, or none")
                 return value if isinstance(value, str) else f"{value}s"
-            case "workdir_limit" | "data_cache":
+            case "workdir_limit" | "data_cache" | "model_limit":
                 parse_size(value)
                 return str(value)
             case "engine" if value not in _ENGINES:

@@ -116,4 +116,7 @@ def worker_environment(
             "SLURM_ARRAY_TASK_MAX": last,
             "SLURM_ARRAY_TASK_STEP": "1",
         }
+    for mount in spec.data:
+        if mount.model:
+            variables |= {"TIDEMILL_MODEL": mount.dataset, "TIDEMILL_MODEL_DIGEST": mount.digest}
     return tuple((variables | dict(spec.envs)).items())

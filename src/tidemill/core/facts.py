@@ -27,6 +27,7 @@ from tidemill.model.events import (
     LaunchRefused,
     Marking,
     MetersRead,
+    ModelPolicySet,
     NeverLaunched,
     NodeFellSilent,
     NodeJoined,
@@ -252,6 +253,9 @@ def _sampled(fact: Sampled, world: World, _out: Outcome) -> None:
         if meter is not None:
             world.watch_meters([meter])
             meter.read(energy)
+    for name, milli in fact.use_milli:
+        if (fact.node_id, name) in world.meters:
+            world.set(world.uses, (fact.node_id, name), (fact.at_ns, milli))
 
 
 @_take.register
@@ -285,6 +289,7 @@ def _node_joined(fact: NodeJoined, world: World, out: Outcome) -> None:
             elif meter.name not in {device.id for device in node.devices} | {"cpu"}:
                 out.cut(world, node.id, [meter.name])
                 world.drop(world.meters, (node.id, meter.name))
+                world.drop(world.uses, (node.id, meter.name))
         if not same:
             joined_ns = out.now if absent else known.joined_ns
             _change_node(world, known, replace(after, joined_ns=joined_ns))
@@ -355,6 +360,7 @@ def _node_went_away(fact: NodeWentAway, world: World, out: Outcome) -> None:
     for name in ("cpu", *(device.id for device in node.devices)):
         out.cut(world, node.id, [name])
         world.drop(world.meters, (node.id, name))
+        world.drop(world.uses, (node.id, name))
     lost_at = (*node.lost_at_ns, out.now)[-64:] if not _is_shutdown(fact) else node.lost_at_ns
     state = apply(NODE, node.state, "lost")
     has_left = fact.detail == LEFT
@@ -516,6 +522,12 @@ def _queue_set(fact: QueueSet, world: World, out: Outcome) -> None:
     world.quota.set_queue(world.queues[fact.queue.id])
     world.reopen()
     out.note("QueueSet", queue=fact.queue.name)
+
+
+@_take.register
+def _model_policy_set(fact: ModelPolicySet, _world: World, out: Outcome) -> None:
+    pickles = "allow" if fact.project.allows_pickles else "refuse"
+    out.note("ModelPolicySet", project=fact.project.name, pickles=pickles, by=fact.by)
 
 
 @_take.register

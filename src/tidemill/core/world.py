@@ -167,6 +167,8 @@ class World:
         self._set_timers: set[tuple[int, str, str]] = set()
         self.compare_at_ns = 0
         """When an order plug-in's ranks are compared next though nothing happens."""
+        self.uses: dict[tuple[NodeId, str], tuple[int, int]] = {}
+        """How busy devices were of late: when that was seen, and thousandths of the time."""
         self.metered_ns = 0
         """When all meters were last cut together."""
         self.blocked: dict[Line, int] = {}

@@ -109,6 +109,7 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
         feed.follow(),
         gateway.sweep(),
         gateway.watch_replicas().run(),
+        gateway.scrape_replicas().run(),
         books.keep(),
         gateway.tell_load(partial(feed.report, "/v1/gateway/load")),
         gateway.rations.keep(partial(feed.ask, "/v1/gateway/shares", limit=_SHARES_LIMIT)),

@@ -45,6 +45,8 @@ class Exchange(Journey):
         self._meter: StreamMeter | WholeMeter | None = None
         self._usage: Usage | None = None
         self._is_whole = False
+        self._tokens = 0
+        """Of its answer, as they were counted for what the model gives a second."""
 
     def response_started(self, head: ResponseHead) -> None:
         self._response = head
@@ -65,10 +67,13 @@ class Exchange(Journey):
         self._hear()
         if not self._first_at:
             self._first_at = self._heard_at
+            if self._response is not None and self._response.is_event_stream and self._response.status == 200:
+                self._felt.began(self._heard_at - self._asked_at)
         if self._meter is not None:
             data = self._meter.feed(data)
             if self._usage is not None:
                 self._usage.completion_tokens = self._meter.counted
+                self._count_tokens(self._meter.counted)
         self._pass_on(data)
 
     def response_ended(self) -> None:
@@ -87,7 +92,10 @@ class Exchange(Journey):
         self._is_whole = True
         self._upstream = None  # it is the pool's again
         line = self._gateway.line(self._asking.route.model)
-        line.served_in(asyncio.get_running_loop().time() - self._taken_at)
+        now = asyncio.get_running_loop().time()
+        line.served_in(now - self._taken_at)
+        if self._response is not None and self._response.status == 200:
+            self._felt.ended(now - self._asked_at)
         self._over()
         self._client.ended(close=close)
 
@@ -192,6 +200,7 @@ class Exchange(Journey):
             if not self._is_whole:
                 return  # no tokens were told of, and nothing of it can be counted
             usage.prompt_tokens = 0
+        self._count_tokens(usage.completion_tokens)
         self._counts.prompt_tokens += usage.prompt_tokens
         self._counts.completion_tokens += usage.completion_tokens
         self._counts.cached_tokens += meter.cached
@@ -202,3 +211,9 @@ class Exchange(Journey):
             timings.gap.note((self._heard_at - self._first_at) / (usage.completion_tokens - 1))
         books.settle(usage)
         self._entered = usage
+
+    def _count_tokens(self, total: int) -> None:
+        """The answer has so many tokens so far; what was counted too much of it is not taken back."""
+        if total > self._tokens:
+            self._felt.gave(total - self._tokens)
+            self._tokens = total

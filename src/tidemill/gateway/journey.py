@@ -115,6 +115,10 @@ class Journey(ABC):
         self._entered: Usage | None = None
         """What it took, once that is in the books."""
         self._began_at = self._heard_at = self._taken_at = asyncio.get_running_loop().time()
+        self._asked_at = self._began_at
+        """The same, but for a request that came when there was no replica: when it was sent to one."""
+        self._is_cold = False
+        self._felt = gateway.felt_of(asking.route.model)
         self._sent_at = self._first_at = 0.0
         """When it was sent last, and when the first byte of the response's body came; zero: not yet."""
         self._error = ""
@@ -159,6 +163,10 @@ class Journey(ABC):
             self._counts.retries += 1
         else:
             self._timings.queue.note(self._taken_at - self._began_at)
+            if self._is_cold:
+                self._asked_at = self._taken_at
+            else:
+                self._felt.waited(self._taken_at - self._asked_at)
         self._had_a_turn = True
         self._assign(replica)
         upstream = self._gateway.pool.take(replica.address) if not self._sent else None
@@ -279,6 +287,9 @@ class Journey(ABC):
             self._refuse("overloaded", "No replica will be free in time", expected)
         else:
             self._line = line
+            self._is_cold = self._is_cold or not any(
+                one.circuit.allows and not one.is_leaving for one in route.replicas
+            )
             line.join(self, asking.tenant, band=asking.band, is_first=self._had_a_turn)
             self._counts.waiting += 1
             self._deadline = loop.call_later(left, self._run_out)

@@ -29,12 +29,14 @@ from tidemill.gateway.answers import Answer
 from tidemill.gateway.books import Books, Refused
 from tidemill.gateway.circuit import State
 from tidemill.gateway.exchange import Exchange
+from tidemill.gateway.felt import Felt
 from tidemill.gateway.health import Prober
 from tidemill.gateway.journey import Asking
 from tidemill.gateway.messages import ChunkedBody, Malformed, RequestHead, cut_head, read_request, write_head
 from tidemill.gateway.metering import prepared
 from tidemill.gateway.metrics import OPERATIONS, Metrics
 from tidemill.gateway.rations import Rations
+from tidemill.gateway.scraping import FRESH_S, Scraper
 from tidemill.gateway.siblings import Siblings
 from tidemill.gateway.table import Key, Replica, Route, Table
 from tidemill.gateway.tracing import Tracer
@@ -123,6 +125,8 @@ class Gateway:
         """What traces go to, where there is a collector."""
         self.prober: Prober | None = None
         """What looks at replicas from outside, while it runs."""
+        self.felt: dict[str, Felt] = {}
+        """What users felt, by model that was asked for and is served."""
         self._lines: dict[str, Line] = {}
         self._own_token = own_token
         self._salts = Salts(pepper)
@@ -202,16 +206,38 @@ class Gateway:
             for route in self._routes_of(replica):
                 self.advance(route.model)
 
-    def load(self) -> bytes:
-        """What the control plane follows with the number of replicas, as JSON."""
+    def felt_of(self, model: str) -> Felt:
+        """Where what users of a model feel is counted."""
+        felt = self.felt.get(model)
+        if felt is None:
+            felt = self.felt[model] = Felt()
+        return felt
+
+    def scrape_replicas(self) -> Scraper:
+        """What asks all replicas for their engine's own figures while it runs."""
+        return Scraper(lambda: self.table.routes.values() if self.table is not None else ())
+
+    def load(self, *, with_felt: bool = True) -> bytes:
+        """What the control plane follows with the number of replicas, as JSON; without what was felt it is short."""
         routes = self.table.routes if self.table is not None else {}
-        models, replicas = {}, {}
+        now = asyncio.get_running_loop().time()
+        models: dict[str, dict[str, Any]] = {}
+        replicas: dict[str, dict[str, Any]] = {}
         for model, route in routes.items():
-            counts = self.metrics.models.get(model)
-            if counts is not None and counts.in_flight:
+            counts, felt = self.metrics.models.get(model), self.felt.get(model)
+            has_felt = with_felt and felt is not None
+            if counts is not None and (counts.in_flight or has_felt):
                 models[model] = {"in_flight": counts.in_flight - counts.waiting, "waiting": counts.waiting}
+                if has_felt and felt is not None:
+                    models[model]["felt"] = felt.told()
             for replica in route.replicas:
-                replicas[replica.job] = {"in_flight": replica.outstanding, "is_leaving": replica.is_leaving}
+                replicas[replica.job] = told = {"in_flight": replica.outstanding, "is_leaving": replica.is_leaving}
+                if now - replica.told_at < FRESH_S:
+                    told |= {"queued": replica.queued, "running": replica.running}
+                    if replica.cache_milli is not None:
+                        told["cache_milli"] = replica.cache_milli
+                    if replica.first_token_s is not None:
+                        told["first_token_ms"] = round(replica.first_token_s * 1000)
         return orjson.dumps({"worker": self._name, "models": models, "replicas": replicas})
 
     def metrics_text(self) -> bytes:
@@ -226,15 +252,18 @@ class Gateway:
     async def tell_load(
         self, tell: Callable[[bytes], Awaitable[None]], *, every_s: float = 0.1, at_least_every_s: float = 1.0
     ) -> None:
-        """Tell the load for ever, when it changes and every while."""
+        """Tell the load for ever, when it changes and every while; what was felt goes with it only every while."""
         loop, told, told_at = asyncio.get_running_loop(), b"", float("-inf")
+        felt_at = float("-inf")
         while True:
             await asyncio.sleep(every_s)
-            load = self.load()
-            if load != told or loop.time() - told_at >= at_least_every_s:
-                told, told_at = load, loop.time()
+            load, now = self.load(with_felt=False), loop.time()
+            if load != told or now - told_at >= at_least_every_s:
+                told, told_at = load, now
+                with_felt = now - felt_at >= at_least_every_s
+                felt_at = now if with_felt else felt_at
                 try:
-                    await tell(load)
+                    await tell(self.load() if with_felt else load)
                 except (OSError, Refused) as error:
                     _log.debug("the load was not heard: %s", error)
                     told = b""

@@ -121,6 +121,15 @@ class Replica:
     """It is to end: what is under way may finish, and nothing more is sent."""
     circuit: Circuit = field(default_factory=Circuit)
     under_way: set[UnderWay] = field(default_factory=set)
+    told_at: float = float("-inf")
+    """When it told its own figures last (s, the loop's clock); those that follow are of then."""
+    queued: int = 0
+    """Requests that wait inside it, of whichever gateway."""
+    running: int = 0
+    cache_milli: int | None = None
+    """How full its KV cache is; None: it does not say."""
+    first_token_s: float | None = None
+    """Within what 95 of 100 first tokens came by its own clock between the last two looks; None: none did."""
 
     @property
     def outstanding(self) -> int:

@@ -137,12 +137,14 @@ class NeverLaunched:
 class Sampled:
     """Cumulative energy counters of a node were read: ``(meter, mJ)``.
 
-    A meter is a device id, or ``cpu`` for the processors. Meters that cannot be read are left out.
+    A meter is a device id, or ``cpu`` for the processors. Meters that cannot be read are left out. ``use_milli`` is
+    for how many thousandths of the last moments devices were busy, as far as they say.
     """
 
     at_ns: int
     node_id: NodeId
     energy_mj: tuple[tuple[str, int], ...]
+    use_milli: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,6 +268,15 @@ class ProjectOpened:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPolicySet:
+    """Somebody said what a project lets into its models."""
+
+    at_ns: int
+    project: Project
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReservationMade:
     """Nodes are reserved as given; ``version`` is ignored."""
 
@@ -305,6 +316,7 @@ Fact = (
     | DeviceRecovered
     | QueueSet
     | ProjectOpened
+    | ModelPolicySet
     | ReservationMade
     | ReservationCancelled
 )

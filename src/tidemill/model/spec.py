@@ -13,6 +13,7 @@ from typing import Final
 from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.ids import SiteId, WorkloadId
 from tidemill.model.resources import Resources
+from tidemill.model.scaling import Scaling
 from tidemill.model.storage import DataMode, DataMount, VolumeMount
 from tidemill.units import DAY_NS, MILLI, SECOND_NS, USD_MICRO
 
@@ -120,6 +121,8 @@ class Service:
     """For how long fewer have to be enough before a replica is given up."""
     concurrency: int = 256
     wait_ns: int = 30 * SECOND_NS
+    scaling: Scaling = Scaling()
+    """What the number of replicas follows beside the requests."""
     price_input_micro: int = 0
     """What a million tokens cost in requests, in micro-USD."""
     price_output_micro: int = 0
@@ -143,6 +146,10 @@ class Service:
                 raise ValueError(f"a million tokens cost from 0 to {MAX_PRICE_MICRO} micro-USD")
         if self.readiness_path and not self.readiness_path.startswith("/"):
             raise ValueError("the readiness path begins with /")
+        if self.scaling != Scaling() and not self.is_scaled:
+            raise ValueError("only a number of replicas within a range can follow something")
+        if any(hours.replicas > self.replicas for hours in self.scaling.hours):
+            raise ValueError("no hours have more replicas than there are at most")
 
     @property
     def is_scaled(self) -> bool:

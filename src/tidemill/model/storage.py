@@ -209,6 +209,9 @@ class DataMount:
 
     The rest is filled in when it is submitted: ``digest``, ``size`` and ``files`` of the version that is meant, its
     ``home`` with ``site_id`` and ``node``.
+
+    ``model`` not empty: it is a model of the registry, and that is how it was named; ``dataset`` is then its name and
+    version, once it is submitted.
     """
 
     dataset: str
@@ -221,6 +224,12 @@ class DataMount:
     home: str = ""
     site_id: SiteId = SiteId("")
     node: str = ""
+    model: str = ""
+
+    @property
+    def called(self) -> str:
+        """What it is, in words."""
+        return f"the model {self.dataset or self.model}" if self.model else f"the data set {self.dataset}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,10 @@ class Organization:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Project:
-    """Who shares a quota; what its jobs may have is said by its ``model.queue.Queue``, ``limits`` is for requests."""
+    """Who shares a quota; what its jobs may have is said by its ``model.queue.Queue``, ``limits`` is for requests.
+
+    ``allows_pickles``: its models may have pickles in them, where whoever adds them asks for it.
+    """
 
     id: ProjectId
     organization_id: OrganizationId
@@ -28,6 +31,7 @@ class Project:
     created_ns: int
     limits: tuple[Limit, ...] = ()
     """What all its keys together may ask of models."""
+    allows_pickles: bool = False
 
 
 class PrincipalKind(StrEnum):

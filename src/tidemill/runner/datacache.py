@@ -1,4 +1,4 @@
-"""Copies of data sets on this machine: each file once, by its SHA-256; right, or not there at all.
+"""Copies of data sets and models on this machine: each file once, by its SHA-256; right, or not there at all.
 
 For each project, because who knows the SHA-256 of another's file is not to get it that way, below ``root/<project>``::
 
@@ -81,7 +81,8 @@ class DataCache:
     ) -> Held:
         """The data set, fetched if it is not here; if somebody else fetches it, after waiting for that.
 
-        ``name`` is what it is called when something is wrong. Raises: SetupFailed, Closing when ``stopping``, OSError.
+        ``name`` is what it is called when something is wrong, such as ``the data set images``.
+        Raises: SetupFailed, Closing when ``stopping``, OSError.
         """
         place = _Place(self._root / project, manifest.digest)
         while True:
@@ -174,7 +175,7 @@ class DataCache:
         """Remove what nobody uses until the data set has room. Raises: SetupFailed when that is not enough."""
         if self._limit and manifest.size > self._limit:
             raise SetupFailed(
-                f"the data set {name} has {manifest.size:,} bytes, and copies on this machine may have {self._limit:,} "
+                f"{name} has {manifest.size:,} bytes, and copies on this machine may have {self._limit:,} "
                 "together; raise the setting data_cache, or mount it",
                 cause="storage_full",
             )
@@ -341,8 +342,8 @@ def _fetch_file(place: _Place, file: DataFile, name: str, source: Source, stoppi
             os.close(held)
         if tries > 1:
             raise SetupFailed(
-                f"{file.path} of the data set {name} is not what it was when the data set was added; "
-                "see tidemill dataset verify, and add its next version",
+                f"{file.path} of {name} is not what it was when that was added; have its files looked at, and add its "
+                "next version",
                 cause="setup_failed",
             )
 
@@ -473,7 +474,7 @@ def _remove_tree(folder: Path) -> None:
 def _no_space(name: str, size: int, root: Path) -> SetupFailed:
     free = shutil.disk_usage(root).free
     return SetupFailed(
-        f"there is no room for the data set {name} of {size:,} bytes: {free:,} bytes of the disk are free, and the "
+        f"there is no room for {name} of {size:,} bytes: {free:,} bytes of the disk are free, and the "
         "other copies on this machine are in use",
         cause="storage_full",
     )

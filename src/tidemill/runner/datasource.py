@@ -36,7 +36,7 @@ class ControlPlaneSource:
         try:
             response = self._channel.open("GET", path, timeout_s=_TIMEOUT_S, offset=offset)
         except Refused as refusal:
-            raise SetupFailed(f"{file.path} of the data set {self._name} could not be fetched: {refusal}") from refusal
+            raise SetupFailed(f"{file.path} of {self._name} could not be fetched: {refusal}") from refusal
         if response.status != 307:
             return _from(response, offset)
         response.read()
@@ -45,7 +45,7 @@ class ControlPlaneSource:
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._close()
             self._failures += 1
-            raise Unreachable(f"the data set's home: {error}") from error
+            raise Unreachable(f"the home of {self._name}: {error}") from error
         self._failures = 0
         return answer
 

@@ -56,6 +56,7 @@ _IDLE: Final = "exec sleep infinity"
 _IMAGE_IDLE: Final = "while :; do sleep 3600; done"
 _BY_SIGNAL: Final = 128
 _MOMENT_S: Final = 0.5
+_MODEL_DIR: Final = "TIDEMILL_MODEL_DIR"
 STOPPED: Final = 143
 
 
@@ -486,7 +487,7 @@ class Runner:
         project = str(self.spec["project_id"])
         for mount in self.spec.get("data") or ():
             folder, is_copy = provide(mount, project, cache, channel, stopping=self._stopping)
-            variable = mount_variable("DATA", _name(mount["dataset"]))
+            variable = _MODEL_DIR if mount.get("model") else mount_variable("DATA", _name(mount["dataset"]))
             self.mounts.append(Mount(folder, str(mount["at"]), variable, False, is_copy))
         for mount in self.spec.get("volumes") or ():
             variable = mount_variable("VOLUME", str(mount["volume"]))

@@ -45,7 +45,8 @@ def provide(
 
     Raises: SetupFailed, Closing when ``stopping``, OSError.
     """
-    name, digest, mode = str(mount["dataset"]), str(mount["digest"]), str(mount["mode"])
+    what = "model" if mount.get("model") else "data set"
+    name, digest, mode = f"the {what} {mount['dataset']}", str(mount["digest"]), str(mount["mode"])
     manifest = _manifest(channel, digest, name, stopping)
     home = Path(str(mount.get("home") or "")) if mount.get("home") else None
     if mode != DataMode.COPY and home is not None and home.is_dir():
@@ -53,7 +54,7 @@ def provide(
         return home, False
     if mode == DataMode.MOUNT:
         where = home or "the folder that it comes from"
-        raise SetupFailed(f"the data set {name} is to be mounted, and this machine does not have {where}")
+        raise SetupFailed(f"{name} is to be mounted, and this machine does not have {where}")
 
     def source() -> ControlPlaneSource:
         return ControlPlaneSource(channel.copy(), digest, name)
@@ -77,7 +78,7 @@ def _manifest(channel: Channel, digest: str, name: str, stopping: threading.Even
             if found.digest == digest:
                 return found
         except Refused as refusal:
-            raise SetupFailed(f"the list of files of the data set {name} could not be fetched: {refusal}") from refusal
+            raise SetupFailed(f"the list of files of {name} could not be fetched: {refusal}") from refusal
         except (Unreachable, OSError, ValueError):
             channel.close()
         channel.rest(stopping)
@@ -94,6 +95,5 @@ def _check_home(home: Path, manifest: Manifest, name: str) -> None:
         if size != file.size:
             what = "is gone" if size < 0 else f"has {size:,} bytes and had {file.size:,}"
             raise SetupFailed(
-                f"{home / file.path} of the data set {name} {what}; see tidemill dataset verify, and add its next "
-                "version"
+                f"{home / file.path} of {name} {what}; see tidemill dataset verify, and add its next version"
             )

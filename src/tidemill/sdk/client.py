@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
 
-from tidemill.errors import NotFound, Unavailable
+from tidemill.errors import InvalidRequest, NotFound, Unavailable
+from tidemill.model.registry import parse_model_reference
 from tidemill.sdk import connection
 from tidemill.sdk.results import (
     ArtifactInfo,
@@ -19,6 +20,8 @@ from tidemill.sdk.results import (
     Event,
     ExecResult,
     Job,
+    ModelInfo,
+    ModelVersionInfo,
     NodeInfo,
     ProjectInfo,
     QueuedJob,
@@ -49,6 +52,8 @@ R = TypeVar("R", bound=Record)
 RECONNECT_FOR_S = 300.0
 """How long a followed log waits for a control plane that is away; the job goes on meanwhile."""
 _LOOK_AGAIN_S = 0.25
+_ADDING_S = 3_600.0
+"""How long it may take to look at the files of a model."""
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -539,6 +544,124 @@ class Client:
             self._http.call("DELETE", f"/v1/datasets/{segment(reference)}", query=query).json()
         )
 
+    # --- the model registry ---
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """The project's models, by name."""
+        return tuple(self._list("/v1/models", ModelInfo, {"project": self.project}))
+
+    def model(self, name: str) -> ModelInfo:
+        """One model. Raises: NotFound."""
+        return ModelInfo.from_json(self._http.get(f"/v1/models/{segment(name)}", project=self.project))
+
+    def model_versions(self, name: str) -> tuple[ModelVersionInfo, ...]:
+        """A model's versions, newest first."""
+        path = f"/v1/models/{segment(name)}/versions"
+        return tuple(self._list(path, ModelVersionInfo, {"project": self.project}))
+
+    def model_version(self, reference: str) -> ModelVersionInfo:
+        """The version that is meant by ``NAME``, ``NAME:VERSION``, ``NAME:STAGE``, ``NAME@ALIAS``, or by
+        ``models:/NAME/VERSION`` and the like. Raises: NotFound, InvalidRequest."""
+        return ModelVersionInfo.from_json(self._http.get(version_path(reference), project=self.project))
+
+    def job_models(self, job: str) -> tuple[ModelVersionInfo, ...]:
+        """The versions of models that a job made, oldest first."""
+        return tuple(self._list(f"/v1/jobs/{segment(job)}/models", ModelVersionInfo, {"project": self.project}))
+
+    def push_model(
+        self,
+        name: str,
+        source: str | Path | None = None,
+        *,
+        job: str = "",
+        path: str = "",
+        artifact: str = "",
+        allow_pickles: bool = False,
+        description: str = "",
+        tags: Mapping[str, str] | None = None,
+        metrics: Mapping[str, object] | None = None,
+        base_model: str = "",
+        licence: str = "",
+        framework: str = "",
+        commit: str = "",
+        progress: Progress | None = None,
+    ) -> ModelVersionInfo:
+        """A new version of a model: a file or folder of this machine, ``path`` in a job's output, or an artifact.
+
+        Files are read and looked at here first, and sent when the project does not have them yet; inside a job, that
+        job is noted as the maker. The newest version comes back when it has the same files. ``progress`` gets bytes
+        done and in all. Raises: InvalidRequest that names each file that is broken, or a pickle; Forbidden.
+        """
+        body: dict[str, Any] = {"allow_pickles": allow_pickles, "description": description, "tags": dict(tags or {})}
+        body |= {"metrics": {key: str(value) for key, value in (metrics or {}).items()}}
+        body |= {"base_model": base_model, "licence": licence, "framework": framework, "commit": commit, "job": job}
+        if source is not None:
+            from tidemill.sdk.models import send_files
+
+            body["files"] = send_files(
+                self._http, Path(source), self.project, allow_pickles=allow_pickles, progress=progress
+            )
+        else:
+            body |= {"path": path, "artifact": artifact}
+        answer = self._http.call(
+            "POST", f"/v1/models/{segment(name)}/versions", body=self._with_project(body), timeout_s=_ADDING_S
+        )
+        return ModelVersionInfo.from_json(answer.json())
+
+    def pull_model(self, reference: str, to: str | Path, *, progress: Progress | None = None) -> list[Path]:
+        """The files of a version, written below ``to``: each is there whole and checked, or not at all; what is there
+        already is not fetched again, and what broke off goes on where it was."""
+        from tidemill.sdk.models import fetch_files
+
+        found = self.model_version(reference)
+        return fetch_files(self._http, found, Path(to), self.project, progress=progress)
+
+    def promote_model(self, reference: str, stage: str, *, why: str = "") -> ModelVersionInfo:
+        """The version, now in that stage: ``none``, ``staging``, ``production`` or ``archived``."""
+        body = {"stage": stage, "why": why}
+        answer = self._http.post(f"{version_path(reference)}/stage", body, project=self.project)
+        return ModelVersionInfo.from_json(answer)
+
+    def alias_model(self, reference: str, alias: str, *, why: str = "") -> ModelVersionInfo:
+        """The version, to which the alias points now, and to no other."""
+        found = self.model_version(reference)
+        path = f"/v1/models/{segment(found.name)}/aliases/{segment(alias)}"
+        body = {"version": found.version, "why": why}
+        answer = self._http.call("PUT", path, body=body, query={"project": self.project}).json()
+        return ModelVersionInfo.from_json(answer)
+
+    def unalias_model(self, name: str, alias: str) -> ModelInfo:
+        """The model without that alias."""
+        path = f"/v1/models/{segment(name)}/aliases/{segment(alias)}"
+        return ModelInfo.from_json(self._http.call("DELETE", path, query={"project": self.project}).json())
+
+    def describe_model(
+        self, reference: str, *, description: str | None = None, tags: Mapping[str, str | None] | None = None
+    ) -> ModelVersionInfo:
+        """The version with another description and these tags; one that is None goes."""
+        body = {"description": description, "tags": dict(tags or {})}
+        answer = self._http.call("PATCH", version_path(reference), body=body, query={"project": self.project}).json()
+        return ModelVersionInfo.from_json(answer)
+
+    def delete_model_version(self, reference: str) -> ModelVersionInfo:
+        """The version that was. Raises: Conflict while it is in staging or production, has an alias, or is used."""
+        answer = self._http.call("DELETE", version_path(reference), query={"project": self.project}).json()
+        return ModelVersionInfo.from_json(answer)
+
+    def delete_model(self, name: str) -> ModelInfo:
+        """The model that was, with all its versions. Raises: as ``delete_model_version``."""
+        answer = self._http.call("DELETE", f"/v1/models/{segment(name)}", query={"project": self.project}).json()
+        return ModelInfo.from_json(answer)
+
+    def model_policy(self, pickles: str = "") -> str:
+        """``allow`` or ``refuse``: whether the project's models may have pickles; set when it is given."""
+        query = {"project": self.project}
+        if pickles:
+            answer = self._http.call("PUT", "/v1/model-policy", body={"pickles": pickles}, query=query).json()
+        else:
+            answer = self._http.get("/v1/model-policy", **query)
+        return str(answer["pickles"])
+
     def _upload(self, content: bytes) -> str:
         """The digest under which these octets are stored."""
         digest = hashlib.sha256(content).hexdigest()
@@ -742,3 +865,14 @@ def _mapping(spec: Mapping[str, Any] | str | Path | SpecFile) -> tuple[Mapping[s
 
 def _is_digest(text: Any) -> bool:
     return isinstance(text, str) and len(text) == 64 and set(text) <= _HEX
+
+
+def version_path(reference: str) -> str:
+    """The address of the version of a model that is meant. Raises: InvalidRequest when that is no reference."""
+    try:
+        meant = parse_model_reference(reference)
+    except ValueError as error:
+        mend = "Write NAME, NAME:VERSION, NAME@ALIAS or models:/NAME/STAGE."
+        raise InvalidRequest(f"{error}.", field="model", value=reference[:100], mend=mend) from error
+    which = f"@{meant.alias}" if meant.alias else meant.stage.value if meant.stage else str(meant.number or "latest")
+    return f"/v1/models/{segment(meant.name)}/versions/{segment(which)}"

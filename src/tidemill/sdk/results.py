@@ -80,10 +80,43 @@ class Worker(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(Record):
-    """One schedulable unit of a workload. ``spec``, ``attempt_list`` and ``workers`` come with one job only."""
+class Ask(Record):
+    """How many replicas one objective asks for, where it is at and what is meant, in words."""
 
-    nested: ClassVar[Mapping[str, type[Record]]] = {"reason": Reason, "workers": Worker}
+    objective: str = ""
+    wants: int = 0
+    seen: str = ""
+    target: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replicas(Record):
+    """How many replicas a service has and is to have, why, and which objective asked for how many."""
+
+    nested: ClassVar[Mapping[str, type[Record]]] = {"asks": Ask}
+
+    decided_at_ns: int = 0
+    wanted: int = 0
+    ready: int = 0
+    coming: int = 0
+    leaving: int = 0
+    least: int = 0
+    most: int = 0
+    why: str = ""
+    asks: tuple[Ask, ...] = ()
+    lead_ns: int = 0
+    days: int = 0
+    has_pattern: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Record):
+    """One schedulable unit of a workload. ``spec``, ``attempt_list``, ``workers`` and ``replicas`` come with one only.
+
+    ``replicas`` is of its service; None unless their number follows something.
+    """
+
+    nested: ClassVar[Mapping[str, type[Record]]] = {"reason": Reason, "workers": Worker, "replicas": Replicas}
 
     id: str = ""
     workload_id: str = ""
@@ -113,6 +146,7 @@ class Job(Record):
     spec: Mapping[str, Any] | None = None
     attempt_list: tuple[Mapping[str, Any], ...] = ()
     workers: tuple[Worker, ...] = ()
+    replicas: Replicas | None = None
 
     @property
     def is_terminal(self) -> bool:
@@ -267,6 +301,7 @@ class Why(Record):
         "holdings": Holding,
         "forecast": Forecast,
         "sites": SiteOption,
+        "replicas": Replicas,
     }
 
     job: str = ""
@@ -281,6 +316,7 @@ class Why(Record):
     lines: tuple[str, ...] = ()
     site: str = ""
     sites: tuple[SiteOption, ...] = ()
+    replicas: Replicas | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -546,6 +582,130 @@ class DataSetInfo(Record):
     checked_at_ns: int = 0
     created_at_ns: int = 0
     created_by: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AliasInfo(Record):
+    """A name that points to one version of a model at a time."""
+
+    name: str = ""
+    version: int = 0
+    since_at_ns: int = 0
+    by: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo(Record):
+    """A model of the registry. ``production`` and ``staging`` are numbers of versions; zero: none is there."""
+
+    id: str = ""
+    name: str = ""
+    project: str = ""
+    description: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    newest: int = 0
+    versions: int = 0
+    production: int = 0
+    staging: int = 0
+    aliases: tuple[AliasInfo, ...] = ()
+    nested: ClassVar[Mapping[str, type[Record]]] = {"aliases": AliasInfo}
+    created_at_ns: int = 0
+    created_by: str = ""
+    changed_at_ns: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageInfo(Record):
+    """The stage of a version: since when, who put it there and why."""
+
+    stage: str = ""
+    since_at_ns: int = 0
+    by: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AncestorInfo(Record):
+    """What a model was made of."""
+
+    reference: str = ""
+    digest: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineageInfo(Record):
+    """Where a version of a model came from; what is empty is not known."""
+
+    job: str = ""
+    workload_id: str = ""
+    workload: str = ""
+    spec_digest: str = ""
+    data: tuple[AncestorInfo, ...] = ()
+    artifacts: tuple[AncestorInfo, ...] = ()
+    models: tuple[AncestorInfo, ...] = ()
+    commit: str = ""
+    run: str = ""
+    source: str = ""
+    nested: ClassVar[Mapping[str, type[Record]]] = {
+        "data": AncestorInfo,
+        "artifacts": AncestorInfo,
+        "models": AncestorInfo,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelUserInfo(Record):
+    """What is not over and was given a version of a model."""
+
+    workload_id: str = ""
+    name: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVersionInfo(Record):
+    """One version of a model; ``digest`` is that of the list of its files."""
+
+    id: str = ""
+    name: str = ""
+    version: int = 0
+    project: str = ""
+    digest: str = ""
+    size: int = 0
+    files: int = 0
+    description: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    stage: StageInfo = field(default_factory=StageInfo)
+    aliases: tuple[str, ...] = ()
+    format: str = ""
+    framework: str = ""
+    architecture: str = ""
+    base_model: str = ""
+    licence: str = ""
+    parameters: int = 0
+    precision: str = ""
+    precisions: Mapping[str, int] = field(default_factory=dict)
+    code: tuple[str, ...] = ()
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    pickles: tuple[str, ...] = ()
+    pickles_allowed: str = ""
+    lineage: LineageInfo = field(default_factory=LineageInfo)
+    used_by: tuple[ModelUserInfo, ...] = ()
+    cached_on: tuple[str, ...] = ()
+    created_at_ns: int = 0
+    created_by: str = ""
+
+    nested: ClassVar[Mapping[str, type[Record]]] = {
+        "stage": StageInfo,
+        "lineage": LineageInfo,
+        "used_by": ModelUserInfo,
+    }
+
+    @property
+    def reference(self) -> str:
+        """``name:version``."""
+        return f"{self.name}:{self.version}"
 
 
 @dataclass(frozen=True, kw_only=True)

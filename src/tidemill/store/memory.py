@@ -34,6 +34,7 @@ from tidemill.model.plan import Reason, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
+from tidemill.model.scaling import Habit
 from tidemill.model.storage import DataSet, DataSetState, Volume
 from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
 from tidemill.ports import Batch, IdempotencyRecord, JobFilter, JobRow, Page, Snapshot, StoredEvent
@@ -70,6 +71,7 @@ class _Contents:
     secrets: dict[tuple[ProjectId, str], Secret] = field(default_factory=dict)
     artifacts: dict[ArtifactId, Artifact] = field(default_factory=dict)
     volumes: dict[tuple[ProjectId, str], Volume] = field(default_factory=dict)
+    habits: dict[tuple[ProjectId, str], Habit] = field(default_factory=dict)
     datasets: dict[DataSetId, DataSet] = field(default_factory=dict)
 
 
@@ -384,6 +386,10 @@ class MemoryStore:
         with self._lock:
             return self._all.volumes.pop((project_id, name), None) is not None
 
+    def put_habit(self, habit: Habit) -> None:
+        with self._lock:
+            self._all.habits[habit.project_id, habit.service] = habit
+
     def add_dataset(self, dataset: DataSet) -> DataSet:
         """The data set with the next version of its name that was never given; its own ``version`` is ignored."""
         with self._lock:
@@ -452,6 +458,10 @@ class MemoryStore:
     def volumes(self, project_id: ProjectId) -> tuple[Volume, ...]:
         """A project's volumes, by name."""
         return tuple(volume for volume in self._by_key(self._all.volumes) if volume.project_id == project_id)
+
+    def habits(self) -> tuple[Habit, ...]:
+        """What is remembered of services, by project and name."""
+        return self._by_key(self._all.habits)
 
     def dataset(self, dataset_id: DataSetId) -> DataSet | None:
         return self._all.datasets.get(dataset_id)

@@ -218,6 +218,13 @@ volumes = Table(
     _text("name", primary_key=True),
     _text("body"),
 )
+habits = Table(
+    "habits",
+    metadata,
+    _text("project_id", primary_key=True),
+    _text("service", primary_key=True),
+    _text("body"),
+)
 datasets = Table(
     "datasets",
     metadata,

@@ -63,6 +63,7 @@ from tidemill.model.plan import Reason, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
+from tidemill.model.scaling import Habit
 from tidemill.model.storage import DataSet, DataSetState, Volume
 from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
 from tidemill.ports import Batch, IdempotencyRecord, JobFilter, JobRow, Page, Snapshot, StoredEvent
@@ -177,6 +178,7 @@ class SqlStore:
             schema.sites,
             schema.outposts,
             schema.volumes,
+            schema.habits,
         ):
             put = insert_or(table)
             self._put[table] = put.on_conflict_do_update(
@@ -661,6 +663,9 @@ class SqlStore:
         with self._writing() as connection:
             return _execute(connection, gone).rowcount > 0
 
+    def put_habit(self, habit: Habit) -> None:
+        self._replace(schema.habits, {"project_id": habit.project_id, "service": habit.service, "body": encode(habit)})
+
     def add_dataset(self, dataset: DataSet) -> DataSet:
         """The data set with the next version of its name that was never given; its own ``version`` is ignored."""
         datasets = schema.datasets.c
@@ -743,6 +748,11 @@ class SqlStore:
         """A project's volumes, by name."""
         volumes = schema.volumes.c
         return self._all(Volume, select(volumes.body).where(volumes.project_id == project_id).order_by(volumes.name))
+
+    def habits(self) -> tuple[Habit, ...]:
+        """What is remembered of services, by project and name."""
+        habits = schema.habits.c
+        return self._all(Habit, select(habits.body).order_by(habits.project_id, habits.service))
 
     def dataset(self, dataset_id: DataSetId) -> DataSet | None:
         return self._one(DataSet, select(schema.datasets.c.body).where(schema.datasets.c.id == dataset_id))

@@ -46,7 +46,7 @@ class EnergyMeters:
         """For each meter that could not be read last time, the reason in a sentence."""
 
     def sample(self) -> Sampled | None:
-        """All counters that can be read now, in mJ; None when there is none."""
+        """All counters that can be read now, in mJ, and how busy GPUs are; None when there is none."""
         now = self._clock()
         self.unavailable = {}
         energy = [(gpu.uuid, mj) for gpu in self._nvml.gpus() if (mj := self._gpu_mj(gpu, now)) is not None]
@@ -55,9 +55,11 @@ class EnergyMeters:
             self.unavailable[CPU_METER] = processors
         else:
             energy.append((CPU_METER, processors))
-        if not energy:
+        rates = [(gpu.uuid, self._nvml.ask("nvmlDeviceGetUtilizationRates", gpu.handle)) for gpu in self._nvml.gpus()]
+        used = tuple((uuid, min(100, max(0, int(rate.gpu))) * 10) for uuid, rate in rates if rate is not None)
+        if not energy and not used:
             return None
-        return Sampled(at_ns=now, node_id=self._node_id, energy_mj=tuple(energy))
+        return Sampled(at_ns=now, node_id=self._node_id, energy_mj=tuple(energy), use_milli=used)
 
     def _gpu_mj(self, gpu: Gpu, now: int) -> int | None:
         counted = self._nvml.ask("nvmlDeviceGetTotalEnergyConsumption", gpu.handle)

@@ -47,6 +47,7 @@ from tidemill.model.plan import Change, Reason, ResolvableBy
 from tidemill.model.queue import GPU, Queue, QueueUsage
 from tidemill.model.registry import Lineage, Model, ModelVersion
 from tidemill.model.reservation import Reservation
+from tidemill.model.scaling import SLOTS, Habit, Pattern
 from tidemill.model.spec import Environment, Kind, Port, RetryOn, RetryPolicy, Service, WorkloadSpec
 from tidemill.model.storage import DataSet, DataSetState, Volume
 from tidemill.model.values import replace
@@ -285,6 +286,11 @@ def a_volume(name: str = "scratch") -> Volume:
     return Volume(
         id=VolumeId(f"vol_{name}"), project_id=RED, name=name, site_id=SiteId("north"), path="/mnt/é", created_ns=NOW
     )
+
+
+def a_habit(service: str = "chat", *, milli: int = 1_500) -> Habit:
+    pattern = Pattern(means_milli=(milli,) * SLOTS, days=(3,) * SLOTS, plain_milli=700, judged=500, error_milli=20)
+    return Habit(project_id=RED, service=service, pattern=pattern, starts_ns=(90 * SECOND_NS, 2**62))
 
 
 def a_dataset(number: int, *, name: str = "images") -> DataSet:

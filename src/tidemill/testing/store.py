@@ -48,6 +48,7 @@ from tidemill.testing.samples import (
     NOW,
     RED,
     a_dataset,
+    a_habit,
     a_job,
     a_line,
     a_model,
@@ -687,6 +688,16 @@ def check_artifact_versions_are_given_once(open_store: OpenStore) -> None:
         raises(Stale, it.store.put_artifact, newest)
 
 
+def check_habits_are_kept(open_store: OpenStore) -> None:
+    """What services usually need is replaced by project and name."""
+    with _Session(open_store) as it:
+        for milli in (1, 2):
+            it.store.put_habit(a_habit(milli=milli))
+        it.store.put_habit(a_habit("modèle"))
+        same(it.store.habits(), (a_habit(milli=2), a_habit("modèle")), "the habits, by service")
+        same(open_store().habits(), it.store.habits(), "those that another store has")
+
+
 def check_volumes_and_data_sets_are_kept(open_store: OpenStore) -> None:
     """Volumes are replaced by name; versions of data sets are never given twice, also when some were deleted."""
     with _Session(open_store) as it:
@@ -822,6 +833,7 @@ CHECKS: Final[tuple[Callable[[OpenStore], None], ...]] = (
     check_a_repeated_write_finds_its_answer,
     check_one_of_many_committers_wins,
     check_artifact_versions_are_given_once,
+    check_habits_are_kept,
     check_volumes_and_data_sets_are_kept,
     check_tenants_are_replaced_whole,
     check_everything_is_there_after_reopening,

@@ -7,6 +7,7 @@ import posixpath
 from functools import lru_cache
 from typing import Final
 
+from tidemill.model.registry import parse_model_reference
 from tidemill.model.resources import GpuRequest, parse_gpus
 from tidemill.model.spec import MAX_PRICE_MICRO, SECRET_NAME, Kind, Port, RetryOn, parse_retry_on
 from tidemill.model.storage import DataMode
@@ -160,6 +161,17 @@ def dataset_of(value: object) -> str:
     text = text_of(value, limit=1_000)
     if not DATASET.fullmatch(text):
         raise Refusal(f"{shown(text)} is not a data set.", "Write its name, or name:version: tidemill dataset list.")
+    return text
+
+
+def model_reference_of(value: object) -> str:
+    """Which version of a model of the registry, as ``models:/NAME/VERSION`` and the like, or in short."""
+    text = text_of(value, limit=1_000)
+    try:
+        parse_model_reference(text)
+    except ValueError as error:
+        mend = "Write models:/NAME/VERSION, models:/NAME/STAGE or models:/NAME@ALIAS; see tidemill model list."
+        raise Refusal(f"{error}.", mend) from None
     return text
 
 

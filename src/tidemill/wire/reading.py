@@ -20,15 +20,19 @@ from tidemill.wire.sections import (
     DataIn,
     EnvironmentIn,
     GroupIn,
+    HoursIn,
+    ModelIn,
     PlacementIn,
     PriceIn,
     ReadinessIn,
     ResourcesIn,
     RetryIn,
+    ScalingIn,
     ServiceIn,
     VolumeIn,
     WorkloadSpecIn,
     contradictions,
+    fields_of,
     invalid,
     problem,
 )
@@ -111,6 +115,8 @@ SECTIONS: Final[Mapping[tuple[str, ...], type[BaseModel]]] = {
     ("env",): EnvironmentIn,
     ("service",): ServiceIn,
     ("service", "readiness"): ReadinessIn,
+    ("service", "scaling"): ScalingIn,
+    ("service", "scaling", "schedule"): HoursIn,
     ("service", "price"): PriceIn,
     ("array",): ArrayIn,
     ("retry",): RetryIn,
@@ -119,19 +125,18 @@ SECTIONS: Final[Mapping[tuple[str, ...], type[BaseModel]]] = {
     ("group",): GroupIn,
     ("resources", "any_of"): AlternativeIn,
     ("data",): DataIn,
+    ("model",): ModelIn,
     ("volumes",): VolumeIn,
 }
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
     section = SECTIONS.get(tuple(part for part in location if isinstance(part, str)))
-    return list(section.model_fields) if section is not None else []
+    return list(fields_of(section)) if section is not None else []
 
 
 _MISPLACED: Final[Mapping[str, str]] = {
-    name: ".".join((*place, name))
-    for place, section in reversed(list(SECTIONS.items()))
-    for name in section.model_fields
+    name: ".".join((*place, name)) for place, section in reversed(list(SECTIONS.items())) for name in fields_of(section)
 }
 _FOREIGN: Final = {
     "command": "run",

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from tidemill.wire.reading import SECTIONS
-from tidemill.wire.sections import WorkloadSpecIn
+from tidemill.wire.sections import WorkloadSpecIn, fields_of
 
 
 def json_schema() -> dict[str, Any]:
@@ -22,7 +22,7 @@ def json_schema() -> dict[str, Any]:
     readiness["readiness"] = _or_plain(readiness["readiness"], "string")
     for place, section in SECTIONS.items():
         described = definitions[section.__name__] if place else schema
-        for name, field in section.model_fields.items():
+        for name, field in fields_of(section).items():
             described["properties"][name].setdefault("description", field.description)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -44,7 +44,7 @@ def spec_reference_markdown() -> str:
     """The table of every field of a workload file, for the documentation."""
     rows = ["| Field | Default | What it says |", "| --- | --- | --- |"]
     for place, section in SECTIONS.items():
-        for name, field in section.model_fields.items():
+        for name, field in fields_of(section).items():
             path = (*place, name)
             extra = field.json_schema_extra
             default = extra.get("default") if isinstance(extra, dict) and "default" in extra else field.default

@@ -8,10 +8,13 @@ from time import time_ns
 from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic.fields import FieldInfo
 
 from tidemill.errors import InvalidSpec
 from tidemill.model.fleet import Level, SiteKind
+from tidemill.model.registry import parse_model_reference
 from tidemill.model.resources import GpuRequest, Resources
+from tidemill.model.scaling import DAYS, MAX_WINDOWS, Hours, Scaling
 from tidemill.model.spec import (
     MAX_ARRAY,
     MAX_CONCURRENCY,
@@ -68,6 +71,7 @@ from tidemill.wire.fields import (
     kind_of,
     mode_of,
     model_of,
+    model_reference_of,
     mount_of,
     package_of,
     path_of,
@@ -79,6 +83,15 @@ from tidemill.wire.fields import (
     retry_on_of,
     secret_of,
     workdir_of,
+)
+from tidemill.wire.scaling import (
+    days_of,
+    objective_of,
+    share_of,
+    time_of,
+    tolerance_of,
+    window_of,
+    zone_of,
 )
 from tidemill.wire.scheduling import (
     MAX_SPEED,
@@ -147,6 +160,11 @@ def _few(value: object, what: str) -> object:
 
 class StrictSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+
+
+def fields_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """A section's fields by the names under which they are written."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def _shared(section: Callable[[], Section]) -> Callable[[], Section]:
@@ -232,6 +250,98 @@ class ReadinessIn(StrictSection):
     )
 
 
+_Objective = Annotated[int, *taking(objective_of, {"type": ["string", "integer"], "examples": ["500ms", "2s"]})]
+_Share = Annotated[int, *taking(share_of, {"type": ["string", "number"], "examples": ["80%", 0.8]})]
+_TimeOfDay = Annotated[int, *taking(time_of, {"type": ["string", "integer"], "examples": ["08:30"]})]
+
+
+class HoursIn(StrictSection):
+    """Hours in which a service has so many replicas at least."""
+
+    replicas: Annotated[int, *counted(1, MAX_REPLICAS)] = Field(description="How many there are at least.")
+    days: Annotated[
+        tuple[int, ...], *taking(days_of, {"type": ["string", "array"], "examples": ["mon-fri", ["sat", "sun"]]})
+    ] = Field(default=tuple(range(len(DAYS))), description="On which days.", json_schema_extra={"default": "mon-sun"})
+    starts: _TimeOfDay = Field(
+        default=0, description="From when; they are ready by then.", json_schema_extra={"default": "00:00"}
+    )
+    ends: _TimeOfDay = Field(
+        default=86_400,
+        description="Until when; on the next day where that is not after `starts`.",
+        json_schema_extra={"default": "24:00"},
+    )
+    zone: Annotated[str, *taking(zone_of, {**TEXT, "examples": ["Europe/Berlin"]})] = Field(
+        default="UTC", description="The time zone of these times."
+    )
+
+
+class ScalingIn(StrictSection):
+    """What the number of replicas follows beside the requests that there are; what needs most of them wins."""
+
+    ttft: _Objective = Field(
+        default=0, description="95 of 100 streams are to begin within this time.", json_schema_extra={"default": ""}
+    )
+    latency: _Objective = Field(
+        default=0, description="95 of 100 answers are to be whole within this time.", json_schema_extra={"default": ""}
+    )
+    queue: _Objective = Field(
+        default=0,
+        description="95 of 100 requests are to wait in the gateway no longer than this.",
+        json_schema_extra={"default": ""},
+    )
+    engine_queue: Annotated[int, *counted(0, MAX_CONCURRENCY)] = Field(
+        default=0,
+        description="How many requests may wait inside a replica, as vLLM, SGLang, TGI or llama.cpp tell; 0 for no"
+        " objective.",
+    )
+    in_flight: Annotated[int, *counted(0, MAX_CONCURRENCY)] = Field(
+        default=0, description="How many requests a replica is to have on average; 0: `concurrency`."
+    )
+    tokens: Annotated[int, *counted(0, 10_000_000)] = Field(
+        default=0, description="How many tokens of answers a second a replica is to give; 0 for no objective."
+    )
+    gpu: _Share = Field(
+        default=0, description="How busy its GPUs are to be on average.", json_schema_extra={"default": ""}
+    )
+    kv_cache: _Share = Field(
+        default=0,
+        description="How full a replica's KV cache is to be on average, as vLLM or SGLang tell.",
+        json_schema_extra={"default": ""},
+    )
+    window: Annotated[int, *taking(window_of, _DURATION_SCHEMA)] = Field(
+        default=60 * SECOND_NS,
+        description="Over how long is looked at what was felt.",
+        json_schema_extra={"default": "1m"},
+    )
+    tolerance: Annotated[int, *taking(tolerance_of, {"type": ["string", "number"], "examples": ["10%"]})] = Field(
+        default=100,
+        description="Within this part of an objective the number of replicas stays.",
+        json_schema_extra={"default": "10%"},
+    )
+    up_after: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=0,
+        description="For how long more have to be needed before replicas are added; the first one comes at once.",
+        json_schema_extra={"default": "0s"},
+    )
+    up_step: Annotated[int, *counted(0, MAX_REPLICAS)] = Field(
+        default=0, description="How many replicas may be starting at a time; 0 for any number."
+    )
+    down_step: Annotated[int, *counted(0, MAX_REPLICAS)] = Field(
+        default=0, description="How many are given up in `down_every` at most; 0 for any number."
+    )
+    down_every: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=60 * SECOND_NS, description="How long `down_step` is for.", json_schema_extra={"default": "1m"}
+    )
+    predict: Annotated[bool, *taking(flag_of, {"type": "boolean"})] = Field(
+        default=False, description="Have there what was needed at this time of day, before it is needed again."
+    )
+    schedule: Annotated[list[HoursIn], Field(max_length=MAX_WINDOWS)] = Field(
+        default_factory=list,
+        description="Hours with a number of replicas at least.",
+        json_schema_extra={"default": ""},
+    )
+
+
 _PRICE_SCHEMA: Final = {"type": "number", "minimum": 0, "maximum": 1000, "examples": [0.15]}
 
 
@@ -282,6 +392,11 @@ class ServiceIn(StrictSection):
         description="How long a request may wait for a replica, unless it says so itself (`X-Tidemill-Wait`).",
         json_schema_extra={"default": "30s"},
     )
+    scaling: ScalingIn = Field(
+        default_factory=_shared(ScalingIn),
+        description="What the number of replicas follows within its range.",
+        json_schema_extra={"default": ""},
+    )
     price: PriceIn = Field(
         default_factory=_shared(PriceIn),
         description="What tokens cost; nothing unless it says so. Machines are paid for by the service's project.",
@@ -321,6 +436,25 @@ class DataIn(StrictSection):
         description="`copy` to the machine's own disk, `mount` the folder that it comes from (only where that is), or"
         " `auto`: mounted where that folder is, copied elsewhere.",
         json_schema_extra={"default": "auto"},
+    )
+
+
+class ModelIn(StrictSection):
+    """A model of the registry that each worker finds, read-only."""
+
+    reference: Annotated[
+        str,
+        *taking(
+            model_reference_of,
+            {**TEXT, "examples": ["models:/greeter/production", "models:/greeter@champion", "models:/greeter/3"]},
+        ),
+    ] = Field(
+        alias="from",
+        description="Which: by stage, alias or version, or `greeter` for its newest. It is settled when the workload is"
+        " submitted, so that all its replicas have the same.",
+    )
+    at: Annotated[str, *taking(mount_of, {**TEXT, "examples": ["/model"]})] = Field(
+        default="", description="Where; `/models/NAME` when left out. The path is in `$TIDEMILL_MODEL_DIR`."
     )
 
 
@@ -491,6 +625,7 @@ class GroupIn(StrictSection):
     ] = Field(description="How many jobs it has.")
 
 
+_Model = Annotated[ModelIn, _wrapped("from", str)]
 _Data = Annotated[DataIn, _wrapped("dataset", str)]
 _Volume = Annotated[VolumeIn, _wrapped("name", str)]
 _MOMENT_SCHEMA: Final = {**TEXT, "examples": ["2027-03-01T09:00:00Z", "in 2h"]}
@@ -561,6 +696,10 @@ class WorkloadSpecIn(StrictSection):
         default_factory=list,
         description="Data sets, each a name or a section; the path of each is in `$TIDEMILL_DATA_<NAME>`.",
         json_schema_extra={"default": [], "examples": [[{"dataset": "imagenet", "at": "/data"}]]},
+    )
+    model: _Model | None = Field(
+        default=None,
+        description="A model of the registry, by reference or as a section; its path is in `$TIDEMILL_MODEL_DIR`.",
     )
     volumes: Annotated[list[_Volume], BeforeValidator(lambda value: _few(value, "volumes"))] = Field(
         default_factory=list,
@@ -741,7 +880,7 @@ class WorkloadSpecIn(StrictSection):
                 expected_duration_ns=self.expected_duration,
                 start_after_ns=self.start_after.at(now),
                 start_before_ns=self.start_before.at(now),
-                data=tuple([_data_mount(one) for one in self.data]),
+                data=(*_model_mounts(self.model), *[_data_mount(one) for one in self.data]),
                 volumes=tuple([_volume_mount(one) for one in self.volumes]),
             )
         except ValueError as error:
@@ -765,6 +904,16 @@ def _data_mount(given: DataIn) -> DataMount:
     return DataMount(dataset=given.dataset, at=given.at or default_data_path(given.dataset), mode=given.mode)
 
 
+def _model_mounts(given: ModelIn | None) -> tuple[DataMount, ...]:
+    if given is None:
+        return ()
+    return (
+        DataMount(
+            dataset="", model=given.reference, at=given.at or default_model_path(given.reference), mode=DataMode.COPY
+        ),
+    )
+
+
 def _volume_mount(given: VolumeIn) -> VolumeMount:
     return VolumeMount(volume=given.name, at=given.at or default_volume_path(given.name), read_only=given.read_only)
 
@@ -772,6 +921,11 @@ def _volume_mount(given: VolumeIn) -> VolumeMount:
 def default_data_path(reference: str) -> str:
     """Where a data set is found when its spec does not say."""
     return f"/data/{reference.partition(':')[0]}"
+
+
+def default_model_path(reference: str) -> str:
+    """Where a model is found when its spec does not say."""
+    return f"/models/{parse_model_reference(reference).name}"
 
 
 def default_volume_path(name: str) -> str:
@@ -845,8 +999,24 @@ def contradictions(given: set[str], spec: Any, now: int) -> Iterator[dict[str, A
             yield problem("service.port", wanted, f"{shown(wanted)} is not among ports.", f"Ports are {names}.")
         elif not known and isinstance(wanted, str) and not PORT_NAME.fullmatch(wanted):
             yield problem("service.port", wanted, f"{shown(wanted)} is not a name of a port.", PORT_MEND)
+    if isinstance(spec.service, ServiceIn):
+        yield from _impossible_scaling(spec.service)
     yield from _clashing_mounts(spec)
     yield from _impossible_schedules(spec, kind, now)
+
+
+def _impossible_scaling(service: ServiceIn) -> Iterator[dict[str, Any]]:
+    replicas, scaling = service.replicas, service.scaling
+    if not isinstance(replicas, Span) or not isinstance(scaling, ScalingIn):
+        return
+    if scaling != ScalingIn() and replicas.smallest == replicas.largest:
+        mend = f"Write replicas: 1..{max(2, replicas.largest)}, or leave scaling out."
+        yield problem("service.scaling", None, f"There are always {replicas.largest} replicas.", mend)
+    for hours in scaling.schedule if isinstance(scaling.schedule, list) else ():
+        if isinstance(hours, HoursIn) and hours.replicas > replicas.largest:
+            mend = f"Write {replicas.largest} at most, or a larger range of replicas."
+            sentence = f"There are never more than {replicas.largest} replicas."
+            yield problem("service.scaling.schedule.replicas", hours.replicas, sentence, mend)
 
 
 def _clashing_mounts(spec: Any) -> Iterator[dict[str, Any]]:
@@ -854,6 +1024,8 @@ def _clashing_mounts(spec: Any) -> Iterator[dict[str, Any]]:
     data = [one for one in spec.data if isinstance(one, DataIn)] if type(spec.data) is list else []
     volumes = [one for one in spec.volumes if isinstance(one, VolumeIn)] if type(spec.volumes) is list else []
     mounts = [("data", one.at or default_data_path(one.dataset)) for one in data]
+    if isinstance(spec.model, ModelIn):
+        mounts.append(("model", spec.model.at or default_model_path(spec.model.reference)))
     mounts += [("volumes", one.at or default_volume_path(one.name)) for one in volumes]
     for index, (field, path) in enumerate(mounts):
         for _, other in mounts[:index]:
@@ -931,9 +1103,34 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         model=section.model,
         concurrency=section.concurrency,
         wait_ns=section.wait,
+        scaling=_scaling(section.scaling),
         price_input_micro=section.price.input,
         price_output_micro=section.price.output,
         is_salted=section.cache_salt,
+    )
+
+
+def _scaling(given: ScalingIn) -> Scaling:
+    return Scaling(
+        ttft_ns=given.ttft,
+        latency_ns=given.latency,
+        queue_ns=given.queue,
+        engine_queue=given.engine_queue,
+        in_flight=given.in_flight,
+        tokens=given.tokens,
+        gpu_milli=given.gpu,
+        kv_cache_milli=given.kv_cache,
+        window_ns=given.window,
+        tolerance_milli=given.tolerance,
+        up_after_ns=given.up_after,
+        up_step=given.up_step,
+        down_step=given.down_step,
+        down_every_ns=given.down_every,
+        predicts=given.predict,
+        hours=tuple(
+            Hours(replicas=one.replicas, days=one.days, from_s=one.starts, until_s=one.ends, zone=one.zone)
+            for one in given.schedule
+        ),
     )
 
 

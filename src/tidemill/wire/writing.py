@@ -9,6 +9,7 @@ from typing import Any, Final
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Dependency, DependsOn, Kind, Placement, Port, Service, Tier, WorkloadSpec
 from tidemill.units import MILLI, SECOND_NS, USD_MICRO
+from tidemill.wire.scaling import scaling_json
 from tidemill.wire.scheduling import instant_text
 from tidemill.wire.sections import default_retry
 
@@ -39,8 +40,12 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
     for name in ("envs", "inputs", "labels"):
         if pairs := getattr(spec, name):
             written[name] = dict(pairs)
-    if spec.data:
-        written["data"] = [{"dataset": one.dataset, "at": one.at, "mode": one.mode.value} for one in spec.data]
+    if data := [one for one in spec.data if not one.model]:
+        written["data"] = [{"dataset": one.dataset, "at": one.at, "mode": one.mode.value} for one in data]
+    for one in spec.data:
+        if one.model:
+            pinned = f"models:/{one.dataset.replace(':', '/')}" if one.dataset else one.model
+            written["model"] = {"from": pinned, "at": one.at}
     if spec.volumes:
         written["volumes"] = [{"name": one.volume, "at": one.at, "read_only": one.read_only} for one in spec.volumes]
     if spec.secrets:
@@ -65,6 +70,8 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
             written["service"]["concurrency"] = spec.service.concurrency
         if spec.service.wait_ns != _SERVICE.wait_ns:
             written["service"]["wait"] = _duration_json(spec.service.wait_ns)
+        if scaling := scaling_json(spec.service.scaling, _duration_json):
+            written["service"]["scaling"] = scaling
         if spec.service.price_input_micro or spec.service.price_output_micro:
             written["service"]["price"] = {
                 "input": spec.service.price_input_micro / USD_MICRO,

@@ -73,6 +73,13 @@ def upgrade() -> None:
         sa.UniqueConstraint("project_id", "name", "version", name="uq_datasets_version"),
     )
     op.create_index("ix_datasets_state", "datasets", ["state"])
+    # What services usually need.
+    op.create_table(
+        "habits",
+        sa.Column("project_id", TEXT, primary_key=True, nullable=False),
+        sa.Column("service", TEXT, primary_key=True, nullable=False),
+        sa.Column("body", TEXT, nullable=False),
+    )
     # Models, and their versions.
     op.create_table(
         "models",
