@@ -73,7 +73,7 @@ def test_the_policies_are_these() -> None:
         "read": 39,
         "exec": 3,
         "runner": 9,
-        "admin": 25,
+        "admin": 24,
         "gateway": 4,
         "join": 2,
         "outpost": 3,
