@@ -70,11 +70,11 @@ def test_the_policies_are_these() -> None:
         "read|job": 9,
         "submit|job": 5,
         "job": 1,
-        "read": 39,
+        "read": 41,
         "exec": 3,
         "runner": 9,
         "admin": 24,
-        "gateway": 4,
+        "gateway": 5,
         "join": 2,
         "outpost": 3,
     }

@@ -90,6 +90,10 @@ class Engine:
         self.go_on = asyncio.Event()
         self.is_hung = False
         """It answers no probe."""
+        self.status = 200
+        """Of whole answers."""
+        self.usage: dict[str, int] = {}
+        """What ``late`` answers say they took."""
         self.server: asyncio.Server | None = None
         self.tasks: set[asyncio.Task[None]] = set()
 
@@ -139,10 +143,17 @@ class Engine:
         sse = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
         if mode == "hang":
             await self.go_on.wait()
+        if mode == "late":
+            await asyncio.sleep(0.02)
+            content = json.dumps({"data": [], "usage": self.usage}).encode()
+            writer.write(
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content)
+                + content
+            )
         if mode in ("whole", "hang"):
             writer.write(
-                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: keep-alive, X-Private\r\n"
-                b"X-Private: 1\r\nX-Kept: 2\r\nContent-Length: %d\r\n\r\n" % len(COMPLETION) + COMPLETION
+                b"HTTP/1.1 %d OK\r\nContent-Type: application/json\r\nConnection: keep-alive, X-Private\r\n"
+                b"X-Private: 1\r\nX-Kept: 2\r\nContent-Length: %d\r\n\r\n" % (self.status, len(COMPLETION)) + COMPLETION
             )
         elif mode == "chunked whole":
             writer.write(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from tidemill.control.answers import mend_for
@@ -10,13 +10,20 @@ from tidemill.control.blobs import BlobStore
 from tidemill.control.datasets import DataSets
 from tidemill.control.launching import find_input
 from tidemill.control.renting import Renting
-from tidemill.control.steering import check_dependency, check_group, check_reservation, limits_told
+from tidemill.control.steering import (
+    check_dependency,
+    check_group,
+    check_reservation,
+    limits_told,
+    why_group_never,
+)
 from tidemill.control.turns import TurnLoop
 from tidemill.core.admission import why_refused
+from tidemill.core.routing import loop_through
 from tidemill.errors import Conflict, Infeasible, InvalidSpec
 from tidemill.model.ids import PrincipalId, WorkloadId, queue_id
 from tidemill.model.job import Workload
-from tidemill.model.spec import Dependency, WorkloadSpec
+from tidemill.model.spec import Dependency, Service, WorkloadSpec
 from tidemill.model.tenant import Project
 from tidemill.ports import JobFilter, Store
 from tidemill.wire import instant_text
@@ -26,6 +33,7 @@ class Acceptance:
     """Checks specs against what is stored and what the fleet has. Thread-safe.
 
     ``renting`` gives what rents machines, and None where nothing does: what is rented counts as what there could be.
+    ``fallbacks`` gives which models each one that is served falls back to.
     """
 
     def __init__(
@@ -36,12 +44,14 @@ class Acceptance:
         blobs: BlobStore,
         *,
         renting: Callable[[], Renting | None],
+        fallbacks: Callable[[], Mapping[str, tuple[str, ...]]],
     ) -> None:
         self._store = store
         self._turns = turns
         self._data = data
         self._blobs = blobs
         self._renting = renting
+        self._fallbacks = fallbacks
 
     def check(self, spec: WorkloadSpec, project: Project, *, now: int) -> WorkloadSpec:
         """The spec with its inputs pinned to versions. Raises: Infeasible, InvalidSpec."""
@@ -59,21 +69,37 @@ class Acceptance:
                     value=name,
                     mend=f"Set it: tidemill secret set {name}.",
                 )
-        asked = Workload(
-            id=WorkloadId(""),
-            organization_id=project.organization_id,
-            project_id=project.id,
-            principal_id=PrincipalId(""),
-            spec=spec,
-            submitted_ns=now,
-        )
-        never = why_refused(self._turns.world, asked)
+        if spec.service is not None and spec.service.fallback:
+            self.check_fallback(spec.service, spec.service.model or spec.name)
+        never = why_refused(self._turns.world, _asked(spec, project, now=now))
         renting = self._renting()
         if never is not None and not (renting is not None and renting.may_serve(spec)):
             raise Infeasible(
                 never.sentence, field=never.subject, value=never.needed, mend=mend_for(never), reason=never.code
             )
         return spec
+
+    def check_groups(self, specs: Sequence[WorkloadSpec], project: Project, *, now: int) -> None:
+        """Raises: Infeasible when a group of which some are submitted together could never start; InvalidSpec when
+        they do not agree about its size."""
+        sizes: dict[str, int] = {}
+        for spec in specs:
+            if spec.group is not None and sizes.setdefault(spec.group.name, spec.group.size) != spec.group.size:
+                raise InvalidSpec(
+                    f"Another says that group {spec.group.name} has {sizes[spec.group.name]} jobs.",
+                    field="group.size",
+                    value=spec.group.size,
+                    mend=f"Write {sizes[spec.group.name]}, or name another group.",
+                )
+        renting = self._renting()
+        if not sizes or (renting is not None and all(renting.may_serve(spec) for spec in specs if spec.group)):
+            return
+        asked = [_asked(spec, project, now=now) for spec in specs]
+        never = self._turns.look(lambda world: why_group_never(world, asked))
+        if never is not None:
+            raise Infeasible(
+                never.sentence, field=never.subject, value=never.needed, mend=mend_for(never), reason=never.code
+            )
 
     def must_look(self, project: Project, specs: Sequence[WorkloadSpec]) -> bool:
         """Whether submitting these waits for the store or for a turn, so that it is not for an event loop."""
@@ -107,6 +133,17 @@ class Acceptance:
             check_reservation(spec, project, self._turns.world.reservations.copy().values(), now=now)
         if spec.group is not None:
             check_group(spec.group, project, self._turns.world.workloads.copy().values())
+
+    def check_fallback(self, service: Service, model: str) -> None:
+        """Raises: InvalidSpec when a request could come back to ``model`` by falling back."""
+        loop = loop_through(model, {**self._fallbacks(), model: service.fallback})
+        if loop:
+            raise InvalidSpec(
+                f"Requests would go round in a loop: {' → '.join(loop)}.",
+                field="service.fallback",
+                value=loop[1],
+                mend=f"Leave {loop[1]} out, or stop the service {loop[-2]} and submit it without {model}.",
+            )
 
     def follow(self, specs: Sequence[WorkloadSpec], ids: Sequence[WorkloadId], project: Project) -> list[WorkloadSpec]:
         """The specs with the ids of the workloads that they come after; earlier ones of a batch count.
@@ -155,3 +192,15 @@ class Acceptance:
             )
         check_dependency(dependency, workload, self._store.jobs_of(workload.id))
         return workload.id
+
+
+def _asked(spec: WorkloadSpec, project: Project, *, now: int) -> Workload:
+    """A workload as it would be submitted, to be looked at only."""
+    return Workload(
+        id=WorkloadId(""),
+        organization_id=project.organization_id,
+        project_id=project.id,
+        principal_id=PrincipalId(""),
+        spec=spec,
+        submitted_ns=now,
+    )

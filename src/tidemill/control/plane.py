@@ -153,10 +153,19 @@ class ControlPlane:
             projects=self.projects,
             scaler=Scaler(world=lambda: self.world, tell=self._turns.put, clock=clock, habits=store),
             clock=clock,
+            guards=settings.guards,
+            home=site.id,
         )
         self.renting: Renting | None = None
         """What rents machines, when this installation does."""
-        self.acceptance = Acceptance(store, self._turns, self.data, self.blobs, renting=lambda: self.renting)
+        self.acceptance = Acceptance(
+            store,
+            self._turns,
+            self.data,
+            self.blobs,
+            renting=lambda: self.renting,
+            fallbacks=self.serving.fallbacks,
+        )
         self.access = Access(store, directory, vault, clock=clock)
         self.administration = Administration(self.projects, self._turns, clock=clock)
         self.jobs = Jobs(store, self._turns, self.acceptance, clock=clock, entropy=entropy, monotonic=monotonic)

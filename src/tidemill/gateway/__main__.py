@@ -67,6 +67,7 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
     loop = asyncio.get_running_loop()
     several = options.workers > 1
     books = Books(options.home / "usage")
+    rulings = Books(options.home / "rulings", what="rulings")
     gateway = Gateway(
         pepper=pepper,
         own_token=lambda: feed.token,
@@ -74,6 +75,7 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
         limits=Limits(connections=_raise_file_limit()),
         feed_age_s=lambda: loop.time() - feed.heard_at,
         books=books,
+        rulings=rulings,
         place=f"{socket.gethostname()}:{port}" + (f".{options.worker}" if several else ""),
         workers=options.workers,
         limits_copy=options.home / "gateway-limits.json",
@@ -111,8 +113,10 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
         gateway.watch_replicas().run(),
         gateway.scrape_replicas().run(),
         books.keep(),
+        rulings.keep(),
         gateway.tell_load(partial(feed.report, "/v1/gateway/load")),
         gateway.rations.keep(partial(feed.ask, "/v1/gateway/shares", limit=_SHARES_LIMIT)),
+        rulings.deliver(partial(feed.report, "/v1/gateway/rulings")),
         books.deliver(partial(feed.report, "/v1/gateway/usage")),
     ]
     if gateway.siblings is not None:
@@ -128,13 +132,14 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
     server.close()
     drained = loop.create_task(gateway.drain(within_s=options.drain))
     await asyncio.wait({drained, loop.create_task(hurrying.wait())}, return_when=asyncio.FIRST_COMPLETED)
-    books.write()
-    tasks[-1].cancel()
-    with contextlib.suppress(OSError):
-        async with asyncio.timeout(1.0):
-            while await books.hand_on(partial(feed.report, "/v1/gateway/usage")):
-                pass
-    books.close()
+    for one, task, target in ((books, tasks[-1], "usage"), (rulings, tasks[-2], "rulings")):
+        one.write()
+        task.cancel()
+        with contextlib.suppress(OSError):
+            async with asyncio.timeout(1.0):
+                while await one.hand_on(partial(feed.report, f"/v1/gateway/{target}")):
+                    pass
+        one.close()
     if gateway.tracer is not None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import orjson
 
-from tidemill.gateway.table import Route
+if TYPE_CHECKING:
+    from tidemill.gateway.table import Route
 
 _TYPES: Final = {
     400: "invalid_request_error",
@@ -55,6 +56,11 @@ def overloaded(code: str, message: str, *, retry_after_s: int) -> Answer:
     return refuse(503, code, message, headers=((b"Retry-After", b"%d" % retry_after_s),))
 
 
+def moved(location: bytes) -> Answer:
+    """A 308: the same request, there."""
+    return Answer(status=308, body=b"", content_type=b"text/plain", headers=((b"Location", location),))
+
+
 def unauthorized(message: str) -> Answer:
     """A 401 in OpenAI's words."""
     return refuse(401, "invalid_api_key", message, headers=((b"WWW-Authenticate", b"Bearer"),))
@@ -67,6 +73,15 @@ def model_not_found(model: str, near: Sequence[str]) -> Answer:
     return refuse(404, "model_not_found", f"The model '{shown}' does not exist for this key.{hint}", param="model")
 
 
+def service_not_found(service: str, route: Route | None) -> Answer:
+    """A 404; ``route`` is that of a service of that name whose paths are not open."""
+    if route is None:
+        message = f"The service '{service}' does not exist for this key. Names are as tidemill ps shows them."
+    else:
+        message = f"The service '{service}' is asked by its model, '{route.model}'; service.http: true opens its paths."
+    return refuse(404, "service_not_found", message)
+
+
 def model_list(routes: Sequence[Route]) -> Answer:
     """OpenAI's list of models."""
     return Answer(status=200, body=orjson.dumps({"object": "list", "data": [_model(route) for route in routes]}))
@@ -77,9 +92,9 @@ def model(route: Route) -> Answer:
     return Answer(status=200, body=orjson.dumps(_model(route)))
 
 
-def error_event(code: str, message: str) -> bytes:
+def error_event(code: str, message: str, *, status: int = 502) -> bytes:
     """A server-sent event that tells of an error after the stream began, ending any event left half sent."""
-    return b"\n\nevent: error\ndata: " + error_body(502, code, message) + b"\n\n"
+    return b"\n\nevent: error\ndata: " + error_body(status, code, message) + b"\n\n"
 
 
 def reason(status: int) -> bytes:

@@ -60,13 +60,14 @@ class Circuit:
             self._enter(State.CLOSED, now=now)
             self.failures = 0
 
-    def fail(self, why: str, *, now: float) -> bool:
-        """Open; whether it was not open before."""
+    def fail(self, why: str, *, now: float, pause_s: float = 0.0) -> bool:
+        """Open, for ``pause_s`` at least; whether it was not open before."""
         before = self.state
         if before is State.OPEN:
             return False
         self.failures += 1
-        self.until = now + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self.failures - 1, 16))
+        usual_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self.failures - 1, 16))
+        self.until = now + max(pause_s, usual_s)
         self.why = why
         self._enter(State.OPEN, now=now)
         return True

@@ -8,18 +8,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
+from tidemill.core import routing
+from tidemill.core.routing import Wish
 from tidemill.gateway import answers
 from tidemill.gateway.answers import Answer
 from tidemill.gateway.circuit import State
 from tidemill.gateway.health import OWN_TROUBLE
+from tidemill.gateway.hedging import Hedge
 from tidemill.gateway.messages import RequestHead, ResponseHead, end_to_end
 from tidemill.gateway.metering import Usage
 from tidemill.gateway.metrics import ABORTED
-from tidemill.gateway.table import NORMAL_BAND, Replica, Route
-from tidemill.gateway.upstream import UpstreamConnection
+from tidemill.gateway.table import NORMAL_BAND, Key, Replica, Route
+from tidemill.gateway.upstream import Receiver, UpstreamConnection
 from tidemill.gateway.waiting import Line, retry_after_s
 
 if TYPE_CHECKING:
@@ -36,7 +39,9 @@ class Asking:
     """What is asked of a model: by whom, of which route, in which words, and until when it may wait for a replica.
 
     ``wait_s`` None: as long as the route says. ``is_metered`` is false for what has no tokens. ``band`` is its
-    priority when requests wait, ``user`` and ``label`` are what it is booked under.
+    priority when requests wait, ``user`` and ``label`` are what it is booked under. ``countries`` are those
+    where it may be served, empty for anywhere; ``wish`` None: any replica will do. ``may_repeat`` is whether it does no
+    harm to send it to two replicas.
     """
 
     route: Route
@@ -46,11 +51,18 @@ class Asking:
     is_metered: bool = False
     hides_usage: bool = False
     wait_s: float | None = None
+    flags: tuple[str, ...] = ()
+    """The guardrails that found something in it, and let it pass."""
     band: int = NORMAL_BAND
     user: str = ""
     label: str = ""
     charge: Charge | None = None
     """What it takes of limits; None: nothing limits it."""
+    key: Key | None = None
+    """What it was asked with, for what else that opens."""
+    countries: frozenset[str] = frozenset()
+    wish: Wish | None = None
+    may_repeat: bool = False
     operation: str = ""
     """What is asked for, as OpenTelemetry calls it; empty for what is no inference."""
 
@@ -88,6 +100,9 @@ class Journey(ABC):
     Until the first byte of a response another replica may be tried, once; while none can take it, it waits in line.
     """
 
+    needs_open: ClassVar[bool] = False
+    """Whether only services take it of which all paths are reached."""
+
     def __init__(
         self, gateway: Gateway, client: Client, head: RequestHead, asking: Asking, *, head_at: float = 0.0
     ) -> None:
@@ -96,12 +111,20 @@ class Journey(ABC):
         self._gateway = gateway
         self._asking = asking
         self._request_id = gateway.request_id(head)
+        self._variant: str | None = None
+        """Of which replica, since it was drawn; None: not drawn, or there is nothing to draw."""
+        self._fallbacks = list(asking.route.fallback)
+        """Other models that have not been asked yet."""
+        self._left: Route | None = None
+        """The route that it came by, when another model answers."""
+        self._hedging: asyncio.TimerHandle | None = None
+        self._hedge: Hedge | None = None
         self._tried: list[Replica] = []
         """Those that it was sent to, and that broke off without an answer."""
         self._sent = 0
         """How often it was sent: a replica may have begun to work on each."""
-        self._is_refused = False
-        """Whether a replica could not be reached."""
+        self._why_refused = ""
+        """Why a replica could not be reached."""
         self._had_a_turn = False
         self._replica: Replica | None = None
         self._upstream: UpstreamConnection | None = None
@@ -126,6 +149,7 @@ class Journey(ABC):
         self._counts = gateway.metrics.of(asking.route.model)
         self._counts.requests += 1
         self._counts.in_flight += 1
+        asking.route.course.budget.earn()
         self._timings = self._counts.of(asking.operation)
         tracer = gateway.tracer
         self._trace = tracer.begin(head, head_at or self._began_at) if tracer is not None else None
@@ -149,14 +173,22 @@ class Journey(ABC):
 
     def go(self) -> bool:
         """Whether it does not wait any more."""
-        route = self._route
-        replica = route.choose(tried=self._tried)
+        route, wish = self._route, self._asking.wish
+        replica = self._choose_variant(route) if route.weights else route.choose(wish=wish, tried=self._tried)
+        if replica is None and self._fallbacks and not route.takers(wish or routing.ANY, tried=self._tried):
+            replica = self._fall_back()
         if replica is None:
             if not self._is_hopeless(route):
                 return False
             self._leave_line()
             self._give_up()
             return True
+        return self._go_to(replica)
+
+    def _go_to(self, replica: Replica | None) -> bool:
+        """Whether there is a replica; then it is sent there."""
+        if replica is None:
+            return False
         self._leave_line()
         self._taken_at = self._heard_at = asyncio.get_running_loop().time()
         if self._had_a_turn:
@@ -169,7 +201,8 @@ class Journey(ABC):
                 self._felt.waited(self._taken_at - self._asked_at)
         self._had_a_turn = True
         self._assign(replica)
-        upstream = self._gateway.pool.take(replica.address) if not self._sent else None
+        may_reuse = not self._sent and self._may_send_again
+        upstream = self._gateway.pool.take(replica.address) if may_reuse else None
         if upstream is not None:
             self._send(upstream, replica)
         else:
@@ -199,11 +232,23 @@ class Journey(ABC):
         self._elsewhere()
 
     def check(self, now: float) -> None:
-        """End a response that a replica no longer sends."""
-        if self._replica is None or not self._client.is_writable:
+        """End what takes a replica longer than the service allows it, in the phase that it is in."""
+        if self._replica is None and self._hedge is None:
             return
-        if now - self._heard_at > self._gateway.limits.silence_s:
-            self._break("replica_timeout", "The model's replica sent nothing for too long.", status=504)
+        told, most = self._asking.route.timeouts, self._gateway.limits.silence_s
+        quiet_s = now - self._heard_at
+        if told.whole and now - self._taken_at > told.whole:
+            self._time_out(f"did not finish within {told.whole:g} s")
+        elif not self._client.is_writable:
+            return
+        elif self._response is None:
+            if quiet_s > min(told.first_byte, most):
+                self._time_out(f"did not begin to answer within {min(told.first_byte, most):g} s")
+        elif quiet_s > min(told.between, most):
+            self._time_out(f"sent nothing more for {min(told.between, most):g} s")
+
+    def _time_out(self, what: str) -> None:
+        self._break("replica_timeout", f"The replica of '{self._asking.route.model}' {what}.", status=504)
 
     def pause(self) -> None:
         """Read no more from the replica while the client does not keep up."""
@@ -222,10 +267,8 @@ class Journey(ABC):
         if self._is_over or self._replica is None:
             return
         self._upstream = None
-        replica = self._replica
-        self._log(f"replica {replica.job} of {self._asking.route.model}: {reason}")
-        self._gateway.suspect(replica, self._asking.route)
-        if started:
+        self._blame(self._replica, reason)
+        if started and (self._response is not None or self._hedge is None):
             self._break("replica_failed", "The model's replica broke off in the middle of the response.")
         else:
             self._elsewhere()
@@ -233,8 +276,29 @@ class Journey(ABC):
     # What differs
 
     @abstractmethod
-    def _transmit(self, upstream: UpstreamConnection, replica: Replica) -> None:
-        """Send the request."""
+    def response_started(self, head: ResponseHead) -> None:
+        """The head of the response came."""
+
+    @abstractmethod
+    def response_data(self, data: bytes) -> None:
+        """Part of its body came."""
+
+    @abstractmethod
+    def response_ended(self) -> None:
+        """It is whole."""
+
+    @abstractmethod
+    def transmit(self, receiver: Receiver, upstream: UpstreamConnection, replica: Replica) -> None:
+        """Send the request, the response to which goes to ``receiver``."""
+
+    @property
+    def _may_send_again(self) -> bool:
+        """Whether it does no harm that a replica may have begun to work on it before."""
+        return True
+
+    @abstractmethod
+    def _moved(self, route: Route) -> None:
+        """It is for another model from now on."""
 
     @abstractmethod
     def _break(self, code: str, message: str, *, status: int = 502) -> None:
@@ -266,8 +330,53 @@ class Journey(ABC):
         """Whether no replica that comes, or comes again, would be sent to."""
         if self._sent >= 2 or not self._gateway.has_route(route):
             return True
+        wish = self._asking.wish
+        if wish is not None and wish.countries and route.replicas and not route.may_serve(wish):
+            return True
         alive = [one for one in route.replicas if one.circuit.state is State.CLOSED and not one.circuit.is_suspect]
         return bool(alive) and all(one in self._tried for one in alive)
+
+    def _choose_variant(self, route: Route) -> Replica | None:
+        """A replica of the variant that was drawn; it is drawn anew only when there is none any more."""
+        wish = self._asking.wish or routing.ANY
+        if self._variant is None or all(one.variant != self._variant for one in route.takers(wish, tried=self._tried)):
+            self._variant = route.draw(wish, tried=self._tried)
+        if self._variant is None:
+            return None
+        return route.choose(wish=wish, variant=self._variant, tried=self._tried)
+
+    def _fall_back(self) -> Replica | None:
+        """A replica of the next model that can take it now; then it is for that one. None: no other can."""
+        gateway, asking = self._gateway, self._asking
+        for name in list(self._fallbacks):
+            route = gateway.fallback(name, asking.key)
+            if route is None or gateway.line(name).count or (self.needs_open and not route.is_open):
+                continue
+            variant = route.draw(asking.wish or routing.ANY) if route.weights else None
+            if route.weights and variant is None:
+                continue
+            replica = route.choose(wish=asking.wish, variant=variant)
+            if replica is None:
+                continue
+            self._leave_line()
+            del self._fallbacks[: self._fallbacks.index(name) + 1]
+            self._move(route)
+            self._variant, self._tried, self._sent = variant, [], 0
+            return replica
+        return None
+
+    def _move(self, route: Route) -> None:
+        """It is for another model from now on: that one's figures count it, while its own still needs a replica."""
+        self._counts.in_flight -= 1
+        if self._left is None:
+            self._left = self._asking.route
+            self._left.course.diverted += 1
+        self._counts = self._gateway.metrics.of(route.model)
+        self._counts.requests += 1
+        self._counts.in_flight += 1
+        self._timings = self._counts.of(self._asking.operation)
+        self._asking = replace(self._asking, route=route)
+        self._moved(route)
 
     def _wait(self, line: Line) -> None:
         """Wait in line for a replica, unless that would take too long."""
@@ -312,11 +421,11 @@ class Journey(ABC):
     async def _connect(self, replica: Replica) -> None:
         loop = asyncio.get_running_loop()
         try:
-            upstream = await self._gateway.pool.connect(replica.address)
+            upstream = await self._gateway.pool.connect(replica.address, within_s=self._asking.route.timeouts.connect)
         except (OSError, ValueError) as error:
             self._connecting = None
             if not self._is_over:
-                self._is_refused = True
+                self._why_refused = str(error)
                 self._unassign()
                 if getattr(error, "errno", None) in OWN_TROUBLE:
                     self._refuse("overloaded", f"The gateway has no room ({error})", 1.0)
@@ -328,7 +437,7 @@ class Journey(ABC):
         if self._is_over:
             self._gateway.pool.give(upstream, replica.address)
         elif upstream.is_usable:
-            replica.heard_at = loop.time()
+            replica.heard_at = self._heard_at = loop.time()
             self._send(upstream, replica)
         else:
             self._unassign()
@@ -341,9 +450,12 @@ class Journey(ABC):
         if self._trace is not None:
             self._sent_at = asyncio.get_running_loop().time()
             self._trace.step("connect", self._taken_at, self._sent_at)
-        self._transmit(upstream, replica)
+        self.transmit(self, upstream, replica)
         if not self._client.is_writable:
             upstream.pause()
+        asking = self._asking
+        if asking.may_repeat and asking.route.hedge_s and self._hedge is None and self._hedging is None:
+            self._hedging = asyncio.get_running_loop().call_later(asking.route.hedge_s, self._begin_hedge)
 
     def _elsewhere(self) -> None:
         """Try another replica, after one that may have begun to work on this."""
@@ -351,10 +463,23 @@ class Journey(ABC):
         if replica is not None and not self._was_reused:  # else it may only have closed an idle connection meanwhile
             self._tried.append(replica)
         self._unassign()
-        if self._sent >= 2:
+        if self._hedge is not None:
+            return  # it is with another one already
+        if (
+            self._sent >= 2
+            or not self._may_send_again
+            or not (self._was_reused or self._asking.route.course.budget.spend())
+        ):
             self._give_up()
         else:
             self.start()
+
+    def _blame(self, replica: Replica, reason: str) -> None:
+        """It broke off: find out whether it is still there."""
+        replica.answered += 1
+        replica.failed += 1
+        self._log(f"replica {replica.job} of {self._asking.route.model}: {reason}")
+        self._gateway.suspect(replica, self._asking.route)
 
     def _assign(self, replica: Replica) -> None:
         self._replica = replica
@@ -369,6 +494,21 @@ class Journey(ABC):
             if self._response is None:
                 replica.circuit.cancel()
 
+    def _begin(self, head: ResponseHead) -> None:
+        """There is a response: no other replica is asked any more, and what this one does is noted."""
+        self._response = head
+        if self._hedging is not None or self._hedge is not None:
+            self._end_hedge()
+        replica, now = self._replica, asyncio.get_running_loop().time()
+        if replica is not None:
+            replica.answered += 1
+            replica.waited_s += now - self._taken_at
+            if head.status >= 500:
+                replica.failed += 1
+                if replica.outlier_times and replica.circuit.state is State.HALF_OPEN:
+                    self._gateway.peers.give_up(replica, "its trial was answered with an error", now)
+        self._hear()
+
     def _hear(self) -> None:
         now = self._heard_at = asyncio.get_running_loop().time()
         replica = self._replica
@@ -378,15 +518,76 @@ class Journey(ABC):
                 replica.circuit.answered(now=now)
                 self._gateway.advance(self._asking.route.model)
 
+    # A second replica at the same time
+
+    def _begin_hedge(self) -> None:
+        """Send it to another replica as well, since this one takes long."""
+        self._hedging = None
+        if self._is_over or self._response is not None or self._hedge is not None or self._replica is None:
+            return
+        route = self._route
+        tried = [*self._tried, self._replica]
+        other = route.choose(wish=self._asking.wish, variant=self._variant, tried=tried)
+        if other is not None and route.course.budget.spend():
+            self._counts.hedges += 1
+            self._hedge = Hedge(self, self._gateway, other, connect_s=route.timeouts.connect)
+            self._hedge.start()
+
+    def overtaken(self, hedge: Hedge, upstream: UpstreamConnection, head: ResponseHead) -> None:
+        """The second replica answers first: it is the one, and the first is to stop at once."""
+        slower, self._upstream = self._upstream, upstream
+        if slower is not None:
+            slower.abandon()
+        connecting, self._connecting = self._connecting, None
+        if connecting is not None:
+            connecting.cancel()
+        self._unassign()
+        self._hedge = None
+        self._replica = hedge.replica
+        hedge.replica.under_way.discard(hedge)
+        hedge.replica.under_way.add(self)
+        upstream.hand_over(self)
+        self.response_started(head)
+
+    def hedge_failed(self, reason: str, *, is_ejected: bool = False) -> None:
+        """The second replica broke off, or cannot be reached."""
+        hedge, self._hedge = self._hedge, None
+        if hedge is None or self._is_over:
+            return
+        if not is_ejected:
+            self._blame(hedge.replica, reason)
+        self._tried.append(hedge.replica)
+        if self._replica is None:  # the first one broke off before
+            self._sent = 2
+            self._give_up()
+
+    def _end_hedge(self) -> None:
+        """There is an answer, or none is wanted: a second replica is to stop at once."""
+        if self._hedging is not None:
+            self._hedging.cancel()
+            self._hedging = None
+        hedge, self._hedge = self._hedge, None
+        if hedge is not None:
+            hedge.cancel()
+
     # Ends
 
     def _give_up(self) -> None:
         """No replica is left to try, or none came in time."""
-        name = self._asking.route.model
-        if self._sent:
+        if self._fallbacks and (not self._sent or self._may_send_again) and self._go_to(self._fall_back()):
+            return
+        name, wish = self._asking.route.model, self._asking.wish
+        if wish is not None and wish.countries and not self._sent and not self._route.may_serve(wish):
+            answer = answers.overloaded(
+                "no_replica_in_countries",
+                f"No replica of '{name}' is in {', '.join(sorted(wish.countries))}, where this may be served.",
+                retry_after_s=5,
+            )
+        elif self._sent:
             answer = answers.refuse(502, "replica_failed", f"The replica of '{name}' broke off before it answered.")
-        elif self._is_refused:
-            answer = answers.overloaded("replica_refused", f"No replica of '{name}' can be reached.", retry_after_s=2)
+        elif self._why_refused:
+            why = f"No replica of '{name}' can be reached: {self._why_refused}."
+            answer = answers.overloaded("replica_refused", why, retry_after_s=2)
         elif any(not one.is_leaving and one.circuit.allows for one in self._route.replicas):
             answer = answers.overloaded("overloaded", f"No replica of '{name}' was free in time.", retry_after_s=2)
         else:
@@ -395,6 +596,8 @@ class Journey(ABC):
 
     def _refuse(self, code: str, why: str, expected_s: float, *, is_own: bool = False) -> None:
         """Say at once that there is no room: with 429 when it is the tenant's own requests that fill it."""
+        if self._fallbacks and self._go_to(self._fall_back()):
+            return
         message = f"{why} for '{self._asking.route.model}'. Come again in a while."
         after = retry_after_s(expected_s)
         if is_own:
@@ -412,7 +615,11 @@ class Journey(ABC):
     def _over(self) -> None:
         self._is_over = True
         self._counts.in_flight -= 1
+        if self._left is not None:
+            self._left.course.diverted -= 1
         self._leave_line()
+        if self._hedging is not None or self._hedge is not None:
+            self._end_hedge()
         self._note_times()
         self._settle()
         if self._asking.charge is not None:

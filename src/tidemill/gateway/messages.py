@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import quote
 
 import httptools
 
@@ -60,6 +61,8 @@ class RequestHead:
     length: int | None
     keep_alive: bool
     expects_continue: bool
+    request_id: bytes = b""
+    """What answers, logs and books call the request, once somebody asked."""
 
     def header(self, name: bytes) -> bytes | None:
         """The value of the header of that lower-case name, None when absent.
@@ -174,6 +177,11 @@ def write_head(first_line: bytes, headers: Iterable[tuple[bytes, bytes]]) -> byt
 def chunk(payload: bytes) -> bytes:
     """A non-empty ``payload`` as one chunk on the wire."""
     return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+def header_value(text: str) -> bytes:
+    """A text as the value of a header: what is no printable ASCII is percent-encoded."""
+    return quote(text, safe=" !#$&'()*+,/:;=?@[]~").encode()
 
 
 LAST_CHUNK: Final = b"0\r\n\r\n"

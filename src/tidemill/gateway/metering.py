@@ -79,6 +79,16 @@ def prepared(body: bytes, content: dict[str, Any], *, asks_usage: bool, salt: st
     return Asked(body=body, hides_usage=hides_usage)
 
 
+def ask_model(body: bytes, model: str, *, salt: str) -> bytes:
+    """The body of a request with another model asked for, whose engine is told that salt; else it says the same."""
+    parts = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    parts["model"] = msgspec.Raw(orjson.dumps(model))
+    parts.pop("cache_salt", None)
+    if salt:
+        parts["cache_salt"] = msgspec.Raw(orjson.dumps(salt))
+    return msgspec.json.encode(parts)
+
+
 def tokens_in(usage: object) -> tuple[int, int] | None:
     """Prompt and completion tokens of a usage object, None when it is none."""
     if not isinstance(usage, dict):

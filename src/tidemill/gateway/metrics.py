@@ -86,6 +86,7 @@ class ModelCounts:
     streams: int = 0
     aborted: int = 0
     retries: int = 0
+    hedges: int = 0
     request_bytes: int = 0
     response_bytes: int = 0
     ejections: int = 0
@@ -110,7 +111,8 @@ _HELP = {
     "streams": "Responses that were streams of events.",
     "aborted": "Requests whose client went away first.",
     "retries": "Second and later tries before the first byte.",
-    "ejections": "Times that a replica was given up: it refused connections, or hung.",
+    "hedges": "Requests that were sent to a second replica because the first took long.",
+    "ejections": "Times that a replica was given up: it refused connections, hung, or was far off its peers.",
     "prompt_tokens": "Tokens of requests, as metered.",
     "cached_tokens": "Tokens of requests that replicas had in their prefix cache, as they told.",
     "completion_tokens": "Tokens of responses, as metered.",
@@ -179,6 +181,8 @@ class Metrics:
             lines += _heading(name, "histogram", text)
             for model, counts in self.models.items():
                 for operation, one in counts.operations.items():
+                    if not operation:  # it is no inference
+                        continue
                     lines += _operation_lines(name, _escape(model), operation, one)
         lines += _heading(
             "tidemill_gateway_replicas", "gauge", "Replicas by circuit; those that are closed are sent requests."

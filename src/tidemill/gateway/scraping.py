@@ -162,6 +162,7 @@ class Scraper:
             self._pause[replica] = self._every_s
             self._note(replica, figures, loop.time())
         else:
+            replica.others = 0
             self._pause[replica] = min(self._longest_pause_s, 2 * self._pause.get(replica, self._every_s))
         self._due[replica] = loop.time() + self._pause[replica]
 
@@ -169,6 +170,7 @@ class Scraper:
         replica.told_at = now
         replica.queued = figures.queued or 0
         replica.running = figures.running or 0
+        replica.others = max(0, replica.queued + replica.running - replica.outstanding)
         replica.cache_milli = figures.cache_milli
         if figures.first_token:
             before = self._first.get(replica)

@@ -13,7 +13,8 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -24,37 +25,45 @@ import orjson
 
 from tidemill.control.clock import SteadyClock
 from tidemill.core import tokens
-from tidemill.gateway import answers
+from tidemill.gateway import answers, services
+from tidemill.gateway.affinity import session_for, session_of, wish_of
 from tidemill.gateway.answers import Answer
 from tidemill.gateway.books import Books, Refused
 from tidemill.gateway.circuit import State
 from tidemill.gateway.exchange import Exchange
 from tidemill.gateway.felt import Felt
+from tidemill.gateway.guarding import Guarding, Refusal, Who, at_once, check_request, gives_way
 from tidemill.gateway.health import Prober
-from tidemill.gateway.journey import Asking
+from tidemill.gateway.journey import Asking, Journey
 from tidemill.gateway.messages import ChunkedBody, Malformed, RequestHead, cut_head, read_request, write_head
 from tidemill.gateway.metering import prepared
 from tidemill.gateway.metrics import OPERATIONS, Metrics
+from tidemill.gateway.passage import Passage, Sender
+from tidemill.gateway.peers import Peers
 from tidemill.gateway.rations import Rations
 from tidemill.gateway.scraping import FRESH_S, Scraper
 from tidemill.gateway.siblings import Siblings
 from tidemill.gateway.table import Key, Replica, Route, Table
 from tidemill.gateway.tracing import Tracer
-from tidemill.gateway.upstream import Pool, tune
+from tidemill.gateway.upstream import Pool, is_gone, tune
 from tidemill.gateway.waiting import Line
 from tidemill.gateway.wishes import Salts, read_wishes, user_of
+from tidemill.model.guard import Stage
 
 INFERENCE_PATHS: Final = frozenset(
     {b"/v1/completions", b"/v1/chat/completions", b"/v1/embeddings", b"/v1/responses", b"/v1/rerank"}
 )
 _MODELS_PATH: Final = b"/v1/models"
 _READ_AHEAD: Final = 64 * 1024
+_GUARDING_THREADS: Final = 4
 _DRAINED_BODY: Final = 64 * 1024
 _REQUESTS_PER_STEP: Final = 64
 _USAGE_ON_REQUEST: Final = frozenset({b"/v1/completions", b"/v1/chat/completions"})
 """Where a stream tells of its usage only when it is asked to."""
 _SALTED: Final = frozenset({b"/v1/completions", b"/v1/chat/completions", b"/v1/responses"})
 """What engines keep prefixes of."""
+_REPEATABLE: Final = frozenset({b"/v1/embeddings", b"/v1/rerank"})
+"""What may be asked of two replicas: it changes nothing, and costs what one answer costs."""
 _log = logging.getLogger("tidemill.gateway")
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -75,11 +84,13 @@ class Limits:
     """For a body, beyond what ``body_rate`` allows it."""
     body_rate: int = 64 * 1024
     """Bytes a second that a body must come with on average."""
-    silence_s: float = 600.0
-    """How long a replica may send nothing."""
+    silence_s: float = 86_400.0
+    """How long a replica may send nothing, whatever its service allows it."""
     stall_s: float = 60.0
     """How long a client may take nothing of an answer that waits for it."""
     linger_s: float = 2.0
+    passed_rate: int = 1024
+    """Bytes a second with which a body that is passed on has to come on average, beyond ``body_s``."""
     waiting: int = 1024
     """Requests of one model that may wait for a replica; one tenant's at most half of them."""
     longest_wait_s: float = 600.0
@@ -101,11 +112,14 @@ class Gateway:
         clock: Callable[[], int] | None = None,
         workers: int = 1,
         limits_copy: Path | None = None,
+        rulings: Books | None = None,
     ) -> None:
         """``books`` is where usage is entered; None: tokens are not metered. ``place`` is where this one listens.
 
         ``workers`` is how many share the limits, as long as the control plane does not say; what is left of those is
-        written to ``limits_copy``.
+        written to ``limits_copy``. ``rulings`` is where is entered what guardrails decided; None: it is only counted.
+
+        ``clock`` gives ns since 1970, and does not jump when the machine's time of day is set.
         """
         self._clock = clock or SteadyClock()
         self.pepper = pepper
@@ -121,8 +135,12 @@ class Gateway:
         self.books = books
         self.siblings: Siblings | None = None
         """Those that listen at the same address, where there are some."""
+        self.rulings = rulings
+        self._threads: ThreadPoolExecutor | None = None
         self.tracer: Tracer | None = None
         """What traces go to, where there is a collector."""
+        self.peers = Peers(self.eject)
+        """What compares the replicas of a model."""
         self.prober: Prober | None = None
         """What looks at replicas from outside, while it runs."""
         self.felt: dict[str, Felt] = {}
@@ -167,6 +185,11 @@ class Gateway:
         """The route of the same model as it is now."""
         return self.table.routes.get(route.model, route) if self.table is not None else route
 
+    def fallback(self, model: str, key: Key | None) -> Route | None:
+        """The route of another model that may answer instead; None when there is none for the key's holder."""
+        route = self.table.routes.get(model) if self.table is not None else None
+        return route if route is not None and (key is None or key.may_use(route)) else None
+
     # Replicas that fail
 
     def watch_replicas(self) -> Prober:
@@ -179,9 +202,9 @@ class Gateway:
         )
         return self.prober
 
-    def eject(self, replica: Replica, why: str) -> None:
-        """Send nothing more to a replica until it is well again."""
-        if not replica.circuit.fail(why, now=asyncio.get_running_loop().time()):
+    def eject(self, replica: Replica, why: str, pause_s: float = 0.0) -> None:
+        """Send nothing more to a replica until it is well again, for ``pause_s`` at least."""
+        if not replica.circuit.fail(why, now=asyncio.get_running_loop().time(), pause_s=pause_s):
             return
         self.pool.forget(replica.address)
         for route in self._routes_of(replica):
@@ -226,8 +249,10 @@ class Gateway:
         for model, route in routes.items():
             counts, felt = self.metrics.models.get(model), self.felt.get(model)
             has_felt = with_felt and felt is not None
-            if counts is not None and (counts.in_flight or has_felt):
-                models[model] = {"in_flight": counts.in_flight - counts.waiting, "waiting": counts.waiting}
+            diverted = route.course.diverted
+            if counts is not None and (counts.in_flight or diverted or has_felt):
+                waiting = counts.waiting + diverted
+                models[model] = {"in_flight": counts.in_flight - counts.waiting, "waiting": waiting}
                 if has_felt and felt is not None:
                     models[model]["felt"] = felt.told()
             for replica in route.replicas:
@@ -294,6 +319,8 @@ class Gateway:
             for connection in list(self.connections):
                 connection.check(now)
             self.pool.sweep(now)
+            if self.table is not None:
+                self.peers.look(self.table.routes.values(), now)
 
     async def drain(self, *, within_s: float) -> None:
         """Let what is under way end, for at most ``within_s``, then close everything."""
@@ -308,16 +335,54 @@ class Gateway:
             connection.abort()
         self.pool.close()
 
+    # Guardrails
+
+    @property
+    def threads(self) -> ThreadPoolExecutor:
+        """Where guardrails look that take long."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_GUARDING_THREADS, "guard")
+        return self._threads
+
+    def rule(
+        self, guards: Guarding, who: Who, stage: Stage, found: Mapping[str, Mapping[str, int]], refused: str = ""
+    ) -> None:
+        """Count and enter what guardrails decided about a request; ``refused`` names the one that ended it."""
+        counts = self.metrics.decisions
+        for ruling in guards.rulings(who, stage, found, refused):
+            key = (ruling.model, ruling.rule, ruling.action)
+            counts[key] = counts.get(key, 0) + 1
+            if self.rulings is not None:
+                ruling.id = self.rulings.next_id()
+                self.rulings.settle(ruling)
+
+    async def _guarded(
+        self, guards: Guarding, head: RequestHead, key: Key, content: dict[str, Any], body: bytes, route: Route
+    ) -> Answer | Asking:  # fmt: skip
+        """What is asked for, as far as the guardrails let it pass."""
+        found: dict[str, dict[str, int]] = {}
+        who = Who(self.request_id(head).decode(), key.project or route.project, key.id, route.model)
+        path = head.target.partition(b"?")[0]
+        try:
+            if await check_request(guards, content, size=len(body), path=path, threads=self, found=found):
+                body = orjson.dumps(content)
+        except Refusal as refusal:
+            self.rule(guards, who, Stage.REQUEST, refusal.noted_in(found), refusal.rule.name)
+            return refusal.answer
+        self.rule(guards, who, Stage.REQUEST, found)
+        return self._asked(head, key, content, body, route, flags=guards.flags(found))
+
     def next_turn(self) -> int:
         """A number larger than any before."""
         return next(self._turns)
 
     def request_id(self, head: RequestHead) -> bytes:
-        """The client's request id when it gave an acceptable one, else a new one."""
-        for name, value in head.headers:
-            if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-                return value
-        return b"req_%b%08x" % (self._request_prefix.encode(), next(self._request_numbers))
+        """The client's request id when it gave an acceptable one, else a new one; the same however often asked."""
+        if not head.request_id:
+            given = (value for name, value in head.headers if name == b"x-request-id" and _REQUEST_ID.fullmatch(value))
+            new = b"req_%b%08x" % (self._request_prefix.encode(), next(self._request_numbers))
+            head.request_id = next(given, new)
+        return head.request_id
 
     def admit(self, head: RequestHead, *, is_loopback: bool) -> Key | Answer | None:
         """The key of a request whose body may now be read, None for an open path, or the answer that refuses it."""
@@ -351,10 +416,14 @@ class Gateway:
             return key if head.method == b"POST" else _wrong_method(b"POST")
         if path == _MODELS_PATH or path.startswith(_MODELS_PATH + b"/"):
             return key if head.method == b"GET" else _wrong_method(b"GET")
+        if path.startswith(services.PREFIX):
+            return key
         return answers.refuse(404, "unknown_url", f"There is no {path[:256].decode('ascii', 'replace')} here.")
 
-    def answer(self, head: RequestHead, key: Key | None, body: bytes) -> Answer | Asking:
-        """The answer to a whole request, or what is to be asked of a replica."""
+    def answer(
+        self, head: RequestHead, key: Key | None, body: bytes
+    ) -> Answer | Asking | Coroutine[Any, Any, Answer | Asking]:
+        """The answer to a whole request, or what is to be asked of a replica; or steps to it that take a while."""
         path = head.target.partition(b"?")[0]
         table = self.table
         if key is None:
@@ -379,6 +448,17 @@ class Gateway:
         route = table.route(model, key)
         if route is None:
             return answers.model_not_found(model, table.near(model, key))
+        if route.guards is None:
+            return self._asked(head, key, content, body, route)
+        steps = self._guarded(route.guards, head, key, content, body, route)
+        return steps if gives_way(route.guards, len(body)) else at_once(steps)
+
+    def _asked(
+        self, head: RequestHead, key: Key, content: dict[str, Any], body: bytes, route: Route,
+        *, flags: tuple[str, ...] = (),
+    ) -> Asking | Answer:  # fmt: skip
+        """What is to be asked of a replica, or why not."""
+        path = head.target.partition(b"?")[0]
         asking = Asking(
             route=route,
             body=body,
@@ -389,17 +469,68 @@ class Gateway:
             user=user_of(content),
             label=key.label,
             operation=OPERATIONS.get(path, ""),
+            flags=flags,
+            key=key,
+            countries=key.countries,
+            may_repeat=path in _REPEATABLE,
         )
         refusal = read_wishes(asking, head, content, longest_wait_s=self.limits.longest_wait_s)
         if refusal is not None:
             return refusal
+        if not route.is_plain or asking.countries:
+            asking.wish = wish_of(asking, head.headers, path, key, content)
         asks_usage = self.books is not None and path in _USAGE_ON_REQUEST and content.get("stream") is True
-        salt = self._salts.of(key.project) if route.is_salted and path in _SALTED else ""
+        salt = self.salt(route, path, key.project)
         if asks_usage or salt:
             asked = prepared(body, content, asks_usage=asks_usage, salt=salt)
             asking.body, asking.hides_usage = asked.body, asked.hides_usage
         asking.charge = self.rations.charge(key, route, content, len(body), has_output=path in _SALTED)
         return asking
+
+    def passage(
+        self, client: Sender, head: RequestHead, key: Key, *, peer: str, head_at: float = 0.0
+    ) -> Passage | Answer:
+        """A request to a service that is no model, on its way; or the answer that refuses it."""
+        table = self.table
+        if table is None:
+            return _starting()
+        target = services.target_of(head, closed=INFERENCE_PATHS)
+        if isinstance(target, Answer):
+            return target
+        route = table.service(target.service, key)
+        if route is None:
+            return answers.service_not_found(target.service, table.closed(target.service, key))
+        is_upgrade = services.asks_upgrade(head)
+        refusal = services.check_upgrade(head) if is_upgrade else None
+        if refusal is None and self.held > self.limits.bodies:
+            refusal = answers.overloaded("too_many_bodies", "Too much is being sent at once.", retry_after_s=1)
+        asking = Asking(
+            route=route,
+            body=b"",
+            token=key.id,
+            tenant=key.project,
+            band=key.band,
+            label=key.label,
+            key=key,
+            countries=key.countries,
+            may_repeat=head.method in services.HEDGED and head.length == 0 and not is_upgrade,
+            charge=self.rations.charge(key, route, {}, 0, has_output=False),
+        )
+        refusal = refusal or read_wishes(asking, head, {}, longest_wait_s=self.limits.longest_wait_s)
+        if refusal is not None:
+            return refusal
+        headers, cookie = head.headers, b""
+        if route.affinity == "session" and not session_of(headers, {}):
+            headers, cookie = session_for(headers, services.PREFIX + target.service.encode())
+        if not route.is_plain or asking.countries:
+            asking.wish = wish_of(asking, headers, b"", key, {})
+        return Passage(
+            self, client, head, asking, target=target, peer=peer, is_upgrade=is_upgrade, cookie=cookie, head_at=head_at
+        )
+
+    def salt(self, route: Route, path: bytes, project: str) -> str:
+        """What that project's prefixes are kept apart by in the route's engines; empty where there are none."""
+        return self._salts.of(project) if route.is_salted and path in _SALTED else ""
 
     def _is_own(self, secret: str) -> bool:
         return tokens.parse(secret) == "gw" and hmac.compare_digest(secret, self._own_token())
@@ -421,8 +552,12 @@ class _Phase(Enum):
     IDLE = "between requests"
     HEAD = "reading a head"
     BODY = "reading a body"
+    RELAY = "passing a body on"
     ANSWER = "answering"
     LINGER = "closing"
+
+
+_BUSY: Final = frozenset({_Phase.RELAY, _Phase.ANSWER, _Phase.LINGER})
 
 
 class Connection(asyncio.Protocol):
@@ -444,12 +579,19 @@ class Connection(asyncio.Protocol):
         self._received = 0
         self._chunks: ChunkedBody | None = None
         self._held = 0
-        self._exchange: Exchange | None = None
+        self._exchange: Journey | None = None
+        self._checking: asyncio.Task[None] | None = None
+        """Guardrails that look at the request."""
         self._must_close = False
         self._is_reading = True
         self._is_writable = True
         self._stalled: tuple[float, int] = (0.0, 0)
         self._is_loopback = False
+        self._peer = ""
+        self._passage: Passage | None = None
+        """The exchange, when it is one that takes the body as it comes."""
+        self._read_since, self._read_s = 0.0, 0.0
+        """Since when such a body is read, and for how long it was before."""
         self._ate_empty_line = False
         self._has_more = False
         self._is_advancing = False
@@ -460,7 +602,8 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         tune(self._transport)
         peer = transport.get_extra_info("peername")
-        self._is_loopback = bool(peer) and (peer[0].startswith("127.") or peer[0] == "::1")
+        self._peer = str(peer[0]) if peer else ""
+        self._is_loopback = self._peer.startswith("127.") or self._peer == "::1"
         self.gateway.connections.add(self)
         self._enter(_Phase.IDLE)
         if len(self.gateway.connections) > self.gateway.limits.connections:
@@ -469,6 +612,9 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._phase is _Phase.LINGER:
+            return
+        if self._phase is _Phase.RELAY:
+            self._take_passed(data)
             return
         if self._phase is _Phase.BODY:
             self._take_body(data)
@@ -512,8 +658,13 @@ class Connection(asyncio.Protocol):
             self._fail(408, "The body took too long.")
         elif self._phase is _Phase.LINGER and age > limits.linger_s:
             self.abort()
+        elif self._phase is _Phase.RELAY and self._is_late(now):
+            self._cut_off(408, "The body took too long.")
         elif self._exchange is not None:
-            self._exchange.check(now)
+            if not self._is_reading and self._transport is not None and is_gone(self._transport):
+                self.abort()
+            else:
+                self._exchange.check(now)
 
     def close_when_idle(self) -> None:
         """Take no further request."""
@@ -555,6 +706,17 @@ class Connection(asyncio.Protocol):
         self._reply(answer, request_id)
         self._advance()
 
+    def want(self) -> None:
+        """Whether more of a body that is passed on can be taken has changed."""
+        if self._phase is _Phase.RELAY and self._passage is not None:
+            self._read(self._passage.is_hungry)
+
+    def switched(self) -> None:
+        """What comes from now on is passed on as it is, also what came already."""
+        self._enter(_Phase.RELAY)
+        data, self._buffer = self._buffer, b""
+        self._take_passed(data)
+
     def ended(self, *, close: bool) -> None:
         """The answer is out."""
         self._exchange = None
@@ -576,14 +738,15 @@ class Connection(asyncio.Protocol):
             return
         self._is_advancing = True
         for _ in range(_REQUESTS_PER_STEP):
-            if self._phase in (_Phase.ANSWER, _Phase.LINGER) or not self._is_writable or not self._step():
+            if self._phase in _BUSY or not self._is_writable or not self._step():
                 break
         else:
             if not self._has_more:
                 self._has_more = True
                 asyncio.get_running_loop().call_soon(self._advance_later)
         self._is_advancing = False
-        self._read(len(self._buffer) <= _READ_AHEAD or self._phase is _Phase.LINGER)
+        if self._phase is not _Phase.RELAY:
+            self._read(len(self._buffer) <= _READ_AHEAD or self._phase is _Phase.LINGER)
 
     def _advance_later(self) -> None:
         self._has_more = False
@@ -631,6 +794,12 @@ class Connection(asyncio.Protocol):
         limits = self.gateway.limits
         verdict = self.gateway.admit(head, is_loopback=self._is_loopback)
         limit = limits.body if head.method == b"POST" else _DRAINED_BODY
+        if isinstance(verdict, Key) and head.target.startswith(services.PREFIX):
+            passage = self.gateway.passage(self, head, verdict, peer=self._peer, head_at=self._head_at)
+            if isinstance(passage, Passage):
+                self._pass(head, passage)
+                return
+            verdict = passage
         if not isinstance(verdict, Answer):
             self._key = verdict
             if head.header(b"content-encoding") not in (None, b"identity"):
@@ -686,6 +855,69 @@ class Connection(asyncio.Protocol):
             if self._chunks.rest is not None:
                 self._buffer = self._chunks.rest
 
+    # A body that is passed on
+
+    def _pass(self, head: RequestHead, passage: Passage) -> None:
+        if head.expects_continue and head.length != 0:
+            self.write(_CONTINUE)
+        self._chunks = ChunkedBody() if head.length is None else None
+        self._received = 0
+        self._read_since, self._read_s = self._now(), 0.0
+        self._enter(_Phase.ANSWER if head.length == 0 else _Phase.RELAY)
+        self._exchange = self._passage = passage
+        passage.start()
+        if self._phase is _Phase.RELAY and self._passage is passage:
+            data, self._buffer = self._buffer, b""
+            self._take_passed(data)
+
+    def _take_passed(self, data: bytes) -> None:
+        head, passage = self._head, self._passage
+        if head is None or passage is None:
+            return
+        if passage.is_raw:
+            passage.body_data(data)
+        elif self._chunks is None:
+            missing = (head.length or 0) - self._received
+            if len(data) > missing:
+                data, self._buffer = data[:missing], self._buffer + data[missing:]
+            self._received += len(data)
+            passage.body_data(data)
+        else:
+            try:
+                pieces = self._chunks.feed(data)
+            except Malformed as error:
+                self._cut_off(error.status, error.detail)
+                return
+            for piece in pieces:
+                self._received += len(piece)
+                passage.body_data(piece)
+            self._buffer = self._chunks.rest or b""
+        if not passage.is_raw and (
+            self._chunks.rest is not None if self._chunks is not None else self._received == head.length
+        ):
+            self._enter(_Phase.ANSWER)
+            passage.body_ended()
+            self._advance()
+        else:
+            self.want()
+
+    def _is_late(self, now: float) -> bool:
+        """Whether a body that is passed on comes too slowly, as far as it was asked for."""
+        if self._passage is None or self._passage.is_raw:
+            return False
+        read_s = self._read_s + (now - self._read_since if self._is_reading else 0.0)
+        return read_s > self.gateway.limits.body_s + self._received / self.gateway.limits.passed_rate
+
+    def _cut_off(self, status: int, detail: str) -> None:
+        """End a request whose body cannot be passed on to its end, and the replica's work on it."""
+        passage, self._exchange = self._passage, None
+        if passage is None or passage.is_committed:
+            self._exchange = passage
+            self.abort()
+            return
+        passage.abandon()
+        self._fail(status, detail)
+
     def _finish_body(self) -> bool:
         head = self._head
         if head is None:
@@ -696,6 +928,24 @@ class Connection(asyncio.Protocol):
         self._pieces = []
         self._enter(_Phase.ANSWER)
         outcome = self._refusal or self.gateway.answer(head, self._key, body)
+        if isinstance(outcome, Asking | Answer):
+            return self._go_on(head, outcome)
+        self._checking = asyncio.get_running_loop().create_task(self._checked(head, outcome))
+        return True
+
+    async def _checked(self, head: RequestHead, steps: Coroutine[Any, Any, Answer | Asking]) -> None:
+        """Go on with a request once its guardrails have looked at it."""
+        try:
+            outcome = await steps
+        except Exception:  # noqa: BLE001 - whatever broke, the client is to hear of it
+            _log.exception("request %s could not be looked at", self.gateway.request_id(head).decode())
+            outcome = answers.refuse(500, "internal", "Something went wrong in the gateway.")
+        self._checking = None
+        if self._head is head:
+            self._go_on(head, outcome)
+            self._advance()
+
+    def _go_on(self, head: RequestHead, outcome: Answer | Asking) -> bool:
         if isinstance(outcome, Answer):
             self._reply(outcome)
             return True
@@ -741,7 +991,7 @@ class Connection(asyncio.Protocol):
 
     def _end_request(self) -> None:
         self.release()
-        self._head = self._key = self._refusal = self._chunks = None
+        self._head = self._key = self._refusal = self._chunks = self._passage = None
         self._pieces = []
         if self.closes:
             self._close()
@@ -762,8 +1012,12 @@ class Connection(asyncio.Protocol):
 
     def _abandon(self) -> None:
         exchange, self._exchange = self._exchange, None
+        self._passage = None
         if exchange is not None:
             exchange.abandon()
+        checking, self._checking = self._checking, None
+        if checking is not None:
+            checking.cancel()
         self.release()
         self._pieces = []
         self._buffer = b""
@@ -773,8 +1027,10 @@ class Connection(asyncio.Protocol):
             return
         self._is_reading = wanted
         if wanted:
+            self._read_since = self._now()
             self._transport.resume_reading()
         else:
+            self._read_s += self._now() - self._read_since
             self._transport.pause_reading()
 
     def _stalls(self, now: float) -> bool:

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
 
-from tidemill.core import tokens
+from tidemill.core import routing, tokens
+from tidemill.core.routing import Budget, Ring, Wish
 from tidemill.gateway.circuit import Circuit, State
+from tidemill.gateway.guarding import Guarding, guarding_of
 from tidemill.model.limits import Priority
 
 _ALL_OPEN: Final = frozenset({"infer", "admin"})
@@ -29,6 +31,20 @@ class _Replica(msgspec.Struct):
     job: str
     endpoint: str
     is_leaving: bool = False
+    variant: str = ""
+    site: str = ""
+
+
+class _Site(msgspec.Struct):
+    country: str = ""
+    links: dict[str, int] = {}
+
+
+class _Timeouts(msgspec.Struct):
+    connect: int = 5_000
+    first_byte: int = 600_000
+    between: int = 600_000
+    whole: int = 0
 
 
 class _Route(msgspec.Struct):
@@ -39,6 +55,13 @@ class _Route(msgspec.Struct):
     health: str = ""
     concurrency: int = 0
     wait_ms: int = 0
+    guards: list[dict[str, Any]] = []
+    weights: dict[str, int] = {}
+    affinity: str = ""
+    fallback: list[str] = []
+    hedge_ms: int = 0
+    timeouts_ms: _Timeouts = msgspec.field(default_factory=_Timeouts)
+    is_open: bool = False
     price: tuple[int, int] = (0, 0)
     is_salted: bool = False
 
@@ -48,6 +71,7 @@ class _Key(msgspec.Struct):
     id: str = ""
     project: str = ""
     expires_ns: int = 0
+    countries: list[str] = []
     models: list[str] = []
     limits: dict[str, int] = {}
     band: int = NORMAL_BAND
@@ -62,6 +86,8 @@ class _Feed(msgspec.Struct):
     version: int
     tokens: dict[str, _Key]
     routes: dict[str, _Route]
+    sites: dict[str, _Site] = {}
+    home: str = ""
     projects: dict[str, _Project] = {}
 
 
@@ -74,6 +100,8 @@ class Key:
     expires_ns: int
     id: str = ""
     """The token's, not its secret."""
+    countries: frozenset[str] = frozenset()
+    """Where its requests may be served, by ISO 3166 alpha-3; empty: anywhere."""
     models: frozenset[str] | None = None
     """Those of the models there are that it may ask; None: all of its holder's."""
     limits: Mapping[str, int] = field(default_factory=dict)
@@ -121,6 +149,20 @@ class Replica:
     """It is to end: what is under way may finish, and nothing more is sent."""
     circuit: Circuit = field(default_factory=Circuit)
     under_way: set[UnderWay] = field(default_factory=set)
+    variant: str = ""
+    country: str = ""
+    """Where its site is; empty: nobody knows."""
+    distance_ns: int = 0
+    """How long it takes to its site and back."""
+    others: int = 0
+    """Requests that its engine has, as it says, beside those that are under way from here."""
+    answered: int = 0
+    """Answers that began lately, of these with a status of 500 or more, and s until then in all."""
+    failed: int = 0
+    waited_s: float = 0.0
+    outlier_at: float = float("-inf")
+    """When it was given up last for being far off its peers, and how often of late."""
+    outlier_times: int = 0
     told_at: float = float("-inf")
     """When it told its own figures last (s, the loop's clock); those that follow are of then."""
     queued: int = 0
@@ -137,6 +179,21 @@ class Replica:
         return len(self.under_way)
 
     @property
+    def load(self) -> int:
+        """How much work is on it."""
+        return len(self.under_way) + self.others
+
+    @property
+    def standing(self) -> int:
+        """Whether it gets requests, as ``core.routing`` ranks it."""
+        circuit = self.circuit
+        if self.is_leaving:
+            return routing.SHUT
+        if circuit.state is State.CLOSED:
+            return routing.SUSPECT if circuit.is_suspect else routing.WELL
+        return routing.TRIAL if circuit.allows else routing.SHUT
+
+    @property
     def address(self) -> tuple[str, int]:
         return (self.host, self.port)
 
@@ -148,11 +205,38 @@ class Replica:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """How long a replica may take in each phase, in s; ``whole`` zero: as long as it takes."""
+
+    connect: float = 5.0
+    first_byte: float = 600.0
+    between: float = 600.0
+    whole: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Course:
+    """What is remembered of a model's requests from one feed to the next."""
+
+    budget: Budget = field(default_factory=Budget)
+    """For sending some a second time."""
+    turns: dict[str, int] = field(default_factory=dict)
+    """Of its variants."""
+    ring: Ring | None = None
+    """Where prefixes and sessions belong, of replicas with these names."""
+    names: frozenset[str] = frozenset()
+    diverted: int = 0
+    """Requests under way that other models answer, because none of its replicas could."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """A model's name, whose it is, and the replicas that are ready.
 
     ``health`` is the path that tells whether a replica is well, empty when nothing was agreed. ``concurrency`` is how
     many requests a replica takes at a time, zero for any number; ``wait_s`` is how long one may wait for its turn.
+    ``weights`` are the shares of its variants, empty when all replicas are alike. ``fallback`` are other models, in
+    order. ``hedge_s`` zero: no request is sent to two replicas. ``is_open`` is whether all its paths are reached.
     """
 
     model: str
@@ -163,29 +247,62 @@ class Route:
     health: str = ""
     concurrency: int = 0
     wait_s: float = 0.0
+    guards: Guarding | None = None
+    """What looks at its requests and answers; None: nothing."""
+    weights: Mapping[str, int] = field(default_factory=dict)
+    affinity: str = ""
+    fallback: tuple[str, ...] = ()
+    hedge_s: float = 0.0
+    timeouts: Timeouts = Timeouts()
+    is_open: bool = False
+    is_plain: bool = True
+    """Whether nothing but the work on them tells replicas apart, for a request that may be served anywhere."""
+    course: Course = field(default_factory=Course)
     price: tuple[int, int] = (0, 0)
     """Micro-USD for a million tokens, in and out."""
     is_salted: bool = False
     """Whether its engine is told whose prefixes may be shared."""
 
-    def choose(self, *, tried: Sequence[Replica] = ()) -> Replica | None:
-        """The replica with the fewest requests under way; ties go to the one that waited longest for a turn.
+    def choose(
+        self, *, wish: Wish | None = None, variant: str | None = None, tried: Sequence[Replica] = ()
+    ) -> Replica | None:
+        """The replica to send a request to, one of ``tried`` never; None when none can take it. See ``core.routing``.
 
-        One that is on trial gets the next request there is, suspects come last, those that are full, ejected, leaving
-        or in ``tried`` never; None when none is left.
+        ``wish`` None: none but that it be served.
         """
-        best: Replica | None = None
-        rank: tuple[bool, bool, int, int] = (True, True, 0, 0)
-        for replica in self.replicas:
-            circuit, outstanding = replica.circuit, len(replica.under_way)
-            if replica.is_leaving or not circuit.allows or (self.concurrency and outstanding >= self.concurrency):
-                continue
-            if replica in tried:
-                continue
-            mine = (circuit.state is State.CLOSED, circuit.is_suspect, outstanding, replica.turn)
-            if best is None or mine < rank:
-                best, rank = replica, mine
-        return best
+        if wish is None and self.is_plain:
+            return routing.least(self.replicas, room=self.concurrency, tried=tried)
+        return routing.choose(
+            self.replicas,
+            wish or routing.ANY,
+            room=self.concurrency,
+            tried=tried,
+            variant=variant,
+            ring=self._ring() if wish is not None and wish.key is not None else None,
+        )
+
+    def draw(self, wish: Wish, *, tried: Sequence[Replica] = ()) -> str | None:
+        """The variant whose turn it is, of those that have a replica for a request; None when there is none."""
+        among = {one.variant for one in self.takers(wish, tried=tried)}
+        if wish.key is not None and wish.is_session:
+            return routing.drawn_by(self.weights, wish.key, among=among)
+        drawn, self.course.turns = routing.draw(self.weights, self.course.turns, among=among)
+        return drawn
+
+    def takers(self, wish: Wish, *, tried: Sequence[Replica] = ()) -> list[Replica]:
+        """The replicas that take requests with that wish, be they full just now or not."""
+        return routing.takers(self.replicas, wish, weights=self.weights, tried=tried)
+
+    def may_serve(self, wish: Wish) -> bool:
+        """Whether a replica, taking requests now or not, is where a request may be served."""
+        return any(routing.is_allowed(one, wish) for one in self.replicas)
+
+    def _ring(self) -> Ring:
+        names = frozenset(one.job for one in self.replicas)
+        course = self.course
+        if course.ring is None or course.names != names:
+            course.ring, course.names = Ring(names), names
+        return course.ring
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +312,8 @@ class Table:
     version: int
     keys: Mapping[str, Key]
     routes: Mapping[str, Route]
+    services: Mapping[str, Sequence[Route]] = field(default_factory=dict)
+    """Those of which all paths are reached, by the services' own names."""
     raw: bytes
     """The feed it was read from: hashes of tokens, never tokens."""
     project_limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -208,6 +327,15 @@ class Table:
         """The route of that model, None when there is none for the key's holder."""
         route = self.routes.get(model)
         return route if route is not None and key.may_use(route) else None
+
+    def service(self, name: str, key: Key) -> Route | None:
+        """The route of the service of that name which the key's holder may use, None when there is none."""
+        return next((route for route in self.services.get(name, ()) if key.may_use(route)), None)
+
+    def closed(self, name: str, key: Key) -> Route | None:
+        """The route of a service of that name which is asked by its model only, None when there is none."""
+        routes = (route for route in self.routes.values() if route.service == name and not route.is_open)
+        return next((route for route in routes if key.may_use(route)), None)
 
     def visible(self, key: Key) -> list[Route]:
         """The routes that exist for the key's holder, by name."""
@@ -230,16 +358,21 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FeedError(f"The feed cannot be read: {error}") from None
     known = {} if before is None else _replicas(before)
-    routes = {}
+    routes: dict[str, Route] = {}
+    services: dict[str, list[Route]] = {}
     for model, route in feed.routes.items():
         replicas = []
         for each in route.replicas:
             replica = _replica(each)
             identity = (replica.job, replica.host, replica.port, replica.prefix)
             same = known.setdefault(identity, replica)
-            same.is_leaving = each.is_leaving
+            same.is_leaving, same.variant = each.is_leaving, each.variant
+            same.country, same.distance_ns = _where(each.site, feed)
             replicas.append(same)
-        routes[model] = Route(
+        earlier = before.routes.get(model) if before is not None else None
+        is_alike = len({one.distance_ns for one in replicas}) < 2
+        timeouts = route.timeouts_ms
+        made = routes[model] = Route(
             model=model,
             project=route.project,
             service=route.service,
@@ -248,9 +381,25 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
             health=route.health,
             concurrency=route.concurrency,
             wait_s=route.wait_ms / 1000,
+            guards=_guarding(route.guards, before.routes.get(model) if before is not None else None),
+            weights=route.weights,
+            affinity=route.affinity,
+            fallback=tuple(route.fallback),
+            hedge_s=route.hedge_ms / 1000,
+            timeouts=Timeouts(
+                connect=timeouts.connect / 1000,
+                first_byte=timeouts.first_byte / 1000,
+                between=timeouts.between / 1000,
+                whole=timeouts.whole / 1000,
+            ),
+            is_open=route.is_open,
+            is_plain=is_alike and not route.weights and route.affinity not in ("prefix", "session"),
             price=route.price,
             is_salted=route.is_salted,
+            course=earlier.course if earlier is not None else Course(),
         )
+        if made.is_open:
+            services.setdefault(made.service, []).append(made)
     open_to = lru_cache(maxsize=None)(partial(_matching, tuple(routes)))
     keys = {
         digest: Key(
@@ -258,6 +407,7 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
             project=key.project,
             expires_ns=key.expires_ns,
             id=key.id,
+            countries=frozenset(key.countries),
             models=open_to(tuple(key.models)) if key.models else None,
             limits=key.limits,
             band=key.band,
@@ -266,12 +416,26 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
         for digest, key in feed.tokens.items()
     }
     limits = {project: told.limits for project, told in feed.projects.items()}
-    return Table(version=feed.version, keys=keys, routes=routes, raw=raw, project_limits=limits)
+    return Table(version=feed.version, keys=keys, routes=routes, services=services, raw=raw, project_limits=limits)
 
 
 def _matching(models: Sequence[str], patterns: Sequence[str]) -> frozenset[str]:
     """The models that one of the patterns names."""
     return frozenset(model for model in models if any(fnmatchcase(model, pattern) for pattern in patterns))
+
+
+def _guarding(told: list[dict[str, Any]], before: Route | None) -> Guarding | None:
+    """What looks at a model's requests; the same object while the rules are the same."""
+    known = before.guards if before is not None else None
+    return known if known is not None and known.is_of(told) else guarding_of(told)
+
+
+def _where(site: str, feed: _Feed) -> tuple[str, int]:
+    """The country of a site, and how far it is from here; one that no link is known to is far."""
+    told = feed.sites.get(site)
+    if told is None:
+        return "", 0 if site == feed.home else routing.FAR_NS
+    return told.country, 0 if site == feed.home else told.links.get(feed.home, routing.FAR_NS)
 
 
 def _replicas(table: Table) -> dict[tuple[str, str, int, bytes], Replica]:

@@ -16,6 +16,9 @@ _IDLE_S: Final = 4.0
 """Shorter than the 5 s after which uvicorn, and so most engines, close an idle connection."""
 _IDLE_PER_ADDRESS: Final = 256
 
+_ESTABLISHED: Final = 1
+"""The first byte of Linux's ``struct tcp_info``."""
+
 Address = tuple[str, int]
 
 
@@ -32,6 +35,13 @@ class Receiver(Protocol):
         """The connection broke; ``started`` tells whether any byte of the response had come."""
 
 
+class Sender(Protocol):
+    """Who sends a request's body piece by piece."""
+
+    def sending_changed(self) -> None:
+        """Whether more is to be sent now has changed."""
+
+
 class UpstreamConnection(asyncio.Protocol):
     """One connection. ``served`` counts the responses that it carried whole."""
 
@@ -46,21 +56,61 @@ class UpstreamConnection(asyncio.Protocol):
         self._buffer = b""
         self._has_bytes = False
         self._is_paused = False
+        self._sender: Sender | None = None
+        """Who sends a body that is not whole yet, or talks on after a switch of protocols."""
+        self._has_body = True
+        self._may_switch = False
+        self._is_raw = False
+        self.is_writable = True
+        """Whether the peer takes what it is sent."""
         self.served = 0
         self.idle_since = 0.0
 
-    def send(self, receiver: Receiver, *parts: bytes) -> None:
-        """Send a request whose response goes to ``receiver``."""
+    def send(
+        self,
+        receiver: Receiver,
+        *parts: bytes,
+        sender: Sender | None = None,
+        has_body: bool = True,
+        may_switch: bool = False,
+    ) -> None:
+        """Send a request whose response goes to ``receiver``.
+
+        The rest of its body comes from ``sender``, None: there is none. ``has_body`` is false when the response has
+        none whatever it says, ``may_switch`` true when it may be a switch to another protocol.
+        """
         if self._transport is None or self._receiver is not None:
             raise RuntimeError("a request may be sent only on a usable connection")
         self._receiver = receiver
         self._head = None
         self._has_bytes = False
+        self._sender, self._has_body, self._may_switch = sender, has_body, may_switch
         self._transport.writelines(parts)
+
+    def write(self, data: bytes) -> None:
+        """Send part of the request's body, or after a switch anything."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    def finish_sending(self, data: bytes) -> None:
+        """The request's body is whole with this."""
+        if data:
+            self.write(data)
+        self._sender = None
+
+    def close(self) -> None:
+        """Send what waits, then close; the receiver hears nothing more."""
+        self._receiver = self._sender = None
+        if self._transport is not None:
+            self._transport.close()
+
+    def hand_over(self, receiver: Receiver) -> None:
+        """What comes from now on goes to another one."""
+        self._receiver = receiver
 
     def abandon(self) -> None:
         """Close at once; the receiver hears nothing more."""
-        self._receiver = None
+        self._receiver = self._sender = None
         if self._transport is not None:
             self._transport.abort()
 
@@ -86,13 +136,23 @@ class UpstreamConnection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         tune(self._transport)
 
+    def pause_writing(self) -> None:
+        self.is_writable = False
+        if self._sender is not None:
+            self._sender.sending_changed()
+
+    def resume_writing(self) -> None:
+        self.is_writable = True
+        if self._sender is not None:
+            self._sender.sending_changed()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.drop(self, self._address)
         receiver, self._receiver = self._receiver, None
         if receiver is None:
             return
         head = self._head
-        if head is not None and head.length is None and not head.chunked and exc is None:
+        if head is not None and (self._is_raw or (head.length is None and not head.chunked)) and exc is None:
             receiver.response_ended()
         else:
             receiver.response_failed(str(exc) if exc else "the connection was closed", started=self._has_bytes)
@@ -118,8 +178,10 @@ class UpstreamConnection(asyncio.Protocol):
                 head = read_response(cut[0])
                 data = cut[1]
                 if head.status == 101:
-                    raise Malformed(502, "The replica changed protocols unasked.")
-                if head.status >= 200:
+                    if not self._may_switch:
+                        raise Malformed(502, "The replica changed protocols unasked.")
+                    self._is_raw = True
+                if head.status >= 200 or self._is_raw:
                     break
                 cut = cut_head(data)
             if cut is None:
@@ -127,10 +189,11 @@ class UpstreamConnection(asyncio.Protocol):
                 return
             self._buffer = b""
             self._head = head
+            is_whole = not self._is_raw and (head.length == 0 or not self._has_body)
             self._chunks = ChunkedBody() if head.chunked else None
             self._remaining = head.length or 0
             self._tell_started(head)
-            if head.length == 0:
+            if is_whole:
                 self._finish(data)
                 return
             if not data:
@@ -141,7 +204,9 @@ class UpstreamConnection(asyncio.Protocol):
         head, receiver = self._head, self._receiver
         if head is None or receiver is None:  # abandoned from within a callback
             return
-        if self._chunks is not None:
+        if self._is_raw:
+            receiver.response_data(data)
+        elif self._chunks is not None:
             pieces = self._chunks.feed(data)
             if pieces:
                 receiver.response_data(pieces[0] if len(pieces) == 1 else b"".join(pieces))
@@ -169,7 +234,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self.served += 1
         self.resume()
-        if surplus or not head.keep_alive:
+        if surplus or not head.keep_alive or self._sender is not None:
             self.abandon()
         else:
             self._pool.give(self, self._address)
@@ -192,12 +257,16 @@ class Pool:
                 return connection
         return None
 
-    async def connect(self, address: Address) -> UpstreamConnection:
-        """A new connection, the caller's. Raises: OSError, also when it takes too long."""
-        async with asyncio.timeout(self._connect_timeout_s):
-            _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: UpstreamConnection(self, address), *address
-            )
+    async def connect(self, address: Address, *, within_s: float = 0.0) -> UpstreamConnection:
+        """A new connection, the caller's. Raises: OSError, also when it takes too long; zero: longer than usual."""
+        within_s = within_s or self._connect_timeout_s
+        try:
+            async with asyncio.timeout(within_s):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    lambda: UpstreamConnection(self, address), *address
+                )
+        except TimeoutError:
+            raise TimeoutError(f"no connection within {within_s:g} s") from None
         return connection
 
     def give(self, connection: UpstreamConnection, address: Address) -> None:
@@ -301,3 +370,12 @@ def tune(transport: asyncio.Transport) -> None:
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     transport.set_write_buffer_limits(high=BUFFER_HIGH, low=BUFFER_LOW)
+
+
+def is_gone(transport: asyncio.Transport) -> bool:
+    """Whether the peer has closed its side, which is not noticed otherwise while nothing is read."""
+    connected = transport.get_extra_info("socket")
+    if connected is None:
+        return True
+    state: bytes = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+    return state[0] != _ESTABLISHED

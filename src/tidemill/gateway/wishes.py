@@ -1,8 +1,11 @@
-"""What a request says of itself beside its words: how long it may wait, how urgent it is, and for whom it is booked."""
+"""What a request says of itself beside its words: how long it may wait, how urgent it is, where it may be
+served, and for whom it is booked.
+"""
 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any, Final
 
 from tidemill.core import tokens
@@ -14,10 +17,12 @@ from tidemill.model.limits import Priority
 
 WAIT_HEADER: Final = b"x-tidemill-wait"
 PRIORITY_HEADER: Final = b"x-tidemill-priority"
+COUNTRIES_HEADER: Final = b"x-tidemill-countries"
 LABEL_HEADER: Final = b"x-tidemill-label"
 _OWN: Final = b"x-tidemill-"
 _LABEL_IN_BODY: Final = "tidemill_label"
 _BANDS: Final = {priority.value.encode(): priority.band for priority in Priority}
+_COUNTRY: Final = re.compile(r"[A-Z]{3}")
 _LABEL: Final = re.compile(r"[^\x00-\x1f\x7f]{1,100}")
 _LONGEST_USER: Final = 256
 
@@ -50,6 +55,10 @@ def read_wishes(asking: Asking, head: RequestHead, content: dict[str, Any], *, l
                 message = f"X-Tidemill-Priority is {', '.join(Priority)}, and lowers the key's own only."
                 return answers.refuse(400, "invalid_priority", message, param="X-Tidemill-Priority")
             asking.band = max(asking.band, band)
+        elif name == COUNTRIES_HEADER:
+            refusal = _within(asking, value)
+            if refusal is not None:
+                return refusal
         elif name == LABEL_HEADER:
             refusal = _label(asking, value.decode("utf-8", "replace"), "X-Tidemill-Label")
             if refusal is not None:
@@ -76,6 +85,27 @@ class Salts:
         if salt is None:
             salt = self._known[tenant] = tokens.digest(f"cache_salt:{tenant}", self._secret)[:43]
         return salt
+
+
+@lru_cache(maxsize=256)
+def _countries_in(value: bytes) -> frozenset[str] | None:
+    """The codes in a list with commas; None when it is none."""
+    codes = [part.strip() for part in value.decode("latin-1").split(",")]
+    return frozenset(codes) if all(_COUNTRY.fullmatch(code) for code in codes) else None
+
+
+def _within(asking: Asking, value: bytes) -> Answer | None:
+    """Keep the request in some of the countries that it may be served in."""
+    named = _countries_in(value)
+    if named is None:
+        message = "X-Tidemill-Countries lists ISO 3166 alpha-3 codes, such as DEU, FRA."
+        return answers.refuse(400, "invalid_countries", message, param="X-Tidemill-Countries")
+    allowed = named & asking.countries if asking.countries else named
+    if not allowed:
+        message = f"This key's requests are served in {', '.join(sorted(asking.countries))} only."
+        return answers.refuse(403, "country_not_allowed", message, param="X-Tidemill-Countries")
+    asking.countries = allowed
+    return None
 
 
 def _label(asking: Asking, value: object, param: str) -> Answer | None:

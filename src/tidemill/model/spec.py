@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Final
 
 from tidemill.model.fleet import Level, SiteKind
+from tidemill.model.guard import GuardRule
 from tidemill.model.ids import SiteId, WorkloadId
 from tidemill.model.resources import Resources
 from tidemill.model.scaling import Scaling
@@ -20,11 +21,12 @@ from tidemill.units import DAY_NS, MILLI, SECOND_NS, USD_MICRO
 _EXIT_CODE: Final = re.compile(r"exit:(\d{1,3})")
 _LABEL: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 PRIORITY_RANGE: Final = (-1_000, 1_000)
-MAX_WORKERS: Final = 4_096
+MAX_WORKERS: Final = 8_192
 MAX_ARRAY: Final = 100_000
 MAX_REPLICAS: Final = 64
 MAX_CONCURRENCY: Final = 65_536
 MAX_WAIT_NS: Final = 600 * SECOND_NS
+MAX_FALLBACKS: Final = 8
 MAX_PRICE_MICRO: Final = 1_000 * USD_MICRO
 """Of a million tokens."""
 SECRET_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
@@ -102,6 +104,35 @@ class Port:
             raise ValueError(f"port {self.number} is out of range; use 1024 to 65535")
 
 
+class Affinity(StrEnum):
+    """What brings requests to the same replica of a service."""
+
+    NONE = "none"
+    PREFIX = "prefix"
+    """That they begin alike, so that an engine finds what it has computed before."""
+    SESSION = "session"
+    """That they say that they belong together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """How long the gateway waits for a replica: to connect, for a response's first byte, for the next one, in all.
+
+    ``whole_ns`` zero: as long as it takes.
+    """
+
+    connect_ns: int = 5 * SECOND_NS
+    first_byte_ns: int = 600 * SECOND_NS
+    between_ns: int = 600 * SECOND_NS
+    whole_ns: int = 0
+
+    def __post_init__(self) -> None:
+        if any(not 0 < one <= DAY_NS for one in (self.connect_ns, self.first_byte_ns, self.between_ns)):
+            raise ValueError("a replica is waited for longer than no time, and for a day at most")
+        if not 0 <= self.whole_ns <= DAY_NS:
+            raise ValueError("a request takes a day at most")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
     """How a service is reached: its port, its readiness probe, its number of replicas, its model's name.
@@ -121,6 +152,16 @@ class Service:
     """For how long fewer have to be enough before a replica is given up."""
     concurrency: int = 256
     wait_ns: int = 30 * SECOND_NS
+    guards: tuple[GuardRule, ...] = ()
+    """What looks at its requests and answers, beside the rules that the settings have for all."""
+    affinity: Affinity = Affinity.NONE
+    fallback: tuple[str, ...] = ()
+    """Models that answer when none of its replicas can, in order."""
+    hedge_ns: int = 0
+    """After which a request that may be sent twice is sent to a second replica too; zero: never."""
+    timeouts: Timeouts = Timeouts()
+    http: bool | None = None
+    """Whether any of its paths is reached under ``/services/NAME/``; None: when it names no model."""
     scaling: Scaling = Scaling()
     """What the number of replicas follows beside the requests."""
     price_input_micro: int = 0
@@ -131,6 +172,10 @@ class Service:
     """Whether requests say whose prefixes they may share in the engine's cache."""
 
     def __post_init__(self) -> None:
+        if len(self.fallback) > MAX_FALLBACKS or len(set(self.fallback)) != len(self.fallback):
+            raise ValueError(f"a service falls back to {MAX_FALLBACKS} models at most, each named once")
+        if not 0 <= self.hedge_ns <= MAX_WAIT_NS:
+            raise ValueError("a second replica is asked after ten minutes at most")
         if not 1 <= self.replicas <= MAX_REPLICAS:
             raise ValueError(f"replicas lies between 1 and {MAX_REPLICAS}")
         if self.replicas_min is not None and not 0 <= self.replicas_min <= self.replicas:
@@ -150,6 +195,11 @@ class Service:
             raise ValueError("only a number of replicas within a range can follow something")
         if any(hours.replicas > self.replicas for hours in self.scaling.hours):
             raise ValueError("no hours have more replicas than there are at most")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any of its paths is reached, and not only the API of its model."""
+        return not self.model if self.http is None else self.http
 
     @property
     def is_scaled(self) -> bool:

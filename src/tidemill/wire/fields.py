@@ -9,7 +9,17 @@ from typing import Final
 
 from tidemill.model.registry import parse_model_reference
 from tidemill.model.resources import GpuRequest, parse_gpus
-from tidemill.model.spec import MAX_PRICE_MICRO, SECRET_NAME, Kind, Port, RetryOn, parse_retry_on
+from tidemill.model.spec import (
+    MAX_FALLBACKS,
+    MAX_PRICE_MICRO,
+    MAX_WAIT_NS,
+    SECRET_NAME,
+    Affinity,
+    Kind,
+    Port,
+    RetryOn,
+    parse_retry_on,
+)
 from tidemill.model.storage import DataMode
 from tidemill.units import MILLI, USD_MICRO
 from tidemill.wire.checks import (
@@ -24,6 +34,8 @@ from tidemill.wire.checks import (
     PORT_NAME,
     PYTHON,
     Refusal,
+    duration_of,
+    grace_of,
     list_of,
     short,
     shown,
@@ -264,6 +276,43 @@ def model_of(value: object) -> str:
     if any(ord(character) < 32 for character in text):
         raise Refusal("It has control characters in it.", "Take them out.")
     return text
+
+
+def affinity_of(value: object) -> Affinity:
+    """What brings requests to the same replica."""
+    if type(value) is not str or value not in Affinity._value2member_map_:
+        raise Refusal(f"{shown(value)} is not an affinity.", "Write none, prefix or session.")
+    return Affinity(value)
+
+
+def fallback_of(value: object) -> tuple[str, ...]:
+    """Names of models, each once."""
+    mend = "Write the name of a model, or a list of names, in order."
+    models: tuple[str, ...] = list_of(model_of, "names of models")([value] if type(value) is str else value)
+    for number, model in enumerate(models):
+        if not model:
+            raise Refusal("A model has no empty name.", mend)
+        if model in models[:number]:
+            raise Refusal(f"{shown(model)} is there twice.", "Name each model once.")
+    if len(models) > MAX_FALLBACKS:
+        raise Refusal(f"It has {len(models)} models.", f"Write at most {MAX_FALLBACKS}.")
+    return models
+
+
+def hedge_of(value: object) -> int:
+    """Nanoseconds after which a second replica is asked; 0 for never."""
+    duration = duration_of(value)
+    if duration > MAX_WAIT_NS:
+        raise Refusal(f"{shown(value)} is longer than ten minutes.", "Write for example 200ms, or 0 for never.")
+    return duration
+
+
+def patience_of(value: object) -> int:
+    """Nanoseconds, more than none and up to a day."""
+    duration = grace_of(value)
+    if not duration:
+        raise Refusal("Nothing is answered in no time.", "Write for example 5s or 10m.")
+    return duration
 
 
 _PRICE_MEND: Final = "Write US dollars for a million tokens, such as 0.15."

@@ -10,8 +10,10 @@ from typing import Annotated, Any, Final, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic.fields import FieldInfo
 
-from tidemill.errors import InvalidSpec
+from tidemill.errors import InvalidRequest, InvalidSpec
+from tidemill.guards.reading import rules_of
 from tidemill.model.fleet import Level, SiteKind
+from tidemill.model.guard import Action, GuardRule
 from tidemill.model.registry import parse_model_reference
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.scaling import DAYS, MAX_WINDOWS, Hours, Scaling
@@ -21,6 +23,7 @@ from tidemill.model.spec import (
     MAX_REPLICAS,
     MAX_WORKERS,
     PRIORITY_RANGE,
+    Affinity,
     Alternative,
     Dependency,
     Environment,
@@ -33,6 +36,7 @@ from tidemill.model.spec import (
     Service,
     Territory,
     Tier,
+    Timeouts,
     Weight,
     WorkloadSpec,
 )
@@ -63,10 +67,13 @@ from tidemill.wire.checks import (
 )
 from tidemill.wire.fields import (
     PORT_MEND,
+    affinity_of,
     artifact_of,
     cpus_of,
     dataset_of,
+    fallback_of,
     gpus_of,
+    hedge_of,
     image_of,
     kind_of,
     mode_of,
@@ -75,6 +82,7 @@ from tidemill.wire.fields import (
     mount_of,
     package_of,
     path_of,
+    patience_of,
     port_of,
     port_reference,
     ports_of,
@@ -250,6 +258,29 @@ class ReadinessIn(StrictSection):
     )
 
 
+class TimeoutsIn(StrictSection):
+    """How long the gateway waits for a service's replica, in each phase of a request."""
+
+    connect: Annotated[int, *taking(patience_of, _DURATION_SCHEMA)] = Field(
+        default=5 * SECOND_NS,
+        description="To be connected; then another one is tried.",
+        json_schema_extra={"default": "5s"},
+    )
+    first_byte: Annotated[int, *taking(patience_of, _DURATION_SCHEMA)] = Field(
+        default=600 * SECOND_NS,
+        description="For a response to begin, once the request is sent.",
+        json_schema_extra={"default": "10m"},
+    )
+    between: Annotated[int, *taking(patience_of, _DURATION_SCHEMA)] = Field(
+        default=600 * SECOND_NS,
+        description="For the next part of a response; on a WebSocket for anything, from either side.",
+        json_schema_extra={"default": "10m"},
+    )
+    whole: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=0, description="For a whole response, from when a replica is chosen; 0 for as long as it takes."
+    )
+
+
 _Objective = Annotated[int, *taking(objective_of, {"type": ["string", "integer"], "examples": ["500ms", "2s"]})]
 _Share = Annotated[int, *taking(share_of, {"type": ["string", "number"], "examples": ["80%", 0.8]})]
 _TimeOfDay = Annotated[int, *taking(time_of, {"type": ["string", "integer"], "examples": ["08:30"]})]
@@ -356,6 +387,13 @@ class PriceIn(StrictSection):
     )
 
 
+def _guards_of(value: object) -> tuple[GuardRule, ...]:
+    try:
+        return rules_of(value)
+    except InvalidRequest as error:
+        raise Refusal(f"{error.field}: {error.detail}", error.mend) from None
+
+
 class ServiceIn(StrictSection):
     """How a service is reached."""
 
@@ -391,6 +429,55 @@ class ServiceIn(StrictSection):
         default=30 * SECOND_NS,
         description="How long a request may wait for a replica, unless it says so itself (`X-Tidemill-Wait`).",
         json_schema_extra={"default": "30s"},
+    )
+    guards: Annotated[
+        tuple[GuardRule, ...],
+        *taking(
+            _guards_of,
+            {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "kind": {"type": "string"},
+                        "name": {"type": "string"},
+                        "action": {"type": "string", "enum": [one.value for one in Action]},
+                        "on": {"enum": ["request", "response", "both"]},
+                    },
+                    "required": ["kind"],
+                },
+                "examples": [[{"kind": "pii", "action": "redact", "on": "both"}]],
+            },
+        ),
+    ] = Field(default=(), description="What looks at its requests and answers in the gateway: guardrails, in order.")
+    affinity: Annotated[Affinity, *taking(affinity_of, {"type": "string", "enum": [one.value for one in Affinity]})] = (
+        Field(
+            default=Affinity.NONE,
+            description="What comes to the same replica: requests that begin alike (`prefix`), or of one `session`.",
+            json_schema_extra={"default": "none"},
+        )
+    )
+    fallback: Annotated[
+        tuple[str, ...],
+        *taking(
+            fallback_of,
+            {"type": ["array", "string", "null"], "items": TEXT, "examples": [["llama-3.1-8b", "llama-3.2-1b"]]},
+        ),
+    ] = Field(default=(), description="Models that answer when none of its replicas can, in order.")
+    hedge: Annotated[int, *taking(hedge_of, {**_DURATION_SCHEMA, "examples": ["200ms"]})] = Field(
+        default=0,
+        description="After how long without an answer a second replica is asked too, where that does no harm:"
+        " embeddings, reranking, GET and HEAD. 0 for never.",
+    )
+    timeouts: TimeoutsIn = Field(
+        default_factory=_shared(TimeoutsIn),
+        description="How long a replica may take, in each phase of a request.",
+        json_schema_extra={"default": {}},
+    )
+    http: Annotated[bool, *taking(flag_of, {"type": "boolean"})] = Field(
+        default=False,
+        description="Whether all its paths are reached, under `/services/NAME/` of the gateway. When left out: if it"
+        " names no `model`.",
     )
     scaling: ScalingIn = Field(
         default_factory=_shared(ScalingIn),
@@ -1000,6 +1087,9 @@ def contradictions(given: set[str], spec: Any, now: int) -> Iterator[dict[str, A
         elif not known and isinstance(wanted, str) and not PORT_NAME.fullmatch(wanted):
             yield problem("service.port", wanted, f"{shown(wanted)} is not a name of a port.", PORT_MEND)
     if isinstance(spec.service, ServiceIn):
+        own = spec.service.model or spec.name
+        if own and own in spec.service.fallback:
+            yield problem("service.fallback", own, "It would fall back to itself.", "Leave that one out.")
         yield from _impossible_scaling(spec.service)
     yield from _clashing_mounts(spec)
     yield from _impossible_schedules(spec, kind, now)
@@ -1103,10 +1193,22 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         model=section.model,
         concurrency=section.concurrency,
         wait_ns=section.wait,
+        guards=section.guards,
+        affinity=section.affinity,
+        fallback=section.fallback,
+        hedge_ns=section.hedge,
+        timeouts=_timeouts(section.timeouts),
+        http=section.http if "http" in section.model_fields_set else None,
         scaling=_scaling(section.scaling),
         price_input_micro=section.price.input,
         price_output_micro=section.price.output,
         is_salted=section.cache_salt,
+    )
+
+
+def _timeouts(given: TimeoutsIn) -> Timeouts:
+    return Timeouts(
+        connect_ns=given.connect, first_byte_ns=given.first_byte, between_ns=given.between, whole_ns=given.whole
     )
 
 

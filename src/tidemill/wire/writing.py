@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final
 
+from tidemill.guards import reading as guards
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Dependency, DependsOn, Kind, Placement, Port, Service, Tier, WorkloadSpec
 from tidemill.units import MILLI, SECOND_NS, USD_MICRO
@@ -70,6 +71,9 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
             written["service"]["concurrency"] = spec.service.concurrency
         if spec.service.wait_ns != _SERVICE.wait_ns:
             written["service"]["wait"] = _duration_json(spec.service.wait_ns)
+        if spec.service.guards:
+            written["service"]["guards"] = [guards.written(rule) for rule in spec.service.guards]
+        written["service"] |= _routing_json(spec.service)
         if scaling := scaling_json(spec.service.scaling, _duration_json):
             written["service"]["scaling"] = scaling
         if spec.service.price_input_micro or spec.service.price_output_micro:
@@ -93,6 +97,27 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
     if spec.priority:
         written["priority"] = spec.priority
     _write_schedule(spec, written)
+    return written
+
+
+def _routing_json(service: Service) -> dict[str, Any]:
+    """How the gateway treats a service's requests, as far as it is not as usual."""
+    written: dict[str, Any] = {}
+    if service.affinity is not _SERVICE.affinity:
+        written["affinity"] = service.affinity.value
+    if service.fallback:
+        written["fallback"] = list(service.fallback)
+    if service.hedge_ns:
+        written["hedge"] = _duration_json(service.hedge_ns)
+    if service.timeouts != _SERVICE.timeouts:
+        told = service.timeouts
+        phases = {
+            "connect": told.connect_ns, "first_byte": told.first_byte_ns, "between": told.between_ns,
+            "whole": told.whole_ns,
+        }  # fmt: skip
+        written["timeouts"] = {name: _duration_json(length) for name, length in phases.items()}
+    if service.http is not None:
+        written["http"] = service.http
     return written
 
 
