@@ -22,6 +22,7 @@ from tidemill.api.shapes import (
     SharesOut,
 )
 from tidemill.control.loads import FeltCounts, Load, ModelLoad, ReplicaLoad
+from tidemill.control.rollouts import Counted
 from tidemill.core.limits import Report
 from tidemill.errors import Stale
 from tidemill.model.guard import Decision
@@ -104,6 +105,18 @@ async def hear_load(call: Caller) -> Response:
             models={model: _model_load(one) for model, one in given.models.items()},
             replicas={JobId(job): ReplicaLoad(**one.model_dump()) for job, one in given.replicas.items()},
         ),
+    )
+    call.plane.rollouts.hear(
+        given.worker,
+        {
+            (model, variant): Counted(
+                requests=one.requests,
+                errors=one.errors,
+                slow={int(bucket): count for bucket, count in one.slow.items()},
+            )
+            for model, variants in given.variants.items()
+            for variant, one in variants.items()
+        },
     )
     return Response(status_code=204)
 

@@ -263,7 +263,26 @@ class Gateway:
                         told["cache_milli"] = replica.cache_milli
                     if replica.first_token_s is not None:
                         told["first_token_ms"] = round(replica.first_token_s * 1000)
-        return orjson.dumps({"worker": self._name, "models": models, "replicas": replicas})
+        load = {"worker": self._name, "models": models, "replicas": replicas}
+        if variants := self._variants():
+            load["variants"] = variants
+        return orjson.dumps(load)
+
+    def _variants(self) -> dict[str, dict[str, Any]]:
+        """What became of requests to each revision of those models that are served by two."""
+        routes = self.table.routes if self.table is not None else {}
+        return {
+            model: {
+                name: {
+                    "requests": one.requests,
+                    "errors": one.errors,
+                    "slow": {str(bucket): count for bucket, count in one.slow.items()},
+                }
+                for name, one in counts.items()
+            }
+            for model, counts in self.metrics.variants.items()
+            if model in routes and any(replica.variant for replica in routes[model].replicas)
+        }
 
     def metrics_text(self) -> bytes:
         """This process's figures, as Prometheus text."""

@@ -16,6 +16,7 @@ from tidemill.model.ledger import LedgerLine
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
+from tidemill.model.rollout import Rollout
 from tidemill.model.spec import Environment, Port, Service
 from tidemill.model.storage import DataMount, VolumeMount
 
@@ -51,7 +52,18 @@ class Change(Struct, frozen=True, kw_only=True, gc=False):
 
     assumed: int | None
     after: (
-        Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rental | Model | ModelVersion
+        Workload
+        | Job
+        | Attempt
+        | Allocation
+        | Node
+        | Queue
+        | QueueUsage
+        | Reservation
+        | Rental
+        | Rollout
+        | Model
+        | ModelVersion
     )
 
 
@@ -122,7 +134,8 @@ class LaunchSpec:
     runner asks the control plane for the values, so they are on no disk. Ports are already chosen.
     Tokens: ``runner_token`` reports, ``job_token`` is given to the worker. ``lease_ns`` is how long the worker runs on
     without a word from the control plane; zero: for ever. ``gang`` is what each rank holds and where, for a gang only.
-    ``data`` has a ``home`` only where that is a folder of this very node.
+    ``data`` has a ``home`` only where that is a folder of this very node. ``slurm`` is what Slurm is told when it is
+    submitted there: ``partition``, ``account``, ``qos``.
     """
 
     launch_id: LaunchId
@@ -156,6 +169,7 @@ class LaunchSpec:
     gang: tuple[GangPlace, ...] = ()
     data: tuple[DataMount, ...] = ()
     volumes: tuple[VolumeMount, ...] = ()
+    slurm: tuple[tuple[str, str], ...] = ()
 
 
 class ObservedState(StrEnum):
