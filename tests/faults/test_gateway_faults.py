@@ -82,6 +82,7 @@ def test_processes_of_one_gateway_share_limits_and_one_that_is_killed_is_replace
         os.kill(pids[0], signal.SIGKILL)
         eventually(lambda: len(set(gateway_pids(cloud)) - {pids[0]}) == 2, within_s=20, what="it is replaced")
         eventually(lambda: told("0") and told("1"), within_s=20, what="both route to the replica again")
+        assert 50 <= seen[200] <= 60, seen
         eventually(lambda: len(metered(cloud, "shared")) >= 59, within_s=20, what="what it had is in the ledger")
         with ThreadPoolExecutor(8) as pool:
             again = Counter(pool.map(ask, range(40)))

@@ -95,6 +95,7 @@ class Charge:
         "_shares",
         "_then",
         "_timer",
+        "waits_since_ns",
     )
 
     def __init__(
@@ -117,6 +118,7 @@ class Charge:
         self._amounts: list[int] = []
         """What was reserved of each share; empty: nothing yet."""
         self._at_ns = 0
+        self.waits_since_ns = 0
         self._then: Then | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -244,6 +246,7 @@ class Rations:
         self._lets_go = False
         self._is_alone = False
         self._was_heard = False
+        self._heard_ns = 0
         self._limits: dict[str, Mapping[str, int]] = {}
 
     def adopt(self, table: Table) -> None:
@@ -312,13 +315,14 @@ class Rations:
         if not charge.attempt(is_last=self._is_alone or len(self._waiting) >= _MOST_WAITING, now=now):
             self._waiting.append(charge)
             self._wanted.set()
+            charge.waits_since_ns = now
             charge.wait(_PATIENCE_S if self._was_heard else _FIRST_PATIENCE_S)
 
     def run_out(self, charge: Charge) -> None:
         """It is not to wait any longer."""
         self.leave(charge)
         now = self.clock()
-        if not self._was_heard:
+        if self._heard_ns < charge.waits_since_ns:  # nobody said no
             charge.be_alone(among=self._workers, now=now)
         charge.attempt(is_last=True, now=now)
 
@@ -414,7 +418,7 @@ class Rations:
         now = self.clock()
         if self._is_alone:
             _log.warning("the control plane shares out limits again")
-        self._is_alone, self._was_heard = False, True
+        self._is_alone, self._was_heard, self._heard_ns = False, True, now
         self._workers = max(1, answer.gateways)
         for told in answer.shares:
             share = self._shares.get((told.subject, told.name))
