@@ -36,7 +36,7 @@ from tidemill.model.ids import (
 from tidemill.model.job import Cause, JobState, Workload
 from tidemill.model.queue import Queue
 from tidemill.model.reservation import Reservation
-from tidemill.model.resources import Resources
+from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Dependency, DependsOn, Group, Kind, Placement, RetryOn, RetryPolicy, Tier
 from tidemill.model.values import replace
 from tidemill.units import HOUR_NS, SECOND_NS
@@ -560,6 +560,15 @@ def test_a_plan_of_spot_work_does_not_hold_up_those_who_may_displace_spot() -> N
     assert yard.state(waits) is JobState.SUCCEEDED
 
 
+def test_a_share_by_memory_waits_when_no_machine_has_such_a_device_any_more() -> None:
+    yard = Yard(nodes=(gpu_node("a", 1), gpu_node("b", 0)))
+    yard.submit(spec(1), runs_s=500)
+    waits = yard.submit(spec(GpuRequest(share_bytes=30 << 30)), runs_s=10)
+    yard.turn([NodeWentAway(at_ns=yard.now, node_id=NodeId("a"))])
+    more = yard.submit(spec(GpuRequest(share_bytes=30 << 30), tier=Tier.SPOT), runs_s=10)
+    assert yard.state(waits) is yard.state(more) is JobState.QUEUED
+
+
 def test_work_that_still_starts_is_displaced_when_it_may_be() -> None:
     yard = Yard(nodes=(gpu_node("a"),), policy=replace(CALM, min_run_ns=30 * SECOND_NS))
     spot = yard.submit(spec(8, tier=Tier.SPOT), runs_s=500)
@@ -677,6 +686,21 @@ def test_without_a_plan_the_group_would_wait_behind_small_work() -> None:
         yard.submit(spec(8, max_duration_ns=60 * SECOND_NS), runs_s=60, at_s=at * 20)
     yard.run(1000)
     assert not any(one in yard.started for one in members)
+
+
+@pytest.mark.parametrize("right", ["priority", "guarantee"])
+def test_an_order_that_preempts_does_not_take_back_what_priority_or_a_guarantee_took(right: str) -> None:
+    tree = (queue_of("p0", guaranteed=(("gpu", 8_000),)),) if right == "guarantee" else ()
+    yard = Yard(nodes=(gpu_node("a"),), queues=tree, policy=replace(CALM, order="shortest-remaining"))
+    project, priority = ("p1", 0) if right == "guarantee" else ("p0", 50)
+    short = yard.submit(spec(8, max_duration_ns=100 * SECOND_NS), runs_s=90, project=project)
+    yard.run(5)
+    entitled = yard.submit(spec(8, priority=priority, max_duration_ns=900 * SECOND_NS), runs_s=800)
+    for at in range(6, 300, 5):  # something happens all the time
+        yard.submit(spec(None), runs_s=1, project="p3", at_s=at)
+    yard.run(300)
+    assert [job for _, job, _ in yard.events("Preempted")] == [short]
+    assert yard.state(entitled) is JobState.RUNNING
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class RunOptions:
     env: tuple[str, ...] = ()
     secret: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
+    model: str | None = None
     volume: tuple[str, ...] = ()
     python: str | None = None
     package: tuple[str, ...] = ()
@@ -201,6 +202,8 @@ def _apply_flags(spec: dict[str, Any], options: RunOptions) -> None:
     if options.secret:
         known = spec.get("secrets")
         spec["secrets"] = [*(known if isinstance(known, list) else ()), *options.secret]
+    if options.model:
+        spec["model"] = _mount("from", options.model)
     for field, key, mounts in (("data", "dataset", options.data), ("volumes", "name", options.volume)):
         if mounts:
             known = spec.get(field)
@@ -217,7 +220,7 @@ def _apply_flags(spec: dict[str, Any], options: RunOptions) -> None:
 
 
 def _mount(key: str, text: str) -> dict[str, str]:
-    """``NAME`` or ``NAME=PATH`` as an entry of ``data`` or ``volumes``."""
+    """``NAME`` or ``NAME=PATH`` as an entry of ``data`` or ``volumes``, or as ``model``."""
     name, equals, path = text.partition("=")
     return {key: name, "at": path} if equals else {key: name}
 

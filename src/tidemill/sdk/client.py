@@ -31,6 +31,7 @@ from tidemill.sdk.results import (
     Receipt,
     Record,
     Replica,
+    RequestUsage,
     ReservationInfo,
     Revisions,
     Share,
@@ -269,6 +270,10 @@ class Client:
         query = {"rank": rank, "attempt": attempt, "tail": tail, "follow": follow, "project": self.project}
         path = f"/v1/jobs/{segment(ref)}/logs"
         return follow_log(self._http, path, query=query, give_up_s=RECONNECT_FOR_S, on_retry=on_retry)
+
+    def request_usages(self) -> Iterator[RequestUsage]:
+        """What each request to a model of the project took, in the order in which they were entered."""
+        return self._list("/v1/ledger/tokens", RequestUsage, {"project": self.project} if self.project else {})
 
     def why(self, ref: str) -> Why:
         """Why a job is where it is."""

@@ -374,6 +374,22 @@ class Why(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RequestUsage(Record):
+    """What one request to a model took; ``estimated`` when it did not come to its end."""
+
+    id: str = ""
+    at_ns: int = 0
+    project_id: str = ""
+    token_id: str = ""
+    model: str = ""
+    workload_id: str = ""
+    job_id: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    estimated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Receipt(Record):
     """What a job used and what that costs."""
 
