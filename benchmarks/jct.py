@@ -147,7 +147,7 @@ def play(jobs: Sequence[TraceJob], nodes: int, gpus: int, order: str) -> Outcome
     began = time.perf_counter()
     told = order_named(order).knows_durations
     policy = Policy(
-        order=order, backfill=False, min_run_ns=0, half_life_ns=0, displace_in_project=False,
+        order=order, backfill=False, min_run_ns=0, half_life_ns=0, displace_in_project=False, patience_ns=0,
         meter_every_ns=10_000 * DAY_NS, starts_per_turn=100_000,
     )  # fmt: skip
     conditions = Conditions(

@@ -37,7 +37,7 @@ from tidemill.core.place import Gang, place_gang, want_of
 from tidemill.core.score import Tide
 from tidemill.core.turn import turn
 from tidemill.core.world import World
-from tidemill.model.events import Fact, NodeJoined, QueueSet, Started, Submitted
+from tidemill.model.events import Exited, Fact, NodeJoined, QueueSet, Started, Submitted
 from tidemill.model.fleet import Device, Node, NodeState, Site, SiteKind
 from tidemill.model.ids import DeviceId, NodeId, OrganizationId, PrincipalId, ProjectId, QueueId, SiteId, WorkloadId
 from tidemill.model.job import Workload
@@ -46,7 +46,7 @@ from tidemill.model.plan import Launch, Plan
 from tidemill.model.policy import Policy
 from tidemill.model.queue import Queue
 from tidemill.model.resources import GpuRequest, Resources
-from tidemill.model.spec import MAX_WORKERS, Kind, WorkloadSpec
+from tidemill.model.spec import Kind, WorkloadSpec
 from tidemill.model.tenant import Project
 from tidemill.units import HOUR_NS, MILLI, MINUTE_NS, SECOND_NS
 
@@ -260,7 +260,8 @@ GANGS: Final = ((3_000, 3), (9, 1_000), (10, 5_000))
 def gangs_placed(count: int, workers: int, nodes: int, *, compiled: bool) -> dict[str, float]:
     """Gangs of so many workers of one GPU (half of one where whole ones do not suffice): workers a second.
 
-    Whole turns take gangs of at most ``MAX_WORKERS``, the product's limit for one job.
+    Of whole turns each starts gangs of some 10,000 workers together; how long it takes to take in that all workers of
+    the last turn started, and that they ended, is told too, in microseconds a worker.
     """
     resources = _of_gang(count * workers, nodes)
     fleet = fleet_of(nodes)
@@ -271,15 +272,26 @@ def gangs_placed(count: int, workers: int, nodes: int, *, compiled: bool) -> dic
     if placed < count:
         raise RuntimeError(f"only {placed} of {count} gangs fit")
     cloud = Cloud(nodes, score=Tide(compiled=compiled))
-    workers = min(workers, MAX_WORKERS)
     size = max(1, min(100, count, 10_000 // workers))
     by_turns, started = 0.0, 0
     for at in range(0, count, size):
         facts = [cloud.submitted(resources, workers=workers) for _ in range(at, min(at + size, count))]
         plan, one = cloud.turn(facts)
         by_turns += one
-        started += sum(isinstance(command, Launch) for command in plan.commands)
-    return {"per_s": asked / took, "turns_per_s": started / by_turns, "placed": placed}
+        launched = sum(isinstance(command, Launch) for command in plan.commands)
+        if launched < len(facts) * workers:
+            raise RuntimeError(f"a turn started {launched} of {len(facts) * workers} workers")
+        started += launched
+    facts_of_starts = cloud.started(plan)
+    running = cloud.turn(facts_of_starts)[1] / len(facts_of_starts)
+    ends: list[Fact] = [
+        Exited(at_ns=cloud.now, launch_id=each.launch_id, fence=each.fence, exit_code=0)
+        for each in facts_of_starts
+        if isinstance(each, Started)
+    ]
+    ended = cloud.turn(ends)[1] / len(ends)
+    speeds = {"per_s": asked / took, "turns_per_s": started / by_turns}
+    return speeds | {"started_us": 1e6 * running, "ended_us": 1e6 * ended}
 
 
 def _of_gang(workers: int, nodes: int) -> Resources:
@@ -426,13 +438,15 @@ def _gangs(result: dict[str, Any], scale: float, compiled: bool) -> None:
     rows, slowest = [], float("inf")
     for count, workers in GANGS:
         got = gangs_placed(max(int(count * scale), 1), workers, int(5_000 * max(scale, 0.2)), compiled=compiled)
-        rows.append((f"{count:,} x {workers:,}", f"{got['per_s']:,.0f}", f"{got['turns_per_s']:,.0f}"))
+        name = f"{count:,} x {workers:,}"
+        speeds = (got["per_s"], got["turns_per_s"], got["started_us"], got["ended_us"])
+        rows.append((name, *(f"{value:,.0f}" for value in speeds)))
         slowest = min(slowest, got["per_s"])
         result[f"gang_{count}x{workers}_turn_workers_per_s"] = round(got["turns_per_s"])
         result[f"gang_{count}x{workers}_workers_per_s"] = round(got["per_s"])
     result["gang_workers_per_s"] = round(slowest)
     print("\ngangs on 5,000 nodes: workers a second")
-    table(("gangs x workers", "places", "whole turns"), rows)
+    table(("gangs x workers", "places", "whole turns", "µs to take in a start", "and an end"), rows)
 
 
 def _reclaim(result: dict[str, Any], scale: float, compiled: bool) -> None:

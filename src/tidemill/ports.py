@@ -18,6 +18,7 @@ from tidemill.model.cloud import (
 )
 from tidemill.model.events import LogEntry
 from tidemill.model.fleet import Node, Outpost, Site
+from tidemill.model.guard import Decision
 from tidemill.model.ids import (
     ArtifactId,
     DataSetId,
@@ -31,7 +32,7 @@ from tidemill.model.ids import (
     WorkloadId,
 )
 from tidemill.model.job import Allocation, Attempt, Job, JobState, Workload
-from tidemill.model.ledger import LedgerLine, LedgerTotals, TokenTotals, TokenUsage
+from tidemill.model.ledger import LedgerLine, LedgerTotals, ServedTotals, TokenTotals, TokenUsage
 from tidemill.model.plan import Change, LaunchSpec, Reason, Sight, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
@@ -203,9 +204,14 @@ class Store(Protocol):
         """Ledger lines, oldest first; of everything, idle time included, when nothing filters."""
 
     def ledger_totals(
-        self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId(""), idle: bool = False
+        self,
+        *,
+        job_id: JobId = JobId(""),
+        project_id: ProjectId = ProjectId(""),
+        workload_id: WorkloadId = WorkloadId(""),
+        idle: bool = False,
     ) -> LedgerTotals:
-        """Exact sums of a job's or a project's lines, or of idle time when ``idle``; of all lines otherwise."""
+        """Exact sums of a job's, a workload's or a project's lines, or of idle time when ``idle``; of all otherwise."""
 
     def put_token_usages(self, usages: Sequence[TokenUsage]) -> tuple[TokenUsage, ...]:
         """Those of these that were not in the books before; all are there now, each once, or none."""
@@ -214,6 +220,18 @@ class Store(Protocol):
         self, *, project_id: ProjectId = ProjectId(""), cursor: str = "", limit: int = 100
     ) -> Page[TokenUsage]:
         """What requests took, in the order in which they were stored."""
+
+    def put_decisions(self, decisions: Sequence[Decision]) -> int:
+        """How many of these were not in the books before; all are there now, each once, or none."""
+
+    def decisions(
+        self, *, project_ids: Sequence[ProjectId] = (), model: str = "", rule: str = "", action: str = "",
+        cursor: str = "", limit: int = 100,
+    ) -> Page[Decision]:  # fmt: skip
+        """What guardrails decided, newest first; empty arguments: whatever it is."""
+
+    def served(self, *, project_id: ProjectId) -> tuple[ServedTotals, ...]:
+        """What the services of a project answered, by service and model, in order; whoever asked."""
 
     def token_totals(
         self,

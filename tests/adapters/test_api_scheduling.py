@@ -323,6 +323,24 @@ def test_what_waits_for_what_will_not_come_is_refused_at_the_door(peer: Peer) ->
     refused(peer.call("POST", "/v1/quotes", quote), "reservation", "reserve list")
 
 
+def test_a_group_that_could_never_start_is_refused_at_the_door(peer: Peer) -> None:
+    large = {"group": {"name": "g", "size": 3}, "resources": {"cpus": 200}}
+    assert submitted(peer, **large)[0] == 201
+    assert submitted(peer, **large)[0] == 201
+    refused(submitted(peer, **large), "group", "3 jobs of group g start together", "room for 2")
+    quote = peer.call("POST", "/v1/quotes", {"spec": {"run": "x", "name": "w"} | large})[1]
+    assert quote["feasible"] is False
+    assert quote["reasons"][0]["code"] == "GroupTooLarge"
+    assert submitted(peer, **large | {"resources": {"cpus": 100}})[0] == 201, "the third may be smaller"
+    batch = [{"run": "x", "name": f"w{at}", **large, "group": {"name": "h", "size": 3}} for at in range(3)]
+    refused(peer.call("POST", "/v1/workloads:batch", {"specs": batch}), "group", "group h")
+    differ = [{"run": "x", "name": f"w{at}", "group": {"name": "i", "size": at + 2}} for at in range(2)]
+    refused(peer.call("POST", "/v1/workloads:batch", {"specs": differ}), "group.size", "group i has 2 jobs")
+    assert peer.call("PUT", "/v1/queues/vision", {"project": "default", "limit": {"cpu": 300}})[0] == 200
+    limited = [{"run": "x", "name": f"w{at}", **large, "group": {"name": "j", "size": 2}} for at in range(2)]
+    refused(peer.call("POST", "/v1/workloads:batch", {"specs": limited}), "vision", "300", "400")
+
+
 def test_a_job_tells_of_its_checkpoints_with_its_own_token_only(peer: Peer) -> None:
     job, launch = peer.running(name="trains")
     path = f"/v1/jobs/{job}/checkpoint"

@@ -417,7 +417,7 @@ def gangs_lie_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gangs_grow_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduling, "stays_in_site", lambda fleet, gang: False)
+    monkeypatch.setattr(scheduling, "open_beside", lambda fleet, gang, rows: None)
 
 
 def the_site_that_is_known_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -297,7 +297,7 @@ def forgets_media_engines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def drops_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     many = place._place_many
-    monkeypatch.setattr(place, "_place_many", lambda *args: many(*args)[:-1])
+    monkeypatch.setattr(place, "_place_many", lambda *args, **how: many(*args, **how)[:-1])
 
 
 def leaves_the_domain(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from tests.core.yard import CALM, START, Yard, gpu_node, queue_of, spec
+from tidemill.control.answers import Why, explain
+from tidemill.control.steering import why_group_never
 from tidemill.model.events import (
     Checkpointed,
     DeviceFailed,
@@ -12,12 +18,26 @@ from tidemill.model.events import (
     NodeMarked,
     NodeWentAway,
     ReservationMade,
+    StopRequested,
 )
-from tidemill.model.fleet import NodeState
-from tidemill.model.ids import DeviceId, LaunchId, NodeId, ProjectId, ReservationId, WorkloadId
-from tidemill.model.job import Cause, JobState
+from tidemill.model.fleet import Level, NodeState
+from tidemill.model.ids import (
+    DeviceId,
+    JobId,
+    LaunchId,
+    NodeId,
+    OrganizationId,
+    PrincipalId,
+    ProjectId,
+    QueueId,
+    ReservationId,
+    WorkloadId,
+)
+from tidemill.model.job import Cause, JobState, Workload
+from tidemill.model.queue import Queue
 from tidemill.model.reservation import Reservation
-from tidemill.model.spec import Dependency, DependsOn, Group, Kind, Tier
+from tidemill.model.resources import Resources
+from tidemill.model.spec import Dependency, DependsOn, Group, Kind, Placement, RetryOn, RetryPolicy, Tier
 from tidemill.model.values import replace
 from tidemill.units import HOUR_NS, SECOND_NS
 
@@ -193,6 +213,35 @@ def test_an_elastic_gang_starts_small_grows_and_shrinks_before_it_is_displaced()
 
 
 # -- what jobs wait for beside room -----------------------------------------------------------------------------------
+
+
+def test_room_that_comes_while_an_elastic_gang_starts_is_offered_when_it_runs() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")))
+    yard.submit(spec(8), runs_s=5, project="p1")
+    yard.starting_ns = 20 * SECOND_NS
+    elastic = yard.submit(spec(8, nodes=2, nodes_min=1), runs_s=1000)
+    yard.run(60)
+    assert len(yard.nodes_of(elastic)) == 2
+
+
+@pytest.mark.parametrize("level", ["within", "spread", ""])
+def test_an_elastic_gang_grows_only_where_its_placement_allows(level: str) -> None:
+    nodes = tuple(gpu_node(f"{rack}{at}", rack=rack) for rack in "ab" for at in range(3))
+    yard = Yard(nodes=nodes)
+    fillers = [yard.submit(spec(8), runs_s=5 if at else 400) for at in range(5)]
+    placement = {"within": Placement(within=Level.RACK), "spread": Placement(spread=Level.RACK)}.get(level, Placement())
+    elastic = yard.submit(spec(8, nodes=4, nodes_min=1, placement=placement), runs_s=1000)
+    assert len(yard.nodes_of(elastic)) == 1
+    yard.run(100)
+    held = sorted(yard.nodes_of(elastic))
+    racks = {node[0] for node in held}
+    busy = {node for job in fillers for node in yard.nodes_of(job)}
+    if level == "within":
+        assert (len(racks), len(held)) == (1, 3 - sum(node[0] in racks for node in busy))
+    elif level == "spread":
+        assert (len(racks), len(held)) == (2, 2)
+    else:
+        assert len(held) == 4
 
 
 def test_dependencies_start_what_follows_and_end_what_cannot() -> None:
@@ -424,6 +473,202 @@ def test_a_blocked_group_has_a_plan_that_small_work_does_not_delay() -> None:
     assert all(yard.state(one) is JobState.SUCCEEDED for one in members)
 
 
+def group_of(yard: Yard, size: int, gpus: int = 8, *, runs_s: float = 50, **more: Any) -> list[str]:
+    group = Group(name="g", size=size)
+    project = more.pop("project", "p0")
+    return [yard.submit(spec(gpus, group=group, **more), runs_s=runs_s, project=project) for _ in range(size)]
+
+
+def test_a_group_displaces_spot_and_starts_at_one_instant_when_all_of_it_is_gone() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b"), gpu_node("c")))
+    yard.grace_taken_ns = 5 * SECOND_NS
+    spot = [yard.submit(spec(8, tier=Tier.SPOT, checkpoint_grace_ns=30 * SECOND_NS), runs_s=5000) for _ in range(3)]
+    yard.run(10)
+    members = group_of(yard, 2)
+    assert {yard.world.reasons[yard.job(one).id].code for one in members} == {"WaitsForDisplaced"}
+    assert len(yard.world.promises) == 2
+    yard.run(10)
+    assert {tuple(map(seconds, yard.started[one])) for one in members} == {(15.0,)}
+    assert sorted(victim in {job for _, job, _ in yard.events("Preempted")} for victim in spot) == [False, True, True]
+    yard.run()
+    assert all(yard.state(one) is JobState.SUCCEEDED for one in [*members, *spot])
+
+
+def test_a_group_is_given_back_what_is_guaranteed_to_its_project_and_no_more_than_that() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")), queues=(queue_of("p0", guaranteed=(("gpu", 16_000),)),))
+    yard.submit(spec(8, nodes=2), runs_s=5000, project="p1")
+    yard.run(10)
+    within = group_of(yard, 2)
+    yard.run(1)
+    assert all(one in yard.started for one in within)
+    less = Yard(nodes=(gpu_node("a"), gpu_node("b")), queues=(queue_of("p0", guaranteed=(("gpu", 8_000),)),))
+    less.submit(spec(8, nodes=2), runs_s=5000, project="p1")
+    less.run(10)
+    beyond = group_of(less, 2)
+    less.run(1)
+    assert not less.events("Preempted"), "two of eight are more than is guaranteed, and one alone does not start"
+    assert not any(one in less.started for one in beyond)
+
+
+def test_a_group_displaces_only_whom_the_least_of_its_jobs_may_displace() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")))
+    low = [yard.submit(spec(8, priority=10), runs_s=5000) for _ in range(2)]
+    yard.run(10)
+    group = Group(name="g", size=2)
+    members = [yard.submit(spec(8, group=group, priority=priority), runs_s=50) for priority in (100, 0)]
+    yard.run(10)
+    assert not yard.events("Preempted")
+    assert not any(one in yard.started for one in members)
+    assert all(yard.state(one) is JobState.RUNNING for one in low)
+
+
+def test_nobody_is_displaced_for_a_group_of_which_not_all_would_fit() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")))
+    yard.submit(spec(8), runs_s=500, project="p1")
+    yard.submit(spec(8, tier=Tier.SPOT), runs_s=5000, project="p1")
+    yard.run(10)
+    members = group_of(yard, 2)
+    yard.run(100)
+    assert not yard.events("Preempted")
+    assert not any(one in yard.started for one in members)
+
+
+def test_what_is_promised_to_a_group_is_given_up_whole_when_one_of_its_nodes_is_lost() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b"), gpu_node("c")))
+    yard.grace_taken_ns = 20 * SECOND_NS
+    for _ in range(3):
+        yard.submit(spec(8, tier=Tier.SPOT, checkpoint_grace_ns=30 * SECOND_NS), runs_s=5000)
+    yard.run(10)
+    members = group_of(yard, 2)
+    lost = next(iter(yard.world.promises.values())).placed.places[0].node_id
+    yard.later(yard.now + 5 * SECOND_NS, NodeWentAway(at_ns=0, node_id=lost))
+    yard.run(100)
+    assert len({tuple(yard.started[one]) for one in members}) == 1
+    assert lost not in {node for one in members for node in yard.nodes_of(one)}
+
+
+def test_a_plan_of_spot_work_does_not_hold_up_those_who_may_displace_spot() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")))
+    yard.submit(spec(8, max_duration_ns=50 * SECOND_NS), runs_s=50)
+    yard.submit(spec(8, tier=Tier.SPOT), runs_s=500)
+    waits = yard.submit(spec(8, nodes=2, tier=Tier.SPOT), runs_s=50)
+    assert yard.world.held_back is not None
+    wanted = yard.submit(spec(8), runs_s=20)
+    yard.run(5)
+    assert wanted in yard.started
+    yard.run()
+    assert yard.state(waits) is JobState.SUCCEEDED
+
+
+def test_work_that_still_starts_is_displaced_when_it_may_be() -> None:
+    yard = Yard(nodes=(gpu_node("a"),), policy=replace(CALM, min_run_ns=30 * SECOND_NS))
+    spot = yard.submit(spec(8, tier=Tier.SPOT), runs_s=500)
+    wanted = yard.submit(spec(8), runs_s=20, project="p1")
+    assert yard.state(spot) is JobState.STARTING
+    yard.run(100)
+    assert seconds(yard.started[wanted][0]) == 30
+
+
+def test_a_group_that_loses_a_member_before_it_starts_waits_for_another() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")))
+    yard.submit(spec(8, nodes=2), runs_s=100)
+    first, second, third = (yard.submit(spec(8, group=Group(name="g", size=3)), runs_s=10) for _ in range(3))
+    yard.turn([StopRequested(at_ns=yard.now, job_id=JobId(first), by="u")])
+    yard.run(200)
+    assert not {second, third} & set(yard.started), "two of three would have started"
+    assert yard.world.reasons[JobId(second)].code == "GroupIncomplete"
+    fourth = yard.submit(spec(8, group=Group(name="g", size=3)), runs_s=10)
+    yard.turn([NodeJoined(at_ns=yard.now, node=gpu_node("c"))])
+    yard.run(1)
+    assert all(one in yard.started for one in (second, third, fourth))
+
+
+def test_a_second_group_of_the_same_name_follows_the_first() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")))
+    members = [*group_of(yard, 2), *group_of(yard, 2)]
+    yard.run()
+    assert [seconds(yard.started[one][0]) for one in members] == [0, 0, 50, 50]
+
+
+def test_a_job_of_a_group_that_is_tried_again_does_not_wait_for_a_new_group() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")))
+    retry = RetryPolicy(max=3, on=(RetryOn.NODE_LOST,))
+    members = group_of(yard, 2, retry=retry)
+    yard.run(10)
+    yard.turn([NodeWentAway(at_ns=yard.now, node_id=NodeId(yard.nodes_of(members[0])[0]))])
+    yard.turn([NodeJoined(at_ns=yard.now, node=gpu_node("c"))])
+    yard.run(30)
+    assert len(yard.started[members[0]]) == 2
+    assert len(yard.started[members[1]]) == 1
+
+
+def test_jobs_of_a_group_that_keep_apart_do_so_from_each_other() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")))
+    apart = Placement(apart=(("role", "db"),))
+    members = group_of(yard, 2, 1, placement=apart, labels=(("role", "db"),))
+    yard.run(1)
+    assert sorted(yard.nodes_of(one)[0] for one in members) == ["a", "b"]
+
+
+@pytest.mark.parametrize("order", ["least-attained", "fifo"])
+def test_patience_holds_under_every_order_also_for_a_group(order: str) -> None:
+    policy = replace(CALM, order=order, patience_ns=100 * SECOND_NS)
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")), policy=policy)
+    for at in range(0, 1000, 5):
+        for _ in range(3):
+            yard.submit(spec(4, max_duration_ns=30 * SECOND_NS), runs_s=29, project="p1", at_s=at)
+    yard.run(20)
+    members = group_of(yard, 2, runs_s=20, max_duration_ns=20 * SECOND_NS)
+    yard.run(300)
+    assert all(one in yard.started for one in members), "the group starves"
+
+
+def test_a_group_is_measured_whole_against_the_empty_fleet_and_its_limit() -> None:
+    yard = Yard(nodes=tuple(gpu_node(f"n{at}") for at in range(4)), queues=(queue_of("p1", limit=(("gpu", 24_000),)),))
+    yard.submit(spec(8, nodes=4), runs_s=1000)  # what runs does not count
+
+    def asked(gpus: int, size: int, project: str = "p0", **more: Any) -> Workload:
+        return Workload(
+            id=WorkloadId(f"wl_{gpus}"), organization_id=OrganizationId("o"), project_id=ProjectId(project),
+            principal_id=PrincipalId("u"), spec=spec(gpus, group=Group(name="g", size=size), **more), submitted_ns=0,
+        )  # fmt: skip
+
+    def code(*workloads: Workload) -> str:
+        reason = why_group_never(yard.world, workloads)
+        return reason.code if reason is not None else ""
+
+    assert code(*[asked(8, 4)] * 4) == ""
+    assert code(*[asked(8, 5)] * 5) == "GroupTooLarge"
+    assert code(*[asked(5, 5)] * 5) == "GroupTooLarge", "eight of 32 GPUs are left, and no machine has five of them"
+    assert code(asked(3, 8), *[asked(5, 8)] * 4, *[asked(3, 8)] * 3) == "", "small ones leave room to large ones"
+    assert code(*[asked(8, 3, "p1")] * 3) == ""
+    assert code(*[asked(8, 4, "p1")] * 4) == "QueueLimit"
+    assert code(*[asked(8, 4)] * 8) == "", "they are two groups, one after the other"
+    assert code(asked(1, 10, kind=Kind.ARRAY, array_size=10)) == ""
+    assert code(asked(8, 10, kind=Kind.ARRAY, array_size=10)) == "GroupTooLarge"
+    spread = Placement(spread=Level.HOST)
+    assert code(*[asked(8, 2, nodes=2, placement=spread)] * 2) == ""
+    assert code(*[asked(5, 3, nodes=2, placement=spread)] * 3) == "GroupTooLarge"
+    apart = {"placement": Placement(apart=(("role", "db"),)), "labels": (("role", "db"),)}
+    assert code(*[asked(1, 4, **apart)] * 4) == ""
+    assert code(*[asked(1, 5, **apart)] * 5) == "GroupTooLarge"
+    yard.turn([NodeMarked(at_ns=yard.now, node_id=NodeId("n0"), marking=Marking.CORDON)])
+    assert code(*[asked(8, 4)] * 4) == "", "a cordon passes"
+
+
+def test_what_a_group_waits_for_is_what_all_of_it_needs() -> None:
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")))
+    yard.submit(spec(4), runs_s=100)
+    alike = group_of(yard, 2)
+    reason = yard.world.reasons[JobId(alike[0])]
+    assert (reason.code, reason.needed, reason.available) == ("NotEnoughFreeGpus", "16 GPUs", "12 GPUs free")
+    other = Yard(nodes=(gpu_node("a"), gpu_node("b")))
+    other.submit(spec(4), runs_s=100)
+    group = Group(name="g", size=2)
+    large, _ = other.submit(spec(8, group=group)), other.submit(spec(6, group=group))
+    assert "1 of the 2 jobs of group g have room now" in other.world.reasons[JobId(large)].sentence
+
+
 def test_without_a_plan_the_group_would_wait_behind_small_work() -> None:
     yard = Yard(nodes=(gpu_node("a"), gpu_node("b")), policy=replace(CALM, backfill=False))
     yard.submit(spec(8, max_duration_ns=100 * SECOND_NS), runs_s=100)
@@ -432,3 +677,46 @@ def test_without_a_plan_the_group_would_wait_behind_small_work() -> None:
         yard.submit(spec(8, max_duration_ns=60 * SECOND_NS), runs_s=60, at_s=at * 20)
     yard.run(1000)
     assert not any(one in yard.started for one in members)
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def why(yard: Yard, job: str) -> Why:
+    found = yard.job(job)
+    workload = yard.stored["Workload", found.workload_id]
+    return explain(yard.world, found, workload, None, now=yard.now, policy=yard.policy)
+
+
+def test_why_and_the_queue_agree_about_the_position_of_a_job_that_is_late() -> None:
+    policy = replace(CALM, ageing_ns=SECOND_NS, patience_ns=100 * SECOND_NS)
+    yard = Yard(nodes=(gpu_node("a"),), policy=policy)
+    yard.submit(spec(8), runs_s=5000, project="p3")
+    old = yard.submit(spec(8), runs_s=5)
+    yard.run(150)
+    first = yard.submit(spec(8, priority=1000), runs_s=5)
+    order = [job for _, job in yard.world.queue.in_order(now=yard.now)]
+    assert order == [old, first]
+    assert [why(yard, job).position for job in order] == [1, 2]
+
+
+def test_where_a_limit_is_in_the_way_those_are_named_who_share_it() -> None:
+    tree = (
+        Queue(id=QueueId("que_d"), name="dept", limit=(("gpu", 8_000),)),
+        queue_of("p0", parent_id="que_d"),
+        queue_of("p1", parent_id="que_d"),
+        queue_of("p2", limit=(("cpu", 4_000),)),
+    )
+    yard = Yard(nodes=tuple(gpu_node(f"n{at}") for at in range(3)), queues=tree)
+    yard.submit(spec(8), runs_s=1000, project="p3")
+    shares = yard.submit(spec(6), runs_s=1000, project="p1")
+    yard.submit(spec(None), runs_s=1000, project="p1")
+    waits = yard.submit(spec(4), runs_s=10)
+    answer = why(yard, waits)
+    assert answer.reasons[0].code == "QueueLimit"
+    assert [(one.job_id, one.amount) for one in answer.holdings] == [(shares, "6 x H100-SXM")]
+    mine = yard.submit(spec(1, resources=Resources(cpu_milli=3_000)), runs_s=1000, project="p2")
+    more = yard.submit(spec(1, resources=Resources(cpu_milli=2_000)), runs_s=1000, project="p2")
+    assert [(one.job_id, one.amount) for one in why(yard, more).holdings] == [(mine, "3 CPU")]
+    grouped = group_of(yard, 2, 4)
+    assert [one.job_id for one in why(yard, grouped[0]).holdings] == [shares]

@@ -12,7 +12,7 @@ from typing import Any
 
 from tidemill.core.turn import turn
 from tidemill.core.world import World
-from tidemill.model.events import Exited, Fact, NodeJoined, QueueSet, Started, Submitted
+from tidemill.model.events import Exited, Fact, NeverLaunched, NodeJoined, QueueSet, Started, Submitted
 from tidemill.model.fleet import Device, Node, NodeState, Site, SiteKind
 from tidemill.model.ids import (
     DeviceId,
@@ -111,6 +111,10 @@ class Yard:
     """Whether displaced work goes on where it was."""
     grace_taken_ns: int = 0
     """How long a worker takes to stop when it is told to."""
+    starting_ns: int = 0
+    """How long a worker takes to start."""
+    loses: int = 0
+    """Every so many commands and reports one does not arrive, or arrives twice; zero: none."""
     done: dict[str, int] = field(default_factory=dict)
     stored: dict[tuple[str, str], Any] = field(default_factory=dict)
     plans: list[tuple[int, Plan]] = field(default_factory=list)
@@ -121,7 +125,7 @@ class Yard:
     def __post_init__(self) -> None:
         self.world = World(sites=self.sites, projects=PROJECTS, rates=RATES, policy=self.policy)
         self._events: list[tuple[int, int, Any]] = []
-        self._number = 0
+        self._number = self._sent = 0
         self.turn(
             [
                 *(NodeJoined(at_ns=self.now, node=node) for node in self.nodes),
@@ -217,9 +221,11 @@ class Yard:
             if entry.type == "Placed":
                 self.started.setdefault(entry.job_id, []).append(self.now)
         for command in plan.commands:
-            if isinstance(command, Launch):
-                self._push(self.now, ("starts", command.launch_id))
-            elif isinstance(command, Stop):
+            if isinstance(command, Launch) and self._is_lost():
+                self._push(self.now + 10 * SECOND_NS, ("is missing", command.launch_id))
+            elif isinstance(command, Launch):
+                self._push(self.now + self.starting_ns, ("starts", command.launch_id))
+            elif isinstance(command, Stop) and not self._is_lost():  # else it is told again
                 self._push(self.now + self.grace_taken_ns, ("stops", command.launch_id))
         self.audit()
         return plan
@@ -227,6 +233,10 @@ class Yard:
     def _push(self, at: int, what: Any) -> None:
         self._number += 1
         heapq.heappush(self._events, (at, self._number, what))
+
+    def _is_lost(self) -> bool:
+        self._sent += 1
+        return bool(self.loses) and self._sent % self.loses == 0
 
     def _next(self) -> int | None:
         instants = [self._events[0][0]] if self._events else []
@@ -239,10 +249,14 @@ class Yard:
         if not isinstance(what, tuple):
             return [what]
         name, launch = what
+        if name == "says again":
+            return [launch]
         held = self.stored["Allocation", launch]
         if held.state is AllocationState.RELEASED:
             return []
         job = self.job(held.job_id)
+        if name == "is missing":
+            return [NeverLaunched(at_ns=self.now, launch_id=launch, fence=held.fence)]
         if name == "starts":
             left = self.durations[job.workload_id] - (self.done.get(job.id, 0) if self.keeps else 0)
             self._push(self.now + max(left, 0), ("ends", launch))
@@ -252,15 +266,16 @@ class Yard:
             self.done[job.id] = self.done.get(job.id, 0) + held.drain_ns - attempt.started_ns
         if name == "ends":
             self.ended[job.id] = self.now
-        return [
-            Exited(
-                at_ns=self.now,
-                launch_id=LaunchId(launch),
-                fence=held.fence,
-                exit_code=0,
-                cause=Cause.NONE if name == "ends" else Cause.PREEMPTED,
-            )
-        ]
+        exited = Exited(
+            at_ns=self.now,
+            launch_id=LaunchId(launch),
+            fence=held.fence,
+            exit_code=0,
+            cause=Cause.NONE if name == "ends" else Cause.PREEMPTED,
+        )
+        if self._is_lost():  # the answer to the report: it is told once more
+            self._push(self.now + 3 * SECOND_NS, ("says again", exited))
+        return [exited]
 
     # -- the auditor ------------------------------------------------------------------------------------------------
 
@@ -286,6 +301,18 @@ class Yard:
                 used[held.node_id, what] = used.get((held.node_id, what), 0) + amount
         for key, amount in used.items():
             assert amount <= capacity[key], f"{key} holds {amount} of {capacity[key]}"
+        self._slices_do_not_overlap()
+
+    def _slices_do_not_overlap(self) -> None:
+        taken: dict[tuple[str, str], int] = {}
+        for held in self.live():
+            row = self.world.fleet.row.get(held.node_id)
+            for share in held.devices if row is not None else ():
+                column = self.world.fleet.column(row, share.device_id)
+                bits = self.world.fleet.slice_bits(row, column, share)
+                before = taken.get((held.node_id, share.device_id), 0)
+                assert not before & bits, f"{share.device_id}: {share.profile} at {share.slice} is given twice"
+                taken[held.node_id, share.device_id] = before | bits
 
     def _gangs_are_whole(self) -> None:
         workers: dict[str, int] = {}

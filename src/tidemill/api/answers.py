@@ -13,6 +13,7 @@ from tidemill.api.shapes import (
     HoldingOut,
     JobOut,
     LedgerLineOut,
+    ModelCostOut,
     NodeOut,
     QueuedOut,
     QueueOut,
@@ -31,6 +32,7 @@ from tidemill.api.shapes import (
 from tidemill.control.questions import Queued
 from tidemill.control.replicating import Account
 from tidemill.core.fairness import QueueShare
+from tidemill.core.unitcosts import ModelCost
 from tidemill.core.world import World
 from tidemill.model.artifact import Artifact
 from tidemill.model.fleet import Node
@@ -522,6 +524,23 @@ def usage_json(totals: Sequence[LedgerTotals], tokens: Sequence[TokenTotals]) ->
         "lines": lines,
         "tokens": [_token_totals_json(named, group) for named, group in sorted(_grouped(tokens).items())],
         "tokens_amount_micro": sum(one.amount_pico for one in tokens) // MICRO_PICO,
+    }
+
+
+def model_cost_json(cost: ModelCost) -> ModelCostOut:
+    """A model's fields."""
+    return {
+        "model": cost.model,
+        "requests": cost.requests,
+        "prompt_tokens": cost.prompt_tokens,
+        "completion_tokens": cost.completion_tokens,
+        "amount_micro": cost.amount_micro,
+        "energy_mj": cost.energy_mj,
+        "energy_evidence": cost.energy_evidence.value,
+        "carbon_mg": cost.carbon_mg,
+        "amount_micro_per_1k_tokens": cost.per_thousand(cost.amount_micro),
+        "energy_mj_per_1k_tokens": cost.per_thousand(cost.energy_mj),
+        "carbon_mg_per_1k_tokens": cost.per_thousand(cost.carbon_mg),
     }
 
 

@@ -8,21 +8,32 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Annotated, Any, Final
 
+import msgspec
 from fastapi import Header, Query
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from tidemill import __version__
-from tidemill.api.answers import event_data, event_json, ledger_json, node_json, token_usage_json, usage_json
+from tidemill.api.answers import (
+    event_data,
+    event_json,
+    ledger_json,
+    model_cost_json,
+    node_json,
+    token_usage_json,
+    usage_json,
+)
 from tidemill.api.bodies import json_answer
 from tidemill.api.follow import PING, PING_S, event_stream, rung, sse
 from tidemill.api.guard import OPEN, Call, Caller, Routes, blocking
 from tidemill.api.jobs import Cursor, Limit, ProjectName
 from tidemill.api.refs import find_job
 from tidemill.api.shapes import (
+    DecisionOut,
     EventOut,
     Health,
     LedgerLineOut,
+    ModelCostsOut,
     NodeOut,
     NothingIn,
     PageOf,
@@ -35,7 +46,9 @@ from tidemill.api.shapes import (
 from tidemill.control.enginework import Stranger
 from tidemill.control.identity import administer
 from tidemill.core.facts import has_left
+from tidemill.core.unitcosts import model_costs
 from tidemill.errors import InvalidRequest
+from tidemill.model.guard import Action
 from tidemill.model.ids import JobId, LaunchId, ProjectId
 from tidemill.model.ledger import TOKEN_GROUPS
 from tidemill.model.tenant import Scope
@@ -246,6 +259,46 @@ async def usage(
         )
 
     return json_answer(await blocking(answer))
+
+
+@routes.get("/v1/usage/models", allow=Scope.READ, answer=ModelCostsOut)
+async def get_model_costs(call: Caller, project: ProjectName = "") -> Response:
+    """Get what a thousand tokens of each model took, in money, energy and carbon: its replicas' lines over them."""
+
+    def answer() -> ModelCostsOut:
+        store = call.plane.store
+        served = [one for each in call.visible_projects(project) for one in store.served(project_id=each)]
+        totals = {one.workload_id: store.ledger_totals(workload_id=one.workload_id) for one in served}
+        return {"items": [model_cost_json(cost) for cost in model_costs(served, totals)]}
+
+    return json_answer(await blocking(answer))
+
+
+@routes.get("/v1/decisions", allow=Scope.READ, answer=PageOf[DecisionOut])
+async def list_decisions(
+    call: Caller,
+    project: ProjectName = "",
+    model: Annotated[str, Query(max_length=300, description="Only of that model.")] = "",
+    rule: Annotated[str, Query(max_length=100, description="Only of that rule.")] = "",
+    action: Annotated[str, Query(max_length=20, description="Only allow, flag, redact or refuse.")] = "",
+    cursor: Cursor = "",
+    limit: Limit = 100,
+) -> Response:
+    """List what guardrails decided about requests to models, newest first. Nothing of the requests' words is kept."""
+    if action and action not in {one.value for one in Action}:
+        mend = f"Actions are {', '.join(one.value for one in Action)}."
+        raise InvalidRequest(f"There is no action {action!r}.", field="action", value=action, mend=mend)
+
+    def page() -> dict[str, Any]:
+        projects = call.visible_projects(project)
+        if not projects:
+            return {"items": [], "next_cursor": ""}
+        found = call.plane.store.decisions(
+            project_ids=projects, model=model, rule=rule, action=action, cursor=cursor, limit=limit
+        )
+        return {"items": [msgspec.to_builtins(one) for one in found.items], "next_cursor": found.next_cursor}
+
+    return json_answer(await blocking(page))
 
 
 @routes.get("/v1/ledger/tokens", allow=Scope.READ, answer=PageOf[TokenUsageOut])

@@ -11,8 +11,9 @@ from starlette.responses import Response
 from tidemill.api.bodies import body_of, json_answer
 from tidemill.api.follow import rung
 from tidemill.api.guard import Call, Caller, Routes, blocking, unless_gone
-from tidemill.api.shapes import EnteredOut, FeedOut, LoadIn, ModelLoadIn, RequestUsagesIn
+from tidemill.api.shapes import EnteredOut, FeedOut, LoadIn, ModelLoadIn, RequestUsagesIn, RulingsIn
 from tidemill.control.loads import FeltCounts, Load, ModelLoad, ReplicaLoad
+from tidemill.model.guard import Decision
 from tidemill.model.ids import JobId, ProjectId, TokenId, WorkloadId
 from tidemill.model.ledger import TokenPrice, TokenUsage
 from tidemill.model.tenant import Scope
@@ -57,6 +58,29 @@ async def enter_usage(call: Caller) -> Response:
         for one in given.usages
     ]
     return json_answer({"entered": await blocking(call.plane.serving.enter, usages)})
+
+
+@routes.post("/v1/gateway/rulings", allow=Scope.GATEWAY, body=RulingsIn, answer=EnteredOut)
+async def note_rulings(call: Caller) -> Response:
+    """Note what guardrails decided. Harmless to repeat: each decision is noted once."""
+    given = await body_of(call.request, RulingsIn)
+    decisions = [
+        Decision(
+            id=one.id,
+            at_ns=one.at_ns,
+            request_id=one.request,
+            project_id=ProjectId(one.project),
+            token_id=TokenId(one.token),
+            model=one.model,
+            rule=one.rule,
+            kind=one.kind,
+            stage=one.stage,
+            action=one.action,
+            found=dict(one.found),
+        )
+        for one in given.rulings
+    ]
+    return json_answer({"entered": await blocking(call.plane.serving.note_decisions, decisions)})
 
 
 @routes.post("/v1/gateway/load", allow=Scope.GATEWAY, body=LoadIn, status=204)

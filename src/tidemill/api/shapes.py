@@ -699,6 +699,44 @@ class UsageOut(TypedDict):
     tokens_amount_micro: int
 
 
+class ModelCostOut(TypedDict):
+    """What the replicas of a model took for the tokens that they answered with, idle time among it."""
+
+    model: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    amount_micro: int
+    energy_mj: int
+    energy_evidence: str
+    carbon_mg: int
+    amount_micro_per_1k_tokens: int
+    energy_mj_per_1k_tokens: int
+    carbon_mg_per_1k_tokens: int
+
+
+class ModelCostsOut(TypedDict):
+    """Models, in order."""
+
+    items: list[ModelCostOut]
+
+
+class DecisionOut(TypedDict):
+    """What a guardrail decided about a request; ``found`` counts what it found, by label."""
+
+    id: str
+    at_ns: int
+    request_id: str
+    project_id: str
+    token_id: str
+    model: str
+    rule: str
+    kind: str
+    stage: str
+    action: str
+    found: dict[str, int]
+
+
 class LedgerLineOut(TypedDict):
     """One priced interval of use; without a launch, of idle time or of ``others``: work that is not this cloud's."""
 
@@ -995,6 +1033,28 @@ class RequestUsageIn(Body):
         list[Annotated[int, Field(ge=0, le=MAX_PRICE_MICRO)]],
         Field(min_length=2, max_length=2, description="Micro-USD for a million tokens, in and out."),
     ] = [0, 0]
+
+
+class RulingIn(Body):
+    """What a guardrail decided about one request, as the gateway tells."""
+
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{1,32}-[0-9a-f]{1,16}$")]
+    at_ns: Annotated[int, Field(ge=0, lt=2**63)]
+    request: _Name
+    project: _Name
+    token: _Name
+    model: _Name
+    rule: _Name
+    kind: _Name
+    stage: _Name
+    action: _Name
+    found: dict[_Name, Annotated[int, Field(ge=0, lt=2**53)]]
+
+
+class RulingsIn(Body):
+    """What guardrails decided."""
+
+    rulings: list[RulingIn] = Field(max_length=10_000)
 
 
 class RequestUsagesIn(Body):

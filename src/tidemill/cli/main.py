@@ -39,6 +39,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "why": ("jobs", "Why a job is where it is"),
         "logs": ("jobs", "A job's output"),
         "receipt": ("jobs", "What a job used and cost"),
+        "usage": ("usage", "Tokens of models, and what a thousand took"),
+        "guards": ("usage", "What guardrails decided about requests"),
         "queue": ("scheduling", "Waiting jobs, in their order"),
         "top": ("top", "Live view of machines and jobs"),
         "nodes": ("cloud", "The machines"),

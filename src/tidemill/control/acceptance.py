@@ -10,7 +10,13 @@ from tidemill.control.blobs import BlobStore
 from tidemill.control.datasets import DataSets
 from tidemill.control.launching import find_input
 from tidemill.control.renting import Renting
-from tidemill.control.steering import check_dependency, check_group, check_reservation, limits_told
+from tidemill.control.steering import (
+    check_dependency,
+    check_group,
+    check_reservation,
+    limits_told,
+    why_group_never,
+)
 from tidemill.control.turns import TurnLoop
 from tidemill.core.admission import why_refused
 from tidemill.core.routing import loop_through
@@ -65,21 +71,35 @@ class Acceptance:
                 )
         if spec.service is not None and spec.service.fallback:
             self.check_fallback(spec.service, spec.service.model or spec.name)
-        asked = Workload(
-            id=WorkloadId(""),
-            organization_id=project.organization_id,
-            project_id=project.id,
-            principal_id=PrincipalId(""),
-            spec=spec,
-            submitted_ns=now,
-        )
-        never = why_refused(self._turns.world, asked)
+        never = why_refused(self._turns.world, _asked(spec, project, now=now))
         renting = self._renting()
         if never is not None and not (renting is not None and renting.may_serve(spec)):
             raise Infeasible(
                 never.sentence, field=never.subject, value=never.needed, mend=mend_for(never), reason=never.code
             )
         return spec
+
+    def check_groups(self, specs: Sequence[WorkloadSpec], project: Project, *, now: int) -> None:
+        """Raises: Infeasible when a group of which some are submitted together could never start; InvalidSpec when
+        they do not agree about its size."""
+        sizes: dict[str, int] = {}
+        for spec in specs:
+            if spec.group is not None and sizes.setdefault(spec.group.name, spec.group.size) != spec.group.size:
+                raise InvalidSpec(
+                    f"Another says that group {spec.group.name} has {sizes[spec.group.name]} jobs.",
+                    field="group.size",
+                    value=spec.group.size,
+                    mend=f"Write {sizes[spec.group.name]}, or name another group.",
+                )
+        renting = self._renting()
+        if not sizes or (renting is not None and all(renting.may_serve(spec) for spec in specs if spec.group)):
+            return
+        asked = [_asked(spec, project, now=now) for spec in specs]
+        never = self._turns.look(lambda world: why_group_never(world, asked))
+        if never is not None:
+            raise Infeasible(
+                never.sentence, field=never.subject, value=never.needed, mend=mend_for(never), reason=never.code
+            )
 
     def must_look(self, project: Project, specs: Sequence[WorkloadSpec]) -> bool:
         """Whether submitting these waits for the store or for a turn, so that it is not for an event loop."""
@@ -176,6 +196,18 @@ class Acceptance:
             )
         check_dependency(dependency, workload, self._store.jobs_of(workload.id))
         return workload.id
+
+
+def _asked(spec: WorkloadSpec, project: Project, *, now: int) -> Workload:
+    """A workload as it would be submitted, to be looked at only."""
+    return Workload(
+        id=WorkloadId(""),
+        organization_id=project.organization_id,
+        project_id=project.id,
+        principal_id=PrincipalId(""),
+        spec=spec,
+        submitted_ns=now,
+    )
 
 
 def _within(spec: WorkloadSpec, project: Project) -> WorkloadSpec:

@@ -6,23 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tidemill.control.siteoptions import site_options
-from tidemill.core.admission import described, why_not_now, why_refused
+from tidemill.core.admission import described, why_never_together, why_not_now, why_refused
 from tidemill.core.choosing import candidates, in_order, weights_of
 from tidemill.core.copying import copying_anywhere, copying_onto
+from tidemill.core.fairness import covers
 from tidemill.core.feasible import is_within, model_matches
 from tidemill.core.place import fits
+from tidemill.core.preempt import amounts_together
+from tidemill.core.queueing import Line
 from tidemill.core.rating import amount_micro, carbon_over, electricity_micro
 from tidemill.core.reserve import meets_windows, nodes_open_to, why_not_open
-from tidemill.core.waiting import not_yet
+from tidemill.core.scheduling import members_of
+from tidemill.core.waiting import group_of, not_yet
 from tidemill.core.world import World, line_of
 from tidemill.model.fleet import Node, Site
-from tidemill.model.ids import SiteId
+from tidemill.model.ids import SiteId, job_id
 from tidemill.model.job import Allocation, Job, JobState, Workload
 from tidemill.model.ledger import CPU_METER, Evidence, LedgerTotals, RateCard
 from tidemill.model.plan import Forecast, Holding, Plan, Quote, Reason, ResolvableBy, SiteOption
 from tidemill.model.policy import Policy
+from tidemill.model.queue import GPU, MEMORY
 from tidemill.model.spec import WorkloadSpec
-from tidemill.units import HOUR_NS, MILLI, SECOND_NS
+from tidemill.units import HOUR_NS, MILLI, SECOND_NS, format_size
 
 ASSUMED_DURATION_NS = HOUR_NS
 """What a quote is for when the spec sets no ``max_duration``."""
@@ -106,7 +111,7 @@ def explain(world: World, job: Job, workload: Workload, stored: Reason | None, *
     if live.state is not JobState.QUEUED or live.id not in world.jobs:
         return replace(_why(live, _state_sentence(live), 0, ()), site=_sites_of(world, live, workload))
     reasons = _reasons(world, live, workload, stored, now=now, policy=policy)
-    position = world.queue.ahead_of(live) + 1 if world.is_waiting(live.id) else 0
+    position = world.queue.ahead_of(live, now=now) + 1 if world.is_waiting(live.id) else 0
     answer = _why(live, reasons[0].sentence, position, tuple(reasons), holdings_for(world, live))
     lasts = duration_of(workload.spec)
     return replace(answer, sites=site_options(world, world.line_of(live), now=now, policy=policy, lasts_ns=lasts))
@@ -141,14 +146,14 @@ def _reasons(
     world: World, job: Job, workload: Workload, stored: Reason | None, *, now: int, policy: Policy
 ) -> list[Reason]:
     """Each constraint that is not met, the most decisive first."""
-    if (never := why_refused(world, workload)) is not None:
+    if (never := why_refused(world, workload) or _why_group_refused(world, job)) is not None:
         return [never]
+    if job.id in world.promises:
+        return [world.reasons[job.id]] if job.id in world.reasons else [_next_turn()]
     if job.id in world.parked:
         return [world.parked[job.id]]
     if job.id in world.delayed:
         return [_not_yet(job, workload)]
-    if job.id in world.promises:
-        return [world.reasons[job.id]] if job.id in world.reasons else []
     line = world.line_of(job)
     reasons = [
         reason
@@ -171,18 +176,26 @@ def _reasons(
     return reasons or [_next_turn()]
 
 
+def _why_group_refused(world: World, job: Job) -> Reason | None:
+    """Why a job's group, as far as it is submitted, can never start; machines may have gone since it was let in."""
+    group = [world.workloads[world.jobs[one].workload_id] for one in group_of(world, job)]
+    return why_never_together(world, group) if len(group) > 1 else None
+
+
 def holdings_for(world: World, job: Job, limit: int = 10) -> tuple[Holding, ...]:
-    """Who holds most of what the job asks for, largest first."""
-    wanted = world.line_of(job).gang.choices
-    models = {
-        model
-        for shape in wanted
-        if shape.resources.gpus is not None
-        for model in world.fleet.models
-        if not shape.resources.gpus.model or model_matches(model, shape.resources.gpus.model)
-    }
+    """Who holds most of what the job asks for, largest first; where a limit is in its way, of those whom it is for."""
+    members = members_of(world, job)
+    lines = [member.line for member in members]
+    shared = world.quota.who_shares_limit(job.project_id, amounts_together(world, lines), len(members))
+    projects, resource = shared if shared is not None else (None, GPU)
+    models = _models_asked_for(world, lines)
+    if shared is not None:
+        models = {model for model in world.fleet.models if not resource or covers(resource, model)}
     found: list[tuple[int, Holding]] = []
     for attempt in world.attempts.values():
+        holder = world.jobs[attempt.job_id]
+        if projects is not None and holder.project_id not in projects:
+            continue
         workers = world.workers_of(attempt)
         gpus: dict[str, int] = {}
         for held in workers:
@@ -190,24 +203,35 @@ def holdings_for(world: World, job: Job, limit: int = 10) -> tuple[Holding, ...]
                 model = world.fleet.model_of(held.node_id, share.device_id)
                 if model in models:
                     gpus[model] = gpus.get(model, 0) + share.milli
-        cpu = sum(held.cpu_milli for held in workers)
-        if models and not gpus:
+        if resource and models and not gpus:
             continue
-        holder = world.jobs[attempt.job_id]
         workload = world.workloads[holder.workload_id]
         project = world.projects.get(holder.project_id)
         limit_ns = workload.spec.max_duration_ns
+        cpu, memory = sum(held.cpu_milli for held in workers), sum(held.memory_bytes for held in workers)
         amount = ", ".join(f"{milli / MILLI:g} x {model}" for model, milli in gpus.items()) or f"{cpu / MILLI:g} CPU"
         holding = Holding(
             job_id=holder.id,
             name=workload.spec.name,
             project=project.name if project is not None else holder.project_id,
-            amount=amount,
+            amount=format_size(memory) if resource == MEMORY else amount,
             ends_ns=attempt.started_ns + limit_ns if attempt.started_ns and limit_ns else 0,
         )
-        found.append((sum(gpus.values()) if models else cpu, holding))
+        found.append((memory if resource == MEMORY else sum(gpus.values()) if models else cpu, holding))
     found.sort(key=lambda pair: (-pair[0], pair[1].job_id))
     return tuple(holding for _, holding in found[:limit])
+
+
+def _models_asked_for(world: World, lines: Sequence[Line]) -> set[str]:
+    """The device models that would do; none for work without GPUs."""
+    requests = [shape.resources.gpus for line in lines for shape in line.gang.choices]
+    return {
+        model
+        for request in requests
+        if request is not None
+        for model in world.fleet.models
+        if not request.model or model_matches(model, request.model)
+    }
 
 
 def _next_turn() -> Reason:
@@ -277,7 +301,8 @@ def quote_of(plan: Plan, world: World, workload: Workload, *, now: int) -> Quote
     """The quote for a workload whose submission gave ``plan`` in a turn that is not kept."""
     spec = workload.spec
     duration = duration_of(spec)
-    never = why_refused(world, workload)
+    first = world.jobs.get(job_id(workload.id, 0))
+    never = why_refused(world, workload) or (_why_group_refused(world, first) if first is not None else None)
     if never is not None:
         return _priced(world, spec, (), duration, feasible=False, starts_now=False, reasons=(never,), now=now)
     stem = f"job_{workload.id.partition('_')[2]}-"
@@ -416,6 +441,7 @@ def _suggestions(reasons: tuple[Reason, ...]) -> tuple[str, ...]:
         "NoNodeWithMemory": "Ask for less memory a worker.",
         "NoNodeWithDisk": "Ask for less disk a worker.",
         "GangTooLarge": "Ask for fewer workers (nodes), or for less for each.",
+        "GroupTooLarge": "Let fewer jobs start together (group.size), or ask for less for each.",
         "NoSiteLargeEnough": "Ask for fewer workers, or write placement: {across_sites: true}.",
         "NoSiteAllowed": "Widen placement.sites, countries or kinds; see tidemill site list.",
         "QueueLimit": "Ask for less, or have the queue's limit raised: tidemill share set.",

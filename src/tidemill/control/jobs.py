@@ -125,6 +125,7 @@ class Jobs:
             raise Unavailable("The cloud is going down, and takes no work.", mend="Submit it once it is up again.")
         now = self._clock()
         specs = [self._acceptance.check(spec, project, now=now) for spec in specs]
+        self._acceptance.check_groups(specs, project, now=now)
         self._acceptance.check_room(project, sum(spec.job_count for spec in specs))
         entropy = self._entropy(5 * len(specs))
         ids = [

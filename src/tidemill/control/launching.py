@@ -12,7 +12,7 @@ from tidemill.errors import InvalidSpec, NotFound
 from tidemill.model.artifact import Artifact
 from tidemill.model.fleet import Node
 from tidemill.model.ids import LaunchId, NodeId, ProjectId
-from tidemill.model.job import Allocation, Cause, DeviceShare
+from tidemill.model.job import Allocation, Attempt, Cause, DeviceShare
 from tidemill.model.plan import GangPlace, LaunchSpec
 from tidemill.model.spec import Port
 from tidemill.model.storage import DataMount
@@ -35,11 +35,7 @@ def build_launch(
     job = world.jobs[held.job_id]
     workload = world.workloads[job.workload_id]
     spec = workload.spec
-    gang = [held]
-    if attempt.workers > 1:
-        gang = [worker for worker in store.allocations(job.id) if worker.attempt_id == attempt.id]
-        gang = [worker for worker in gang if worker.cause is not Cause.RESIZED]
-    gang.sort(key=lambda worker: worker.rank)
+    gang = [held] if attempt.workers == 1 else _gang(world, store, attempt, is_elastic=spec.is_elastic)
     nodes = [world.nodes[worker.node_id] for worker in gang]
     runner_token, job_token = directory.launch_tokens(
         launch_id,
@@ -81,6 +77,16 @@ def build_launch(
         volumes=spec.volumes,
         lease_ns=world.sites[world.nodes[held.node_id].site_id].lease_ns if is_leased(held.node_id) else 0,
     )
+
+
+def _gang(world: World, store: Store, attempt: Attempt, *, is_elastic: bool) -> list[Allocation]:
+    """The workers of an attempt by rank, those that have ended too; the store is asked when some have."""
+    live = [world.allocations.get(one) for one in world.workers.get(attempt.id, ())]
+    gang = [worker for worker in live if worker is not None]
+    if is_elastic or len(gang) != attempt.workers:
+        gang = [worker for worker in store.allocations(attempt.job_id) if worker.attempt_id == attempt.id]
+        gang = [worker for worker in gang if worker.cause is not Cause.RESIZED]
+    return sorted(gang, key=lambda worker: worker.rank)
 
 
 def _here(mount: DataMount, node: Node) -> DataMount:

@@ -152,6 +152,7 @@ class ControlPlane:
             world=lambda: self.world,
             projects=self.projects,
             scaler=Scaler(world=lambda: self.world, tell=self._turns.put, clock=clock, habits=store),
+            guards=settings.guards,
             home=site.id,
         )
         self.renting: Renting | None = None

@@ -14,7 +14,8 @@ from tidemill.control.replicating import Scaler, endpoints
 from tidemill.core.routing import fallbacks
 from tidemill.core.world import World
 from tidemill.model.fleet import link_between
-from tidemill.model.ids import JobId, SiteId
+from tidemill.model.guard import Decision, GuardRule
+from tidemill.model.ids import JobId, ProjectId, SiteId
 from tidemill.model.job import Allocation
 from tidemill.model.ledger import TokenUsage
 from tidemill.model.limits import Limit, Priority
@@ -35,13 +36,15 @@ class Serving:
         projects: Projects,
         scaler: Scaler,
         home: SiteId,
+        guards: Sequence[GuardRule] = (),
     ) -> None:
-        """``home`` is the site that the gateways are at."""
+        """``home`` is the site that the gateways are at; ``guards`` are the settings' rules, for what they name."""
         self._store = store
         self._directory = directory
         self._world = world
         self._projects = projects
         self.scaler = scaler
+        self._rules = tuple(guards)
         self._home = home
 
     @property
@@ -70,6 +73,7 @@ class Serving:
                     "health": service.readiness_path,
                     "concurrency": service.concurrency,
                     "wait_ms": _ms(service.wait_ns),
+                    "guards": self._guards(service.guards, workload.project_id, service.model or workload.spec.name),
                     "price": [service.price_input_micro, service.price_output_micro],
                     "is_salted": service.is_salted,
                     "replicas": [],
@@ -127,6 +131,28 @@ class Serving:
         """
         known = self._projects.by_id
         return len(self._store.put_token_usages([usage for usage in usages if usage.project_id in known]))
+
+    def note_decisions(self, decisions: Sequence[Decision]) -> int:
+        """How many decisions of guardrails are in the books now that were not before; it is the same when repeated."""
+        known = self._projects.by_id
+        return self._store.put_decisions([one for one in decisions if one.project_id in known])
+
+    def _guards(self, own: Sequence[GuardRule], project_id: ProjectId, model: str) -> list[dict[str, Any]]:
+        """The rules for a model: those of the settings first, then its service's own; each with a name of its own."""
+        project = self._projects.by_id.get(project_id)
+        names = {project_id, project.name} if project is not None else {project_id}
+        general = [one for one in self._rules if any(one.concerns(project=name, model=model) for name in names)]
+        taken = {rule.name for rule in general}
+        return [
+            {
+                "name": f"{rule.name}.service" if place >= len(general) and rule.name in taken else rule.name,
+                "kind": rule.kind,
+                "action": rule.action.value,
+                "on": [one.value for one in rule.on],
+                "options": dict(rule.options),
+            }
+            for place, rule in enumerate([*general, *own])
+        ]
 
 
 def amounts(limits: Sequence[Limit]) -> dict[str, int]:

@@ -13,6 +13,8 @@ import yaml
 
 from tidemill.control.cloudsettings import cloud_settings
 from tidemill.errors import InvalidSetting
+from tidemill.guards.reading import rules_of
+from tidemill.model.guard import GuardRule
 from tidemill.model.policy import Policy
 from tidemill.units import parse_duration, parse_size
 
@@ -36,6 +38,8 @@ class Settings:
     ``data_cache`` is how much copies of data sets may take on this machine; zero: as much as the disk has.
 
     ``tls_cert`` and ``tls_key`` are PEM files with the certificate that the API shows to other machines, and its key.
+
+    ``guards`` are guardrails for requests to models, as ``guards.reading`` reads them.
 
     ``traces`` is a collector of traces that speaks OTLP over HTTP; ``trace_ratio`` is the share of requests that are
     traced where their caller does not say.
@@ -73,6 +77,7 @@ class Settings:
     shared: str = ""
     tls_cert: str = ""
     tls_key: str = ""
+    guards: tuple[GuardRule, ...] = ()
     traces: str = ""
     trace_ratio: float = 1.0
     ray_port: int = 6379
@@ -294,6 +299,8 @@ def _checked(name: str, value: Any, default: object) -> Any:
                 if value and not Path(str(value)).is_absolute():
                     raise ValueError("a folder that machines share has the same whole path on each")
                 return str(value)
+            case "guards":
+                return rules_of(value, is_general=True)
             case "traces":
                 if value and not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", str(value)):
                     raise ValueError("it is the address of a collector, such as http://collector:4318")

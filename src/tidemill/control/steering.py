@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from tidemill.core.admission import why_never_together
 from tidemill.core.feasible import model_matches
 from tidemill.core.quota import why_not_tree
 from tidemill.core.world import World
@@ -310,6 +311,47 @@ def check_group(group: Group, project: Project, workloads: Iterable[Workload]) -
                 value=group.size,
                 mend=f"Write {other.size}, or name another group.",
             )
+
+
+def why_group_never(world: World, asked: Sequence[Workload]) -> Reason | None:
+    """Why a group can never start, as far as its jobs are known, if these workloads are submitted one after the other;
+    None when it may, or when they are of no group."""
+    before: dict[str, list[Workload]] = {}
+    for workload in asked:
+        group = workload.spec.group
+        if group is None:
+            continue
+        if group.name not in before:
+            before[group.name] = waiting_of_group(world, workload.project_id, group.name)
+        members = before[group.name]
+        for _ in range(workload.spec.job_count):
+            members.append(workload)
+            if len(members) == group.size and (reason := why_never_together(world, members)) is not None:
+                return reason
+            if len(members) == group.size:
+                members.clear()
+        if members and (reason := why_never_together(world, members)) is not None:
+            return reason
+    return None
+
+
+def waiting_of_group(world: World, project: ProjectId, name: str) -> list[Workload]:
+    """The workload of each job of a group that has not started, as far as they begin one that is not complete."""
+    jobs = [
+        job
+        for job in world.jobs.values()
+        if job.project_id == project
+        and job.state is JobState.QUEUED
+        and not job.attempts
+        and (group := world.workloads[job.workload_id].spec.group) is not None
+        and group.name == name
+    ]
+    if not jobs:
+        return []
+    jobs.sort(key=lambda job: (job.submitted_ns, job.id))
+    found = [world.workloads[job.workload_id] for job in jobs]
+    size = found[0].spec.group.size if found[0].spec.group is not None else 1
+    return found[len(found) // size * size :]
 
 
 def check_dependency(dependency: Dependency, workload: Workload, jobs: Sequence[Job]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from tidemill.core.feasible import Fitting, Shape, fitting, is_within, places_for_slices, tolerates, workers_that_fit
 from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.place import Gang, fits, gang_of, stays_in_site
+from tidemill.core.preempt import amounts_together
+from tidemill.core.together import Member, Missing, as_one, missing_ever
 from tidemill.core.world import World
 from tidemill.model.fleet import Level, Site
-from tidemill.model.ids import SiteId
+from tidemill.model.ids import JobId, SiteId
 from tidemill.model.job import Workload
 from tidemill.model.plan import Reason, ResolvableBy
 from tidemill.model.resources import GpuRequest
@@ -36,6 +38,35 @@ def why_refused(world: World, workload: Workload) -> Reason | None:
         return None
     amounts = world.amounts_of(line)
     return world.quota.over_limit(workload.project_id, amounts, 1, ever=True)
+
+
+def why_never_together(world: World, workloads: Sequence[Workload]) -> Reason | None:
+    """Why jobs of a group, one of each of these workloads, can never start together; None when they can."""
+    lines = [world.line_of_workload(workload) for workload in workloads]
+    members = [
+        Member(job_id=JobId(str(at)), line=line, labels=workload.spec.labels)
+        for at, (line, workload) in enumerate(zip(lines, workloads, strict=True))
+    ]
+    missing = missing_ever(world.fleet, members, score=world.score)
+    if missing is not None:
+        return _group_too_large(world.fleet, members, missing)
+    project = workloads[0].project_id
+    if not world.quota.is_limited(project):
+        return None
+    return world.quota.over_limit(project, amounts_together(world, lines), len(lines), ever=True)
+
+
+def _group_too_large(fleet: FleetArrays, members: Sequence[Member], missing: Missing) -> Reason:
+    gang, name = as_one(fleet, members), members[0].line.group
+    if gang is not None:
+        inner = _narrowest(fleet, gang)
+        sentence = f"The {len(members)} jobs of group {name} start together. {inner.sentence}"
+        return _never("GroupTooLarge", "group", inner.needed, inner.available, sentence)
+    sentence = (
+        f"The {len(members)} jobs of group {name} start together, and the whole fleet, empty, has room for "
+        f"{missing.placed} of them at once."
+    )
+    return _never("GroupTooLarge", "group", f"{len(members)} jobs", f"room for {missing.placed}", sentence)
 
 
 def why_never_gang(fleet: FleetArrays, gang: Gang) -> Reason | None:

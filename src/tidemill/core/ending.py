@@ -154,7 +154,7 @@ def shed(world: World, worker: Allocation, out: Outcome, *, by: str) -> None:
 def finish_if_gone(world: World, held: Allocation, out: Outcome) -> None:
     """When no worker of the attempt is left: end the attempt, and with it the job, or queue the job again."""
     job, attempt = world.jobs[held.job_id], world.attempts[held.job_id]
-    if world.workers_of(attempt):
+    if world.has_workers(job):
         return
     if attempt.state is not AttemptState.ENDING:
         attempt = world.update(
@@ -168,6 +168,7 @@ def finish_if_gone(world: World, held: Allocation, out: Outcome) -> None:
     world.update(world.attempts, job.id, attempt, state=apply(ATTEMPT, attempt.state, "ended"), ended_ns=out.now)
     world.drop(world.attempts, job.id)
     world.drop(world.workers, attempt.id)
+    world.drop(world.unstarted, attempt.id)
     world.drop(world.growable, job.id)
     spec = world.workloads[job.workload_id].spec
     if attempt.started_ns:

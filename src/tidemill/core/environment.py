@@ -7,12 +7,23 @@ added by the runner, which alone knows the machine.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from tidemill.model.fleet import Node
 from tidemill.model.ids import job_id, job_number
 from tidemill.model.job import Allocation, Attempt, Job, Workload
 from tidemill.model.spec import Kind
 from tidemill.units import MILLI
+
+_LONGEST: Final = 96 << 10
+"""No variable is longer; Linux starts no program with one of 128 KiB."""
+_LISTS: Final = (
+    "TIDEMILL_NODES",
+    "SLURM_JOB_NODELIST",
+    "SKYPILOT_NODE_IPS",
+    "SKYPILOT_SETUP_NODE_IPS",
+    "DSTACK_NODES_IPS",
+)
 
 
 def worker_environment(
@@ -21,7 +32,8 @@ def worker_environment(
     """Names and values for one worker; ``nodes`` are those of all workers, in the order of their ranks, which in an
     elastic gang have gaps.
 
-    What the user sets in ``envs`` comes last and wins.
+    What the user sets in ``envs`` comes last and wins. Lists of addresses that are too long for a variable, of some
+    thousand machines, are left out; the first is ``MASTER_ADDR``.
     """
     spec = workload.spec
     size, rank = str(attempt.workers), str(worker.rank)
@@ -98,6 +110,8 @@ def worker_environment(
         "TIDEMILL_API_URL": api_url,
         "TIDEMILL_API_URLS": api_url,
     }
+    if sum(map(len, addresses)) + len(addresses) > _LONGEST:
+        variables = {name: value for name, value in variables.items() if name not in _LISTS}
     if worker.devices:
         variables |= {"SLURM_GPUS_PER_NODE": gpus, "SLURM_JOB_GPUS": ",".join(map(str, range(len(worker.devices))))}
     if worker.memory_bytes:

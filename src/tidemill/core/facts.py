@@ -164,13 +164,14 @@ def _started(fact: Started, world: World, out: Outcome) -> None:
     out.note("WorkerStarted", job, rank=held.rank, attempt=attempt.number, node=held.node_id)
     if attempt.state is AttemptState.RUNNING:  # it joined an elastic gang
         world.mark_row(held.id, "since", attempt.started_ns)
-    pending = (AllocationState.RESERVED, AllocationState.PREPARING)
-    if attempt.state is AttemptState.STARTING and not any(w.state in pending for w in world.workers_of(attempt)):
+    if attempt.state is AttemptState.STARTING and world.all_started(attempt):
         world.update(
             world.attempts, job.id, attempt, state=apply(ATTEMPT, attempt.state, "started"), started_ns=out.now
         )
         for worker in world.workers_of(attempt):
             world.mark_row(worker.id, "since", out.now)
+        if world.eyeing:  # somebody may be about to displace it as soon as that is allowed
+            world.set_timer(out.now + out.policy.min_run_ns, "displace", "")
         if may(JOB, job.state, "started"):
             world.update(
                 world.jobs,
@@ -355,8 +356,8 @@ def _node_went_away(fact: NodeWentAway, world: World, out: Outcome) -> None:
         held = world.allocations[launch]
         _lose(world, held.id, held.fence, Cause.NODE_LOST, fact.detail or "the machine went away", out)
     for promise in [p for p in world.promises.values() if any(place.node_id == node.id for place in p.placed.places)]:
-        waiting.break_promise(world, promise.job_id)
-        world.queue_up(world.jobs[promise.job_id])
+        if promise.job_id in world.promises:  # it may have gone with that of another of its group
+            waiting.withdraw(world, promise.job_id)
     for name in ("cpu", *(device.id for device in node.devices)):
         out.cut(world, node.id, [name])
         world.drop(world.meters, (node.id, name))

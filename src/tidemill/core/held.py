@@ -130,6 +130,10 @@ class HeldArrays:
 
         return put_back
 
+    def has(self, job: JobId) -> bool:
+        """Whether a worker of the job has a row."""
+        return job in self._gang_of
+
     def mark(self, launch: LaunchId, column: str, value: int) -> Callable[[], object] | None:
         """Set one value of a worker's row; returns how to take it back."""
         slot = self.slot.get(launch)

@@ -71,14 +71,14 @@ class Gang:
         return self.choices, self.workers, self.smallest, self.within, self.prefer, self.spread, self.across
 
     def part(self, choice: int, workers: int) -> Gang:
-        """Up to so many workers of one of the choices, content with one."""
+        """Up to so many workers of one of the choices, content with one; where they may be is for a mask to say."""
         return Gang(
             choices=(self.choices[choice],),
             workers=workers,
             smallest=1,
             within=None,
-            prefer=self.prefer or self.within,
-            spread=None,
+            prefer=self.prefer,
+            spread=self.spread,
             across=self.across,
         )
 
@@ -164,11 +164,13 @@ def place_gang(
     free: Free | None = None,
     take: bool = True,
     sites: Callable[[Shape], Masks] | None = None,
+    all_ready: bool = False,
 ) -> Placed | None:
     """A place for each worker, by rank; None, and nothing taken, when not even the smallest gang fits.
 
     The first choice that fits is used, with as many workers as fit. With ``free``, or without ``take``, nothing is
-    taken. ``sites`` says for each choice which nodes are tried one after the other; None: all nodes at once.
+    taken. ``sites`` says for each choice which nodes are tried one after the other; None: all nodes at once. With
+    ``free`` and ``all_ready``, as if every node were ready.
     """
     for number, shape in enumerate(gang.choices):
         places: list[Place] = []
@@ -181,7 +183,7 @@ def place_gang(
             ):
                 places = _place_one(fleet, shape, score, within)
             else:
-                places = _place_many(fleet, gang, shape, score, within, free)
+                places = _place_many(fleet, gang, shape, score, within, free, all_ready=all_ready)
             if places:
                 break
         if not places:
@@ -433,6 +435,24 @@ def stays_in_site(fleet: FleetArrays, gang: Gang) -> bool:
     return len(fleet.site_ids) > 1 and not gang.across and gang.workers > 1
 
 
+def open_beside(fleet: FleetArrays, gang: Gang, rows: Sequence[int]) -> NDArray[np.bool_] | None:
+    """The nodes that more workers of a gang may be put on, some of which are on ``rows``; None when that is all.
+
+    A gang that is to be within one NVLink island gets no more.
+    """
+    mask = np.ones(len(fleet.nodes), np.bool_)
+    if gang.within is Level.NVLINK:
+        mask[:] = False
+    level = gang.within or (Level.SITE if stays_in_site(fleet, gang) else None)
+    if level is not None:
+        domains = fleet.domains(_known(level))
+        mask &= np.isin(domains, domains[list(rows)])
+    if gang.spread is not None:
+        domains = fleet.domains(gang.spread)
+        mask &= ~np.isin(domains, domains[list(rows)])
+    return None if mask.all() else mask
+
+
 def _known(level: Level) -> Level:
     """The level at which nodes are told apart; an NVLink island is looked for inside its host."""
     return Level.HOST if level is Level.NVLINK else level
@@ -481,8 +501,10 @@ def _place_many(
     score: Score,
     mask: NDArray[np.bool_] | None,
     free: Free | None,
+    *,
+    all_ready: bool = False,
 ) -> list[Place]:
-    room = _room(fleet, gang, shape, free, mask)
+    room = _room(fleet, gang, shape, free, mask, all_ready=all_ready)
     rows = _one_node(fleet, gang, shape, score, room) if free is None else None
     if rows is None:
         rows = _domain_rows(fleet, gang, room)

@@ -216,6 +216,15 @@ class WaitingLines:
         """Whether there is a job whose patience ends by now and that was not found late before."""
         return bool(self.patience_ns and self._ageing and self._ageing[0][0] + self.patience_ns <= now)
 
+    def is_in_line(self, job: JobId) -> bool:
+        """Whether a job is in a line, and was not taken out."""
+        return job in self._members
+
+    def is_late(self, job: JobId, now: int) -> bool:
+        """Whether a job that waits has waited too long."""
+        member = self._members.get(job)
+        return member is not None and bool(self.patience_ns) and member[1].since_ns + self.patience_ns <= now
+
     def members(self) -> list[JobId]:
         """The jobs that wait."""
         return [job for job in self._members if self._is_waiting(job)]

@@ -116,13 +116,29 @@ class QuotaTree:
 
         With ``ever``, as if nothing were held: why it never will.
         """
+        found = self._first_over(project_id, amounts, jobs, ever=ever)
+        return found[2] if found is not None else None
+
+    def who_shares_limit(
+        self, project_id: ProjectId, amounts: Mapping[str, int], jobs: int = 1
+    ) -> tuple[frozenset[ProjectId], str] | None:
+        """The projects that the limit is for that ``over_limit`` names, and of which resource; empty: of jobs."""
+        found = self._first_over(project_id, amounts, jobs)
+        if found is None:
+            return None
+        sharing = [one for one, leaf in self._leaves.items() if any(party is found[0] for party in leaf.upwards())]
+        return frozenset(sharing), found[1]
+
+    def _first_over(
+        self, project_id: ProjectId, amounts: Mapping[str, int], jobs: int, *, ever: bool = False
+    ) -> tuple[Party, str, Reason] | None:
         for party in self._leaf(project_id).upwards():
             if party.max_running and party.running * (not ever) + jobs > party.max_running:
-                return self._too_many(party, party.max_running, party.running * (not ever), jobs)
+                return party, "", self._too_many(party, party.max_running, party.running * (not ever), jobs)
             for name, limit in party.limit.items():
                 need = total_in(name, amounts)
                 if need and need > limit - (0 if ever else party.in_class(name)):
-                    return self._too_much(party, name, limit, need, None if ever else party.in_class(name))
+                    return party, name, self._too_much(party, name, limit, need, None if ever else party.in_class(name))
         return None
 
     def is_limited(self, project_id: ProjectId) -> bool:

@@ -20,8 +20,9 @@ from tidemill.core.choosing import preferred, rows_at
 from tidemill.core.copying import copies_of
 from tidemill.core.fleetarrays import Free
 from tidemill.core.held import NEVER
-from tidemill.core.place import Placed, fits, place_gang
+from tidemill.core.place import Placed, fits
 from tidemill.core.queueing import Line
+from tidemill.core.together import Member, Open, Opens, fit_together, place_together
 from tidemill.model.ids import JobId, NodeId
 from tidemill.model.plan import Reason, ResolvableBy
 from tidemill.model.policy import Policy
@@ -159,10 +160,18 @@ def _closed(line: Line, code: str, needed: str, available: str) -> Reason:
     )
 
 
-def plan_start(world: World, job: JobId, lines: Sequence[Line], *, now: int, policy: Policy) -> HeldBack | None:
+def opens_at(world: World, members: Sequence[Member], *, now: int, policy: Policy) -> Opens:
+    """Where each of some jobs may be put if they start at ``now``."""
+    return {
+        line: Open(nodes_open_to(world, line, now=now, policy=policy), preferred(world, line, now=now, policy=policy))
+        for line in dict.fromkeys(member.line for member in members)
+    }
+
+
+def plan_start(world: World, members: Sequence[Member], *, now: int, policy: Policy) -> HeldBack | None:
     """The earliest start that what runs allows, as it is expected to end; None when it never makes enough room.
 
-    ``lines`` has the job's own line, and those of the jobs that have to start with it.
+    ``members`` are the job itself and those that have to start with it.
     """
     held = world.rows
     ends = held.ends(now=now, assumed=policy.assumed_duration_ns)
@@ -173,41 +182,27 @@ def plan_start(world: World, job: JobId, lines: Sequence[Line], *, now: int, pol
     if not instants.size:
         return None
     if world.reservations:
-        found = _first_of_few(world, lines, rows, ends, instants, policy)
+        found = _first_of_few(world, members, rows, ends, instants, policy)
     else:
-        found = _first_by_halving(world, lines, rows, ends, instants, policy)
+        found = _first_by_halving(world, members, rows, ends, instants, policy)
     if found is None:
         return None
     at, free = found
-    parts = _placed_together(world, lines, free, at, policy)
-    if parts is None:
+    opens = opens_at(world, members, now=at, policy=policy)
+    placed = place_together(world.fleet, members, opens, score=world.score, free=free)
+    if placed is None:
         return None
-    return HeldBack(job_id=job, line=lines[0], at_ns=at, parts=parts, made_ns=now)
+    first = members[0]
+    parts = tuple((member.line, each) for member, each in zip(members, placed, strict=True))
+    return HeldBack(job_id=first.job_id, line=first.line, at_ns=at, parts=parts, made_ns=now)
 
 
-def _placed_together(
-    world: World, lines: Sequence[Line], free: Free, at: int, policy: Policy
-) -> tuple[tuple[Line, Placed], ...] | None:
-    """Places for the gangs of all lines in what is ``free`` then, from which they are taken; None when one has none."""
-    parts: list[tuple[Line, Placed]] = []
-    for line in lines:
-        mask = nodes_open_to(world, line, now=at, policy=policy)
-        sites = preferred(world, line, now=at, policy=policy)
-        placed = place_gang(world.fleet, line.gang, score=world.score, free=free, mask=mask, sites=sites)
-        if placed is None:
-            return None
-        resources = line.gang.choices[placed.choice].resources
-        for place in placed.places:
-            world.fleet.take_from(free, place.node_id, resources.cpu_milli, resources.memory_bytes, place.devices)
-        parts.append((line, placed))
-    return tuple(parts)
-
-
-def _do_fit(world: World, lines: Sequence[Line], free: Free, at: int, policy: Policy) -> bool:
-    if len(lines) > 1:
-        return _placed_together(world, lines, free.copy(), at, policy) is not None
-    mask = nodes_open_to(world, lines[0], now=at, policy=policy)
-    return fits(world.fleet, lines[0].gang, free=free, mask=mask)
+def _do_fit(world: World, members: Sequence[Member], free: Free, at: int, policy: Policy) -> bool:
+    if len(members) == 1:
+        line = members[0].line
+        return fits(world.fleet, line.gang, free=free, mask=nodes_open_to(world, line, now=at, policy=policy))
+    opens = opens_at(world, members, now=at, policy=policy)
+    return fit_together(world.fleet, members, opens, score=world.score, free=free)
 
 
 def _openings(world: World, now: int) -> NDArray[np.int64]:
@@ -217,7 +212,7 @@ def _openings(world: World, now: int) -> NDArray[np.int64]:
 
 def _first_by_halving(
     world: World,
-    lines: Sequence[Line],
+    members: Sequence[Member],
     rows: NDArray[np.int64],
     ends: NDArray[np.int64],
     instants: NDArray[np.int64],
@@ -233,12 +228,12 @@ def _first_by_halving(
 
     before, given = world.fleet.free(), 0
     low, high, at_high = 0, len(instants) - 1, free_at(len(instants) - 1)
-    if not _do_fit(world, lines, at_high, int(instants[-1]), policy):
+    if not _do_fit(world, members, at_high, int(instants[-1]), policy):
         return None
     while low < high:
         middle = (low + high) // 2
         then = free_at(middle)
-        if _do_fit(world, lines, then, int(instants[middle]), policy):
+        if _do_fit(world, members, then, int(instants[middle]), policy):
             high, at_high = middle, then
         else:
             low, before, given = middle + 1, then, int(ended[middle])
@@ -247,7 +242,7 @@ def _first_by_halving(
 
 def _first_of_few(
     world: World,
-    lines: Sequence[Line],
+    members: Sequence[Member],
     rows: NDArray[np.int64],
     ends: NDArray[np.int64],
     instants: NDArray[np.int64],
@@ -259,6 +254,6 @@ def _first_of_few(
     for at in instants.tolist():
         free = world.fleet.free().copy()
         world.rows.give_back(free, rows[ends[rows] <= at])
-        if _do_fit(world, lines, free, at, policy):
+        if _do_fit(world, members, free, at, policy):
             return at, free
     return None

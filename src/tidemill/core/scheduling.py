@@ -8,7 +8,7 @@ fit is closed until there is more room, so a turn looks at what can change, not 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -17,16 +17,19 @@ from numpy.typing import NDArray
 
 from tidemill.core import ending, preempt, waiting
 from tidemill.core.admission import why_not_now
-from tidemill.core.choosing import preferred, rows_at
+from tidemill.core.choosing import preferred
+from tidemill.core.held import NEVER
 from tidemill.core.outcome import Outcome
-from tidemill.core.place import Gang, Placed, fits, has_room, place_gang, stays_in_site
+from tidemill.core.place import Gang, Place, Placed, fits, has_room, open_beside, place_gang
 from tidemill.core.queueing import Line
-from tidemill.core.reserve import HeldBack, meets_windows, nodes_open_to, plan_start, why_not_open
+from tidemill.core.reserve import HeldBack, meets_windows, nodes_open_to, opens_at, plan_start, why_not_open
 from tidemill.core.starting import grow, start
+from tidemill.core.together import Member, Missing, Open, Opens, as_one, missing_now, place_together
 from tidemill.core.world import RECONSIDER, Promise, World
 from tidemill.model.ids import JobId
-from tidemill.model.job import AttemptState, Job
+from tidemill.model.job import Attempt, AttemptState, Job
 from tidemill.model.plan import Reason, ResolvableBy
+from tidemill.model.spec import Tier
 from tidemill.units import SECOND_NS
 
 _AFRESH: Final = 8
@@ -61,26 +64,36 @@ def _compare_with_running(world: World, out: Outcome) -> None:
 
 
 def _keep_promises(world: World, out: Outcome) -> None:
-    """Start jobs whose places are free now, all of them."""
+    """Start jobs whose places are free now, all of them, and those of whoever starts with them."""
     for promise in list(world.promises.values()):
-        if any(launch in world.allocations for launch in promise.waits_for):
+        if promise.together[0] != promise.job_id or any(launch in world.allocations for launch in promise.waits_for):
             continue
-        job, places = world.jobs[promise.job_id], promise.placed.places
+        promises = [world.promises[one] for one in promise.together]
+        places = [place for one in promises for place in one.placed.places]
         ready = all(world.fleet.can_serve(place.node_id, place.devices) for place in places)
         free = ready and all(world.fleet.is_within(place.node_id, place.devices) for place in places)
-        if ready and not free and _is_waited_for_beside(world, promise):
+        if ready and not free and _is_waited_for_beside(world, promise, places):
             continue  # others are still going there, for another job
-        world.unpromise(promise, give=not free)
-        if free:
-            start(world, job, promise.placed, out)
-        else:  # the node was cordoned meanwhile, a device failed, or it was laid out anew
-            world.queue_up(job)
+        if not free:  # the node was cordoned meanwhile, a device failed, or it was laid out anew
+            waiting.withdraw(world, promise.job_id)
+            continue
+        for one in promises:
+            world.unpromise(one, give=False)
+        _start_all(world, [(world.jobs[one.job_id], one.placed) for one in promises], out)
 
 
-def _is_waited_for_beside(world: World, promise: Promise) -> bool:
+def _start_all(world: World, found: Sequence[tuple[Job, Placed]], out: Outcome) -> None:
+    """Start jobs that start together, whose room is taken already."""
+    if len(found) > 1:
+        waiting.group_started(world, found[0][0], out)
+    for job, placed in found:
+        start(world, job, placed, out)
+
+
+def _is_waited_for_beside(world: World, promise: Promise, places: Sequence[Place]) -> bool:
     """Whether another job was promised something on one of the same nodes, and waits for somebody to go."""
-    mine = {place.node_id for place in promise.placed.places}
-    others = (other for other in world.promises.values() if other is not promise)
+    mine = {place.node_id for place in places}
+    others = (other for other in world.promises.values() if other.job_id not in promise.together)
     return any(
         any(place.node_id in mine for place in other.placed.places)
         and any(launch in world.allocations for launch in other.waits_for)
@@ -214,19 +227,62 @@ class _Pass:
             within = within_limit(world, line, job, placed, jobs=1)
             if within is not None:
                 world.give_beyond(line, placed, within)
-                self._start(line, job, within)
+                self._start(line, [(job, within)])
                 return None
             world.give_quietly(line, placed)
             return self._over_limit(line, job, placed)
-        if self._displace(line, job, mask):
+        members = (Member(job_id=job.id, line=line),)
+        if self._displace(members, {line: Open(mask, preferred(world, line, now=out.now, policy=out.policy))}):
             return None
         world.blocked[line] = world.fleet.released
         reason = meets_windows(world, line, mask, now=out.now) or why_not_now(world.fleet, line.gang, mask=mask)
-        if self._claimed is None and out.policy.backfill and not world.order.preempts:
-            self._plan([line], job)
+        if self._may_plan(line, job):
+            self._plan(members)
         elif self._claimed is not None and self._is_behind(line, mask, self._claimed):
             reason = _behind(world, self._claimed, job)
         return reason
+
+    def _try_group(self, line: Line, first: Job) -> Reason | None:
+        """Start all jobs of a group, or promise them places, or none; else the reason why they wait."""
+        world, out = self._world, self._out
+        members = members_of(world, first)
+        lines = [member.line for member in members]
+        if (reason := self._over_limits(first, preempt.amounts_together(world, lines), len(members))) is not None:
+            return reason
+        for one in dict.fromkeys(lines):
+            if (reason := why_not_open(world, one, now=out.now)) is not None:
+                return reason
+        opens = opens_at(world, members, now=out.now, policy=out.policy)
+        placed = self._place_all(members, opens)
+        if placed is not None:
+            amounts = preempt.amounts_together(world, lines, placed)
+            reason = self._over_limits(first, amounts, len(members))
+            if reason is None:
+                jobs = [world.jobs[member.job_id] for member in members]
+                self._start(line, list(zip(jobs, placed, strict=True)))
+                return None
+            for one, each in zip(lines, placed, strict=True):
+                world.give_quietly(one, each)
+            return reason
+        if self._displace(members, opens):
+            return None
+        world.blocked[line] = world.fleet.released
+        reason = why_group_not_now(world, members, opens)
+        if self._may_plan(line, first):
+            self._plan(members)
+        return reason
+
+    def _may_plan(self, line: Line, job: Job) -> bool:
+        """Whether a blocked job gets the plan: the first, unless the order displaces instead, and it is not late.
+
+        Spot work does not take it from others.
+        """
+        plan, world = self._world.held_back, self._world
+        if self._claimed is not None or not self._out.policy.backfill:
+            return False
+        if line.tier is Tier.SPOT and plan is not None and plan.line.tier is not Tier.SPOT:
+            return False
+        return not world.order.preempts or world.queue.is_late(job.id, self._out.now)
 
     def _is_behind(self, line: Line, mask: NDArray[np.bool_] | None, plan: HeldBack) -> bool:
         """Whether the line would have room were it not for the plan; looked at once for each plan."""
@@ -240,8 +296,10 @@ class _Pass:
     def _over_limit(self, line: Line, job: Job, placed: Placed | None = None) -> Reason | None:
         if not self._world.quota.is_limited(job.project_id):
             return None
-        amounts = self._world.amounts_of(line, placed)
-        return self._world.quota.over_limit(job.project_id, amounts, 1)
+        return self._over_limits(job, self._world.amounts_of(line, placed), 1)
+
+    def _over_limits(self, job: Job, amounts: Mapping[str, int], jobs: int) -> Reason | None:
+        return self._world.quota.over_limit(job.project_id, amounts, jobs)
 
     def _place(self, line: Line, mask: NDArray[np.bool_] | None) -> Placed | None:
         """Places clear of the plan's; or on them, when the job is over before the plan needs them."""
@@ -253,65 +311,108 @@ class _Pass:
             world.give_plan(plan)
             placed = place_gang(world.fleet, line.gang, score=world.score, mask=mask, sites=sites)
             world.take_plan(plan)
+        if placed is None and self._is_overruled([line]):
+            self._overrule()
+            placed = place_gang(world.fleet, line.gang, score=world.score, mask=mask, sites=sites)
         return placed
 
-    def _start(self, line: Line, job: Job, placed: Placed) -> None:
-        world = self._world
-        self._leave_line(line, job)
-        start(world, job, placed, self._out)
-        self._started += 1
-        if world.held_back is not None and world.held_back.job_id == job.id:
+    def _place_all(self, members: Sequence[Member], opens: Opens) -> tuple[Placed, ...] | None:
+        """The same for jobs that start together."""
+        world, out = self._world, self._out
+        placed = place_together(world.fleet, members, opens, score=world.score)
+        plan = self._claimed
+        if placed is None and plan is not None:
+            longest = max(member.line.duration_ns or NEVER for member in members)
+            if longest <= plan.at_ns - out.now:
+                world.give_plan(plan)
+                placed = place_together(world.fleet, members, opens, score=world.score)
+                world.take_plan(plan)
+        if placed is None and self._is_overruled([member.line for member in members]):
+            self._overrule()
+            placed = place_together(world.fleet, members, opens, score=world.score)
+        return placed
+
+    def _is_overruled(self, lines: Sequence[Line]) -> bool:
+        """Whether the plan is one of spot work, and jobs of these lines, which may displace that, need not heed it."""
+        plan = self._claimed
+        if plan is None or not self._out.policy.preemption or plan.line.tier is not Tier.SPOT:
+            return False
+        return all(line.tier is not Tier.SPOT for line in lines)
+
+    def _overrule(self) -> None:
+        """Drop the plan; its job is tried again in its turn."""
+        if self._claimed is not None:
+            self._closed.discard(self._claimed.line)
+        self._claim(None)
+        self._world.hold_back(None)
+
+    def _start(self, line: Line, found: Sequence[tuple[Job, Placed]]) -> None:
+        """Start the job that stands in the line, and those that start with it."""
+        world, first = self._world, found[0][0]
+        self._leave_line(line, first)
+        _start_all(world, found, self._out)
+        self._started += len(found)
+        if world.held_back is not None and world.held_back.job_id == first.id:
             world.hold_back(None)
 
     def _leave_line(self, line: Line, job: Job) -> None:
         self._world.queue.remove(line, job.id)
 
-    def _displace(self, line: Line, job: Job, mask: NDArray[np.bool_] | None) -> bool:
-        """Whether others were asked to go for this job, or are going already, and their room is promised to it."""
+    def _displace(self, members: Sequence[Member], opens: Opens) -> bool:
+        """Whether others were asked to go for these jobs, or are going already, and their room is promised to them."""
         world, out = self._world, self._out
-        if not out.policy.preemption or not preempt.may_try(world, job, line, policy=out.policy):
+        if not out.policy.preemption or not preempt.may_try(world, members, policy=out.policy):
             return False
-        found = preempt.displace(
-            world,
-            job,
-            line,
-            mask,
-            now=out.now,
-            policy=out.policy,
-            within=lambda placed: within_limit(world, line, job, placed, jobs=1),
-        )
+        first = world.jobs[members[0].job_id]
+
+        def within(placed: tuple[Placed, ...]) -> tuple[Placed, ...] | None:
+            if len(placed) == 1:
+                only = within_limit(world, members[0].line, first, placed[0], jobs=1)
+                return None if only is None else (only,)
+            amounts = preempt.amounts_together(world, (member.line for member in members), placed)
+            return placed if self._over_limits(first, amounts, len(placed)) is None else None
+
+        found = preempt.displace(world, members, opens, now=out.now, policy=out.policy, within=within)
         if found is None:
             return False
-        self._leave_line(line, job)
+        self._leave_line(members[0].line, first)
         for victim in found.jobs:
-            ending.displace(world, victim, out, by=f"room for {job.id}")
+            ending.displace(world, victim, out, by=f"room for {first.id}")
         for launch in found.workers:
-            ending.shed(world, world.allocations[launch], out, by=f"room for {job.id}")
-        world.promise(Promise(job_id=job.id, line=line, placed=found.placed, waits_for=found.waits_for))
-        out.wait(world, job.id, _promised(found))
+            ending.shed(world, world.allocations[launch], out, by=f"room for {first.id}")
+        together = tuple(member.job_id for member in members)
+        for member, placed in zip(members, found.placed, strict=True):
+            world.promise(
+                Promise(
+                    job_id=member.job_id,
+                    line=member.line,
+                    placed=placed,
+                    waits_for=found.waits_for,
+                    together=together,
+                )
+            )
+            out.wait(world, member.job_id, _promised(found))
         return True
 
-    def _plan(self, lines: Sequence[Line], job: Job) -> None:
-        """Give the first blocked job its plan, or keep the one it has while that holds.
-
-        ``lines`` has its own, and those of the jobs that have to start with it.
-        """
+    def _plan(self, members: Sequence[Member]) -> None:
+        """Give the first blocked job, and those that start with it, its plan, or keep the one it has while that
+        holds."""
         world, out = self._world, self._out
-        plan = world.held_back
+        plan, first = world.held_back, members[0]
         stands = (
             plan is not None
-            and plan.job_id == job.id
+            and plan.job_id == first.job_id
             and out.now < plan.at_ns
             and out.now < plan.made_ns + out.policy.replan_ns
         )
         if not stands:
-            plan = plan_start(world, job.id, lines, now=out.now, policy=out.policy)
+            plan = plan_start(world, members, now=out.now, policy=out.policy)
             world.hold_back(plan)
-            world.blocked[lines[0]] = world.fleet.released
+            world.blocked[first.line] = world.fleet.released
             if plan is not None:
                 soonest = out.now + SECOND_NS  # who should have ended, and has not, may do so at any moment
                 at = max(min(plan.at_ns, out.now + out.policy.replan_ns), soonest)
-                world.set_timer(at, "replan", job.id)
+                world.set_timer(at, "replan", first.job_id)
         self._claim(plan)
 
     def _claim(self, plan: HeldBack | None) -> None:
@@ -322,46 +423,14 @@ class _Pass:
             self._world.take_plan(plan)
         self._claimed = plan
 
-    def _try_group(self, line: Line, first: Job) -> Reason | None:
-        """Start all jobs of a group, or none."""
-        world, out = self._world, self._out
-        jobs = [world.jobs[one] for one in waiting.group_of(world, first)]
-        mark = world.fleet.checkpoint()
-        found: list[tuple[Job, Line, Placed]] = []
-        for job in jobs:
-            its = world.line_of(job)
-            placed = place_gang(
-                world.fleet,
-                its.gang,
-                score=world.score,
-                mask=nodes_open_to(world, its, now=out.now, policy=out.policy),
-                sites=preferred(world, its, now=out.now, policy=out.policy),
-            )
-            if placed is None:
-                world.fleet.rollback(mark)
-                world.blocked[line] = world.fleet.released
-                missing = why_not_now(world.fleet, _together(jobs, world))
-                if self._claimed is None and out.policy.backfill and not world.order.preempts:
-                    self._plan([line, *(world.line_of(one) for one in jobs[1:])], first)
-                return missing
-            found.append((job, its, placed))
-        total: dict[str, int] = {}
-        for _, its, placed in found:
-            for name, amount in world.amounts_of(its, placed).items():
-                total[name] = total.get(name, 0) + amount
-        if (reason := world.quota.over_limit(first.project_id, total, len(jobs))) is not None:
-            world.fleet.rollback(mark)
-            return reason
-        self._leave_line(line, first)
-        for job, its, placed in found:
-            name = its.group
-            world.drop(world.parked, job.id)
-            waiting.leave_group(world, job, name)
-            start(world, job, placed, out)
-        self._started += len(jobs)
-        if world.held_back is not None and world.held_back.job_id == first.id:
-            world.hold_back(None)
-        return None
+
+def members_of(world: World, first: Job) -> tuple[Member, ...]:
+    """The jobs that start with this one, itself first."""
+    jobs = [world.jobs[one] for one in waiting.group_of(world, first)]
+    return tuple(
+        Member(job_id=job.id, line=world.line_of(job), labels=world.workloads[job.workload_id].spec.labels)
+        for job in jobs
+    )
 
 
 def within_limit(world: World, line: Line, job: Job, placed: Placed, *, jobs: int) -> Placed | None:
@@ -378,9 +447,21 @@ def within_limit(world: World, line: Line, job: Job, placed: Placed, *, jobs: in
     return replace(placed, places=placed.places[:allowed]) if allowed >= least else None
 
 
-def _together(jobs: list[Job], world: World) -> Gang:
-    """The largest gang of a group, to say what is missing."""
-    return max((world.line_of(job).gang for job in jobs), key=lambda gang: gang.workers)
+def why_group_not_now(world: World, members: Sequence[Member], opens: Opens) -> Reason:
+    """What is missing for all jobs of a group: of what they need together, or where those before have their places."""
+    first = members[0]
+    gang = as_one(world.fleet, members)
+    if gang is not None:
+        return why_not_now(world.fleet, gang, mask=opens[first.line].mask)
+
+    def look(missing: Missing) -> Reason:
+        line = missing.member.line
+        reason = why_not_now(world.fleet, line.gang, mask=opens[line].mask)
+        there = f"{missing.placed} of the {len(members)} jobs of group {first.line.group} have room now"
+        return replace(reason, sentence=f"They start together, and {there}; for the next: {reason.sentence}")
+
+    found = missing_now(world.fleet, members, opens, score=world.score, look=look)
+    return found or why_not_now(world.fleet, first.line.gang, mask=opens[first.line].mask)
 
 
 def fits_without(world: World, line: Line, mask: NDArray[np.bool_] | None, plan: HeldBack) -> bool:
@@ -392,37 +473,46 @@ def fits_without(world: World, line: Line, mask: NDArray[np.bool_] | None, plan:
 
 
 def _grow_elastic(world: World, out: Outcome) -> None:
-    """Give running elastic gangs what nobody who waits could use."""
-    if not world.growable or world.fleet.released == world.grown_at:
+    """Give running elastic gangs what nobody who waits could use: each is offered more once after every change."""
+    signs = (world.fleet.released, world.reopenings)
+    running = [
+        job_id
+        for job_id, offered in world.growable.items()
+        if offered != signs and world.attempts[job_id].state is AttemptState.RUNNING
+    ]
+    if not running:
         return
-    world.set_grown(world.fleet.released)
     plan = world.held_back
     if plan is not None:
         world.take_plan(plan)
-    for job_id in list(world.growable):
-        job, attempt = world.jobs[job_id], world.attempts[job_id]
-        if attempt.state is not AttemptState.RUNNING:
-            continue
-        line = world.line_of(job)
-        missing = line.gang.workers - attempt.workers
-        if missing <= 0:
-            continue
-        more: Gang = line.gang.part(attempt.choice, missing)
-        mask = nodes_open_to(world, line, now=out.now, policy=out.policy)
-        if stays_in_site(world.fleet, line.gang):
-            here = rows_at(world.fleet, {world.nodes[held.node_id].site_id for held in world.workers_of(attempt)})
-            mask = here if mask is None else mask & here
-        placed = place_gang(world.fleet, more, score=world.score, mask=mask)
-        if placed is None:
-            continue
-        within = within_limit(world, line, job, placed, jobs=0)
-        if within is None:
-            world.give_quietly(line, placed)
-            continue
-        world.give_beyond(line, placed, within)
-        grow(world, job, attempt, within.places, out)
+    for job_id in running:
+        _offer_more(world, world.jobs[job_id], world.attempts[job_id], out)
+        if job_id in world.growable:
+            world.set(world.growable, job_id, signs)
     if plan is not None:
         world.give_plan(plan)
+
+
+def _offer_more(world: World, job: Job, attempt: Attempt, out: Outcome) -> None:
+    """Let one elastic gang have as many of the workers that it lacks as there is room for."""
+    line = world.line_of(job)
+    missing = line.gang.workers - attempt.workers
+    if missing <= 0:
+        return
+    mask = nodes_open_to(world, line, now=out.now, policy=out.policy)
+    here = [held.node_id for held in world.workers_of(attempt) if held.node_id in world.fleet.row]
+    beside = open_beside(world.fleet, line.gang, [world.fleet.row[node_id] for node_id in here])
+    if beside is not None:
+        mask = beside if mask is None else mask & beside
+    placed = place_gang(world.fleet, line.gang.part(attempt.choice, missing), score=world.score, mask=mask)
+    if placed is None:
+        return
+    within = within_limit(world, line, job, placed, jobs=0)
+    if within is None:
+        world.give_quietly(line, placed)
+        return
+    world.give_beyond(line, placed, within)
+    grow(world, job, attempt, within.places, out)
 
 
 def _explain(world: World, out: Outcome) -> None:

@@ -15,7 +15,7 @@ from tidemill.core.world import World
 from tidemill.model.ids import JobId, ProjectId, WorkloadId, job_id
 from tidemill.model.job import AttemptState, Cause, Job, JobState, Workload
 from tidemill.model.plan import Reason, ResolvableBy
-from tidemill.model.spec import DependsOn
+from tidemill.model.spec import DependsOn, Group
 from tidemill.units import SECOND_NS
 
 _REMEMBERED = 4_096
@@ -73,6 +73,7 @@ def rest(world: World, job: Job, out: Outcome) -> None:
         world.hold_back(None)
     world.drop(world.delayed, job.id)
     world.queue.remove(world.line_of(job), job.id)
+    _leave_group(world, job, out)
     _park(world, job, _spare(), out)
 
 
@@ -89,8 +90,8 @@ def ready(world: World, job: Job, out: Outcome) -> None:
         world.set(world.delayed, job.id, spec.start_after_ns)
         world.set_timer(spec.start_after_ns, "requeue", job.id)
         out.wait(world, job.id, not_yet(spec.start_after_ns))
-    elif spec.group is not None:
-        _join_group(world, job, out)
+    elif spec.group is not None and not job.attempts:  # who has started once, with the others, goes on alone
+        _join_group(world, job, spec.group, out)
     else:
         world.queue_up(job)
         out.fresh.append(job.id)
@@ -124,10 +125,8 @@ def left(world: World, job: Job, out: Outcome) -> None:
     if plan is not None and plan.job_id == job.id:
         world.hold_back(None)
     workload = world.workloads[job.workload_id]
-    spec = workload.spec
-    if spec.group is not None:
-        leave_group(world, job, spec.group.name)
-    if spec.array_parallel:
+    _leave_group(world, job, out)
+    if workload.spec.array_parallel:
         following = next(_parked_of(world, workload), None)
         if following is not None and not _is_blocked(world, workload):
             world.drop(world.parked, following)
@@ -151,48 +150,88 @@ def unpark_followers(world: World, workload_id: WorkloadId, out: Outcome) -> Non
 
 
 def break_promise(world: World, job: JobId) -> None:
-    """Give back the places that were promised to a job."""
+    """Give back the places that were promised to a job, and to those that start with it."""
     promise = world.promises.get(job)
     if promise is not None:
-        world.unpromise(promise, give=True)
+        for one in promise.together:
+            world.unpromise(world.promises[one], give=True)
 
 
-def leave_group(world: World, job: Job, name: str) -> None:
-    """Take a job out of the members of its group that wait."""
-    key = (job.project_id, name)
-    members = tuple(one for one in world.groups.get(key, ()) if one != job.id)
+def withdraw(world: World, job: JobId) -> None:
+    """Break what was promised to a job, and have it, or the first of its group for all, wait in line again."""
+    first = world.promises[job].together[0]
+    break_promise(world, job)
+    world.queue_up(world.jobs[first])
+
+
+def group_of(world: World, job: Job) -> tuple[JobId, ...]:
+    """The jobs that have to start with this one, itself among them, in order of submission."""
+    group = world.workloads[job.workload_id].spec.group
+    if group is None or job.attempts:
+        return (job.id,)
+    return world.groups.get((job.project_id, group.name), (job.id,))[: group.size]
+
+
+def group_started(world: World, first: Job, out: Outcome) -> None:
+    """The jobs of a group are about to start; if there are as many of its name once more, those are next."""
+    group = world.workloads[first.workload_id].spec.group
+    if group is None:
+        return
+    key = (first.project_id, group.name)
+    members = world.groups[key]
+    for one in members[: group.size]:
+        world.drop(world.parked, one)
+    _set_members(world, key, members[group.size :])
+    _line_up(world, key, group, out)
+
+
+def _join_group(world: World, job: Job, group: Group, out: Outcome) -> None:
+    """The first of a group stands in line for all, once all are there."""
+    key = (job.project_id, group.name)
+    _set_members(world, key, (*world.groups.get(key, ()), job.id))
+    _line_up(world, key, group, out)
+
+
+def _leave_group(world: World, job: Job, out: Outcome) -> None:
+    """A job that has not started is no longer one of its group."""
+    group = world.workloads[job.workload_id].spec.group
+    key = (job.project_id, group.name) if group is not None else None
+    if group is None or key is None or job.id not in world.groups.get(key, ()):
+        return
+    members = world.groups[key]
+    if (plan := world.held_back) is not None and plan.job_id == members[0]:
+        world.hold_back(None)
+    world.queue.remove(world.line_of(job), job.id)
+    _set_members(world, key, tuple(one for one in members if one != job.id))
+    _line_up(world, key, group, out)
+
+
+def _set_members(world: World, key: tuple[ProjectId, str], members: tuple[JobId, ...]) -> None:
     if members:
         world.set(world.groups, key, members)
     else:
         world.drop(world.groups, key)
 
 
-def group_of(world: World, job: Job) -> tuple[JobId, ...]:
-    """The jobs that have to start with this one, itself among them, in order of submission."""
-    group = world.workloads[job.workload_id].spec.group
-    if group is None:
-        return (job.id,)
-    return world.groups.get((job.project_id, group.name), (job.id,))[: group.size]
-
-
-def _join_group(world: World, job: Job, out: Outcome) -> None:
-    """The first of a group stands in line for all, once all are there."""
-    group = world.workloads[job.workload_id].spec.group
-    if group is None:
-        return
-    key: tuple[ProjectId, str] = (job.project_id, group.name)
-    members = (*world.groups.get(key, ()), job.id)
-    world.set(world.groups, key, members)
-    complete = len(members) >= group.size
-    for one in members[: group.size]:
-        if complete and one == members[0]:
-            world.drop(world.parked, one)
-            world.queue_up(world.jobs[one])
-            out.fresh.append(one)
-        else:
-            _park(world, world.jobs[one], _group(group.name, len(members), group.size), out)
-    for one in members[group.size :]:
-        _park(world, world.jobs[one], _group(group.name, len(members) - group.size, group.size), out)
+def _line_up(world: World, key: tuple[ProjectId, str], group: Group, out: Outcome) -> None:
+    """Have the first of a group that is complete wait in line, unless it does or has its promise; others are parked."""
+    members = world.groups.get(key, ())
+    is_complete = len(members) >= group.size
+    for at, one in enumerate(members):
+        job = world.jobs[one]
+        if is_complete and at == 0:
+            if one not in world.promises and not world.queue.is_in_line(one):
+                world.drop(world.parked, one)
+                world.queue_up(job)
+                world.reopen_lines(())  # lines may be gone through right now
+                out.fresh.append(one)
+            continue
+        in_batch = len(members) if not is_complete else group.size if at < group.size else len(members) - group.size
+        reason = _group(group.name, in_batch, group.size)
+        if not is_complete and at == 0:
+            world.queue.remove(world.line_of(job), one)
+        if world.parked.get(one) != reason:
+            _park(world, job, reason, out)
 
 
 def _park(world: World, job: Job, reason: Reason, out: Outcome) -> None:

@@ -67,12 +67,16 @@ Entity = TypeVar("Entity", Job, Attempt, Allocation, Node, Queue, QueueUsage, Re
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
-    """Places taken for a job that waits until the workers in ``waits_for`` are gone."""
+    """Places taken for a job that waits until the workers in ``waits_for`` are gone.
+
+    ``together`` are the jobs that start at the same moment, itself among them: each has its promise, or none has.
+    """
 
     job_id: JobId
     line: Line
     placed: Placed
     waits_for: tuple[LaunchId, ...]
+    together: tuple[JobId, ...]
 
 
 def _restore(readings: list[tuple[Meter, int, int | None, int | None, int]]) -> None:
@@ -117,6 +121,8 @@ class World:
         self.attempts: dict[JobId, Attempt] = {}
         """The live attempt of each job that has one."""
         self.workers: dict[AttemptId, tuple[LaunchId, ...]] = {}
+        self.unstarted: dict[AttemptId, int] = {}
+        """Of the workers of an attempt that starts, as many from the first on have started, or are past that."""
         self.allocations: dict[LaunchId, Allocation] = {}
         self.by_node: dict[NodeId, dict[LaunchId, None]] = {}
         self.queues: dict[QueueId, Queue] = {}
@@ -139,7 +145,7 @@ class World:
             self.quota if self.order is FAIR else None,  # an order plug-in ranks all together
             amounts_of=self.amounts_of,
             ageing_ns=policy.ageing_ns,
-            patience_ns=policy.patience_ns if self.order is FAIR else 0,
+            patience_ns=policy.patience_ns,
         )
         self.delayed: dict[JobId, int] = {}
         """Jobs that wait for an instant before they queue again."""
@@ -158,10 +164,10 @@ class World:
         """Whether workloads that ended lately ended well."""
         self.unlucky: dict[WorkloadId, int] = {}
         """How many jobs of a live workload ended other than well."""
-        self.grown_at = -1
         self.compared_ns = 0
-        self.growable: dict[JobId, None] = {}
-        """Running elastic gangs that are smaller than they could be."""
+        self.growable: dict[JobId, tuple[int, int] | None] = {}
+        """Elastic gangs that are smaller than they could be, with the signs (how much was released, how often lines
+        were opened otherwise) by which each was last offered more; None when it never was."""
         self.timers: list[tuple[int, str, str]] = []
         """A heap of (instant, what, id); what is no longer true when its time comes is passed over."""
         self._set_timers: set[tuple[int, str, str]] = set()
@@ -230,7 +236,9 @@ class World:
     def line_of(self, job: Job) -> Line:
         """The line that a job waits in."""
         line = self._lines.get(job.workload_id)
-        return line if line is not None else self.line_of_workload(self.workloads[job.workload_id])
+        if line is None:
+            line = self.line_of_workload(self.workloads[job.workload_id])
+        return replace(line, group="") if line.group and job.attempts else line  # later attempts are made alone
 
     def line_of_workload(self, workload: Workload) -> Line:
         """The line that the jobs of a workload wait in."""
@@ -254,6 +262,23 @@ class World:
         return tuple(
             self.allocations[launch] for launch in self.workers.get(attempt.id, ()) if launch in self.allocations
         )
+
+    def has_workers(self, job: Job) -> bool:
+        """Whether a worker of the job's attempt is not confirmed gone."""
+        return self.rows.has(job.id)
+
+    def all_started(self, attempt: Attempt) -> bool:
+        """Whether no worker of an attempt is still to start; each is looked at once while they start in any order."""
+        launches = self.workers.get(attempt.id, ())
+        first = at = self.unstarted.get(attempt.id, 0)
+        pending = (AllocationState.RESERVED, AllocationState.PREPARING)
+        while at < len(launches) and (
+            (held := self.allocations.get(launches[at])) is None or held.state not in pending
+        ):
+            at += 1
+        if at != first:
+            self.set(self.unstarted, attempt.id, at)
+        return at == len(launches)
 
     def amounts_of(self, line: Line, placed: Placed | None = None) -> dict[str, int]:
         """What a gang of the line takes at its smallest, or in these places, per device model, ``cpu`` and ``memory``.
@@ -669,12 +694,6 @@ class World:
         before = self.compared_ns
         self._undo.append(lambda: setattr(self, "compared_ns", before))
         self.compared_ns = now
-
-    def set_grown(self, released: int) -> None:
-        """Note with how much released elastic gangs were last offered more."""
-        before = self.grown_at
-        self._undo.append(lambda: setattr(self, "grown_at", before))
-        self.grown_at = released
 
     def keep_usages(self) -> None:
         """Have what fair share remembers stored, as it stands now."""

@@ -62,6 +62,7 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
     log = logging.getLogger("tidemill.gateway")
     loop = asyncio.get_running_loop()
     books = Books(options.home / "usage")
+    rulings = Books(options.home / "rulings", what="rulings")
     gateway = Gateway(
         pepper=pepper,
         own_token=lambda: feed.token,
@@ -69,6 +70,7 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
         limits=Limits(connections=_raise_file_limit()),
         feed_age_s=lambda: loop.time() - feed.heard_at,
         books=books,
+        rulings=rulings,
         place=f"{socket.gethostname()}:{port}",
     )
     feed = Feed(
@@ -102,7 +104,9 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
         gateway.watch_replicas().run(),
         gateway.scrape_replicas().run(),
         books.keep(),
+        rulings.keep(),
         gateway.tell_load(partial(feed.report, "/v1/gateway/load")),
+        rulings.deliver(partial(feed.report, "/v1/gateway/rulings")),
         books.deliver(partial(feed.report, "/v1/gateway/usage")),
     ]
     if gateway.tracer is not None:
@@ -116,13 +120,14 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
     server.close()
     drained = loop.create_task(gateway.drain(within_s=options.drain))
     await asyncio.wait({drained, loop.create_task(hurrying.wait())}, return_when=asyncio.FIRST_COMPLETED)
-    books.write()
-    tasks[-1].cancel()
-    with contextlib.suppress(OSError):
-        async with asyncio.timeout(1.0):
-            while await books.hand_on(partial(feed.report, "/v1/gateway/usage")):
-                pass
-    books.close()
+    for one, task, target in ((books, tasks[-1], "usage"), (rulings, tasks[-2], "rulings")):
+        one.write()
+        task.cancel()
+        with contextlib.suppress(OSError):
+            async with asyncio.timeout(1.0):
+                while await one.hand_on(partial(feed.report, f"/v1/gateway/{target}")):
+                    pass
+        one.close()
     if gateway.tracer is not None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):

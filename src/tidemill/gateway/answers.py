@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import orjson
 
-from tidemill.gateway.table import Route
+if TYPE_CHECKING:
+    from tidemill.gateway.table import Route
 
 _TYPES: Final = {
     400: "invalid_request_error",
@@ -85,9 +86,9 @@ def model(route: Route) -> Answer:
     return Answer(status=200, body=orjson.dumps(_model(route)))
 
 
-def error_event(code: str, message: str) -> bytes:
+def error_event(code: str, message: str, *, status: int = 502) -> bytes:
     """A server-sent event that tells of an error after the stream began, ending any event left half sent."""
-    return b"\n\nevent: error\ndata: " + error_body(502, code, message) + b"\n\n"
+    return b"\n\nevent: error\ndata: " + error_body(status, code, message) + b"\n\n"
 
 
 def reason(status: int) -> bytes:

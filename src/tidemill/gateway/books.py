@@ -24,7 +24,7 @@ import re
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -48,6 +48,16 @@ Send = Callable[[bytes], Awaitable[None]]
 """Hands usages on, in JSON. Raises: OSError when it is to be tried again, Refused when it is not."""
 
 
+class Entry(Protocol):
+    """What can be entered: a structure that JSON can hold, with an id of its own."""
+
+    id: str
+
+
+class _Entered(msgspec.Struct):
+    id: str
+
+
 class _Segment:
     """One file: how much of it is written, and how much of that was handed on."""
 
@@ -64,11 +74,12 @@ class _Segment:
 
 
 class Books:
-    """The usage of one worker, kept in ``folder``."""
+    """The usage of one worker, kept in ``folder``; or other things that are entered once each, called ``what``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, what: str = "usages") -> None:
         folder.mkdir(mode=0o700, exist_ok=True, parents=True)
         self._folder = folder
+        self._what = what.encode()
         self._worker = os.urandom(8).hex()
         self._numbers = itertools.count(1)
         self._files = itertools.count(1)
@@ -93,7 +104,7 @@ class Books:
         self._open[usage.id] = usage
         self._fresh.add(usage.id)
 
-    def settle(self, usage: Usage) -> None:
+    def settle(self, usage: Entry) -> None:
         """It is over, and this is what it took."""
         self._open.pop(usage.id, None)
         self._fresh.discard(usage.id)
@@ -166,9 +177,10 @@ class Books:
         settled = [line[2:] for line in raw[:end].split(b"\n") if line.startswith(b"s ")]
         if settled:
             try:
-                await send(b'{"usages":[' + b",".join(settled) + b"]}")
+                await send(b'{"%b":[%b]}' % (self._what, b",".join(settled)))
             except Refused as error:
-                _log.error("the control plane refuses %d usages, which are kept apart: %s", len(settled), error)
+                what = self._what.decode()
+                _log.error("the control plane refuses %d %s, which are kept apart: %s", len(settled), what, error)
                 with (self._folder / "refused.json").open("ab") as file:
                     file.write(b"\n".join(settled) + b"\n")
         segment.taken += end
@@ -281,7 +293,7 @@ def _read_into(left: dict[str, Usage], segment: _Segment) -> int:
                     if one in left:
                         left[one].completion_tokens = count
             elif kind == b"s ":
-                left.pop(msgspec.json.decode(body, type=Usage).id, None)
+                left.pop(msgspec.json.decode(body, type=_Entered).id, None)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             _log.error("a line of %s is not read: %s", segment.path.name, error)
     return end

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from tidemill.gateway import answers
+from tidemill.gateway.guarding import FAILED, Passing, Refusal, Screen, Who, screen_of
 from tidemill.gateway.journey import Asking, Client, Journey
 from tidemill.gateway.messages import (
     LAST_CHUNK,
@@ -20,11 +21,15 @@ from tidemill.gateway.messages import (
 from tidemill.gateway.metering import StreamMeter, Usage, WholeMeter, ask_model, estimated_prompt
 from tidemill.gateway.table import Replica, Route
 from tidemill.gateway.upstream import BUFFER_HIGH, Receiver, UpstreamConnection
+from tidemill.model.guard import Stage
 
 if TYPE_CHECKING:
     from tidemill.gateway.server import Gateway
 
 _NOT_FORWARDED: Final = frozenset({b"authorization", b"content-length", b"cookie", b"expect", b"host", b"x-request-id"})
+
+
+_PLAIN: Final = _NOT_FORWARDED | {b"accept-encoding"}
 
 
 class Exchange(Journey):
@@ -40,7 +45,10 @@ class Exchange(Journey):
         super().__init__(gateway, client, head, asking, head_at=head_at)
         self._http_1_0 = head.http_1_0
         self._target = head.target
-        self._given = self._headers_for(head, without=_NOT_FORWARDED)
+        self._guards = asking.route.guards
+        """Those of the model that was asked for, also when another answers."""
+        is_looked_at = self._guards is not None and bool(self._guards.on_response)
+        self._given = self._headers_for(head, without=_PLAIN if is_looked_at else _NOT_FORWARDED)
         self._body = asking.body
         self._write_headers()
         self._size = len(asking.body)
@@ -51,6 +59,8 @@ class Exchange(Journey):
         self._is_chunked = False
         self._meter: StreamMeter | WholeMeter | None = None
         self._usage: Usage | None = None
+        self._screen: Screen | None = None
+        """What looks at the response before it is passed on."""
         self._tokens = 0
         """Of its answer, as they were counted for what the model gives a second."""
 
@@ -64,10 +74,13 @@ class Exchange(Journey):
         self._client.release()
         if self._asking.is_metered and head.status == 200:
             self._begin_metering(head)
+        guards = self._guards
+        if guards is not None and guards.on_response and head.status == 200 and not self._begin_screening(head):
+            return
         if head.is_event_stream:
             self._counts.streams += 1
-            self._commit(None if self._asking.hides_usage else head.length)
-        elif head.length is not None and head.length > BUFFER_HIGH:
+            self._commit(None if self._asking.hides_usage or self._screen is not None else head.length)
+        elif head.length is not None and head.length > BUFFER_HIGH and self._screen is None:
             self._commit(head.length)
 
     def response_data(self, data: bytes) -> None:
@@ -83,13 +96,28 @@ class Exchange(Journey):
             if self._usage is not None:
                 self._usage.completion_tokens = self._meter.counted
                 self._count_tokens(self._meter.counted)
-        self._pass_on(data)
+        if self._screen is None:
+            self._pass_on(data)
+        elif data:
+            self._screen.feed(data)
 
     def response_ended(self) -> None:
         if self._is_over:
             return
-        if self._meter is not None:
-            self._pass_on(self._meter.finish())
+        self._upstream = None  # it is the pool's again
+        rest = self._meter.finish() if self._meter is not None else b""
+        if self._screen is None:
+            self._pass_on(rest)
+            self._complete()
+            return
+        if rest:
+            self._screen.feed(rest)
+        self._screen.finish(self._complete)
+
+    def _complete(self) -> None:
+        """All that the replica sent was passed on."""
+        if self._is_over:
+            return
         if not self._is_committed:
             self._commit(self._held_size)
         if self._is_chunked:
@@ -98,7 +126,6 @@ class Exchange(Journey):
             self._error = str(self._response.status)
             self._counts.errors += self._response.status >= 500
         close = self._http_1_0
-        self._upstream = None  # it is the pool's again
         line = self._gateway.line(self._asking.route.model)
         now = asyncio.get_running_loop().time()
         line.served_in(now - self._taken_at)
@@ -133,7 +160,7 @@ class Exchange(Journey):
         self._held.append(data)
         self._held_size += len(data)
         if self._held_size > BUFFER_HIGH and self._response is not None:
-            self._commit(self._response.length)
+            self._commit(self._response.length if self._screen is None else None)
 
     def _commit(self, length: int | None) -> None:
         """Send the response's head and what is held; from here on there is no other answer."""
@@ -145,6 +172,8 @@ class Exchange(Journey):
             response.headers, without=frozenset({b"content-length", b"x-request-id", b"x-tidemill-model"})
         )
         headers.append((b"x-request-id", self._request_id))
+        if self._asking.flags:
+            headers.append((b"x-tidemill-guard", ", ".join(self._asking.flags).encode()))
         if self._left is not None:
             headers.append((b"x-tidemill-model", header_value(self._asking.route.model)))
         if response.status in (204, 304):
@@ -177,6 +206,53 @@ class Exchange(Journey):
             self._client.write(chunk(event) if self._is_chunked else event)
         self._client.broke()
 
+    # Guardrails
+
+    def _begin_screening(self, head: ResponseHead) -> bool:
+        """Whether the response can be looked at."""
+        guards = self._guards
+        if guards is None:
+            return True
+        if any(name == b"content-encoding" and value.lower() != b"identity" for name, value in head.headers):
+            self._break(FAILED, "The model's answer is encoded, so its guardrails cannot look at it.")
+            return False
+        passing = Passing(pass_on=self._pass_on, pause=self.pause, resume=self._read_on, refuse=self._end_screened)
+        self._screen = screen_of(
+            guards, passing, self._gateway, path=self._target, is_event_stream=head.is_event_stream
+        )
+        return True
+
+    def _read_on(self) -> None:
+        if self._client.is_writable:
+            self.resume()
+
+    def _end_screened(self, refusal: Refusal, ending: bytes) -> None:
+        """A rule lets no more of the response pass."""
+        if self._is_over:
+            return
+        guards, screen = self._guards, self._screen
+        if guards is not None and screen is not None:
+            screen.found = refusal.noted_in(screen.found)
+            self._gateway.rule(guards, self._who, Stage.RESPONSE, screen.found, refusal.rule.name)
+            self._screen = None
+        answer = refusal.answer
+        if not self._is_committed:
+            self._end_with(answer)
+            return
+        self._error = answer.code
+        self._log(f"its answer was ended: {refusal.message}")
+        if self._is_chunked:
+            ending = (chunk(ending) if ending else b"") + LAST_CHUNK
+        self._client.write(ending)
+        self._over()
+        self._client.ended(close=self._http_1_0)
+
+    @property
+    def _who(self) -> Who:
+        asking = self._asking
+        project = asking.tenant or asking.route.project
+        return Who(self._request_id.decode(), project, asking.token, asking.route.model)
+
     # What it took
 
     def _reported(self) -> tuple[int, int] | None:
@@ -205,7 +281,11 @@ class Exchange(Journey):
             books.open(self._usage)
 
     def _settle(self) -> None:
-        """Enter what it took into the books: as it was told, or what was counted."""
+        """Enter what it took into the books: as it was told, or what was counted; and what guardrails decided."""
+        screen, self._screen = self._screen, None
+        if screen is not None and self._guards is not None:
+            screen.close()
+            self._gateway.rule(self._guards, self._who, Stage.RESPONSE, screen.found)
         usage, self._usage = self._usage, None
         meter, self._meter = self._meter, None
         books = self._gateway.books

@@ -49,6 +49,8 @@ class Asking:
     is_metered: bool = False
     hides_usage: bool = False
     wait_s: float | None = None
+    flags: tuple[str, ...] = ()
+    """The guardrails that found something in it, and let it pass."""
     band: int = NORMAL_BAND
     user: str = ""
     label: str = ""

@@ -61,6 +61,8 @@ class RequestHead:
     length: int | None
     keep_alive: bool
     expects_continue: bool
+    request_id: bytes = b""
+    """What answers, logs and books call the request, once somebody asked."""
 
     def header(self, name: bytes) -> bytes | None:
         """The value of the header of that lower-case name, None when absent.

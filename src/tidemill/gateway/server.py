@@ -13,7 +13,8 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, cast
@@ -30,6 +31,7 @@ from tidemill.gateway.books import Books, Refused
 from tidemill.gateway.circuit import State
 from tidemill.gateway.exchange import Exchange
 from tidemill.gateway.felt import Felt
+from tidemill.gateway.guarding import Guarding, Refusal, Who, at_once, check_request, gives_way
 from tidemill.gateway.health import Prober
 from tidemill.gateway.journey import Asking, Journey
 from tidemill.gateway.messages import ChunkedBody, Malformed, RequestHead, cut_head, read_request, write_head
@@ -43,12 +45,14 @@ from tidemill.gateway.tracing import Tracer
 from tidemill.gateway.upstream import Pool, is_gone, tune
 from tidemill.gateway.waiting import Line
 from tidemill.gateway.wishes import Salts, read_wishes, user_of
+from tidemill.model.guard import Stage
 
 INFERENCE_PATHS: Final = frozenset(
     {b"/v1/completions", b"/v1/chat/completions", b"/v1/embeddings", b"/v1/responses", b"/v1/rerank"}
 )
 _MODELS_PATH: Final = b"/v1/models"
 _READ_AHEAD: Final = 64 * 1024
+_GUARDING_THREADS: Final = 4
 _DRAINED_BODY: Final = 64 * 1024
 _REQUESTS_PER_STEP: Final = 64
 _USAGE_ON_REQUEST: Final = frozenset({b"/v1/completions", b"/v1/chat/completions"})
@@ -103,8 +107,11 @@ class Gateway:
         books: Books | None = None,
         place: str = "",
         clock: Callable[[], int] | None = None,
+        rulings: Books | None = None,
     ) -> None:
         """``books`` is where usage is entered; None: tokens are not metered. ``place`` is where this one listens.
+
+        ``rulings`` is where is entered what guardrails decided; None: it is only counted.
 
         ``clock`` gives ns since 1970, and does not jump when the machine's time of day is set.
         """
@@ -121,6 +128,8 @@ class Gateway:
         """Bytes of request bodies held now."""
         self.is_draining = False
         self.books = books
+        self.rulings = rulings
+        self._threads: ThreadPoolExecutor | None = None
         self.tracer: Tracer | None = None
         """What traces go to, where there is a collector."""
         self.peers = Peers(self.eject)
@@ -305,16 +314,54 @@ class Gateway:
             connection.abort()
         self.pool.close()
 
+    # Guardrails
+
+    @property
+    def threads(self) -> ThreadPoolExecutor:
+        """Where guardrails look that take long."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_GUARDING_THREADS, "guard")
+        return self._threads
+
+    def rule(
+        self, guards: Guarding, who: Who, stage: Stage, found: Mapping[str, Mapping[str, int]], refused: str = ""
+    ) -> None:
+        """Count and enter what guardrails decided about a request; ``refused`` names the one that ended it."""
+        counts = self.metrics.decisions
+        for ruling in guards.rulings(who, stage, found, refused):
+            key = (ruling.model, ruling.rule, ruling.action)
+            counts[key] = counts.get(key, 0) + 1
+            if self.rulings is not None:
+                ruling.id = self.rulings.next_id()
+                self.rulings.settle(ruling)
+
+    async def _guarded(
+        self, guards: Guarding, head: RequestHead, key: Key, content: dict[str, Any], body: bytes, route: Route
+    ) -> Answer | Asking:  # fmt: skip
+        """What is asked for, as far as the guardrails let it pass."""
+        found: dict[str, dict[str, int]] = {}
+        who = Who(self.request_id(head).decode(), key.project or route.project, key.id, route.model)
+        path = head.target.partition(b"?")[0]
+        try:
+            if await check_request(guards, content, size=len(body), path=path, threads=self, found=found):
+                body = orjson.dumps(content)
+        except Refusal as refusal:
+            self.rule(guards, who, Stage.REQUEST, refusal.noted_in(found), refusal.rule.name)
+            return refusal.answer
+        self.rule(guards, who, Stage.REQUEST, found)
+        return self._asked(head, key, content, body, route, flags=guards.flags(found))
+
     def next_turn(self) -> int:
         """A number larger than any before."""
         return next(self._turns)
 
     def request_id(self, head: RequestHead) -> bytes:
-        """The client's request id when it gave an acceptable one, else a new one."""
-        for name, value in head.headers:
-            if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-                return value
-        return b"req_%b%08x" % (self._request_prefix.encode(), next(self._request_numbers))
+        """The client's request id when it gave an acceptable one, else a new one; the same however often asked."""
+        if not head.request_id:
+            given = (value for name, value in head.headers if name == b"x-request-id" and _REQUEST_ID.fullmatch(value))
+            new = b"req_%b%08x" % (self._request_prefix.encode(), next(self._request_numbers))
+            head.request_id = next(given, new)
+        return head.request_id
 
     def admit(self, head: RequestHead, *, is_loopback: bool) -> Key | Answer | None:
         """The key of a request whose body may now be read, None for an open path, or the answer that refuses it."""
@@ -352,8 +399,10 @@ class Gateway:
             return key
         return answers.refuse(404, "unknown_url", f"There is no {path[:256].decode('ascii', 'replace')} here.")
 
-    def answer(self, head: RequestHead, key: Key | None, body: bytes) -> Answer | Asking:
-        """The answer to a whole request, or what is to be asked of a replica."""
+    def answer(
+        self, head: RequestHead, key: Key | None, body: bytes
+    ) -> Answer | Asking | Coroutine[Any, Any, Answer | Asking]:
+        """The answer to a whole request, or what is to be asked of a replica; or steps to it that take a while."""
         path = head.target.partition(b"?")[0]
         table = self.table
         if key is None:
@@ -383,6 +432,17 @@ class Gateway:
         route = table.route(model, key)
         if route is None:
             return answers.model_not_found(model, table.near(model, key))
+        if route.guards is None:
+            return self._asked(head, key, content, body, route)
+        steps = self._guarded(route.guards, head, key, content, body, route)
+        return steps if gives_way(route.guards, len(body)) else at_once(steps)
+
+    def _asked(
+        self, head: RequestHead, key: Key, content: dict[str, Any], body: bytes, route: Route,
+        *, flags: tuple[str, ...] = (),
+    ) -> Asking | Answer:  # fmt: skip
+        """What is to be asked of a replica, or why not."""
+        path = head.target.partition(b"?")[0]
         asking = Asking(
             route=route,
             body=body,
@@ -393,6 +453,7 @@ class Gateway:
             user=user_of(content),
             label=key.label,
             operation=OPERATIONS.get(path, ""),
+            flags=flags,
             key=key,
             countries=key.countries,
             may_repeat=path in _REPEATABLE,
@@ -501,6 +562,8 @@ class Connection(asyncio.Protocol):
         self._chunks: ChunkedBody | None = None
         self._held = 0
         self._exchange: Journey | None = None
+        self._checking: asyncio.Task[None] | None = None
+        """Guardrails that look at the request."""
         self._must_close = False
         self._is_reading = True
         self._is_writable = True
@@ -847,6 +910,24 @@ class Connection(asyncio.Protocol):
         self._pieces = []
         self._enter(_Phase.ANSWER)
         outcome = self._refusal or self.gateway.answer(head, self._key, body)
+        if isinstance(outcome, Asking | Answer):
+            return self._go_on(head, outcome)
+        self._checking = asyncio.get_running_loop().create_task(self._checked(head, outcome))
+        return True
+
+    async def _checked(self, head: RequestHead, steps: Coroutine[Any, Any, Answer | Asking]) -> None:
+        """Go on with a request once its guardrails have looked at it."""
+        try:
+            outcome = await steps
+        except Exception:  # noqa: BLE001 - whatever broke, the client is to hear of it
+            _log.exception("request %s could not be looked at", self.gateway.request_id(head).decode())
+            outcome = answers.refuse(500, "internal", "Something went wrong in the gateway.")
+        self._checking = None
+        if self._head is head:
+            self._go_on(head, outcome)
+            self._advance()
+
+    def _go_on(self, head: RequestHead, outcome: Answer | Asking) -> bool:
         if isinstance(outcome, Answer):
             self._reply(outcome)
             return True
@@ -916,6 +997,9 @@ class Connection(asyncio.Protocol):
         self._passage = None
         if exchange is not None:
             exchange.abandon()
+        checking, self._checking = self._checking, None
+        if checking is not None:
+            checking.cancel()
         self.release()
         self._pieces = []
         self._buffer = b""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
@@ -15,6 +15,7 @@ import msgspec
 from tidemill.core import routing, tokens
 from tidemill.core.routing import Budget, Ring, Wish
 from tidemill.gateway.circuit import Circuit, State
+from tidemill.gateway.guarding import Guarding, guarding_of
 from tidemill.model.limits import Priority
 
 _ALL_OPEN: Final = frozenset({"infer", "admin"})
@@ -54,6 +55,7 @@ class _Route(msgspec.Struct):
     health: str = ""
     concurrency: int = 0
     wait_ms: int = 0
+    guards: list[dict[str, Any]] = []
     weights: dict[str, int] = {}
     affinity: str = ""
     fallback: list[str] = []
@@ -245,6 +247,8 @@ class Route:
     health: str = ""
     concurrency: int = 0
     wait_s: float = 0.0
+    guards: Guarding | None = None
+    """What looks at its requests and answers; None: nothing."""
     weights: Mapping[str, int] = field(default_factory=dict)
     affinity: str = ""
     fallback: tuple[str, ...] = ()
@@ -377,6 +381,7 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
             health=route.health,
             concurrency=route.concurrency,
             wait_s=route.wait_ms / 1000,
+            guards=_guarding(route.guards, before.routes.get(model) if before is not None else None),
             weights=route.weights,
             affinity=route.affinity,
             fallback=tuple(route.fallback),
@@ -417,6 +422,12 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
 def _matching(models: Sequence[str], patterns: Sequence[str]) -> frozenset[str]:
     """The models that one of the patterns names."""
     return frozenset(model for model in models if any(fnmatchcase(model, pattern) for pattern in patterns))
+
+
+def _guarding(told: list[dict[str, Any]], before: Route | None) -> Guarding | None:
+    """What looks at a model's requests; the same object while the rules are the same."""
+    known = before.guards if before is not None else None
+    return known if known is not None and known.is_of(told) else guarding_of(told)
 
 
 def _where(site: str, feed: _Feed) -> tuple[str, int]:

@@ -154,6 +154,16 @@ class TokenTotals(Struct, frozen=True, kw_only=True, gc=False):
     amount_pico: int
 
 
+class ServedTotals(Struct, frozen=True, kw_only=True, gc=False):
+    """Sums over the requests that the replicas of one workload answered for one model."""
+
+    workload_id: WorkloadId
+    model: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerTotals:
     """Sums over ledger lines. ``held_milli_ns`` maps a resource to milli-units x ns."""

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Final
 
 from tidemill.model.fleet import Level, SiteKind
+from tidemill.model.guard import GuardRule
 from tidemill.model.ids import SiteId, WorkloadId
 from tidemill.model.resources import Resources
 from tidemill.model.scaling import Scaling
@@ -20,7 +21,7 @@ from tidemill.units import DAY_NS, MILLI, SECOND_NS, USD_MICRO
 _EXIT_CODE: Final = re.compile(r"exit:(\d{1,3})")
 _LABEL: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 PRIORITY_RANGE: Final = (-1_000, 1_000)
-MAX_WORKERS: Final = 4_096
+MAX_WORKERS: Final = 8_192
 MAX_ARRAY: Final = 100_000
 MAX_REPLICAS: Final = 64
 MAX_CONCURRENCY: Final = 65_536
@@ -151,6 +152,8 @@ class Service:
     """For how long fewer have to be enough before a replica is given up."""
     concurrency: int = 256
     wait_ns: int = 30 * SECOND_NS
+    guards: tuple[GuardRule, ...] = ()
+    """What looks at its requests and answers, beside the rules that the settings have for all."""
     affinity: Affinity = Affinity.NONE
     fallback: tuple[str, ...] = ()
     """Models that answer when none of its replicas can, in order."""

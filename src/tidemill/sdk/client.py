@@ -19,6 +19,7 @@ from tidemill.sdk.results import (
     DataSetInfo,
     Event,
     ExecResult,
+    GuardDecision,
     Job,
     ModelInfo,
     ModelVersionInfo,
@@ -416,6 +417,17 @@ class Client:
             "/v1/usage", job=job, project=self.project, by=",".join(by), since_ns=since_ns
         )
         return answer
+
+    def model_costs(self) -> tuple[Mapping[str, Any], ...]:
+        """What a thousand tokens of each model took: its replicas' money and energy over the tokens they answered."""
+        return tuple(self._http.get("/v1/usage/models", project=self.project)["items"])
+
+    def decisions(
+        self, *, model: str = "", rule: str = "", action: str = "", limit: int = 100
+    ) -> tuple[GuardDecision, ...]:
+        """What guardrails decided about requests to models, newest first."""
+        query = {"project": self.project, "model": model or None, "rule": rule or None, "action": action or None}
+        return tuple(self._list("/v1/decisions", GuardDecision, query, limit=limit))
 
     def events(self, *, after: int = 0, follow: bool = True) -> Iterator[Event]:
         """The event log from ``after`` on; endless with ``follow``."""

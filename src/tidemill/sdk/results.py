@@ -722,6 +722,23 @@ class ProjectInfo(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardDecision(Record):
+    """What a guardrail decided about a request; ``found`` counts what it found, by label."""
+
+    id: str = ""
+    at_ns: int = 0
+    request_id: str = ""
+    project_id: str = ""
+    token_id: str = ""
+    model: str = ""
+    rule: str = ""
+    kind: str = ""
+    stage: str = ""
+    action: str = ""
+    found: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenInfo(Record):
     """A token as it is listed. ``token`` is filled only in the answer that creates it."""
 

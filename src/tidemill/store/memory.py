@@ -13,6 +13,7 @@ from tidemill.errors import Deposed, Stale
 from tidemill.model.artifact import Artifact
 from tidemill.model.cloud import Rental
 from tidemill.model.fleet import Node, Outpost, Site
+from tidemill.model.guard import Decision
 from tidemill.model.ids import (
     ArtifactId,
     DataSetId,
@@ -29,7 +30,15 @@ from tidemill.model.ids import (
     WorkloadId,
 )
 from tidemill.model.job import Allocation, Attempt, Job, JobState, Workload
-from tidemill.model.ledger import TOKEN_GROUPS, Evidence, LedgerLine, LedgerTotals, TokenTotals, TokenUsage
+from tidemill.model.ledger import (
+    TOKEN_GROUPS,
+    Evidence,
+    LedgerLine,
+    LedgerTotals,
+    ServedTotals,
+    TokenTotals,
+    TokenUsage,
+)
 from tidemill.model.plan import Reason, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
@@ -60,6 +69,7 @@ class _Contents:
     events: list[StoredEvent] = field(default_factory=list)
     ledger: dict[str, LedgerLine] = field(default_factory=dict)
     token_usages: dict[str, TokenUsage] = field(default_factory=dict)
+    decisions: dict[str, Decision] = field(default_factory=dict)
     marks: dict[tuple[NodeId, str], int] = field(default_factory=dict)
     idempotency: dict[tuple[PrincipalId, str], IdempotencyRecord] = field(default_factory=dict)
     organizations: dict[OrganizationId, Organization] = field(default_factory=dict)
@@ -246,11 +256,19 @@ class MemoryStore:
         )
 
     def ledger_totals(
-        self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId(""), idle: bool = False
+        self,
+        *,
+        job_id: JobId = JobId(""),
+        project_id: ProjectId = ProjectId(""),
+        workload_id: WorkloadId = WorkloadId(""),
+        idle: bool = False,
     ) -> LedgerTotals:
-        """Exact sums of a job's or a project's lines, or of idle time when ``idle``; of all lines otherwise."""
+        """Exact sums of a job's, a workload's or a project's lines, or of idle time when ``idle``; of all otherwise."""
         with self._lock:
             stored = tuple(self._all.ledger.values())
+            if workload_id:
+                jobs = {job.id for job in self._all.things[Job].values() if job.workload_id == workload_id}
+                stored = tuple(line for line in stored if line.usage.job_id in jobs)
         lines = [it for it in stored if _belongs(it, job_id, project_id) and (it.usage.is_idle or not idle)]
         held: dict[str, int] = {}
         for line in lines:
@@ -270,8 +288,7 @@ class MemoryStore:
         """Those of these that were not in the books before; all are there now, each once."""
         with self._lock:
             stored = self._all.token_usages
-            new = {usage.id: usage for usage in reversed(usages) if usage.id not in stored}
-            found = tuple(reversed(new.values()))
+            found = tuple({usage.id: usage for usage in usages if usage.id not in stored}.values())
             stored.update({usage.id: usage for usage in found})
             return found
 
@@ -286,6 +303,52 @@ class MemoryStore:
         return Page(
             items=tuple(usage for _, usage in found[:limit]),
             next_cursor=to_cursor(found[limit - 1][0]) if len(found) > limit else "",
+        )
+
+    def put_decisions(self, decisions: Sequence[Decision]) -> int:
+        """How many of these were not in the books before; all are there now, each once."""
+        with self._lock:
+            before = len(self._all.decisions)
+            for decision in decisions:
+                self._all.decisions.setdefault(decision.id, decision)
+            return len(self._all.decisions) - before
+
+    def decisions(
+        self, *, project_ids: Sequence[ProjectId] = (), model: str = "", rule: str = "", action: str = "",
+        cursor: str = "", limit: int = 100,
+    ) -> Page[Decision]:  # fmt: skip
+        """What guardrails decided, newest first. Raises: InvalidRequest for a bad cursor."""
+        before = from_cursor(cursor, int) if cursor else 1 << 62
+        with self._lock:
+            numbered = list(enumerate(self._all.decisions.values(), 1))[::-1]
+        found = [
+            (n, one) for n, one in numbered
+            if n < before and (not project_ids or one.project_id in project_ids)
+            and model in ("", one.model) and rule in ("", one.rule) and action in ("", one.action)
+        ]  # fmt: skip
+        return Page(
+            items=tuple(one for _, one in found[:limit]),
+            next_cursor=to_cursor(found[limit - 1][0]) if len(found) > limit else "",
+        )
+
+    def served(self, *, project_id: ProjectId) -> tuple[ServedTotals, ...]:
+        """What the services of a project answered, by service and model, in order; whoever asked."""
+        with self._lock:
+            mine = {one.id for one in self._all.things[Workload].values() if one.project_id == project_id}
+            of_job = {job.id: job.workload_id for job in self._all.things[Job].values() if job.workload_id in mine}
+            stored = [one for one in self._all.token_usages.values() if one.job_id in of_job]
+        groups: dict[tuple[WorkloadId, str], list[TokenUsage]] = {}
+        for usage in stored:
+            groups.setdefault((of_job[usage.job_id], usage.model), []).append(usage)
+        return tuple(
+            ServedTotals(
+                workload_id=workload_id,
+                model=model,
+                requests=len(usages),
+                prompt_tokens=sum(one.prompt_tokens for one in usages),
+                completion_tokens=sum(one.completion_tokens for one in usages),
+            )
+            for (workload_id, model), usages in sorted(groups.items())
         )
 
     def token_totals(

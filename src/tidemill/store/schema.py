@@ -191,6 +191,21 @@ token_usages = Table(
 )
 """A request to a model in each row."""
 
+guard_decisions = Table(
+    "guard_decisions",
+    metadata,
+    Column("line", ROW_NUMBER, primary_key=True),
+    _text("id", unique=True),
+    _text("project_id"),
+    _long("at_ns"),
+    _text("model"),
+    _text("rule"),
+    _text("action"),
+    _text("body"),
+    Index("ix_guard_decisions_project", "project_id", "line"),
+)
+"""What guardrails decided, a row for each rule and request; only added to."""
+
 meter_marks = Table(
     "meter_marks",
     metadata,

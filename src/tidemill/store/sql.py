@@ -45,6 +45,7 @@ from tidemill.model.artifact import Artifact
 from tidemill.model.cloud import Rental
 from tidemill.model.events import LogEntry
 from tidemill.model.fleet import Node, Outpost, Site
+from tidemill.model.guard import Decision
 from tidemill.model.ids import (
     ArtifactId,
     DataSetId,
@@ -58,7 +59,15 @@ from tidemill.model.ids import (
     WorkloadId,
 )
 from tidemill.model.job import Allocation, AllocationState, Attempt, AttemptState, Job, JobState, Workload
-from tidemill.model.ledger import TOKEN_GROUPS, Evidence, LedgerLine, LedgerTotals, TokenTotals, TokenUsage
+from tidemill.model.ledger import (
+    TOKEN_GROUPS,
+    Evidence,
+    LedgerLine,
+    LedgerTotals,
+    ServedTotals,
+    TokenTotals,
+    TokenUsage,
+)
 from tidemill.model.plan import Reason, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
@@ -456,9 +465,14 @@ class SqlStore:
         )
 
     def ledger_totals(
-        self, *, job_id: JobId = JobId(""), project_id: ProjectId = ProjectId(""), idle: bool = False
+        self,
+        *,
+        job_id: JobId = JobId(""),
+        project_id: ProjectId = ProjectId(""),
+        workload_id: WorkloadId = WorkloadId(""),
+        idle: bool = False,
     ) -> LedgerTotals:
-        """Exact sums of a job's or a project's lines, or of idle time when ``idle``; of all lines otherwise.
+        """Exact sums of a job's, a workload's or a project's lines, or of idle time when ``idle``; of all otherwise.
 
         The evidence is "measured" when all of at least one line is. Sums are of halves of the numbers, put
         together here, because a sum can be larger than the database's integers.
@@ -475,6 +489,9 @@ class SqlStore:
         ).where(*_of(job_id, project_id))
         if idle:
             query = query.where(lines.launch_id == "")
+        if workload_id:
+            jobs = schema.jobs.c
+            query = query.where(lines.job_id.in_(select(jobs.id).where(jobs.workload_id == workload_id)))
         with self._database.reading() as connection:
             rows = connection.execute(query.group_by(lines.resource).order_by(lines.resource)).all()
 
@@ -496,7 +513,7 @@ class SqlStore:
         """Those of these that were not in the books before; all are there now, each once, or none."""
         if not usages:
             return ()
-        once = list({usage.id: usage for usage in reversed(usages)}.values())[::-1]
+        once = list({usage.id: usage for usage in usages}.values())
         new = (sqlite.insert if self._database.is_sqlite else postgresql.insert)(schema.token_usages)
         rows = [
             {
@@ -541,6 +558,81 @@ class SqlStore:
         return Page(
             items=tuple(decode(TokenUsage, body) for _, body in rows[:limit]),
             next_cursor=to_cursor(rows[limit - 1][0]) if len(rows) > limit else "",
+        )
+
+    def put_decisions(self, decisions: Sequence[Decision]) -> int:
+        """How many of these were not in the books before; all are there now, each once, or none."""
+        if not decisions:
+            return 0
+        new = (sqlite.insert if self._database.is_sqlite else postgresql.insert)(schema.guard_decisions)
+        rows = [
+            {
+                "id": one.id,
+                "project_id": one.project_id,
+                "at_ns": one.at_ns,
+                "model": one.model,
+                "rule": one.rule,
+                "action": one.action,
+                "body": encode(one),
+            }
+            for one in {one.id: one for one in decisions}.values()
+        ]
+        known = select(func.count()).where(schema.guard_decisions.c.id.in_(bindparam("ids", expanding=True)))
+        with self._writing() as connection:
+            self._check_leads(connection)
+            before = sum(
+                connection.execute(known, {"ids": [row["id"] for row in rows[at : at + 500]]}).scalar_one()
+                for at in range(0, len(rows), 500)
+            )
+            connection.execute(new.on_conflict_do_nothing(index_elements=["id"]), rows)
+        return len(rows) - before
+
+    def decisions(
+        self, *, project_ids: Sequence[ProjectId] = (), model: str = "", rule: str = "", action: str = "",
+        cursor: str = "", limit: int = 100,
+    ) -> Page[Decision]:  # fmt: skip
+        """What guardrails decided, newest first. Raises: InvalidRequest for a bad cursor."""
+        table = schema.guard_decisions.c
+        query = select(table.line, table.body)
+        if cursor:
+            query = query.where(table.line < from_cursor(cursor, int))
+        if project_ids:
+            query = query.where(table.project_id.in_(project_ids))
+        for column, value in ((table.model, model), (table.rule, rule), (table.action, action)):
+            if value:
+                query = query.where(column == value)
+        with self._database.reading() as connection:
+            rows = connection.execute(query.order_by(table.line.desc()).limit(limit + 1)).all()
+        return Page(
+            items=tuple(decode(Decision, body) for _, body in rows[:limit]),
+            next_cursor=to_cursor(rows[limit - 1][0]) if len(rows) > limit else "",
+        )
+
+    def served(self, *, project_id: ProjectId) -> tuple[ServedTotals, ...]:
+        """What the services of a project answered, by service and model, in order; whoever asked."""
+        usages, jobs, workloads = schema.token_usages.c, schema.jobs.c, schema.workloads.c
+        query = (
+            select(
+                jobs.workload_id, usages.model, func.count(), func.sum(usages.prompt_tokens),
+                func.sum(usages.completion_tokens),
+            )
+            .join_from(schema.token_usages, schema.jobs, jobs.id == usages.job_id)
+            .join(schema.workloads, workloads.id == jobs.workload_id)
+            .where(workloads.project_id == project_id)
+            .group_by(jobs.workload_id, usages.model)
+            .order_by(jobs.workload_id, usages.model)
+        )  # fmt: skip
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        return tuple(
+            ServedTotals(
+                workload_id=WorkloadId(workload),
+                model=model,
+                requests=requests,
+                prompt_tokens=int(prompt),
+                completion_tokens=int(completion),
+            )
+            for workload, model, requests, prompt, completion in rows
         )
 
     def token_totals(

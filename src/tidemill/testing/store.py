@@ -16,6 +16,7 @@ from tidemill.errors import Fenced, InvalidRequest, Stale
 from tidemill.model.artifact import Artifact
 from tidemill.model.cloud import RentalState
 from tidemill.model.fleet import NodeState, Outpost, Site, SiteKind
+from tidemill.model.guard import Decision
 from tidemill.model.ids import (
     DataSetId,
     JobId,
@@ -275,6 +276,65 @@ def check_a_request_is_in_the_books_once(open_store: OpenStore) -> None:
         same((key.requests, key.amount_pico), (2, 2**62 + 4), "a key's since then, beyond 63 bits where it has to be")
         [whole] = it.store.token_totals(by=())
         same((whole.requests, whole.amount_pico), (4, 2**63 + 6), "all together")
+
+
+def check_a_decision_is_in_the_books_once(open_store: OpenStore) -> None:
+    """What guardrails decided is stored once however often it comes, and listed newest first, page by page."""
+    with _Session(open_store) as it:
+        decisions = [
+            Decision(
+                id=f"worker-{number}",
+                at_ns=number,
+                request_id=f"req_{number}",
+                project_id=BLUE if number == 3 else RED,
+                token_id=TokenId("tok_a"),
+                model="m",
+                rule="mail" if number % 2 else "names",
+                kind="pii",
+                stage="request",
+                action="redact" if number else "refuse",
+                found={"EMAIL": number},
+            )
+            for number in range(4)
+        ]
+        same(it.store.put_decisions([]), 0, "nothing")
+        same(it.store.put_decisions([*decisions[:2], decisions[0]]), 2, "one comes twice at a time")
+        same(it.store.put_decisions(decisions), 2, "two of four were there")
+        same(it.store.put_decisions(decisions), 0, "all were there")
+        same(it.store.decisions().items, tuple(decisions[::-1]), "each is there once, newest first")
+        first = it.store.decisions(project_ids=[RED], limit=2)
+        rest = it.store.decisions(project_ids=[RED], cursor=first.next_cursor, limit=2)
+        same((*first.items, *rest.items), tuple(decisions[2::-1]), "those of one project, page by page")
+        same(rest.next_cursor, "", "no further page")
+        same(it.store.decisions(rule="mail", action="redact", model="m").items, (decisions[3], decisions[1]), "some")
+        same(it.store.decisions(model="other").items, (), "none")
+
+
+def check_what_a_service_answered_adds_up(open_store: OpenStore) -> None:
+    """Tokens are summed by service and model, whoever asked; ledger lines by the workload whose jobs they are of."""
+    with _Session(open_store) as it:
+        workloads = [a_workload(1), a_workload(2, project=BLUE)]
+        jobs = [a_job(workloads[0]), a_job(workloads[1])]
+        lines = [a_line(0, 10, job=jobs[0]), a_line(10, 20, job=jobs[0]), a_line(0, 10, job=jobs[1], node="node_b")]
+        it.commit(changes=new(*workloads, *jobs), ledger=lines)
+        it.store.put_token_usages(
+            [
+                TokenUsage(
+                    id=f"worker-{number}", at_ns=number, project_id=BLUE, token_id=TokenId("tok_a"),
+                    model="m" if number < 2 else "n", workload_id=WorkloadId(""), job_id=jobs[number == 3].id,
+                    prompt_tokens=10, completion_tokens=number, is_estimated=False,
+                )
+                for number in range(4)
+            ]
+        )  # fmt: skip
+        red = it.store.served(project_id=RED)
+        same(
+            [(one.workload_id, one.model, one.requests, one.prompt_tokens, one.completion_tokens) for one in red],
+            [(workloads[0].id, "m", 2, 20, 1), (workloads[0].id, "n", 1, 10, 2)],
+            "what red's service answered to blue",
+        )
+        same(it.store.ledger_totals(workload_id=workloads[0].id).lines, 2, "its replicas' lines")
+        same(it.store.ledger_totals(workload_id=WorkloadId("wl_none")).lines, 0, "none")
 
 
 def check_a_ledger_line_is_written_once(open_store: OpenStore) -> None:
@@ -811,6 +871,9 @@ def check_large_batches(open_store: OpenStore) -> None:
 CHECKS: Final[tuple[Callable[[OpenStore], None], ...]] = (
     check_migration_is_harmless_twice,
     check_values_come_back_as_they_were,
+    check_a_request_is_in_the_books_once,
+    check_a_decision_is_in_the_books_once,
+    check_what_a_service_answered_adds_up,
     check_a_batch_is_whole_or_not_at_all,
     check_the_version_guard,
     check_what_exists_is_not_inserted_again,

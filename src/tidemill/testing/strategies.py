@@ -20,6 +20,7 @@ from tidemill.model.registry import Alias, Lineage, Model, ModelCard, ModelVersi
 from tidemill.model.reservation import Reservation
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import (
+    MAX_WORKERS,
     Alternative,
     Dependency,
     Environment,
@@ -85,7 +86,7 @@ def workload_specs() -> st.SearchStrategy[WorkloadSpec]:
             name=NAMES,
             run=TEXTS.map(lambda text: "run " + text),
             setup=TEXTS,
-            nodes=st.integers(1, 4_096),
+            nodes=st.integers(1, MAX_WORKERS),
             resources=resources,
             environment=st.none() | st.builds(Environment, python=TEXTS, packages=_tuples(TEXTS)),
             envs=PAIRS,
@@ -109,7 +110,7 @@ def workload_specs() -> st.SearchStrategy[WorkloadSpec]:
             by_speed=st.booleans(),
             tier=st.sampled_from((Tier.SPOT, Tier.ON_DEMAND)),
             placement=placement,
-            group=st.none() | st.builds(Group, name=NAMES, size=st.integers(2, 4_096)),
+            group=st.none() | st.builds(Group, name=NAMES, size=st.integers(2, MAX_WORKERS)),
             after=_tuples(_built(Dependency)),
             expected_duration_ns=st.just(0) | COUNTS,
             start_after_ns=st.integers(0, 2**62),

@@ -10,8 +10,10 @@ from typing import Annotated, Any, Final, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic.fields import FieldInfo
 
-from tidemill.errors import InvalidSpec
+from tidemill.errors import InvalidRequest, InvalidSpec
+from tidemill.guards.reading import rules_of
 from tidemill.model.fleet import Level, SiteKind
+from tidemill.model.guard import Action, GuardRule
 from tidemill.model.registry import parse_model_reference
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.scaling import DAYS, MAX_WINDOWS, Hours, Scaling
@@ -385,6 +387,13 @@ class PriceIn(StrictSection):
     )
 
 
+def _guards_of(value: object) -> tuple[GuardRule, ...]:
+    try:
+        return rules_of(value)
+    except InvalidRequest as error:
+        raise Refusal(f"{error.field}: {error.detail}", error.mend) from None
+
+
 class ServiceIn(StrictSection):
     """How a service is reached."""
 
@@ -421,6 +430,26 @@ class ServiceIn(StrictSection):
         description="How long a request may wait for a replica, unless it says so itself (`X-Tidemill-Wait`).",
         json_schema_extra={"default": "30s"},
     )
+    guards: Annotated[
+        tuple[GuardRule, ...],
+        *taking(
+            _guards_of,
+            {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "kind": {"type": "string"},
+                        "name": {"type": "string"},
+                        "action": {"type": "string", "enum": [one.value for one in Action]},
+                        "on": {"enum": ["request", "response", "both"]},
+                    },
+                    "required": ["kind"],
+                },
+                "examples": [[{"kind": "pii", "action": "redact", "on": "both"}]],
+            },
+        ),
+    ] = Field(default=(), description="What looks at its requests and answers in the gateway: guardrails, in order.")
     affinity: Annotated[Affinity, *taking(affinity_of, {"type": "string", "enum": [one.value for one in Affinity]})] = (
         Field(
             default=Affinity.NONE,
@@ -1164,6 +1193,7 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         model=section.model,
         concurrency=section.concurrency,
         wait_ns=section.wait,
+        guards=section.guards,
         affinity=section.affinity,
         fallback=section.fallback,
         hedge_ns=section.hedge,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final
 
+from tidemill.guards import reading as guards
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Dependency, DependsOn, Kind, Placement, Port, Service, Tier, WorkloadSpec
 from tidemill.units import MILLI, SECOND_NS, USD_MICRO
@@ -70,6 +71,8 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
             written["service"]["concurrency"] = spec.service.concurrency
         if spec.service.wait_ns != _SERVICE.wait_ns:
             written["service"]["wait"] = _duration_json(spec.service.wait_ns)
+        if spec.service.guards:
+            written["service"]["guards"] = [guards.written(rule) for rule in spec.service.guards]
         written["service"] |= _routing_json(spec.service)
         if scaling := scaling_json(spec.service.scaling, _duration_json):
             written["service"]["scaling"] = scaling

@@ -138,6 +138,20 @@ def upgrade() -> None:
     op.create_index("ix_token_usages_since", "token_usages", ["project_id", "at_ns"])
     op.create_index("ix_token_usages_key", "token_usages", ["token_id", "at_ns"])
 
+    # What guardrails decided.
+    op.create_table(
+        "guard_decisions",
+        sa.Column("line", LONG.with_variant(sa.Integer(), "sqlite"), primary_key=True),
+        sa.Column("id", TEXT, nullable=False, unique=True),
+        sa.Column("project_id", TEXT, nullable=False),
+        sa.Column("at_ns", LONG, nullable=False),
+        sa.Column("model", TEXT, nullable=False),
+        sa.Column("rule", TEXT, nullable=False),
+        sa.Column("action", TEXT, nullable=False),
+        sa.Column("body", TEXT, nullable=False),
+    )
+    op.create_index("ix_guard_decisions_project", "guard_decisions", ["project_id", "line"])
+
     projects = sa.table("projects", sa.column("id", TEXT), sa.column("body", TEXT))
     connection = op.get_bind()
     moved = []
