@@ -120,6 +120,10 @@ bench-api: $(DEV) ## jobs through REST to the last ledger line, on PostgreSQL
 bench-engine: $(DEV) ## short jobs a second on Ray and on Slurm, beside the engines' own ways; very many jobs at once
 	@$(BIN)/python benchmarks/engine.py $(ARGS)
 
+.PHONY: bench-restart
+bench-restart: $(DEV) ## a control plane with 10,000 jobs: kill -9 to the next job placed; quote and why
+	@$(BIN)/python benchmarks/restart.py $(ARGS)
+
 .PHONY: bench-gateway
 bench-gateway: $(DEV) ## CPU a request of the gateway, added latency, clients that leave; beside nginx and other gateways
 	@$(BIN)/python benchmarks/gateway.py $(ARGS)

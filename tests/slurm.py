@@ -1,4 +1,7 @@
-"""A real Slurm cluster for tests: slurmctld and three slurmd on this machine, each with two GPUs that are stand-ins."""
+"""A real Slurm cluster for tests: slurmctld and three slurmd on this machine, each with two GPUs that are stand-ins.
+
+All nodes are in partition ``main``, the second and third in ``few`` as well.
+"""
 
 from __future__ import annotations
 
@@ -170,6 +173,7 @@ GresTypes=gpu
 {accounts}
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=few Nodes=n2,n3 MaxTime=INFINITE State=UP
 """)
     lines = []
     for at, node in enumerate(NODES):

@@ -480,7 +480,7 @@ def test_tasks_become_workers_when_srun_starts_them(options, body, nodes, resour
         ("-d afterok:12345", "x", "--dependency", "a job's number in Slurm"),
         ("-d singleton", "x", "--dependency", "array.parallel: 1"),
         ("--signal=USR1@60", "x", "--signal", "SIGTERM"),
-        ("--qos=gold", "x", "--qos", "no qualities of service"),
+        ("--qos='a b'", "x", "--qos", "no name of Slurm's"),
         ("-t 5x", "x", "--time", "is not a time"),
         ("--array=9-1", "x", "--array", "is not an array"),
         ("--export=NOT_HERE", "x", "--export", "Write NOT_HERE=VALUE"),

@@ -45,6 +45,14 @@ class Centre:
             env={**os.environ, **self.slurm.environment},
         )  # fmt: skip
 
+    def tidemill(self, *words: str) -> bytes:
+        """What a command prints. Raises: CalledProcessError."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("TIDEMILL_")}
+        return subprocess.run(
+            [sys.executable, "-m", "tidemill.cli.main", *words], check=True, capture_output=True, timeout=60,
+            env=environment | {"TIDEMILL_HOME": str(self.cloud.home)},
+        ).stdout  # fmt: skip
+
     def submit(self, run: str, **spec: Any) -> str:
         given = {"name": "work", "resources": {"cpus": 1, "memory": "100MB"}, "run": run, **spec}
         return self.cloud.submit(given)
@@ -105,6 +113,26 @@ def test_a_gang_is_one_job_of_slurm(centre: Centre) -> None:
     logs = [centre.cloud.logs(job, rank).decode() for rank in (0, 1)]
     assert [log.split(" on ")[0] for log in logs] == ["rank 0", "rank 1"]
     assert len({log.split()[3] for log in logs}) == 2
+
+
+def test_a_script_goes_to_the_partition_that_it_names(centre: Centre, tmp_path: Path) -> None:
+    labels = {name: centre.joined.node(name)["labels"] for name in NODES}
+    assert labels == {"n1": {"partition": "main"}, "n2": {"partition": "main|few"}, "n3": {"partition": "main|few"}}
+    script = tmp_path / "work.sh"
+    lines = (
+        "#!/bin/bash",
+        "#SBATCH --partition=few",
+        "#SBATCH --job-name=few",
+        "echo on $SLURM_JOB_PARTITION $SLURMD_NODENAME",
+    )
+    script.write_text("\n".join(lines) + "\n")
+    said = centre.tidemill("run", str(script))
+    assert b"on few n" in said, said
+    assert b"n1" not in said
+    nowhere = {"run": "x", "placement": {"labels": {"partition": "fev"}}}
+    status, problem = centre.cloud.call("POST", "/v1/workloads", {"spec": nowhere})
+    assert status == 422
+    assert "there is few, main" in problem["detail"]
 
 
 def test_gpus_are_those_that_slurm_gives(centre: Centre) -> None:

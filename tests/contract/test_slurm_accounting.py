@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -46,6 +47,16 @@ def test_jobs_are_on_the_account_and_qos_given(centre: Centre) -> None:
     for wrong in ({"account": "nobody"}, {"account": "ai", "qos": "slow"}):
         with pytest.raises(EngineRefused, match="Slurm refused it"):
             centre.engine(**wrong).launch(bench.spec("true"))
+
+
+def test_a_job_chooses_its_partition_account_and_qos(centre: Centre) -> None:
+    """Over what the site is set to, and as Slurm allows."""
+    engine, bench = centre.engine(account="nobody", qos="slow", partition="main"), centre.bench
+    asked = (("account", "ai"), ("qos", "fast"), ("partition", "few"))
+    spec = replace(bench.spec("echo $SLURM_JOB_PARTITION $SLURM_JOB_ACCOUNT $SLURM_JOB_QOS"), slurm=asked)
+    engine.launch(spec)
+    centre.control.wait_for_event(spec.launch_id, "exited")
+    assert bytes(centre.control.record(spec.launch_id).log) == b"few ai fast\n"
 
 
 def test_how_it_ended_is_known_after_slurmctld_has_forgotten(centre: Centre) -> None:

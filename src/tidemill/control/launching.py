@@ -14,7 +14,7 @@ from tidemill.model.fleet import Node
 from tidemill.model.ids import LaunchId, NodeId, ProjectId
 from tidemill.model.job import Allocation, Attempt, Cause, DeviceShare
 from tidemill.model.plan import GangPlace, LaunchSpec
-from tidemill.model.spec import Port
+from tidemill.model.spec import Port, WorkloadSpec
 from tidemill.model.storage import DataMount
 from tidemill.ports import Store
 
@@ -75,8 +75,15 @@ def build_launch(
         gang=tuple(_place(worker) for worker in gang) if len(gang) > 1 else (),
         data=tuple(_here(mount, world.nodes[held.node_id]) for mount in spec.data),
         volumes=spec.volumes,
+        slurm=_for_slurm(spec),
         lease_ns=world.sites[world.nodes[held.node_id].site_id].lease_ns if is_leased(held.node_id) else 0,
     )
+
+
+def _for_slurm(spec: WorkloadSpec) -> tuple[tuple[str, str], ...]:
+    """What Slurm is told: the partitions are those of the nodes that may have it."""
+    partitions = dict(spec.placement.labels).get("partition", "").replace("|", ",")
+    return (*spec.slurm, ("partition", partitions)) if partitions else spec.slurm
 
 
 def _gang(world: World, store: Store, attempt: Attempt, *, is_elastic: bool) -> list[Allocation]:

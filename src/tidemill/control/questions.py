@@ -10,7 +10,7 @@ from itertools import chain, islice
 from tidemill import __version__
 from tidemill.control.acceptance import Acceptance
 from tidemill.control.answers import Receipt, Status, Why, receipt_of, with_word
-from tidemill.control.forecast import quote, why
+from tidemill.control.forecast import Foresight, quote, why
 from tidemill.control.identity import Directory, Identity
 from tidemill.control.projects import Projects
 from tidemill.control.runners import Runners
@@ -73,6 +73,7 @@ class Questions:
         self._runners = runners
         self._sites = sites
         self._settings = settings
+        self._foresight = Foresight(turns, settings.policy)
         self._engine = engine
         self._rates = rates
         self._directory = directory
@@ -101,7 +102,7 @@ class Questions:
         row = self._store.job(job_id)
         if row is None:
             raise NotFound("There is no such job.", field="job", value=job_id)
-        answer = why(self._turns, row, self._settings.policy, now=self._clock())
+        answer = why(self._turns, self._foresight, row, self._settings.policy, now=self._clock())
         if answer.state != JobState.STARTING.value:
             return answer
         attempt = self._turns.world.attempts.get(job_id)

@@ -45,10 +45,10 @@ class _Item:
 
 @dataclass(slots=True)
 class _Question:
-    """A what-if to be answered between turns."""
+    """A what-if to be answered between turns; without ``facts``, a look at the world as it is."""
 
-    facts: Sequence[Fact]
-    look: Callable[[Plan, World], Any]
+    facts: Sequence[Fact] | None
+    look: Callable[..., Any]
     future: Future[Any] = field(default_factory=Future)
 
 
@@ -138,7 +138,10 @@ class TurnLoop:
 
     def look(self, look: Callable[[World], Answer]) -> Answer:
         """What ``look`` makes of the world, between turns."""
-        return self.ask([], lambda _, world: look(world)).result(timeout=30)
+        question = _Question(None, look)
+        self._enqueue(question, question.future)
+        answer: Answer = question.future.result(timeout=30)
+        return answer
 
     def watch(self, callback: Callable[[int], None]) -> Callable[[], None]:
         """Have ``callback`` called with the newest event's number after each commit; returns how to stop it."""
@@ -201,7 +204,10 @@ class TurnLoop:
 
     def _answer(self, question: _Question) -> None:
         try:
-            question.future.set_result(self.driver.what_if(question.facts, question.look, now=self._clock()))
+            if question.facts is None:
+                question.future.set_result(question.look(self.driver.world))
+            else:
+                question.future.set_result(self.driver.what_if(question.facts, question.look, now=self._clock()))
         except Exception as error:  # noqa: BLE001 - whoever asked is told, the loop goes on
             question.future.set_exception(error)
 

@@ -8,7 +8,16 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tidemill.core.feasible import Fitting, Shape, fitting, is_within, places_for_slices, tolerates, workers_that_fit
+from tidemill.core.feasible import (
+    Fitting,
+    Shape,
+    fitting,
+    is_met,
+    is_within,
+    places_for_slices,
+    tolerates,
+    workers_that_fit,
+)
 from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.place import Gang, fits, gang_of, stays_in_site
 from tidemill.core.preempt import amounts_together
@@ -148,8 +157,8 @@ def _nowhere_allowed(fleet: FleetArrays, shape: Shape) -> Reason | None:
         return replace(_never("NoSiteAllowed", "placement", wanted, have, sentence), resolvable_by=ResolvableBy.POLICY)
     for key, value in shape.labels:
         known = sorted({found for node in fleet.nodes for name, found in node.labels if name == key})
-        if not set(known) & set(value.split("|")):
-            have = ", ".join(known) or "no node has that label"
+        if not any(is_met(has, value) for has in known):
+            have = ", ".join(sorted({one for has in known for one in has.split("|")})) or "no node has that label"
             sentence = f"No machine has the label {key}={value}; there is {have}."
             return _never("NoNodeWithLabel", f"placement.labels.{key}", value, have, sentence)
     if shape.machine and not fitting(fleet, shape).nodes.any():

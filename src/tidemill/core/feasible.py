@@ -225,9 +225,14 @@ def _starts_on(fleet: FleetArrays, row: int, column: int, profile: str, starts: 
 
 def _is_allowed(node: Node, shape: Shape) -> bool:
     labels = dict(node.labels)
-    if any(labels.get(key) not in value.split("|") for key, value in shape.labels):
+    if not all(key in labels and is_met(labels[key], value) for key, value in shape.labels):
         return False
     return all(tolerates(shape.tolerations, taint) for taint in node.taints)
+
+
+def is_met(has: str, wanted: str) -> bool:
+    """Whether a label that a node ``has`` is one that is ``wanted``. Either may name several: ``a|b``."""
+    return not set(has.split("|")).isdisjoint(wanted.split("|"))
 
 
 def tolerates(tolerations: tuple[str, ...], taint: str) -> bool:

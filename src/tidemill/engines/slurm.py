@@ -68,8 +68,11 @@ _UNREACHABLE: Final = ("Unable to contact slurm controller", "Connection refused
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SlurmSettings:
-    """How jobs are submitted: empty words are left to Slurm's own defaults. ``linger_ns`` and ``beat_ns`` are the
-    runner's. ``python`` is the interpreter on the nodes; this one's unless given."""
+    """How jobs are submitted that say nothing else: empty words are left to Slurm's own defaults.
+
+    Of the nodes those are known that are in a ``partition`` of the list, with commas; all of them without.
+    ``linger_ns`` and ``beat_ns`` are the runner's. ``python`` is the interpreter on the nodes; this one's unless given.
+    """
 
     partition: str = ""
     account: str = ""
@@ -252,8 +255,9 @@ class SlurmEngine:
             yield f"--time={math.ceil((spec.max_duration_ns + spec.grace_ns + _MARGIN_NS) / MINUTE_NS)}"
         if spec.grace_ns:
             yield f"--signal=B:TERM@{math.ceil(spec.grace_ns / SECOND_NS)}"
+        asked = dict(spec.slurm)
         for option in ("partition", "account", "qos", "reservation", "constraint"):
-            if value := getattr(self._settings, option):
+            if value := asked.get(option) or getattr(self._settings, option):
                 yield f"--{option}={value}"
 
     def _runner_settings(self, spec: LaunchSpec) -> dict[str, Any]:
@@ -364,10 +368,15 @@ class SlurmEngine:
         for line in self._ask("scontrol", "--oneliner", "--details", "show", "node").splitlines():
             said = dict(word.split("=", 1) for word in line.split() if "=" in word)
             states = set(said.get("State", "UNKNOWN").replace("*", "+NO_RESPOND").split("+"))
-            if not said.get("NodeName") or states & _NEVER_THERE:
+            if not said.get("NodeName") or states & _NEVER_THERE or not self._is_ours(_partitions(said)):
                 continue
             taint = "slurm=down" if states & _AWAY else "slurm=draining" if "DRAIN" in states else ""
             yield self._node(said, ours.get(said["NodeName"], _Held()), (taint,) if taint else ())
+
+    def _is_ours(self, partitions: Sequence[str]) -> bool:
+        """Whether jobs of ours may come to a node of these partitions."""
+        wanted = {name for name in self._settings.partition.split(",") if name}
+        return not wanted or not wanted.isdisjoint(partitions)
 
     def _node(self, said: dict[str, str], ours: _Held, taints: tuple[str, ...]) -> Node:
         """A node as ``scontrol`` tells of it. The type of its gres is taken for the first model that answers to it."""
@@ -406,6 +415,7 @@ class SlurmEngine:
             memory_bytes=max(1, int(said.get("RealMemory", "1"))) * 2**20,
             disk_bytes=int(said.get("TmpDisk", "0")) * 2**20,
             devices=tuple(devices),
+            labels=(("partition", "|".join(partitions)),) if (partitions := _partitions(said)) else (),
             taints=taints,
             others_cpu_milli=max(0, held.cpus - ours.cpus) * MILLI,
             others_memory_bytes=max(0, held.memory_bytes - ours.memory_bytes),
@@ -489,6 +499,11 @@ def _as_recorded(gone: Mapping[str, Any]) -> dict[str, Any]:
 def _sibling(launch_id: str, rank: int) -> LaunchId:
     """The launch of another rank of the same attempt."""
     return LaunchId(f"{launch_id.rpartition('-')[0]}-{rank}")
+
+
+def _partitions(said: Mapping[str, str]) -> list[str]:
+    """The partitions that a node is in, as ``scontrol`` tells of it."""
+    return [name for name in said.get("Partitions", "").split(",") if name]
 
 
 def _gpus(text: str) -> int:

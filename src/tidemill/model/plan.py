@@ -122,7 +122,8 @@ class LaunchSpec:
     runner asks the control plane for the values, so they are on no disk. Ports are already chosen.
     Tokens: ``runner_token`` reports, ``job_token`` is given to the worker. ``lease_ns`` is how long the worker runs on
     without a word from the control plane; zero: for ever. ``gang`` is what each rank holds and where, for a gang only.
-    ``data`` has a ``home`` only where that is a folder of this very node.
+    ``data`` has a ``home`` only where that is a folder of this very node. ``slurm`` is what Slurm is told when it is
+    submitted there: ``partition``, ``account``, ``qos``.
     """
 
     launch_id: LaunchId
@@ -156,6 +157,7 @@ class LaunchSpec:
     gang: tuple[GangPlace, ...] = ()
     data: tuple[DataMount, ...] = ()
     volumes: tuple[VolumeMount, ...] = ()
+    slurm: tuple[tuple[str, str], ...] = ()
 
 
 class ObservedState(StrEnum):

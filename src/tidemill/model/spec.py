@@ -289,10 +289,10 @@ ANYWHERE: Final = Territory()
 class Placement:
     """Where workers may be put, and how they should lie to each other.
 
-    ``labels`` are those a node needs to have; a value ``a|b`` accepts either. ``tolerations`` are taints
-    (``key`` or ``key=value``) that are put up with. ``within`` keeps all workers in one domain of that level,
-    ``prefer`` tries to; ``spread`` puts no two workers into the same domain of that level. ``apart`` keeps workers off
-    nodes where work of the project with one of these labels runs.
+    ``labels`` are those a node needs to have; a value ``a|b`` accepts either, and a node's ``a|b`` is both.
+    ``tolerations`` are taints (``key`` or ``key=value``) that are put up with. ``within`` keeps all workers in one
+    domain of that level, ``prefer`` tries to; ``spread`` puts no two workers into the same domain of that level.
+    ``apart`` keeps workers off nodes where work of the project with one of these labels runs.
 
     A job stays within one site unless it may lie ``across_sites``. ``where`` says which sites may have it; of these
     the one is chosen that is best by ``weigh``, parts in thousandths or any other measure; empty: soonest, then
@@ -353,7 +353,8 @@ class WorkloadSpec:
     that would do, in order of preference, or by speed with ``by_speed``. ``expected_duration_ns`` is what the user
     expects, ``start_after_ns`` and ``start_before_ns`` are instants; zero: not said. ``array_parallel`` bounds how
     many jobs of an array run at the same time; zero: no bound. ``reservation`` is the name of one to run in. ``data``
-    and ``volumes`` are what each worker finds at paths of its choice.
+    and ``volumes`` are what each worker finds at paths of its choice. ``slurm`` is what a site with Slurm is told when
+    it is submitted there: ``account``, ``qos``; others pay no heed to it.
     """
 
     kind: Kind
@@ -390,6 +391,7 @@ class WorkloadSpec:
     array_parallel: int = 0
     data: tuple[DataMount, ...] = ()
     volumes: tuple[VolumeMount, ...] = ()
+    slurm: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not _LABEL.fullmatch(self.name):

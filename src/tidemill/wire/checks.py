@@ -29,6 +29,7 @@ DATASET: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?(:[0-
 DIGEST: Final = re.compile(r"(?:sha256:)?([0-9a-f]{64})", re.ASCII)
 PORT_NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
 PYTHON: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+@_-]{0,63}", re.ASCII)
+_SLURM_WORD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.@-]{0,254}", re.ASCII)
 LABEL: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_./]{0,61}[A-Za-z0-9])?", re.ASCII)
 LOWEST_PORT, HIGHEST_PORT = 1024, 65_535
 
@@ -58,6 +59,14 @@ def text_of(value: object, *, limit: int = MAX_SCRIPT_BYTES, mend: str = "Write 
     if "\0" in value:
         raise Refusal("It has a NUL character in it.", "Take it out.")
     return value
+
+
+def slurm_word_of(value: object) -> str:
+    """A word that Slurm's commands take as the value of an option; empty for none."""
+    text = text_of(value, limit=255)
+    if text and not _SLURM_WORD.fullmatch(text):
+        raise Refusal(f"{shown(text)} is no name of Slurm's.", "Write letters, digits, - _ + . or @, as sacctmgr does.")
+    return text
 
 
 def _utf8(value: str) -> bytes:

@@ -61,6 +61,7 @@ from tidemill.wire.checks import (
     scalar,
     shown,
     size_of,
+    slurm_word_of,
     text_of,
     wait_of,
     whole_number,
@@ -593,6 +594,17 @@ class CheckpointIn(StrictSection):
     )
 
 
+class SlurmIn(StrictSection):
+    """What Slurm is told, at a site that has it; other sites pay no heed. Its partition is a label of the placement."""
+
+    account: Annotated[str, *taking(slurm_word_of, {**TEXT, "examples": ["physics"]})] = Field(
+        default="", description="Whom Slurm accounts it to, instead of the site's own account."
+    )
+    qos: Annotated[str, *taking(slurm_word_of, {**TEXT, "examples": ["fast"]})] = Field(
+        default="", description="Its quality of service there, instead of the site's own."
+    )
+
+
 _Labels = {"type": ["string", "number", "boolean"]}
 
 
@@ -837,6 +849,11 @@ class WorkloadSpecIn(StrictSection):
         description="What a worker gets before it is ended.",
         json_schema_extra={"default": {}},
     )
+    slurm: SlurmIn = Field(
+        default_factory=_shared(SlurmIn),
+        description="What Slurm is told, at a site that has it.",
+        json_schema_extra={"default": {}},
+    )
     expected_duration: Annotated[int, *taking(duration_of, _DURATION_SCHEMA)] = Field(
         default=0, description="How long it is expected to run; for forecasts and for the order, it ends nothing."
     )
@@ -969,6 +986,7 @@ class WorkloadSpecIn(StrictSection):
                 start_before_ns=self.start_before.at(now),
                 data=(*_model_mounts(self.model), *[_data_mount(one) for one in self.data]),
                 volumes=tuple([_volume_mount(one) for one in self.volumes]),
+                slurm=tuple([(what, word) for what in ("account", "qos") if (word := getattr(self.slurm, what))]),
             )
         except ValueError as error:
             raise InvalidSpec(f"{error}.") from error

@@ -94,6 +94,8 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
         written["retry"] = {"on": [*causes, *(f"exit:{code}" for code in spec.retry.exit_codes)], "max": spec.retry.max}
     if spec.checkpoint_grace_ns != _DEFAULT_GRACE_NS:
         written["checkpoint"] = {"grace": _duration_json(spec.checkpoint_grace_ns)}
+    if spec.slurm:
+        written["slurm"] = dict(spec.slurm)
     if spec.priority:
         written["priority"] = spec.priority
     _write_schedule(spec, written)

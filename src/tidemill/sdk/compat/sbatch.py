@@ -36,6 +36,7 @@ from tidemill.sdk.compat.sbatch_values import (
     seconds_of,
     size_text,
 )
+from tidemill.wire.checks import Refusal, slurm_word_of
 
 SHORT: Final = {
     "A": "account",
@@ -253,7 +254,7 @@ def _geometry(draft: ScriptDraft, name: str, value: Any) -> Said:
 
 def _account(draft: ScriptDraft, name: str, value: Any) -> str:
     draft.environment["SLURM_JOB_ACCOUNT"] = value
-    return draft.put("project", value)
+    return f"{draft.put('project', value)}, {_told(draft, 'account', value)}"
 
 
 def _partition(draft: ScriptDraft, name: str, value: Any) -> str:
@@ -262,13 +263,19 @@ def _partition(draft: ScriptDraft, name: str, value: Any) -> str:
 
 
 def _qos(draft: ScriptDraft, name: str, value: Any) -> str:
-    if value not in ("low", "normal", "high"):
-        raise Refuse(
-            "There are no qualities of service.",
-            "Take it out; how urgent it is: tidemill run --priority high.",
-        )
     draft.environment["SLURM_JOB_QOS"] = value
-    return draft.put("priority", value)
+    if value in ("low", "normal", "high"):
+        return draft.put("priority", value)
+    return _told(draft, "qos", value)
+
+
+def _told(draft: ScriptDraft, what: str, word: str) -> str:
+    """Have Slurm told a word of its own, at a site that has it. Raises: Refuse."""
+    try:
+        return draft.put(f"slurm.{what}", slurm_word_of(word))
+    except Refusal as refusal:
+        context = refusal.context or {}
+        raise Refuse(str(context["detail"]), str(context["mend"])) from refusal
 
 
 def _array(draft: ScriptDraft, name: str, value: Any) -> Said:
@@ -482,10 +489,10 @@ def _geometric(becomes: str, example: str, note: str = "", limits: str = "") -> 
 
 FIELDS: Final[dict[str, Rule]] = {
     "--account": maps(
-        "project",
+        "project, slurm.account",
         _account,
         example="research",
-        note="The project that pays has to have that name; run --project goes over it.",
+        note="The project that pays has to have that name; run --project goes over it. Slurm is told it, too.",
     ),
     "--acctg-freq": noted("Usage is metered all the time.", example="task=30"),
     "--array": maps("array", _array, example="0-15%4"),
@@ -631,7 +638,7 @@ FIELDS: Final[dict[str, Rule]] = {
         "placement.labels.partition",
         _partition,
         example="gpu",
-        note="Machines need to have the label; quote tells when none has.",
+        note="Machines need to have the label, as those of a site with Slurm do; quote tells when none has.",
     ),
     "--power": noted(_CLOCKS, example="level"),
     "--prefer": noted("It is a wish only; where workers are put is for the scheduler to say.", example="a100"),
@@ -646,7 +653,12 @@ FIELDS: Final[dict[str, Rule]] = {
         limits="none only.",
     ),
     "--propagate": noted("Limits of the shell that tidemill is called in are not taken along.", example="NONE"),
-    "--qos": maps("priority", _qos, example="normal", limits="low, normal and high only."),
+    "--qos": maps(
+        "priority, slurm.qos",
+        _qos,
+        example="normal",
+        note="low, normal and high are priorities; any other is told to sites with Slurm.",
+    ),
     "--quiet": noted(_SUBMITTING, example=""),
     "--reboot": refused("Machines are not rebooted for a job.", "Leave it out.", example=""),
     "--requeue": maps("retry", _requeue, example=""),
