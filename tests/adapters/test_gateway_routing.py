@@ -318,7 +318,7 @@ async def test_a_second_replica_is_asked_when_the_first_takes_long_and_the_slowe
     rig.engines[1].go_on.set()
     status, _, _ = await ask(rig, {"model": "m", "mode": "hang"}, path="/v1/embeddings")
     assert (status, counts_of(rig)) == (200, [1, 1])
-    await asyncio.wait_for(rig.engines[0].left.wait(), 1)
+    await asyncio.wait_for(rig.engines[0].left.wait(), 5)
     assert rig.gateway.metrics.of("m").hedges == 1
     status, _, _ = await ask(rig, {"model": "m"}, path="/v1/rerank")
     assert (status, rig.gateway.metrics.of("m").hedges) == (200, 1), "who answers in time is asked alone"
@@ -365,7 +365,7 @@ async def test_a_client_that_leaves_stops_both(rig: Rig) -> None:
     await eventually(lambda: counts_of(rig) == [1, 1])
     writer.close()
     for engine in rig.engines:
-        await asyncio.wait_for(engine.left.wait(), 1)
+        await asyncio.wait_for(engine.left.wait(), 5)
 
 
 @live(engines=2)
@@ -468,7 +468,7 @@ def test_each_phase_has_its_own_time(timeouts: dict[str, int], mode: str, says: 
         answer = await rig.raw(request({"model": "m", "mode": mode, "stream": True}, headers="Connection: close\r\n"))
         assert says.encode() in answer
         assert b'"code":"replica_timeout"' in answer
-        await asyncio.wait_for(rig.engine.left.wait(), 1)
+        await asyncio.wait_for(rig.engine.left.wait(), 5)
         if mode == "hang":
             assert parse(answer)[0] == 504
 
