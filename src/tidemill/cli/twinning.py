@@ -53,6 +53,22 @@ def twin_command(
     file: _File = None,
     synthetic: _Synthetic = None,
     recorded: _Recorded = None,
+    traffic: Annotated[
+        str | None,
+        typer.Option(
+            "--traffic", metavar="FILE", help="Requests to services: a file, or synthetic:rate=5,span=1d,burst=3."
+        ),
+    ] = None,
+    service: Annotated[
+        list[Path] | None,
+        typer.Option("--service", metavar="FILE", help="With --traffic: a service's workload file; repeatable."),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="NUMBERS", help="With --traffic: gpu=H100,prefill=8000,start=60s.")
+    ] = "",
+    requests: Annotated[
+        int | None, typer.Option("--requests", metavar="N", min=1, help="With --traffic: only the first so many.")
+    ] = None,
     nodes: _Nodes = None,
     what_if: _WhatIf = None,
     set_: _Set = None,
@@ -72,11 +88,37 @@ def twin_command(
 ) -> None:
     """Run work through the scheduler on virtual time, and compare what would be otherwise.
 
-    The work is a public trace, a synthetic mix or a recording of this installation.
+    The work is a public trace, a synthetic mix or a recording of this installation; or traffic to services, of which
+    the replicas follow the requests.
 
     Examples: tidemill twin --synthetic jobs=5000,load=0.9 --nodes 16xH100:8 --what-if nodes=+4xH100:8;
-    tidemill twin --trace philly --file philly.csv.gz --nodes 64xH100:8 --html philly.html
+    tidemill twin --trace philly --file philly.csv.gz --nodes 64xH100:8 --html philly.html;
+    tidemill twin --traffic monday.jsonl --service chat.yaml --what-if service.chat.scaling.ttft=500ms
     """
+    for path, field in ((csv, "--csv"), (html, "--html"), (record, "--record")):
+        _may_write(path, field)
+    with_jobs = {"--trace": trace, "--synthetic": synthetic, "--recorded": recorded, "--nodes": nodes, "--jobs": jobs}
+    with_jobs |= {"--until": until, "--record": record, "--country": country}
+    with_traffic = {"--service": service, "--engine": engine, "--requests": requests}
+    for name, value in (with_jobs if traffic else with_traffic).items():
+        if value:
+            reason = "cannot go together with --traffic" if traffic else "needs --traffic"
+            raise InvalidRequest(f"{name} {reason}.", field=name, value=str(value), mend="Leave one of them out.")
+    if traffic:
+        from tidemill.cli.traffic import play_traffic
+
+        play_traffic(
+            traffic,
+            services=service or (),
+            engine=engine,
+            what_if=what_if or (),
+            set_=set_ or (),
+            requests=requests or 0,
+            csv=csv,
+            html=html,
+            json=json,
+        )
+        return
     from tidemill.twin.page import write_page
     from tidemill.twin.report import figures, write_csv
     from tidemill.twin.whatif import apply, parse_change
@@ -88,12 +130,10 @@ def twin_command(
             f"{' and '.join(given)} cannot go together." if given else "There is no work.",
             field=given[-1] if given else "--trace",
             value="",
-            mend="Give one of --trace NAME, --synthetic MIX and --recorded FILE.",
+            mend="Give one of --trace NAME, --synthetic MIX, --recorded FILE and --traffic FILE.",
         )
     if file is not None and trace is None:
         raise InvalidRequest("There is no --trace for it.", field="--file", value=str(file), mend="Add --trace NAME.")
-    for path, field in ((csv, "--csv"), (html, "--html"), (record, "--record")):
-        _may_write(path, field)
     with _naming("--set"):
         set_changes = [parse_change(text) for text in set_ or ()]
         base = apply(set_changes, _conditions(recorded, nodes, trace, country))
@@ -129,9 +169,22 @@ def twin_command(
 def record_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file, such as monday.jsonl.gz.")],
     for_: Annotated[str | None, typer.Option("--for", metavar="TIME", help="For so long, such as 2h.")] = None,
+    traffic: Annotated[
+        bool, typer.Option("--traffic", help="The project's requests to models so far, for tidemill twin --traffic.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Save the turns that the scheduler takes, until Ctrl-C. Needs an administrator's token."""
+    """Save the turns that the scheduler takes, until Ctrl-C. Needs an administrator's token.
+
+    With --traffic: what requests to models took so far, without their words.
+    """
+    if traffic:
+        from tidemill.cli.traffic import record_traffic
+
+        if for_:
+            raise InvalidRequest("--traffic is about what was.", field="--for", value=for_, mend="Leave it out.")
+        record_traffic(file, json=json)
+        return
     from tidemill.sdk import connection
     from tidemill.sdk.transport import Transport
     from tidemill.twin.recording import RecordingFile

@@ -27,7 +27,7 @@ from tidemill.gateway.waiting import Line, retry_after_s
 if TYPE_CHECKING:
     from tidemill.gateway.server import Gateway
 
-_CAUTION: Final = 1.25
+CAUTION: Final = 1.25
 """A request that is refused at once is of more use than one that is refused when its time is over."""
 _log = logging.getLogger("tidemill.gateway")
 
@@ -204,6 +204,7 @@ class Journey(ABC):
         """The replica is not waited for: what it has not begun to answer goes elsewhere, the rest ends."""
         if self._is_over:
             return
+        self._note_variant(is_answered=False)
         if self._response is not None:
             self._break("replica_failed", f"The model's replica was given up: {why}.")
             return
@@ -232,6 +233,7 @@ class Journey(ABC):
             self._time_out(f"sent nothing more for {min(told.between, most):g} s")
 
     def _time_out(self, what: str) -> None:
+        self._note_variant(is_answered=False)
         self._break("replica_timeout", f"The replica of '{self._asking.route.model}' {what}.", status=504)
 
     def pause(self) -> None:
@@ -251,6 +253,7 @@ class Journey(ABC):
         if self._is_over or self._replica is None:
             return
         self._upstream = None
+        self._note_variant(is_answered=False)
         self._blame(self._replica, reason)
         if started and (self._response is not None or self._hedge is None):
             self._break("replica_failed", "The model's replica broke off in the middle of the response.")
@@ -376,7 +379,7 @@ class Journey(ABC):
         most = self._gateway.limits.waiting
         if line.count >= most or line.of(asking.tenant) >= max(1, most // 2):
             self._refuse("queue_full", "Too many requests wait", expected or 1.0, is_own=line.count < most)
-        elif expected * _CAUTION > left:
+        elif expected * CAUTION > left:
             self._refuse("overloaded", "No replica will be free in time", expected)
         else:
             self._line = line
@@ -411,6 +414,8 @@ class Journey(ABC):
         except (OSError, ValueError) as error:
             self._connecting = None
             if not self._is_over:
+                if getattr(error, "errno", None) not in OWN_TROUBLE:
+                    self._note_variant(is_answered=False)
                 self._why_refused = str(error)
                 self._unassign()
                 if getattr(error, "errno", None) in OWN_TROUBLE:
@@ -503,6 +508,13 @@ class Journey(ABC):
             if replica.circuit.state is not State.CLOSED:
                 replica.circuit.answered(now=now)
                 self._gateway.advance(self._asking.route.model)
+
+    def _note_variant(self, *, is_answered: bool) -> None:
+        """Count what a revision made of a request, while there is another one to compare it with."""
+        replica = self._replica
+        if replica is not None and replica.variant:
+            took_s = asyncio.get_running_loop().time() - self._taken_at if is_answered else None
+            self._gateway.metrics.of_variant(self._asking.route.model, replica.variant).note(took_s)
 
     # A second replica at the same time
 

@@ -31,7 +31,9 @@ from tidemill.sdk.results import (
     Receipt,
     Record,
     Replica,
+    RequestUsage,
     ReservationInfo,
+    Revisions,
     Share,
     SiteInfo,
     Status,
@@ -190,6 +192,40 @@ class Client:
         """The workload, all jobs of which are asked to end."""
         return Workload.from_json(self._http.post(f"/v1/workloads/{segment(ref)}/stop", project=self.project))
 
+    def update(
+        self,
+        ref: str,
+        spec: Mapping[str, Any] | str | Path | SpecFile,
+        *,
+        workdir: str | Path | None = None,
+        progress: Progress | None = None,
+        restart: bool = False,
+    ) -> Workload:
+        """The new revision of a service that runs, which takes its place replica by replica; no request fails.
+
+        ``restart`` exchanges the replicas also where nothing is different.
+        """
+        body = {"spec": self._complete(spec, workdir, progress), "restart": restart}
+        return Workload.from_json(self._http.post(f"/v1/workloads/{segment(ref)}/update", self._with_project(body)))
+
+    def revisions(self, ref: str) -> Revisions:
+        """The revisions of a service, newest first, and how far the rollout is that is under way."""
+        return Revisions.from_json(self._http.get(f"/v1/workloads/{segment(ref)}/revisions", project=self.project))
+
+    def promote(self, ref: str, *, everything: bool = False) -> Revisions:
+        """The revisions, after a canary has gone to its next step, or to the whole service."""
+        path = f"/v1/workloads/{segment(ref)}/promote"
+        return Revisions.from_json(self._http.post(path, {"all": everything}, project=self.project))
+
+    def abort(self, ref: str) -> Revisions:
+        """The revisions, while the one before takes the place again of the one that was being rolled out."""
+        return Revisions.from_json(self._http.post(f"/v1/workloads/{segment(ref)}/abort", project=self.project))
+
+    def rollback(self, ref: str, revision: int = 0) -> Revisions:
+        """The revisions, while an earlier one takes its place again; 0: the one before."""
+        path = f"/v1/workloads/{segment(ref)}/rollback"
+        return Revisions.from_json(self._http.post(path, {"revision": revision}, project=self.project))
+
     def wait(
         self,
         ref: str,
@@ -234,6 +270,10 @@ class Client:
         query = {"rank": rank, "attempt": attempt, "tail": tail, "follow": follow, "project": self.project}
         path = f"/v1/jobs/{segment(ref)}/logs"
         return follow_log(self._http, path, query=query, give_up_s=RECONNECT_FOR_S, on_retry=on_retry)
+
+    def request_usages(self) -> Iterator[RequestUsage]:
+        """What each request to a model of the project took, in the order in which they were entered."""
+        return self._list("/v1/ledger/tokens", RequestUsage, {"project": self.project} if self.project else {})
 
     def why(self, ref: str) -> Why:
         """Why a job is where it is."""

@@ -60,40 +60,46 @@ def page(results: Sequence[tuple[str, Result]], *, title: str) -> str:
     all_figures = [figures(result) for _, result in results]
     fleets = "; ".join(f"{name}: {found['fleet']}" for name, found in zip(names, all_figures, strict=True))
     cards = [
-        _card("Figures", _table(names, all_figures)),
-        _card("GPUs in use, % of all", _key(names) + _over_time(results, _utilization, top=100.0)),
-        _card("Jobs waiting", _key(names) + _over_time(results, lambda r: _series(r, "waiting_jobs"))),
-        _card("How long jobs wait: share of jobs that start within", _key(names) + _waits(results)),
-        _card(
-            "Idle GPUs that the mix cannot use", _key(names) + _over_time(results, lambda r: _series(r, "fragmented"))
-        ),
-        *(_card(f"GPUs by tenant: {name}", _tenants(result)) for name, result in results),
-        *(_card(f"Tenants: {name}", _tenant_table(found)) for name, found in zip(names, all_figures, strict=True)),
+        card("Figures", table_of(names, rows(all_figures))),
+        card("GPUs in use, % of all", key(names) + _over_time(results, _utilization, top=100.0)),
+        card("Jobs waiting", key(names) + _over_time(results, lambda r: _series(r, "waiting_jobs"))),
+        card("How long jobs wait: share of jobs that start within", key(names) + _waits(results)),
+        card("Idle GPUs that the mix cannot use", key(names) + _over_time(results, lambda r: _series(r, "fragmented"))),
+        *(card(f"GPUs by tenant: {name}", _tenants(result)) for name, result in results),
+        *(card(f"Tenants: {name}", _tenant_table(found)) for name, found in zip(names, all_figures, strict=True)),
     ]
+    return frame(title, fleets, cards)
+
+
+def frame(title: str, below: str, cards: Sequence[str]) -> str:
+    """A whole page of cards."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>"
-        f"<h1>{escape(title)}</h1><p>{escape(fleets)}</p>"
+        f"<h1>{escape(title)}</h1><p>{escape(below)}</p>"
         f'<div class="cards">{"".join(cards)}</div></main></body></html>\n'
     )
 
 
-def _card(title: str, body: str) -> str:
+def card(title: str, body: str) -> str:
+    """A part of a page."""
     return f'<section class="card"><h2>{escape(title)}</h2>{body}</section>'
 
 
-def _key(names: Sequence[str]) -> str:
+def key(names: Sequence[str]) -> str:
+    """Which colour is which run; nothing for one run."""
     if len(names) < 2:
         return ""
     items = (f'<span><i style="background:{_COLOURS[i % 4]}"></i>{escape(name)}</span>' for i, name in enumerate(names))
     return f'<div class="key">{"".join(items)}</div>'
 
 
-def _table(names: Sequence[str], all_figures: Sequence[dict[str, object]]) -> str:
+def table_of(names: Sequence[str], lines: Sequence[tuple[str, list[str], str, int]]) -> str:
+    """A table of figures, with the last run against the first."""
     head = "".join(f"<th>{escape(name)}</th>" for name in ("", *names, *(["change"] if len(names) > 1 else [])))
     body = []
-    for name, values, difference, verdict in rows(list(all_figures)):
+    for name, values, difference, verdict in lines:
         cells = "".join(f"<td>{escape(value)}</td>" for value in values)
         if len(names) > 1:
             colour = {1: ' class="good"', -1: ' class="bad"'}.get(verdict, "")
@@ -132,7 +138,11 @@ def _utilization(result: Result) -> Points:
 
 
 def _over_time(results: Sequence[tuple[str, Result]], find: Callable[[Result], Points], *, top: float = 0.0) -> str:
-    lines = [find(result) for _, result in results]
+    return lines_over_time([find(result) for _, result in results], top=top)
+
+
+def lines_over_time(lines: Sequence[Points], *, top: float = 0.0) -> str:
+    """Lines by ns since the beginning."""
     right = max((at for line in lines for at, _ in line), default=1.0)
     high = top or max((value for line in lines for _, value in line), default=0.0) * 1.05 or 1.0
     drawn = []

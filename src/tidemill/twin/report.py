@@ -159,15 +159,23 @@ LINES: Final = (
 
 def rows(runs: Sequence[Figures]) -> list[tuple[str, list[str], str, int]]:
     """``(name, a value for each run, the last against the first, is it better: 1, worse: -1, neither: 0)``."""
+    return compared(LINES, runs, silent_at_zero=("refused at the door", "still waiting"))
+
+
+def compared(
+    lines: Iterable[Line], runs: Sequence[Figures], *, silent_at_zero: Sequence[str] = ()
+) -> list[tuple[str, list[str], str, int]]:
+    """The same of other lines; those ``silent_at_zero`` are left out where all runs have zero."""
     found = []
-    for line in LINES:
+    for line in lines:
         values = [float(line.find(run)) for run in runs]
-        if line.name in ("refused at the door", "still waiting") and not any(values):
+        if line.name in silent_at_zero and not any(values):
             continue
         difference, verdict = "", 0
         if len(values) > 1 and values[0] != values[-1]:
             change = values[-1] - values[0]
-            difference = f"{change / abs(values[0]):+.1%}" if values[0] else f"+{line.write(change)}"
+            sign = "+" if change > 0 else "-"
+            difference = f"{change / abs(values[0]):+.1%}" if values[0] else f"{sign}{line.write(abs(change))}"
             verdict = line.better * (1 if change > 0 else -1)
             if difference in ("+0.0%", "-0.0%"):
                 difference, verdict = "", 0
