@@ -119,6 +119,7 @@ class Serving:
                 "scopes": [scope.value for scope in token.scopes],
                 "expires_ns": token.expires_ns,
                 **_inference(token),
+                **self._residency(token),
             }
             for token in self._directory.all()
             if not token.revoked_ns
@@ -127,6 +128,11 @@ class Serving:
         feed = {"tokens": known, "routes": routes, "projects": projects, "sites": _sites(world), "home": self._home}
         version = hashlib.sha256(msgspec.json.encode(feed)).hexdigest()[:16]
         return version, feed
+
+    def _residency(self, token: Token) -> dict[str, Any]:
+        """Where a token's requests may be answered, as far as its project says something."""
+        project = self._projects.by_id.get(token.project_id)
+        return {"countries": list(project.countries)} if project is not None and project.countries else {}
 
     def fallbacks(self) -> dict[str, tuple[str, ...]]:
         """Which models each model that is served falls back to by its own choice."""

@@ -119,6 +119,7 @@ class Journey(ABC):
         """The route that it came by, when another model answers."""
         self._hedging: asyncio.TimerHandle | None = None
         self._hedge: Hedge | None = None
+        self.is_picky = bool(asking.route.weights) or (asking.wish is not None and bool(asking.wish.countries))
         self._tried: list[Replica] = []
         """Those that it was sent to, and that broke off without an answer."""
         self._sent = 0
@@ -405,6 +406,8 @@ class Journey(ABC):
             line.join(self, asking.tenant, band=asking.band, is_first=self._had_a_turn)
             self._counts.waiting += 1
             self._deadline = loop.call_later(left, self._run_out)
+            if line.picky and line.count > 1:  # those before may wait for what this one does not need
+                line.advance()
 
     def _leave_line(self) -> None:
         if self._deadline is not None:
