@@ -948,6 +948,7 @@ class ProjectOut(TypedDict):
     limit_gpu_milli: int
     limit_cpu_milli: int
     limits: dict[str, int | float]
+    countries: list[str]
 
 
 class TokenOut(TypedDict):
@@ -1160,6 +1161,40 @@ class LoadIn(Body):
     variants: Annotated[dict[_Name, dict[_Name, VariantLoadIn]], Field(max_length=10_000)] = {}
 
 
+_Amount = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+_Share = Annotated[
+    tuple[_Name, _Name, _Amount, _Amount, _Amount, _Amount, _Amount, _Amount, _Amount, _Amount], Field(strict=False)
+]
+
+
+class SharesIn(Body):
+    """What a gateway has of limits, and what it needs. ``number`` grows with each of its calls."""
+
+    gateway: _Name
+    number: Annotated[int, Field(ge=0, lt=2**53)]
+    shares: Annotated[
+        list[_Share],
+        Field(
+            max_length=1_000_000,
+            description="Of each a key's or project's id, a limit's name, when its window began (ns), what is held,"
+            " pending, spent in all, spent of late, needed for one request, needed for all, and hoped for.",
+        ),
+    ]
+
+
+class SharesOut(TypedDict):
+    """What a gateway gets more of limits.
+
+    ``shares`` has of each a key's or project's id, a limit's name, when its window began (ns), what is given, what
+    nobody holds, what others hold, and whether others wait for some.
+    """
+
+    gateways: int
+    shares: list[tuple[str, str, int, int, int, int, bool]]
+
+
 class EnteredOut(TypedDict):
     """How many of them were not known before."""
 
@@ -1313,6 +1348,12 @@ class ProjectIn(Body):
     limit_gpu_milli: int = Field(0, ge=0, le=10**12)
     limit_cpu_milli: int = Field(0, ge=0, le=10**12)
     limits: Limits | None = Field(None, description="Of requests to models; left as they are when left out.")
+    countries: list[Annotated[str, StringConstraints(max_length=100, pattern=PLAIN_TEXT)]] | None = Field(
+        None,
+        max_length=300,
+        description="Where its work runs and its requests are answered, by ISO 3166 code or English name, or `EU`;"
+        " none: anywhere. Left as they are when left out.",
+    )
 
 
 Models = Annotated[list[Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,200}$")]], Field(max_length=200)]

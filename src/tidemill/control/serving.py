@@ -10,6 +10,7 @@ import msgspec
 
 from tidemill.control.identity import Directory
 from tidemill.control.projects import Projects
+from tidemill.control.rationing import Rationing
 from tidemill.control.replicating import Scaler, endpoints
 from tidemill.control.rollouts import Rollouts, variant_of
 from tidemill.core.routing import fallbacks
@@ -37,6 +38,7 @@ class Serving:
         projects: Projects,
         scaler: Scaler,
         rollouts: Rollouts,
+        clock: Callable[[], int],
         home: SiteId,
         guards: Sequence[GuardRule] = (),
     ) -> None:
@@ -47,6 +49,7 @@ class Serving:
         self._projects = projects
         self.scaler = scaler
         self.rollouts = rollouts
+        self.rationing = Rationing(store, directory, projects, clock=clock)
         self._rules = tuple(guards)
         self._home = home
 
@@ -116,6 +119,7 @@ class Serving:
                 "scopes": [scope.value for scope in token.scopes],
                 "expires_ns": token.expires_ns,
                 **_inference(token),
+                **self._residency(token),
             }
             for token in self._directory.all()
             if not token.revoked_ns
@@ -124,6 +128,11 @@ class Serving:
         feed = {"tokens": known, "routes": routes, "projects": projects, "sites": _sites(world), "home": self._home}
         version = hashlib.sha256(msgspec.json.encode(feed)).hexdigest()[:16]
         return version, feed
+
+    def _residency(self, token: Token) -> dict[str, Any]:
+        """Where a token's requests may be answered, as far as its project says something."""
+        project = self._projects.by_id.get(token.project_id)
+        return {"countries": list(project.countries)} if project is not None and project.countries else {}
 
     def fallbacks(self) -> dict[str, tuple[str, ...]]:
         """Which models each model that is served falls back to by its own choice."""
@@ -141,7 +150,7 @@ class Serving:
         It is the same however often they come.
         """
         known = self._projects.by_id
-        return len(self._store.put_token_usages([usage for usage in usages if usage.project_id in known]))
+        return self.rationing.enter([usage for usage in usages if usage.project_id in known])
 
     def note_decisions(self, decisions: Sequence[Decision]) -> int:
         """How many decisions of guardrails are in the books now that were not before; it is the same when repeated."""
