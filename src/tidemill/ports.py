@@ -37,6 +37,7 @@ from tidemill.model.plan import Change, LaunchSpec, Reason, Sight, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
+from tidemill.model.rollout import Rollout
 from tidemill.model.scaling import Habit
 from tidemill.model.spec import Kind
 from tidemill.model.storage import DataSet, Volume
@@ -108,7 +109,8 @@ class Snapshot:
 
     ``jobs`` are those not terminal, with their ``workloads``; ``attempts`` and ``allocations`` those not ended
     or released. ``metered_until`` maps (node, meter) to ns. ``last_seq`` is the newest event's. ``queues`` and
-    ``queue_usages`` are all of them, ``reservations`` those not cancelled, also when their windows are over.
+    ``queue_usages`` are all of them, ``reservations`` those not cancelled, also when their windows are over,
+    ``rollouts`` those that are not over.
     ``unlucky`` counts, for workloads that are not over, the jobs that ended other than well; those without are not in
     it.
     """
@@ -124,6 +126,7 @@ class Snapshot:
     queues: tuple[Queue, ...] = ()
     queue_usages: tuple[QueueUsage, ...] = ()
     reservations: tuple[Reservation, ...] = ()
+    rollouts: tuple[Rollout, ...] = ()
     unlucky: tuple[tuple[WorkloadId, int], ...] = ()
 
 
@@ -246,6 +249,9 @@ class Store(Protocol):
 
     def rentals(self, *, since_ns: int = 0) -> tuple[Rental, ...]:
         """Rented instances that are not over, and those that ended at ``since_ns`` or later, by id."""
+
+    def revisions(self, workload_id: WorkloadId) -> tuple[Rollout, ...]:
+        """All rollouts of the service of which a workload is a revision, by revision; none: it was never updated."""
 
     def idempotent(self, principal_id: PrincipalId, key: str) -> IdempotencyRecord | None: ...
 

@@ -48,7 +48,7 @@ def test_every_route_is_described(peer: Peer, document: dict[str, Any]) -> None:
     for route in peer.app.routes:
         assert isinstance(route, GuardedRoute)
         for method in route.methods or ():
-            operation = document["paths"][route.path][method.lower()]
+            operation = document["paths"][route.path_format][method.lower()]
             ids.add(operation["operationId"])
             assert operation["summary"]
             assert operation["tags"]

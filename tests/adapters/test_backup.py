@@ -54,9 +54,10 @@ def make_home(home: Path, url: str = "") -> None:
         (home / name).write_text(content)
         (home / name).chmod(0o600)
     fill(url or f"sqlite:///{home / 'control.db'}")
-    with BlobStore(home / "blobs").draft() as draft:
-        draft.write(b"a folder of work")
-        draft.commit()
+    for room, content in (("blobs", b"a folder of work"), ("models/prj_red", b"weights")):
+        with BlobStore(home / room).draft() as draft:
+            draft.write(content)
+            draft.commit()
     LogStore(home / "logs").append("job_a", 1, 0, 0, b"line 1\n")
 
 
@@ -116,7 +117,9 @@ def test_what_was_in_the_home_is_in_the_new_one(home: Path, tmp_path: Path, name
     for kept in ("secret.key", "admin.token", "config.yaml"):
         assert (new / kept).read_bytes() == (home / kept).read_bytes()
         assert (new / kept).stat().st_mode & 0o077 == 0
-    for path in (*home.glob("blobs/sha256/*/*"), *home.glob("logs/*/*/*")):
+    kept = [*home.glob("blobs/sha256/*/*"), *home.glob("models/*/sha256/*/*"), *home.glob("logs/*/*/*")]
+    assert len(kept) == 3
+    for path in kept:
         assert (new / path.relative_to(home)).read_bytes() == path.read_bytes()
     after = rows(f"sqlite:///{new / 'control.db'}", tmp_path / "after")
     jumped = {"leadership.jsonl", "jobs.jsonl"}

@@ -12,12 +12,13 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.adapters.api_peer import Peer
 from tests.adapters.test_models import client, folder, member, output
 from tests.adapters.test_screening import safetensors
+from tidemill.core import modelsearch
 from tidemill.core.modelsearch import Found, filter_of, order_of
 
 CLIENT = "mlflow-skinny==3.17.2"
@@ -202,9 +203,7 @@ COMPARE: dict[str, Any] = {
 }  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
-@given(THINGS, st.lists(CLAUSES, max_size=3))
-def test_filters_find_what_they_say(things: list[Any], clauses: list[Any]) -> None:
+def check_filters(things: list[Any], clauses: list[Any]) -> None:
     written = " AND ".join(
         f"{name} {op} {value if isinstance(value, int) else quoted(value)}" for name, op, value in clauses
     )
@@ -216,6 +215,28 @@ def test_filters_find_what_they_say(things: list[Any], clauses: list[Any]) -> No
 
     found = [Found({"name": name, "version_number": number}, tags) for name, number, tags in things]
     assert [filter_of(written)(one) for one in found] == [is_meant(thing) for thing in things]
+
+
+@settings(max_examples=150, deadline=None)
+@given(THINGS, st.lists(CLAUSES, max_size=3))
+def test_filters_find_what_they_say(things: list[Any], clauses: list[Any]) -> None:
+    check_filters(things, clauses)
+
+
+def test_the_property_catches_a_filter_that_takes_what_has_no_such_tag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        modelsearch,
+        "_value",
+        lambda found, name, is_tag: found.tags.get(name, "") if is_tag else found.attributes[name],
+    )
+
+    @settings(max_examples=300, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
+    @given(THINGS, st.lists(CLAUSES, max_size=3))
+    def run(things: list[Any], clauses: list[Any]) -> None:
+        check_filters(things, clauses)
+
+    with pytest.raises(AssertionError):
+        run()
 
 
 def test_patterns_lists_and_orders() -> None:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -306,6 +308,9 @@ def test_a_job_is_given_the_version_that_its_reference_meant_when_it_was_submitt
         launch, next_launch = peer.launched(job_id), peer.launched(later)
         assert (launch.data[0].dataset, launch.data[0].digest) == ("served:1", first.digest)
         assert next_launch.data[0].dataset == "served:2"
+        spec = peer.plane.store.job(job_id).workload.spec
+        again = peer.plane.acceptance.pin(spec, peer.plane.projects.by_id[ProjectId("prj_one_default")])
+        assert again == spec, "who goes back to an earlier spec gets the same octets"
         told = dict(launch.environment_variables)
         assert (told["TIDEMILL_MODEL"], told["TIDEMILL_MODEL_DIGEST"]) == ("served:1", first.digest)
         for reference in ("models:/served/staging", "models:/none/1", "models:/served@none"):
@@ -402,3 +407,60 @@ def test_the_property_catches_a_stage_that_keeps_two(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(promotion, "_FOR_ONE", (Stage.STAGING,))
     with pytest.raises(AssertionError):
         check_names_mean_one_version([("stage", 1, Stage.PRODUCTION), ("stage", 2, Stage.PRODUCTION)])
+
+
+FETCH = """
+import os, sys, threading, time
+from pathlib import Path
+from tidemill.runner.client import Channel
+from tidemill.runner.datacache import DataCache
+from tidemill.runner.mounts import provide
+
+url, token, launch, digest, root, pauses = sys.argv[1:]
+write = os.pwrite
+
+def written(*arguments):
+    done = write(*arguments)
+    print("written", flush=True)
+    time.sleep(60)
+    return done
+
+if pauses == "yes":
+    os.pwrite = written
+channel = Channel(api_url=url, endpoint_file=None, token=token, prefix=f"/v1/runners/{launch}", ca="")
+mount = {"dataset": "large:1", "model": "large:1", "digest": digest, "mode": "copy"}
+print(provide(mount, "prj_one_default", DataCache(Path(root)), channel, stopping=threading.Event())[0])
+"""
+
+
+def test_a_fetch_that_is_killed_leaves_nothing_half_valid_and_is_gone_on_with(peer: Peer, tmp_path: Path) -> None:
+    with client(peer) as one:
+        made = one.push_model("large", folder(tmp_path / "large", 1_500_000))
+    launch = peer.launched(peer.submit(name="fetches", model="large:1")["jobs"][0]["id"])
+    cache = tmp_path / "cache"
+
+    def fetch(pauses: str) -> subprocess.Popen[str]:
+        arguments = [
+            f"http://127.0.0.1:{peer.port}",
+            launch.runner_token,
+            launch.launch_id,
+            made.digest,
+            str(cache),
+            pauses,
+        ]
+        return subprocess.Popen([sys.executable, "-c", FETCH, *arguments], stdout=subprocess.PIPE, text=True)
+
+    with fetch("yes") as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "written\n"
+        first.kill()
+    assert first.returncode == -9
+    assert DataCache(cache).present() == ()
+    parts = [path.stat().st_size for path in cache.glob("*/parts/*")]
+    assert any(0 < size < made.size for size in parts), "what had come is kept, and is no file of the model"
+    with fetch("no") as second:
+        assert second.stdout is not None
+        tree = Path(second.stdout.read().strip())
+    assert second.returncode == 0
+    assert (tree / "model.safetensors").read_bytes() == (tmp_path / "large/model.safetensors").read_bytes()
+    assert DataCache(cache).present() == (f"prj_one_default/{made.digest}",)

@@ -21,7 +21,7 @@ import pytest
 from tests.adapters.local_bench import launch_folder, local_bench, runner_pid
 from tidemill.model.ids import JobId, ProjectId
 from tidemill.model.plan import ObservedState
-from tidemill.model.spec import Environment, Port, Service
+from tidemill.model.spec import Environment, Pace, Port, Service
 from tidemill.runner.prepare import SetupFailed, _check, extract
 from tidemill.testing.engine import BEGIN, EngineBench, eventually, state
 
@@ -365,6 +365,40 @@ def test_a_service_becomes_ready_and_stops_being_so(bench: EngineBench, tmp_path
     record = bench.control.record(spec.launch_id)
     assert bench.control.wait_for(lambda: any(e.get("ready") is False for e in record.events), timeout_s=20)
     engine.close()
+
+
+def test_a_service_that_hangs_is_ended_for_not_being_alive_but_not_while_it_loads(
+    bench: EngineBench, tmp_path: Path
+) -> None:
+    engine = bench.make()
+    port = free_port()
+    spec = bench.spec(
+        "python3 server.py 0.8",
+        workdir=archive(bench, {"server.py": SERVER}),
+        ports=(Port(name="http", number=port),),
+        service=Service(
+            port="http",
+            readiness_path="/health",
+            readiness_timeout_ns=20 * SECOND_NS,
+            liveness_path="/health",
+            liveness_pace=Pace(every_ns=SECOND_NS // 10, answer_ns=SECOND_NS, failures=2),
+        ),
+    )
+    engine.launch(spec)
+    bench.control.wait_for_event(spec.launch_id, "became")
+    (launch_folder(tmp_path, spec.launch_id).work / "sick").touch()
+    exited = bench.control.wait_for_event(spec.launch_id, "exited")
+    assert exited["cause"] == "not_alive"
+    assert exited["detail"].startswith(f"GET /health did not answer with a 2xx status on port {port}, 2 times in a row")
+    engine.close()
+
+
+def test_of_a_gang_only_the_first_worker_is_asked(bench: EngineBench) -> None:
+    exited, _ = run(
+        bench, "sleep 0.5", rank=1, world_size=2, ports=(Port(name="http", number=free_port()),),
+        service=Service(port="http", readiness_timeout_ns=SECOND_NS // 10),
+    )  # fmt: skip
+    assert (exited["exit_code"], exited["cause"]) == (0, ""), "it never listened, and is none the worse"
 
 
 def test_a_service_that_is_never_ready_is_ended_with_the_reason(bench: EngineBench) -> None:

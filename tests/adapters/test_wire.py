@@ -14,6 +14,7 @@ from tidemill.errors import InvalidSpec, TidemillError
 from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.ids import WorkloadId
 from tidemill.model.resources import GpuRequest, Resources, parse_gpus
+from tidemill.model.rollout import CanaryStep, Comparison, Rolling
 from tidemill.model.spec import (
     Alternative,
     Dependency,
@@ -21,6 +22,7 @@ from tidemill.model.spec import (
     Environment,
     Group,
     Kind,
+    Pace,
     Placement,
     Port,
     RetryOn,
@@ -138,6 +140,13 @@ def test_everything_at_once() -> None:
         ({"kind": "service"}, {"kind": "service", "ports": ["http"], "service": {"port": "http"}}),
         ({"service": {"port": 8000}}, {"kind": "service", "ports": [8000], "service": {"port": "port-8000"}}),
         ({"service": {"readiness": "/up"}}, {"service": {"readiness": {"path": "/up"}}}),
+        ({"service": {"rollout": {"canary": "10%"}}}, {"service": {"rollout": {"canary": [{"weight": 10}]}}}),
+        (
+            {"service": {"rollout": {"canary": [10, {"weight": "50%", "for": "5m"}]}}},
+            {"service": {"rollout": {"canary": [{"weight": 10, "for": 0}, {"weight": 50, "for": "5m"}]}}},
+        ),
+        ({"service": {"rollout": {"rollback": True}}}, {"service": {}}),
+        ({"service": {"liveness": "/up"}}, {"service": {"liveness": {"path": "/up", "every": "10s", "failures": 3}}}),
         ({"ports": 8000}, {"ports": [8000]}),
         ({"ports": ["a:8000"]}, {"ports": [{"name": "a", "port": 8000}]}),
         ({"resources": {"gpus": None}}, {"resources": {"gpus": "none"}}),
@@ -204,7 +213,7 @@ def test_short_forms_mean_their_long_forms(short: dict[str, Any], long: dict[str
         ({"max_duration": 1.5}, "max_duration", "90s, 15m"),
         ({"max_duration": "99999999d"}, "max_duration", "90s, 15m"),
         ({"checkpoint": {"grace": "2d"}}, "checkpoint.grace", "30s"),
-        ({"nodes": 0}, "nodes", "1 to 4096"),
+        ({"nodes": 0}, "nodes", "1 to 8192"),
         ({"nodes": "2"}, "nodes", "without quotes"),
         ({"array": 0}, "array.size", "1 to 100000"),
         ({"array": 2, "kind": "task"}, "array", "kind: array"),
@@ -251,6 +260,14 @@ def test_short_forms_mean_their_long_forms(short: dict[str, Any], long: dict[str
         ({"service": {"port": "B!"}}, "service.port", "1024 to 65535"),
         ({"service": {"readiness": "health"}}, "service.readiness.path", "/health"),
         ({"service": {"replicas": 65}}, "service.replicas", "1 to 64"),
+        ({"service": {"liveness": {"path": "x"}}}, "service.liveness.path", "/health"),
+        ({"service": {"rollout": {"surge": 0}}}, "service.rollout.surge", "unavailable: 1"),
+        ({"service": {"rollout": {"canary": [50, 10]}}}, "service.rollout.canary", "10, then 50"),
+        ({"service": {"rollout": {"canary": 100}}}, "service.rollout.canary.0.weight", "10%"),
+        ({"service": {"rollout": {"canary": [{"weight": 5, "hold": "5m"}]}}}, "service.rollout.canary.0.hold", "for"),
+        ({"service": {"rollout": {"rollback": {"slower": 0.5}}}}, "service.rollout.rollback.slower", "1.5"),
+        ({"service": {"liveness": {"every": "10ms"}}}, "service.liveness.every", "2s or 1m"),
+        ({"service": {"liveness": {"failures": 0}}}, "service.liveness.failures", "1 to 1000"),
         ({"retry": {"on": ["bad_luck"]}}, "retry.on", "node_lost"),
         ({"retry": {"on": ["exit:0"]}}, "retry.on", "exit:75"),
         ({"retry": {"max": -1}}, "retry.max", "0 to 1000"),
@@ -263,7 +280,7 @@ def test_short_forms_mean_their_long_forms(short: dict[str, Any], long: dict[str
         ({"image": "--privileged"}, "image", "python:3.12"),
         ({"nodes": "8..2"}, "nodes", "such as 2..8"),
         ({"nodes": "2.."}, "nodes", "such as 2..8"),
-        ({"nodes": "0..4"}, "nodes", "1 to 4096"),
+        ({"nodes": "0..4"}, "nodes", "1 to 8192"),
         ({"nodes": "2..8", "group": {"name": "g", "size": 2}}, "nodes", "Write 8."),
         ({"nodes": "2..8", "service": {}}, "nodes", "Write 8."),
         ({"priority": "urgent"}, "priority", "low, normal, high"),
@@ -305,7 +322,7 @@ def test_short_forms_mean_their_long_forms(short: dict[str, Any], long: dict[str
         ({"placement": {"within": "site", "across_sites": True}}, "placement.across_sites", "Leave one"),
         ({"placement": "rack"}, "placement", "labels, tolerations"),
         ({"group": {"name": "g"}}, "group.size", "group.size"),
-        ({"group": {"name": "g", "size": 1}}, "group.size", "2 to 4096"),
+        ({"group": {"name": "g", "size": 1}}, "group.size", "2 to 8192"),
         ({"after": {"done": ["a"]}}, "after", "ok, any or failed"),
         ({"after": ["a b"]}, "after", "tidemill ps"),
         ({"after": {"ok": ["a"], "any": ["a"]}}, "after", "once"),
@@ -378,6 +395,27 @@ TEXT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("C
 SCRIPT = TEXT.filter(lambda text: bool(text.strip()))
 NAME = st.from_regex(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,20}[A-Za-z0-9])?", fullmatch=True)
 SIZE = st.one_of(st.just(0), st.integers(0, MAX_BYTES), st.integers(1, 512).map(lambda count: count * GIB))
+WEIGHTS = st.lists(st.integers(1, 99), unique=True, max_size=3).map(sorted)
+ROLLING = st.builds(
+    Rolling,
+    surge=st.integers(1, 64),
+    unavailable=st.integers(0, 64),
+    drain_ns=st.integers(0, DAY_NS),
+    progress_ns=st.integers(SECOND_NS, DAY_NS),
+    steps=WEIGHTS.map(lambda found: tuple(CanaryStep(weight=weight, hold_ns=weight * SECOND_NS) for weight in found)),
+    comparison=st.none()
+    | st.builds(
+        Comparison,
+        errors_milli=st.integers(0, 1_000),
+        slower_milli=st.just(0) | st.integers(1_000, 100_000),
+        requests=st.integers(1, 1_000),
+        window_ns=st.integers(5 * SECOND_NS, 3_600 * SECOND_NS),
+    ),
+)
+MOMENT = st.integers(SECOND_NS // 10, DAY_NS)
+PACE = st.builds(
+    Pace, delay_ns=st.integers(0, DAY_NS), every_ns=MOMENT, answer_ns=MOMENT, failures=st.integers(1, 1_000)
+)
 DURATION = st.one_of(st.integers(0, MAX_DURATION_NS), st.integers(0, 10_000).map(lambda count: count * SECOND_NS))
 
 
@@ -473,6 +511,7 @@ def specs(draw: st.DrawFn) -> WorkloadSpec:
     group = draw(st.none() | st.builds(Group, name=NAME, size=st.integers(2, 4_096)))
     starts = sorted(draw(st.lists(INSTANT, min_size=2, max_size=2, unique=True)))
     tier = draw(st.sampled_from(Tier))
+    pace = draw(st.none() | PACE)
     any_of = tuple(
         draw(st.lists(st.builds(Alternative, resources=resources(), speed_milli=st.integers(1, 999_999)), max_size=3))
     )
@@ -527,6 +566,10 @@ def specs(draw: st.DrawFn) -> WorkloadSpec:
             idle_ns=draw(st.integers(0, DAY_NS)),
             concurrency=draw(st.integers(1, 65_536)),
             wait_ns=draw(st.integers(0, 600 * SECOND_NS)),
+            readiness_pace=draw(PACE),
+            liveness_path="" if pace is None else draw(st.sampled_from(["", "/alive"])),
+            liveness_pace=pace,
+            rollout=draw(ROLLING),
         )
         if kind is Kind.SERVICE
         else None,

@@ -31,6 +31,7 @@ from tidemill.model.plan import Change
 from tidemill.model.queue import Queue
 from tidemill.model.registry import ModelVersion
 from tidemill.model.reservation import Reservation
+from tidemill.model.rollout import Rollout
 from tidemill.model.tenant import Project
 from tidemill.model.values import replace
 from tidemill.ports import Batch, Snapshot
@@ -212,6 +213,12 @@ class ForgetsWhatItRented(MemoryStore):
         return tuple(one for one in super().rentals(since_ns=since_ns) if one.instance_id)
 
 
+class LoadsWhatIsRolledOut(MemoryStore):
+    def load(self) -> Snapshot:
+        found = sorted(self._all.things[Rollout].values(), key=lambda it: it.id)
+        return replace(super().load(), rollouts=tuple(found))
+
+
 class ForgetsBadLuck(MemoryStore):
     def load(self) -> Snapshot:
         return replace(super().load(), unlucky=())
@@ -247,7 +254,14 @@ class KeepsDeletedModels(MemoryStore):
 
 
 BROKEN = [IgnoresVersions, StoresHalf, ForgetsTheEpoch, BooksTwice, KeepsReasons, MarksGoBack]
-BROKEN_POLICIES = [LoadsWhatWasCancelled, ForgetsUsage, KeepsTheFirstQueue, ForgetsWhatItRented, KeepsDeletedModels]
+BROKEN_POLICIES = [
+    LoadsWhatWasCancelled,
+    LoadsWhatIsRolledOut,
+    ForgetsUsage,
+    KeepsTheFirstQueue,
+    ForgetsWhatItRented,
+    KeepsDeletedModels,
+]
 """What histories do not touch."""
 BROKEN_LUCK = [ForgetsBadLuck, CountsOnlyFailures, CountsAllThatEnded, CountsForTheDead]
 

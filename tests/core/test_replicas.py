@@ -11,10 +11,10 @@ from tidemill.control.driver import snapshot_of, world_from
 from tidemill.core import waiting
 from tidemill.core.outcome import Outcome
 from tidemill.core.world import World
-from tidemill.model.events import Scaled, StopRequested
+from tidemill.model.events import Became, Exited, Scaled, StopRequested
 from tidemill.model.ids import JobId, WorkloadId
-from tidemill.model.job import Job, JobState
-from tidemill.model.spec import Kind, Port, Service
+from tidemill.model.job import Cause, Job, JobState
+from tidemill.model.spec import Kind, Port, RetryOn, RetryPolicy, Service
 
 WORKLOAD = WorkloadId("wl_00001")
 JOBS = [JobId(f"job_00001-{index}") for index in range(3)]
@@ -86,6 +86,69 @@ def test_a_spare_replica_can_be_stopped_and_others_go_on() -> None:
     made.turn([StopRequested(at_ns=made.now, job_id=job) for job in JOBS[:2]])
     made.run(1)
     assert not made.world.services
+
+
+def became(made: Yard, rank: int, *, job: JobId = JOBS[0]) -> None:
+    made.turn([
+        Became(at_ns=made.now, launch_id=held.id, fence=held.fence, ready=True, endpoint=f"{held.node_id}:{rank}")
+        for held in made.live()
+        if held.job_id == job and held.rank == rank
+    ])  # fmt: skip
+
+
+def test_a_replica_over_two_machines_is_ready_when_its_first_worker_answers_and_all_run() -> None:
+    made = Yard(nodes=(gpu_node("a", 1), gpu_node("b", 1), gpu_node("c", 2)))
+    service = Service(port="http", replicas=2)
+    made.submit(spec(1, kind=Kind.SERVICE, nodes=2, service=service, ports=(Port(name="http"),)), runs_s=10**6)
+    made.run(1)
+    assert {job: len(made.nodes_of(job)) for job in JOBS[:2]} == {JOBS[0]: 2, JOBS[1]: 2}
+    became(made, 1)
+    assert made.world.answering(made.world.attempts[JOBS[0]]) is None, "the second worker answers for nobody"
+    became(made, 0)
+    answering = made.world.answering(made.world.attempts[JOBS[0]])
+    assert answering is not None
+    assert (answering.rank, made.world.attempts[JOBS[0]].ready_ns) == (0, made.now)
+    assert made.world.answering(made.world.attempts[JOBS[1]]) is None
+    lost = next(held for held in made.live() if held.job_id == JOBS[0] and held.rank == 1)
+    made.turn([Exited(at_ns=made.now, launch_id=lost.id, fence=lost.fence, exit_code=1, cause=Cause.NODE_LOST)])
+    assert made.world.answering(made.world.attempts.get(JOBS[0])) is None, "the whole gang ends with one of it"
+    made.run(5)
+    assert len(made.nodes_of(JOBS[0])) == 2
+
+
+@pytest.mark.parametrize(
+    ("ready_s", "retries", "cause", "then"),
+    [
+        (600, 0, Cause.NOT_ALIVE, ("queued", 0)),
+        (10, 0, Cause.NOT_ALIVE, ("failed", 0)),
+        (10, 2, Cause.NOT_ALIVE, ("queued", 2)),
+        (10, 1, Cause.NOT_ALIVE, ("failed", 1)),
+        (600, 1, Cause.ERROR, ("queued", 1)),
+        (599, 1, Cause.ERROR, ("failed", 1)),
+    ],
+)
+def test_a_replica_that_worked_for_long_begins_anew_with_its_retries(
+    ready_s: int, retries: int, cause: Cause, then: tuple[str, int]
+) -> None:
+    made = Yard(nodes=(gpu_node("a", 1),))
+    retry = RetryPolicy(on=(RetryOn.ERROR,), max=retries)
+    made.submit(
+        spec(1, kind=Kind.SERVICE, service=Service(port="http"), ports=(Port(name="http"),), retry=retry),
+        runs_s=10**6,
+    )
+    made.run(1)
+    if then != ("queued", 0) and retries:  # one is spent already
+        fail(made, Cause.ERROR)
+        made.run(5)
+    became(made, 0)
+    made.run(ready_s)
+    fail(made, cause)
+    assert (made.state(JOBS[0]).value, made.job(JOBS[0]).retries) == then
+
+
+def fail(made: Yard, cause: Cause) -> None:
+    (held,) = made.live()
+    made.turn([Exited(at_ns=made.now, launch_id=held.id, fence=held.fence, exit_code=1, cause=cause)])
 
 
 def check_any_course() -> None:

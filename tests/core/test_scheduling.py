@@ -679,6 +679,21 @@ def test_without_a_plan_the_group_would_wait_behind_small_work() -> None:
     assert not any(one in yard.started for one in members)
 
 
+@pytest.mark.parametrize("right", ["priority", "guarantee"])
+def test_an_order_that_preempts_does_not_take_back_what_priority_or_a_guarantee_took(right: str) -> None:
+    tree = (queue_of("p0", guaranteed=(("gpu", 8_000),)),) if right == "guarantee" else ()
+    yard = Yard(nodes=(gpu_node("a"),), queues=tree, policy=replace(CALM, order="shortest-remaining"))
+    project, priority = ("p1", 0) if right == "guarantee" else ("p0", 50)
+    short = yard.submit(spec(8, max_duration_ns=100 * SECOND_NS), runs_s=90, project=project)
+    yard.run(5)
+    entitled = yard.submit(spec(8, priority=priority, max_duration_ns=900 * SECOND_NS), runs_s=800)
+    for at in range(6, 300, 5):  # something happens all the time
+        yard.submit(spec(None), runs_s=1, project="p3", at_s=at)
+    yard.run(300)
+    assert [job for _, job, _ in yard.events("Preempted")] == [short]
+    assert yard.state(entitled) is JobState.RUNNING
+
+
 # -- answers ----------------------------------------------------------------------------------------------------------
 
 

@@ -172,6 +172,17 @@ def test_a_job_prefers_the_machine_that_has_a_copy() -> None:
     assert yard.world.cached[NodeId("here2")] == frozenset()
 
 
+def test_a_model_is_copied_everywhere_and_a_machine_that_has_it_is_preferred() -> None:
+    yard = two_sites(4)
+    model = replace(images("here", DataMode.COPY), home="", dataset="tiny:3", model="models:/tiny/production")
+    (need,) = transfers.needs_of(spec(4, data=(model,)))
+    assert not need.is_at(HERE), "the files are the control plane's, and machines have copies"
+    first = yard.submit(spec(4, data=(model,)))
+    assert yard.nodes_of(first)[0].startswith("here")
+    seen(yard, "there1", DIGESTS[0])
+    assert yard.nodes_of(yard.submit(spec(4, data=(model,)))) == ["there1"]
+
+
 def test_what_is_mounted_binds_a_job_to_where_that_is() -> None:
     yard = two_sites(1)
     for bound in (

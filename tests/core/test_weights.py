@@ -34,14 +34,34 @@ def laid(shapes: list[tuple[str, list[int]]]) -> tuple[dict[str, Any], int]:
     return found, at
 
 
-@given(TENSORS, st.randoms(use_true_random=False))
-def test_tensors_that_follow_each_other_are_read_in_any_order(shapes: list[Any], random: Any) -> None:
+def check_reading(shapes: list[Any], random: Any) -> None:
     tensors, size = laid(shapes)
     names = list(tensors)
     random.shuffle(names)
     found = read_safetensors(header_of({name: tensors[name] for name in names}), size)
     assert found.tensors == len(shapes)
     assert sum(DTYPES[dtype] * count for dtype, count in found.precisions.items()) == size
+
+
+@given(TENSORS, st.randoms(use_true_random=False))
+def test_tensors_that_follow_each_other_are_read_in_any_order(shapes: list[Any], random: Any) -> None:
+    check_reading(shapes, random)
+
+
+def test_the_property_catches_a_reader_that_takes_the_order_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unsorted(list[Any]):
+        def sort(self, **_: Any) -> None: ...
+
+    checked = weights._check_covering
+    monkeypatch.setattr(weights, "_check_covering", lambda spans, size: checked(Unsorted(spans), size))
+
+    @settings(max_examples=200, database=None, derandomize=True, deadline=None, phases=[Phase.generate])
+    @given(TENSORS, st.randoms(use_true_random=False))
+    def run(shapes: list[Any], random: Any) -> None:
+        check_reading(shapes, random)
+
+    with pytest.raises(ValueError, match=r"belong to no tensor|before"):
+        run()
 
 
 @st.composite

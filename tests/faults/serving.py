@@ -76,6 +76,9 @@ class Handler(BaseHTTPRequestHandler):
         usage = lambda: {"prompt_tokens": 7, "completion_tokens": sent, "total_tokens": 7 + sent}
         try:
             time.sleep(asked.get("think", 0) + asked.get("think_each", 0) * Handler.under_way)
+            if os.environ.get("ENGINE_FAILS"):
+                self.reply(500, {"error": {"code": "broken", "message": "it is broken"}})
+                return
             if not asked.get("stream"):
                 time.sleep(pause * tokens)
                 sent = tokens

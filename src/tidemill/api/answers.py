@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tidemill.api.shapes import (
@@ -36,7 +36,7 @@ from tidemill.core.unitcosts import ModelCost
 from tidemill.core.world import World
 from tidemill.model.artifact import Artifact
 from tidemill.model.fleet import Node
-from tidemill.model.ids import JobId, LaunchId, NodeId
+from tidemill.model.ids import JobId, NodeId
 from tidemill.model.job import Allocation, AllocationState, Attempt, Job, JobState, Workload
 from tidemill.model.ledger import Evidence, LedgerLine, LedgerTotals, TokenTotals, TokenUsage
 from tidemill.model.plan import Forecast, Holding, Quote, Reason, SiteOption
@@ -205,7 +205,8 @@ def whole_job_json(
     nodes: dict[NodeId, Node],
 ) -> JobOut:
     """A job with its spec, attempts and workers."""
-    endpoint = next((held.endpoint for held in reversed(workers) if held.endpoint and _is_live(held)), "")
+    is_whole = job.state is JobState.RUNNING
+    endpoint = next((held.endpoint for held in reversed(workers) if is_whole and held.endpoint and _is_live(held)), "")
     answer = job_json(job, workload, project=project, reason=reason, endpoint=endpoint)
     numbers = {attempt.id: attempt.number for attempt in attempts}
     answer["spec"] = spec_to_json(workload.spec)
@@ -302,10 +303,8 @@ def endpoint_of(world: World, workload: Workload, job: Job) -> str:
     """Where a service's job answers now, empty when it does not."""
     if workload.spec.kind is not Kind.SERVICE:
         return ""
-    attempt = world.attempts.get(job.id)
-    held: Iterable[LaunchId] = world.workers.get(attempt.id, ()) if attempt is not None else ()
-    found = (world.allocations.get(launch) for launch in held)
-    return next((worker.endpoint for worker in found if worker is not None and worker.endpoint), "")
+    worker = world.answering(world.attempts.get(job.id))
+    return worker.endpoint if worker is not None else ""
 
 
 def _state_of(jobs: Sequence[Job]) -> str:

@@ -29,6 +29,7 @@ from tidemill.api import (
     jobs,
     mlflow,
     models,
+    revisions,
     runners,
     scheduling,
     sites,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 _NOUNS = (
     workloads,
+    revisions,
     runners,
     jobs,
     execs,

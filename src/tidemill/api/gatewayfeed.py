@@ -13,6 +13,7 @@ from tidemill.api.follow import rung
 from tidemill.api.guard import Call, Caller, Routes, blocking, unless_gone
 from tidemill.api.shapes import EnteredOut, FeedOut, LoadIn, ModelLoadIn, RequestUsagesIn, RulingsIn
 from tidemill.control.loads import FeltCounts, Load, ModelLoad, ReplicaLoad
+from tidemill.control.rollouts import Counted
 from tidemill.model.guard import Decision
 from tidemill.model.ids import JobId, ProjectId, TokenId, WorkloadId
 from tidemill.model.ledger import TokenPrice, TokenUsage
@@ -93,6 +94,18 @@ async def hear_load(call: Caller) -> Response:
             models={model: _model_load(one) for model, one in given.models.items()},
             replicas={JobId(job): ReplicaLoad(**one.model_dump()) for job, one in given.replicas.items()},
         ),
+    )
+    call.plane.rollouts.hear(
+        given.worker,
+        {
+            (model, variant): Counted(
+                requests=one.requests,
+                errors=one.errors,
+                slow={int(bucket): count for bucket, count in one.slow.items()},
+            )
+            for model, variants in given.variants.items()
+            for variant, one in variants.items()
+        },
     )
     return Response(status_code=204)
 

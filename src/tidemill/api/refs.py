@@ -1,4 +1,5 @@
-"""What a reference means: an id, the beginning of one that is unique, or a workload's name (its newest).
+"""What a reference means: an id, the beginning of one that is unique, or a workload's name (its newest, or the
+revision of a service that runs).
 
 What another organization or project has is not there. Everything here asks the store and may wait for it.
 """
@@ -83,8 +84,18 @@ def _workload(call: Call, reference: str, project: str) -> Workload | None:
         return None
     for row in _newest(call, project, name=reference):
         if row.workload.spec.name == reference and _may_see(call, row.workload):
-            return row.workload
+            return _live(call, row.workload)
     return None
+
+
+def _live(call: Call, newest: Workload) -> Workload:
+    """The revision of a service that runs, where the newest was taken back; else the newest."""
+    world, spec = call.plane.world, newest.spec
+    if spec.service is None or newest.id in world.live_jobs:
+        return newest
+    found = (world.workloads.get(one) for one in world.services.copy())
+    same = [one for one in found if one and (one.project_id, one.spec.name) == (newest.project_id, spec.name)]
+    return max(same, key=lambda one: (one.submitted_ns, one.id), default=newest)
 
 
 def _by_beginning(call: Call, beginning: str, project: str, *, whole_workload: bool = False) -> JobRow | None:

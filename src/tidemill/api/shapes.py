@@ -993,6 +993,47 @@ class CommandsOut(TypedDict):
     commands: list[dict[str, Any]]
 
 
+class RevisionOut(TypedDict):
+    """A revision of a service: `running`, `coming`, `going`, `replaced`, `taken back` or `stopped`."""
+
+    revision: int
+    workload: str
+    state: str
+    submitted_ns: int
+    ready: int
+    weight: int | None
+    back_to: int
+    by: str
+    detail: str
+    spec: dict[str, Any]
+
+
+class RolloutOut(TypedDict):
+    """How far a service is on the way from the revision `before` to `revision`."""
+
+    state: str
+    revision: int
+    before: int
+    step: int
+    steps: list[dict[str, int]]
+    began_ns: int
+    watched_ns: int
+    needed: int
+    ready_old: int
+    ready_new: int
+    answers: dict[str, Any]
+    detail: str
+    by: str
+
+
+class RevisionsOut(TypedDict):
+    """All revisions of a service, newest first; `rollout` is null while none is under way."""
+
+    name: str
+    items: list[RevisionOut]
+    rollout: RolloutOut | None
+
+
 class FeedOut(TypedDict):
     """Everything that the gateway needs."""
 
@@ -1102,12 +1143,21 @@ class ReplicaLoadIn(Body):
     first_token_ms: _Total | None = None
 
 
+class VariantLoadIn(Body):
+    """What became of requests to a variant of a model since the gateway started; times of answers in buckets."""
+
+    requests: _Total
+    errors: _Total
+    slow: _Counts = {}
+
+
 class LoadIn(Body):
     """What a gateway has on its hands, by model and by replica's job."""
 
     worker: _Name
     models: Annotated[dict[_Name, ModelLoadIn], Field(max_length=10_000)]
     replicas: Annotated[dict[_Name, ReplicaLoadIn], Field(max_length=100_000)]
+    variants: Annotated[dict[_Name, dict[_Name, VariantLoadIn]], Field(max_length=10_000)] = {}
 
 
 class EnteredOut(TypedDict):
@@ -1121,6 +1171,24 @@ class SubmitIn(Body):
 
     spec: dict[str, Any] = Field(description="The workload; see the workload schema.")
     project: Plain = ""
+
+
+class UpdateIn(SubmitIn):
+    """A service as it is to be from now on."""
+
+    restart: bool = Field(False, description="Exchange its replicas though nothing is different.")
+
+
+class PromoteIn(Body):
+    """How far a canary is to go."""
+
+    all: bool = Field(False, description="To the whole service, whatever steps there are.")
+
+
+class RollbackIn(Body):
+    """Where to go back to."""
+
+    revision: Annotated[int, Field(ge=0, lt=2**31, description="The revision; 0: the one before.")] = 0
 
 
 class BatchIn(Body):

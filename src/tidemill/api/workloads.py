@@ -71,9 +71,14 @@ async def get_workload(call: Caller, reference: str, project: str = "") -> Respo
 
 @routes.post("/v1/workloads/{reference}/stop", allow=Scope.SUBMIT, status=202, body=NothingIn, answer=WorkloadOut)
 async def stop_workload(call: Caller, reference: str, project: str = "") -> Response:
-    """Ask all jobs of a workload to end. Harmless to repeat."""
+    """Ask all jobs of a workload to end. Harmless to repeat.
+
+    A service's name means both revisions while it is updated.
+    """
     workload = await blocking(find_workload, call, reference, project)
-    jobs = await blocking(call.plane.store.jobs_of, workload.id)
+    standing = call.plane.revisions.standing(workload) if reference == workload.spec.name else None
+    of = [workload.id] if standing is None else [standing.rollout.workload_id, standing.rollout.before_id]
+    jobs = [job for one in of for job in await blocking(call.plane.store.jobs_of, one)]
     await durable(call.plane.jobs.stop(call.identity, [job.id for job in jobs]))
     return json_answer(await blocking(_whole, call, workload.id, ""), 202)
 

@@ -284,4 +284,4 @@ def _stop(client: Client, ref: str) -> list[Job]:
     found = client.job(ref)
     if found.name != ref or not found.workload_id:
         return [client.stop(found.id)]
-    return list(client.stop_workload(found.workload_id).jobs)
+    return list(client.stop_workload(ref).jobs)

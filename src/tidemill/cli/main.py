@@ -29,9 +29,17 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Run work": {
         "run": ("work", "Run a workload file or a command"),
         "quote": ("work", "What a run would need, take and cost"),
+        "chat": ("chat", "Talk with a model"),
         "stop": ("jobs", "Stop jobs, with their grace"),
         "compat": ("compat", "What becomes of a file written for another tool"),
         "schema": ("schema", "The JSON Schema of workload files"),
+    },
+    "Keep a service running": {
+        "update": ("revising", "Bring a service that runs to a changed file"),
+        "revisions": ("revising", "The revisions of a service, and its rollout"),
+        "promote": ("revising", "Let a canary have more of the requests"),
+        "abort": ("revising", "Take back what is being rolled out"),
+        "rollback": ("revising", "Go back to an earlier revision"),
     },
     "Look at work": {
         "ps": ("jobs", "List jobs"),

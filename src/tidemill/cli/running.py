@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from tidemill.cli.output import count, emit, emit_line, note, paint, say, show_error
 from tidemill.cli.ticker import Ticker
-from tidemill.errors import InvalidRequest, TidemillError
+from tidemill.errors import Conflict, InvalidRequest, TidemillError
 from tidemill.sdk.client import Client
 from tidemill.sdk.results import Job, JobUpdate, LogChunk, Workload
 from tidemill.units import format_duration, format_size
@@ -52,6 +52,7 @@ class RunOptions:
     env: tuple[str, ...] = ()
     secret: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
+    model: str | None = None
     volume: tuple[str, ...] = ()
     python: str | None = None
     package: tuple[str, ...] = ()
@@ -98,6 +99,7 @@ def run(options: RunOptions) -> int:
             if not options.is_sure and _is_worth_asking(options, request) and not _confirm(client, request):
                 note("nothing was submitted")
                 return 1
+            _check_is_new(client, request)
             workload = submit(client, request, is_json=options.is_json)
             return after_submit(client, workload, options)
     except TidemillError as error:
@@ -105,6 +107,16 @@ def run(options: RunOptions) -> int:
             raise
         show_error(error, lines=request.source.line_of, source=request.source.source)
         return error.kind.exit_status
+
+
+def _check_is_new(client: Client, request: Request) -> None:
+    """Raises: Conflict when it is a service of which one of that name runs: whoever means to update it says so."""
+    if "service" not in request.spec and request.spec.get("kind") != "service":
+        return
+    name = str(request.spec.get("name", ""))
+    if any(client.jobs(name=name, kind="service", state=",".join(_ACTIVE), limit=1)):
+        file = request.source.source if request.source is not None else "FILE"
+        raise Conflict(f"{name} runs already.", mend=f"tidemill update {file}, or --name for another one beside it.")
 
 
 def read_request(options: RunOptions) -> Request:
@@ -190,6 +202,8 @@ def _apply_flags(spec: dict[str, Any], options: RunOptions) -> None:
     if options.secret:
         known = spec.get("secrets")
         spec["secrets"] = [*(known if isinstance(known, list) else ()), *options.secret]
+    if options.model:
+        spec["model"] = _mount("from", options.model)
     for field, key, mounts in (("data", "dataset", options.data), ("volumes", "name", options.volume)):
         if mounts:
             known = spec.get(field)
@@ -206,7 +220,7 @@ def _apply_flags(spec: dict[str, Any], options: RunOptions) -> None:
 
 
 def _mount(key: str, text: str) -> dict[str, str]:
-    """``NAME`` or ``NAME=PATH`` as an entry of ``data`` or ``volumes``."""
+    """``NAME`` or ``NAME=PATH`` as an entry of ``data`` or ``volumes``, or as ``model``."""
     name, equals, path = text.partition("=")
     return {key: name, "at": path} if equals else {key: name}
 

@@ -29,6 +29,9 @@ _Secret = Annotated[list[str] | None, typer.Option("--secret", metavar="NAME", h
 _Data = Annotated[
     list[str] | None, typer.Option("--data", metavar="NAME[=PATH]", help="Give it a data set there; repeatable.")
 ]
+_Model = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL[=PATH]", help="Give it a model there: NAME, NAME:3, NAME@ALIAS.")
+]
 _Volume = Annotated[
     list[str] | None, typer.Option("--volume", metavar="NAME[=PATH]", help="Give it a volume there; repeatable.")
 ]
@@ -80,6 +83,7 @@ def run_command(
     env: _Env = None,
     secret: _Secret = None,
     data: _Data = None,
+    model: _Model = None,
     volume: _Volume = None,
     python: _Python = None,
     with_: _With = None,
@@ -124,6 +128,7 @@ def run_command(
             env=tuple(env or ()),
             secret=tuple(secret or ()),
             data=tuple(data or ()),
+            model=model,
             volume=tuple(volume or ()),
             python=python,
             package=tuple(with_ or ()),
@@ -160,6 +165,7 @@ def quote_command(
     memory: _Memory = None,
     nodes: _Nodes = None,
     data: _Data = None,
+    model: _Model = None,
     volume: _Volume = None,
     max_duration: _Duration = None,
     spot: _Spot = False,
@@ -181,6 +187,7 @@ def quote_command(
             memory=memory,
             nodes=nodes,
             data=tuple(data or ()),
+            model=model,
             volume=tuple(volume or ()),
             max_duration=max_duration,
             is_spot=spot,

@@ -4,6 +4,7 @@
 ``database/<table>.jsonl``     all rows, as ``store.backup`` writes them
 ``home/<name>``                ``secret.key``, ``config.yaml``, ``admin.token``
 ``blobs/sha256/<xx>/<digest>`` uploaded folders and artifacts
+``models/<project>/sha256/…``  files of models
 ``logs/<job>/<attempt>/…``     output of jobs, unless left out
 ``manifest.json``              version, schema, epoch, newest event, rows by table, SHA-256 and size of every member
 =============================  ======================================================================================
@@ -54,7 +55,7 @@ _BLOCK: Final = 1 << 20
 _DRAFT: Final = ".tidemill-partial"
 _MEMBER: Final = re.compile(
     r"manifest\.json|database/[a-z_0-9]+\.jsonl|home/(?:secret\.key|config\.yaml|admin\.token)"
-    r"|blobs/sha256/[0-9a-f]{2}/[0-9a-f]{64}|logs/[A-Za-z0-9][A-Za-z0-9_-]{0,127}/\d{1,19}/\d{1,9}\.(?:log|complete)",
+    r"|(?:models/[A-Za-z0-9][A-Za-z0-9_-]{0,127}|blobs)/sha256/[0-9a-f]{2}/[0-9a-f]{64}|logs/[A-Za-z0-9][A-Za-z0-9_-]{0,127}/\d{1,19}/\d{1,9}\.(?:log|complete)",
     re.ASCII,
 )
 _FULL: Final = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
@@ -200,6 +201,7 @@ def _missing_blobs(database: Path, manifest: Manifest) -> tuple[str, ...]:
         named = connection.execute(
             "SELECT json_extract(body, '$.spec.workdir') FROM workloads"
             " UNION SELECT json_extract(body, '$.digest') FROM artifacts"
+            " UNION SELECT digest FROM model_versions WHERE deleted_ns = 0"
         )
         digests = {str(digest).removeprefix("sha256:") for (digest,) in named if digest}
     return tuple(sorted(one for one in digests if f"blobs/sha256/{one[:2]}/{one}" not in manifest.files))
@@ -285,10 +287,16 @@ def _sources(home: Path, tables: Path, *, logs: bool) -> Iterator[tuple[str, Pat
     for name in HOME_FILES:
         yield f"home/{name}", home / name
     for room in ("blobs", "logs") if logs else ("blobs",):
-        for path in sorted((home / room).glob("*/*/*")):
-            name = path.relative_to(home).as_posix()
-            if _MEMBER.fullmatch(name):
-                yield name, path
+        yield from _kept(home, f"{room}/*/*/*")
+    yield from _kept(home, "models/*/sha256/*/*")
+
+
+def _kept(home: Path, pattern: str) -> Iterator[tuple[str, Path]]:
+    """The files there that belong into a backup."""
+    for path in sorted(home.glob(pattern)):
+        name = path.relative_to(home).as_posix()
+        if _MEMBER.fullmatch(name):
+            yield name, path
 
 
 def _add(archive: tarfile.TarFile, name: str, source: Path, now_ns: int) -> tuple[str, int] | None:
@@ -385,7 +393,7 @@ def _compare(manifest: Manifest, seen: dict[str, tuple[str, int]]) -> None:
             raise DamagedBackup(f"{name} is missing.", field="member", value=name)
         if seen[name] != (digest, size):
             raise DamagedBackup(f"{name} is not as it was written.", field="member", value=name)
-        if name.startswith("blobs/") and not name.endswith(digest):
+        if name.startswith(("blobs/", "models/")) and not name.endswith(digest):
             raise DamagedBackup(f"{name} has another content than its name says.", field="member", value=name)
     if more := sorted(set(seen) - set(manifest.files)):
         raise DamagedBackup(f"{more[0]} is not in the manifest.", field="member", value=more[0])

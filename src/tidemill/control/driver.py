@@ -76,6 +76,9 @@ def world_from(
         world.quota.set_queue(queue)
     world.usages = {usage.id: usage for usage in snapshot.queue_usages}
     world.reservations = {one.id: one for one in snapshot.reservations if not one.cancelled_ns}
+    for rollout in snapshot.rollouts:
+        world.rollouts[rollout.id] = rollout
+        world.updating |= {rollout.before_id: rollout.id, rollout.workload_id: rollout.id}
     world.workloads = {workload.id: workload for workload in snapshot.workloads}
     world.services = {one.id: None for one in snapshot.workloads if one.spec.service is not None}
     world.unlucky = dict(snapshot.unlucky)
@@ -130,6 +133,7 @@ def snapshot_of(world: World) -> Snapshot:
         queues=tuple(world.queues.values()),
         queue_usages=tuple(world.usages.values()),
         reservations=tuple(world.reservations.values()),
+        rollouts=tuple(world.rollouts.values()),
         unlucky=tuple(world.unlucky.items()),
     )
 

@@ -18,7 +18,7 @@ from tidemill.control.acceptance import Acceptance
 from tidemill.control.identity import Identity, administer
 from tidemill.control.turns import TurnLoop
 from tidemill.errors import IdempotencyMismatch, Unavailable
-from tidemill.model.events import StopRequested, Submitted
+from tidemill.model.events import Fact, StopRequested, Submitted
 from tidemill.model.ids import JobId, WorkloadId, sortable_id
 from tidemill.model.job import Job, Workload
 from tidemill.model.spec import WorkloadSpec
@@ -62,13 +62,14 @@ class Jobs:
         *,
         idempotency_key: str = "",
         request_digest: str = "",
+        as_fact: Callable[[Workload], Fact] | None = None,
     ) -> Future[tuple[Workload, ...]]:
-        """The stored workloads, all or none, when they are durable.
+        """The stored workloads, all or none, when they are durable. ``as_fact`` tells what each of them is.
 
         Raises, from the call: Infeasible, InvalidSpec, IdempotencyMismatch. Through the future: Unavailable, …
         """
         if not idempotency_key:
-            return self._submit(identity, project, specs, Future())
+            return self._submit(identity, project, specs, Future(), as_fact=as_fact)
         answer: Future[tuple[Workload, ...]] = Future()
         key = (str(identity.principal_id), idempotency_key)
         with self._lock:  # whoever comes while this one is on its way gets the same answer
@@ -77,7 +78,7 @@ class Jobs:
             self._in_flight[key] = (request_digest, answer)
         answer.add_done_callback(lambda _: self._landed(key))
         try:
-            known = self._recorded(identity, idempotency_key, request_digest)
+            known = self.recorded(identity, idempotency_key, request_digest)
             if known is not None:
                 answer.set_result(known)
                 return answer
@@ -88,10 +89,20 @@ class Jobs:
                 response="",
                 created_ns=self._clock(),
             )
-            return self._submit(identity, project, specs, answer, record)
+            return self._submit(identity, project, specs, answer, record, as_fact=as_fact)
         except Exception as error:
             answer.set_exception(error)
             raise
+
+    def recorded(self, identity: Identity, key: str, digest: str) -> tuple[Workload, ...] | None:
+        """What was stored for that key before; None when nothing was. Raises: IdempotencyMismatch."""
+        record = self._store.idempotent(identity.principal_id, key)
+        if record is None:
+            return None
+        if record.request_digest != digest:
+            raise _mismatch(key)
+        stored = [self._store.workload(WorkloadId(one)) for one in RECORDED_RESPONSE.decode(record.response)]
+        return tuple(workload for workload in stored if workload is not None)
 
     def stop(self, identity: Identity, job_ids: Sequence[JobId]) -> Future[None]:
         """Nothing, when it is recorded that these jobs are to end."""
@@ -119,6 +130,8 @@ class Jobs:
         specs: Sequence[WorkloadSpec],
         answer: Future[tuple[Workload, ...]],
         record: IdempotencyRecord | None = None,
+        *,
+        as_fact: Callable[[Workload], Fact] | None = None,
     ) -> Future[tuple[Workload, ...]]:
         """``answer``, which is given when the workloads, and ``record`` with their ids, are durable."""
         if self._monotonic() < self._no_new_until_ns:
@@ -155,23 +168,14 @@ class Jobs:
         records = []
         if record is not None:
             records.append(replace(record, response=msgspec.json.encode(ids).decode()))
-        facts = [Submitted(at_ns=now, workload=workload) for workload in workloads]
+        as_fact = as_fact or (lambda workload: Submitted(at_ns=now, workload=workload))
+        facts = [as_fact(workload) for workload in workloads]
         self._turns.put(facts, records).add_done_callback(done)
         return answer
 
     def _landed(self, key: tuple[str, str]) -> None:
         with self._lock:
             self._in_flight.pop(key, None)
-
-    def _recorded(self, identity: Identity, key: str, digest: str) -> tuple[Workload, ...] | None:
-        """What was stored for that key before; None when nothing was. Raises: IdempotencyMismatch."""
-        record = self._store.idempotent(identity.principal_id, key)
-        if record is None:
-            return None
-        if record.request_digest != digest:
-            raise _mismatch(key)
-        stored = [self._store.workload(WorkloadId(one)) for one in RECORDED_RESPONSE.decode(record.response)]
-        return tuple(workload for workload in stored if workload is not None)
 
     @staticmethod
     def _same(flying: tuple[str, Future[tuple[Workload, ...]]], key: str, digest: str) -> Future[tuple[Workload, ...]]:

@@ -458,12 +458,15 @@ class Models:
     # ------------------------------------------------------------------ for jobs
 
     def pinned(self, mount: DataMount, project: Project) -> DataMount:
-        """The mount with the version that its reference means now. Raises: InvalidSpec."""
+        """The mount with the version that its reference means now; one that was pinned before keeps its version, so
+        that who goes back to an earlier spec gets the same octets. Raises: InvalidSpec.
+        """
         try:
-            model, version = self.version(project, mount.model)
+            model, version = self.version(project, mount.dataset or mount.model)
         except (NotFound, InvalidRequest) as error:
             mend = error.mend or "See tidemill model list, or add it: tidemill model push."
-            raise InvalidSpec(error.detail, field="model.from", value=mount.model, mend=mend) from error
+            asked = mount.dataset or mount.model
+            raise InvalidSpec(error.detail, field="model.from", value=asked, mend=mend) from error
         return replace(
             mount,
             dataset=f"{model.name}:{version.number}",

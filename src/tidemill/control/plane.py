@@ -1,6 +1,7 @@
 """The control plane: its parts put together around one loop of turns, begun and ended in order. Thread-safe.
 
-Who calls goes to the part that it needs: ``jobs`` takes work and stops it, ``runners`` answers what runs, ``questions``
+Who calls goes to the part that it needs: ``jobs`` takes work and stops it, ``revisions`` updates
+services, ``runners`` answers what runs, ``questions``
 answers people, ``administration`` changes what all share, ``access`` makes tokens and keeps secrets, ``projects`` says
 who sees which, ``outputs`` finds what jobs wrote; ``sites``, ``data``, ``models``, ``serving`` and ``renting`` are the
 places, the data sets, the registry, the models served and the machines rented.
@@ -36,6 +37,8 @@ from tidemill.control.relay import Relay
 from tidemill.control.renting import Renting
 from tidemill.control.replicas import Candidate
 from tidemill.control.replicating import Scaler
+from tidemill.control.revisions import Revisions
+from tidemill.control.rollouts import Rollouts
 from tidemill.control.runners import Runners
 from tidemill.control.serving import Serving
 from tidemill.control.settings import Settings
@@ -146,12 +149,15 @@ class ControlPlane:
             elsewhere=self.sites.read_file,
             models=self.models,
         )
+        scaler = Scaler(world=lambda: self.world, tell=self._turns.put, clock=clock, habits=store)
+        self.rollouts = Rollouts(scaler, clock=clock)
         self.serving = Serving(
             store,
             directory,
             world=lambda: self.world,
             projects=self.projects,
-            scaler=Scaler(world=lambda: self.world, tell=self._turns.put, clock=clock, habits=store),
+            scaler=scaler,
+            rollouts=self.rollouts,
             guards=settings.guards,
             home=site.id,
         )
@@ -168,6 +174,7 @@ class ControlPlane:
         self.access = Access(store, directory, vault, clock=clock)
         self.administration = Administration(self.projects, self._turns, clock=clock)
         self.jobs = Jobs(store, self._turns, self.acceptance, clock=clock, entropy=entropy, monotonic=monotonic)
+        self.revisions = Revisions(store, self._turns, self.jobs, self.acceptance, self.rollouts, clock=clock)
         self.runners = Runners(store, self._turns, self.sites, directory, vault, api_url=settings.api_url, clock=clock)
         self.outputs = Outputs(
             store,

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 
 from tidemill.control.loads import Load, Loads, ReplicaLoad
 from tidemill.core.pattern import is_good
-from tidemill.core.scaling import Ask, Bounds, Memory, Signals, decide, lead_ns
+from tidemill.core.scaling import Ask, Bounds, Decision, Memory, Signals, decide, lead_ns
 from tidemill.core.world import World
 from tidemill.errors import TidemillError
 from tidemill.model.events import Fact, Scaled
@@ -70,10 +70,9 @@ def endpoints(world: World, workload: Workload) -> list[Allocation]:
     """Where the replicas of a service answer that are ready, by job."""
     found = []
     for index in range(workload.spec.job_count):
-        attempt = world.attempts.get(job_id(workload.id, index))
-        if attempt is not None:
-            held = (world.allocations.get(launch) for launch in world.workers.get(attempt.id, ()))
-            found += [one for one in held if one is not None and one.endpoint]
+        worker = world.answering(world.attempts.get(job_id(workload.id, index)))
+        if worker is not None:
+            found.append(worker)
     return found
 
 
@@ -102,6 +101,9 @@ class Scaler:
         self._accounts: dict[WorkloadId, Account] = {}
         self.leaving: frozenset[JobId] = frozenset()
         """Replicas that get no more requests."""
+        self._left_at: dict[JobId, float] = {}
+        self.also: list[Callable[[World], Sequence[Fact]]] = []
+        """What else looks at services, one after the other with this: rollouts."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scale", daemon=True)
 
@@ -123,25 +125,69 @@ class Scaler:
         """What was decided of a service last; None when its replicas are always as many, or it is not looked at yet."""
         return self._accounts.get(workload_id)
 
-    def facts(self) -> list[Scaled]:
+    def facts(self) -> list[Fact]:
         """What is to change now."""
         if self._known is None:
             self._known = {(habit.project_id, habit.service): habit for habit in self._habits.habits()}
-        world, found, longest_s = self._world(), [], 60.0
+        world, found, longest_s = self._world(), list[Fact](), 60.0
         services = world.services.copy()
         for workload_id in services:
             workload = world.workloads.get(workload_id)
-            if workload is not None and workload.spec.service is not None and workload.spec.service.is_scaled:
-                longest_s = max(longest_s, workload.spec.service.scaling.window_ns / SECOND_NS)
-                scaled = self._look(world, workload)
-                if scaled is not None:
-                    found.append(scaled)
+            if workload is None or workload.spec.service is None or not workload.spec.service.is_scaled:
+                continue
+            longest_s = max(longest_s, workload.spec.service.scaling.window_ns / SECOND_NS)
+            if workload_id not in world.updating and (scaled := self._look(world, workload)) is not None:
+                found.append(scaled)
+        for look in self.also:
+            found += look(world)
         self.loads.longest_s = longest_s
         for kept in (self._memories, self._accounts, self._started):
             for gone in kept.keys() - services:
                 del kept[gone]
         self.leaving = frozenset(job for job in self.leaving if job in world.attempts)
+        self._left_at = {job: at for job, at in self._left_at.items() if job in self.leaving}
         return found
+
+    def needed(self, world: World, workload: Workload, active: Sequence[Job]) -> int:
+        """How many replicas a service needs now, whichever revision of it ``active`` are of."""
+        service = workload.spec.service
+        if service is None or not service.is_scaled:
+            return service.replicas if service is not None else 0
+        last = self._accounts.get(workload.id)
+        if last is not None:  # what there is beyond that is there only for the exchange
+            there = sorted(active, key=lambda job: world.answering(world.attempts.get(job.id)) is None)
+            active = there[: last.wanted]
+        return self._decide(world, workload, active).wanted
+
+    def steer(
+        self, world: World, workload: Workload, wanted: int, why: str, *, drain_s: float = float("inf")
+    ) -> Scaled | None:
+        """What is to be told so that so many replicas of a workload are kept; None when that is so.
+
+        One with requests under way leaves first, for ``drain_s`` at most.
+        """
+        now, active = self._clock(), active_jobs(world, workload)
+        ready = {held.job_id for held in endpoints(world, workload)}
+        leaving = [job.id for job in active if job.id in self.leaving]
+        kept = [job for job in active if job.id not in self.leaving]
+        for _ in range(min(wanted - len(kept), len(leaving))):
+            self.leaving -= {leaving.pop()}
+        spare = max(0, len(kept) - wanted) if leaving or wanted < len(kept) else 0
+        unborn = [job.id for job in kept if job.id not in ready and job.id in world.attempts]
+        queued = [job.id for job in kept if job.id not in world.attempts]
+        spare -= len(dropped := queued[max(0, len(queued) - spare) :])
+        given_up = unborn[max(0, len(unborn) - spare) :] if spare else []
+        spare -= len(given_up)
+        if spare:
+            gone = sorted((job.id for job in kept if job.id in ready), key=self._under_way)[:spare]
+            self.leaving |= set(gone)
+            self._left_at |= dict.fromkeys(gone, self._monotonic())
+        given_up += [one for one in leaving if self._is_free(one) or self._is_drained(one, drain_s)]
+        going = [one for one in leaving if one not in given_up]
+        told = wanted + len(going) + max(0, spare)
+        if not given_up and not dropped and told <= len(active):
+            return None
+        return Scaled(at_ns=now, workload_id=workload.id, wanted=told, why=why, give_up=tuple(sorted(given_up)))
 
     def _run(self) -> None:
         while not self._closing.wait(_EVERY_S):
@@ -158,13 +204,17 @@ class Scaler:
 
     def _look(self, world: World, workload: Workload) -> Scaled | None:
         """What is to change about one service."""
+        decision = self._decide(world, workload, active_jobs(world, workload))
+        return self.steer(world, workload, decision.wanted, decision.why)
+
+    def _decide(self, world: World, workload: Workload, active: Sequence[Job]) -> Decision:
+        """How many replicas a scaled service needs, when these run or are to."""
         service = workload.spec.service
         if service is None:
-            return None
-        now, active = self._clock(), _active(world, workload)
-        ready = {held.job_id for held in endpoints(world, workload)}
-        leaving = [job.id for job in active if job.id in self.leaving]
+            return Decision(wanted=0, why="")
+        now = self._clock()
         kept = [job for job in active if job.id not in self.leaving]
+        ready = {job.id for job in kept if world.answering(world.attempts.get(job.id)) is not None}
         signals = self._signals(world, workload, service, kept, ready)
         bounds = bounds_of(service)
         before = self._memories.get(workload.id) or self._recalled(workload, len(active), now=now)
@@ -176,7 +226,7 @@ class Scaler:
             wanted=decision.wanted,
             ready=signals.ready,
             coming=signals.coming,
-            leaving=len(leaving),
+            leaving=len(active) - len(kept),
             least=bounds.least,
             most=bounds.most,
             why=decision.why,
@@ -185,24 +235,7 @@ class Scaler:
             days=max(memory.pattern.days),
             has_pattern=is_good(memory.pattern),
         )
-        for _ in range(min(decision.wanted - len(kept), len(leaving))):
-            self.leaving -= {leaving.pop()}
-        spare = max(0, len(kept) - decision.wanted) if leaving or decision.wanted < len(kept) else 0
-        unborn = [job.id for job in kept if job.id not in ready and job.id in world.attempts]
-        queued = [job.id for job in kept if job.id not in world.attempts]
-        spare -= len(dropped := queued[max(0, len(queued) - spare) :])
-        given_up = unborn[max(0, len(unborn) - spare) :] if spare else []
-        spare -= len(given_up)
-        if spare:
-            self.leaving |= set(sorted((job.id for job in kept if job.id in ready), key=self._under_way)[:spare])
-        given_up += [one for one in leaving if self._is_free(one)]
-        going = [one for one in leaving if one not in given_up]
-        wanted = decision.wanted + len(going) + max(0, spare)
-        if not given_up and not dropped and wanted <= len(active):
-            return None
-        return Scaled(
-            at_ns=now, workload_id=workload.id, wanted=wanted, why=decision.why, give_up=tuple(sorted(given_up))
-        )
+        return decision
 
     def _signals(
         self, world: World, workload: Workload, service: Service, kept: Sequence[Job], ready: set[JobId]
@@ -275,6 +308,10 @@ class Scaler:
         heard = [load.replicas.get(job) for load in self.loads.all]
         return bool(heard) and all(one is not None and one.is_leaving and not one.in_flight for one in heard)
 
+    def _is_drained(self, job: JobId, drain_s: float) -> bool:
+        """Whether a replica had all the time to finish that it gets."""
+        return self._monotonic() - self._left_at.get(job, float("inf")) >= drain_s
+
 
 def bounds_of(service: Service) -> Bounds:
     """What the owner of a service says of its replicas."""
@@ -306,7 +343,7 @@ def _gpu_use(world: World, jobs: Sequence[JobId], *, now: int) -> int | None:
     return sum(found) // len(found) if found else None
 
 
-def _active(world: World, workload: Workload) -> list[Job]:
+def active_jobs(world: World, workload: Workload) -> list[Job]:
     """The replicas that run, or are to: neither parked nor being given up."""
     found = []
     for index in range(workload.spec.job_count):

@@ -70,7 +70,7 @@ def restore(path: Path, home: Path, *, database: str = "", is_replaced: bool = F
         manifest = unpack(path, stage / "unpacked")
         new, tables = stage / "new", stage / "unpacked" / "database"
         new.mkdir(mode=0o700)
-        for room in ("blobs", "logs"):
+        for room in ("blobs", "models", "logs"):
             if (stage / "unpacked" / room).exists():
                 (stage / "unpacked" / room).rename(new / room)
         for kept in (stage / "unpacked" / "home").iterdir():

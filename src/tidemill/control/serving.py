@@ -11,11 +11,12 @@ import msgspec
 from tidemill.control.identity import Directory
 from tidemill.control.projects import Projects
 from tidemill.control.replicating import Scaler, endpoints
+from tidemill.control.rollouts import Rollouts, variant_of
 from tidemill.core.routing import fallbacks
 from tidemill.core.world import World
 from tidemill.model.fleet import link_between
 from tidemill.model.guard import Decision, GuardRule
-from tidemill.model.ids import JobId, ProjectId, SiteId, WorkloadId
+from tidemill.model.ids import ProjectId, RolloutId, SiteId, WorkloadId
 from tidemill.model.job import Allocation
 from tidemill.model.ledger import TokenUsage
 from tidemill.model.limits import Limit, Priority
@@ -36,6 +37,7 @@ class Serving:
         world: Callable[[], World],
         projects: Projects,
         scaler: Scaler,
+        rollouts: Rollouts,
         home: SiteId,
         guards: Sequence[GuardRule] = (),
     ) -> None:
@@ -45,13 +47,19 @@ class Serving:
         self._world = world
         self._projects = projects
         self.scaler = scaler
+        self.rollouts = rollouts
         self._rules = tuple(guards)
         self._home = home
 
     @property
-    def stamp(self) -> tuple[int, int, frozenset[JobId]]:
+    def stamp(self) -> tuple[object, ...]:
         """Another value whenever the feed changes for another reason than a commit."""
-        return self._directory.version, self._projects.version, self.scaler.leaving
+        return (
+            self._directory.version,
+            self._projects.version,
+            self.scaler.leaving,
+            tuple(self.rollouts.weights.items()),
+        )
 
     def _start_ms(self, workload_id: WorkloadId) -> int:
         """How long replicas of a service take to start, in whole seconds; zero while that is not known."""
@@ -88,16 +96,25 @@ class Serving:
                     "fallback": fallbacks(model, chosen),
                 },
             )
-            if route["project"] == workload.project_id:
-                route["replicas"] += [
-                    {
-                        "job": held.job_id,
-                        "endpoint": held.endpoint,
-                        "is_leaving": held.job_id in leaving,
-                        "site": _site_of(world, held),
-                    }
-                    for held in endpoints(world, workload)
-                ]
+            if route["project"] != workload.project_id:
+                continue
+            each = {"health": service.readiness_path}
+            rollout = world.rollouts.get(world.updating.get(workload_id, RolloutId("")))
+            if rollout is not None:
+                each |= {"variant": variant_of(rollout, workload_id), "workload": workload_id}
+                if (weights := self.rollouts.weights.get(rollout.id)) is not None:
+                    route.setdefault("weights", {})[each["variant"]] = weights[workload_id == rollout.workload_id]
+                route["concurrency"] = min(route["concurrency"], service.concurrency)
+            route["replicas"] += [
+                {
+                    "job": held.job_id,
+                    "endpoint": held.endpoint,
+                    "is_leaving": held.job_id in leaving,
+                    "site": _site_of(world, held),
+                    **each,
+                }
+                for held in endpoints(world, workload)
+            ]
         known = {
             token.hash: {
                 "id": token.id,

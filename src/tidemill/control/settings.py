@@ -98,6 +98,7 @@ class Settings:
     meter_every: str = "1m"
     retry_backoff: str = "500ms"
     retry_backoff_max: str = "1m"
+    retry_forget: str = "10m"
     stop_retry: str = "5s"
     stop_margin: str = "5s"
     starts_per_turn: int = 512

@@ -182,8 +182,8 @@ def finish_if_gone(world: World, held: Allocation, out: Outcome) -> None:
         _rest(world, job, attempt, out)
     elif attempt.cause is Cause.PREEMPTED and should_retry(spec, attempt):
         _queue_after_displacing(world, job, attempt, out)
-    elif job.retries < spec.retry.max and should_retry(spec, attempt):
-        _queue_again(world, job, attempt, out)
+    elif should_retry(spec, attempt) and (retries := _retries_after(spec, job, attempt, out)) is not None:
+        _queue_again(world, job, attempt, out, retries=retries)
     else:
         end_job(world, job, "failed", attempt.cause, out, detail=attempt.detail, exit_code=attempt.exit_code)
 
@@ -195,6 +195,8 @@ def should_retry(spec: WorkloadSpec, attempt: Attempt) -> bool:
     """
     if attempt.cause is Cause.PORT_TAKEN:
         return not any(port.number for port in spec.ports)
+    if attempt.cause is Cause.NOT_ALIVE:  # whoever asks for the probe asks for another replica
+        return True
     if attempt.exit_code is not None and attempt.exit_code in spec.retry.exit_codes:
         return True
     return _RETRIED_AS.get(attempt.cause) in spec.retry.on
@@ -205,14 +207,26 @@ def backoff_ns(retries: int, policy: Policy) -> int:
     return min(policy.retry_backoff_ns << min(retries, 30), policy.retry_backoff_max_ns)
 
 
-def _queue_again(world: World, job: Job, attempt: Attempt, out: Outcome) -> None:
-    not_before = out.now + backoff_ns(job.retries, out.policy)
+def _retries_after(spec: WorkloadSpec, job: Job, attempt: Attempt, out: Outcome) -> int | None:
+    """How many retries are counted with the one that follows this attempt; None when that would be too many.
+
+    A service that was ready for long begins anew with all its retries, and that it stopped answering is not counted.
+    """
+    was_steady = bool(attempt.ready_ns) and out.now - attempt.ready_ns >= out.policy.retry_forget_ns
+    if was_steady and attempt.cause is Cause.NOT_ALIVE:
+        return 0
+    retries = 0 if was_steady else job.retries
+    return retries + 1 if retries < spec.retry.max else None
+
+
+def _queue_again(world: World, job: Job, attempt: Attempt, out: Outcome, *, retries: int) -> None:
+    not_before = out.now + backoff_ns(max(0, retries - 1), out.policy)
     world.update(
         world.jobs,
         job.id,
         job,
         state=apply(JOB, job.state, "requeued"),
-        retries=job.retries + 1,
+        retries=retries,
         cause=attempt.cause,
         detail=attempt.detail,
         exit_code=attempt.exit_code,
@@ -223,7 +237,7 @@ def _queue_again(world: World, job: Job, attempt: Attempt, out: Outcome) -> None
     world.line_up(job.project_id, 1)
     world.set(world.delayed, job.id, not_before)
     world.set_timer(not_before, "requeue", job.id)
-    out.note("Requeued", job, retry=job.retries + 1, cause=attempt.cause.value, detail=attempt.detail)
+    out.note("Requeued", job, retry=retries, cause=attempt.cause.value, detail=attempt.detail)
 
 
 def _rest(world: World, job: Job, attempt: Attempt, out: Outcome) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial, singledispatch
 from typing import Final
 
-from tidemill.core import ending, waiting
+from tidemill.core import ending, revising, waiting
 from tidemill.core.admission import why_refused
 from tidemill.core.lifecycle import ALLOCATION, ATTEMPT, JOB, NODE, apply, may
 from tidemill.core.meter import meters_held
@@ -38,6 +38,8 @@ from tidemill.model.events import (
     QueueSet,
     ReservationCancelled,
     ReservationMade,
+    RolloutBegan,
+    RolloutMoved,
     Sampled,
     Scaled,
     SiteSet,
@@ -47,7 +49,7 @@ from tidemill.model.events import (
     Vanished,
 )
 from tidemill.model.fleet import Node, NodeState
-from tidemill.model.ids import LaunchId, NodeId, job_id
+from tidemill.model.ids import JobId, LaunchId, NodeId, job_id
 from tidemill.model.job import Allocation, AllocationState, AttemptState, Cause, Job, JobState
 from tidemill.model.plan import Launch
 from tidemill.model.spec import Kind
@@ -126,7 +128,9 @@ def _stop_requested(fact: StopRequested, world: World, out: Outcome) -> None:
 @_take.register
 def _scaled(fact: Scaled, world: World, out: Outcome) -> None:
     workload = world.workloads.get(fact.workload_id)
-    if workload is None or workload.spec.service is None or not workload.spec.service.is_scaled:
+    if workload is None or workload.spec.service is None:
+        return
+    if not workload.spec.service.is_scaled and workload.id not in world.updating:
         return
     jobs = [
         world.jobs[one] for index in range(workload.spec.job_count) if (one := job_id(workload.id, index)) in world.jobs
@@ -137,6 +141,18 @@ def _scaled(fact: Scaled, world: World, out: Outcome) -> None:
     changed = waiting.scale(world, jobs, fact.wanted, out)
     if jobs and (changed or leaving):
         out.note("Scaled", jobs[0], wanted=fact.wanted, detail=fact.why)
+
+
+@_take.register
+def _rollout_began(fact: RolloutBegan, world: World, out: Outcome) -> None:
+    if revising.may_begin(world, fact):
+        revising.begin(world, fact.rollout, out)
+        _submitted(Submitted(at_ns=fact.at_ns, workload=fact.workload), world, out)
+
+
+@_take.register
+def _rollout_moved(fact: RolloutMoved, world: World, out: Outcome) -> None:
+    revising.move(world, fact, out)
 
 
 @_take.register
@@ -170,6 +186,7 @@ def _started(fact: Started, world: World, out: Outcome) -> None:
         )
         for worker in world.workers_of(attempt):
             world.mark_row(worker.id, "since", out.now)
+        _answers_when_whole(world, job.id, out)
         if world.eyeing:  # somebody may be about to displace it as soon as that is allowed
             world.set_timer(out.now + out.policy.min_run_ns, "displace", "")
         if may(JOB, job.state, "started"):
@@ -190,16 +207,21 @@ def _started(fact: Started, world: World, out: Outcome) -> None:
 @_take.register
 def _became(fact: Became, world: World, out: Outcome) -> None:
     held = _current(world, fact.launch_id, fact.fence)
-    if held is None:
+    if held is None or held.rank:  # the first of a gang answers for all
         return
     endpoint = fact.endpoint if fact.ready else ""
-    if held.endpoint == endpoint:
+    if held.endpoint == endpoint or held.state is AllocationState.DRAINING:
         return
     world.update(world.allocations, held.id, held, endpoint=endpoint)
-    job, attempt = world.jobs[held.job_id], world.attempts[held.job_id]
-    if fact.ready and not attempt.ready_ns:
-        world.update(world.attempts, job.id, attempt, ready_ns=out.now)
-    out.note("BecameReady" if fact.ready else "BecameUnready", job, rank=held.rank, endpoint=fact.endpoint)
+    out.note("BecameReady" if fact.ready else "BecameUnready", world.jobs[held.job_id], rank=0, endpoint=fact.endpoint)
+    _answers_when_whole(world, held.job_id, out)
+
+
+def _answers_when_whole(world: World, job: JobId, out: Outcome) -> None:
+    """Note since when a service's replica is ready: its first worker is, and all others run."""
+    attempt = world.attempts[job]
+    if not attempt.ready_ns and world.answering(attempt) is not None:
+        world.update(world.attempts, job, attempt, ready_ns=out.now)
 
 
 @_take.register

@@ -1,4 +1,4 @@
-"""★ The lives of a job, an attempt, an allocation, a node and a rental, as literal tables.
+"""★ The lives of a job, an attempt, an allocation, a node, a rental and a rollout, as literal tables.
 
 Theory. A *job* wants to end well; it is queued, has attempts, and ends in one of three ways. An *attempt* is one
 try: it ends only when every worker is confirmed gone, so between the decision to end it (``ENDING``) and its end
@@ -7,7 +7,8 @@ share of a node. It goes forward only: late or repeated reports of a worker that
 A *node* that falls silent may still run what it has; it is lost only
 when that can be known to be over. One that is lost or silent comes back by joining: ready, under the cordon or
 drain that still stands, or as a suspect when it was lost too often. A *rental* is written down before the cloud is
-asked for the instance, and is over only when the cloud confirms that there is none.
+asked for the instance, and is over only when the cloud confirms that there is none. A *rollout* ends with one of its
+two revisions running alone: the new one, or, from wherever it was reversed, the old one.
 
 States say where a thing is; why it is there is its ``cause``, stored beside the state. ``apply`` is the only way
 from one state to the next. An event that has no row here is a mistake of the caller and changes nothing.
@@ -23,6 +24,7 @@ from tidemill.errors import IllegalTransition
 from tidemill.model.cloud import RentalState
 from tidemill.model.fleet import NodeState
 from tidemill.model.job import AllocationState, AttemptState, JobState
+from tidemill.model.rollout import RolloutState
 
 State = TypeVar("State", bound=StrEnum)
 Table = Mapping[tuple[State, str], State]
@@ -108,6 +110,16 @@ RENTAL: Final[Table[RentalState]] = {
     (RentalState.LEAVING, "gone"): RentalState.OVER,
 }
 
+ROLLOUT: Final[Table[RolloutState]] = {
+    (RolloutState.CANARY, "watched"): RolloutState.CANARY,
+    (RolloutState.CANARY, "advanced"): RolloutState.CANARY,
+    (RolloutState.CANARY, "promoted"): RolloutState.ROLLING,
+    (RolloutState.CANARY, "reversed"): RolloutState.RETURNING,
+    (RolloutState.ROLLING, "reversed"): RolloutState.RETURNING,
+    (RolloutState.ROLLING, "completed"): RolloutState.COMPLETE,
+    (RolloutState.RETURNING, "reverted"): RolloutState.REVERTED,
+}
+
 TERMINAL: Final = frozenset(
     {
         JobState.SUCCEEDED,
@@ -116,6 +128,8 @@ TERMINAL: Final = frozenset(
         AttemptState.ENDED,
         AllocationState.RELEASED,
         RentalState.OVER,
+        RolloutState.COMPLETE,
+        RolloutState.REVERTED,
     }
 )
 

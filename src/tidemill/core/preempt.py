@@ -6,7 +6,8 @@ has begun displaces what is still on its nodes. Else nothing displaces work of a
 * a later tier displaces spot;
 * a project within what it is guaranteed displaces those beyond theirs (at the level where the two part in the tree);
 * a higher priority displaces a lower one in its own project;
-* an order plug-in that preempts may say that one job ranks after another by its margin.
+* an order plug-in that preempts may say that one job ranks after another by its margin, where neither priority nor
+  guarantee speaks for the one that runs.
 
 Nothing is displaced before it has run ``min_run_ns``, nor in its own reservation while that lasts. Workers that an
 elastic gang can do without go first. Jobs that start together displace together, whom the least entitled of them could.
@@ -255,10 +256,12 @@ class _Relation:
         if spec.tier is Tier.SPOT and self._tier > TIERS[Tier.SPOT]:
             return _Claim.RANK
         if other.project_id == self._project_id:
-            if self._policy.displace_in_project and self._priority > other.priority:
-                return _Claim.RANK
+            if self._policy.displace_in_project and self._priority != other.priority:
+                return _Claim.RANK if self._priority > other.priority else _Claim.NONE
         elif self._beyond(other.project_id):
             return _Claim.GUARANTEE
+        elif self._world.quota.is_guaranteed(other.project_id, self._amounts, self._project_id):
+            return _Claim.NONE
         if self._order.preempts and may_displace(self._order, waiting=self._rank, running=self.rank_of(other)):
             return _Claim.RANK
         return _Claim.NONE

@@ -216,6 +216,18 @@ class QuotaTree:
         covered = [resource for resource in needed if any(covers(name, resource) for name in mine.guaranteed)]
         return any(_is_beyond(theirs.guaranteed, held, resource) for resource in covered)
 
+    def is_guaranteed(self, holder: ProjectId, amounts: Mapping[str, int], against: ProjectId) -> bool:
+        """Whether what a project's side holds, of what ``amounts`` needs, is all within its guarantee, judged where it
+        and another part in the tree."""
+        parted = self._part(self._leaf(holder), self._leaf(against))
+        if parted is None:
+            return False
+        side = parted[0]
+        covered = [
+            name for name, amount in amounts.items() if amount and any(covers(one, name) for one in side.guaranteed)
+        ]
+        return bool(covered) and not any(_is_beyond(side.guaranteed, side.held, name) for name in covered)
+
     # -- order --------------------------------------------------------------------------------------------------
 
     def path(self, project_id: ProjectId, principal_id: PrincipalId) -> tuple[Party, ...]:

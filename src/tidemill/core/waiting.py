@@ -19,6 +19,8 @@ from tidemill.model.spec import DependsOn, Group
 from tidemill.units import SECOND_NS
 
 _REMEMBERED = 4_096
+_RESTING = ("NotNeeded", "RolloutTurn")
+"""Why a replica rests that may be wanted again."""
 
 
 def enter(world: World, workload: Workload, jobs: list[Job], out: Outcome, *, live: int = 0) -> list[Job]:
@@ -41,6 +43,8 @@ def enter(world: World, workload: Workload, jobs: list[Job], out: Outcome, *, li
             _park(world, job, _after(world, missing), out)
         elif spec.array_parallel and index >= spec.array_parallel:
             _park(world, job, _array(spec.array_parallel), out)
+        elif workload.id in world.updating:  # the rollout says how many there are
+            _park(world, job, _turn(), out)
         elif spec.service is not None and index >= spec.service.smallest:
             _park(world, job, _spare(), out)
         else:
@@ -54,7 +58,7 @@ def scale(world: World, jobs: list[Job], wanted: int, out: Outcome) -> bool:
     Those that run are left alone, and do not count when they are being given up.
     """
     active = [job for job in jobs if job.id not in world.parked and not _is_given_up(world, job)]
-    spare = [job for job in jobs if world.parked.get(job.id) == _spare()]
+    spare = [job for job in jobs if (why := world.parked.get(job.id)) is not None and why.code in _RESTING]
     for job in spare[: max(0, wanted - len(active))]:
         world.drop(world.parked, job.id)
         ready(world, job, out)
@@ -74,7 +78,7 @@ def rest(world: World, job: Job, out: Outcome) -> None:
     world.drop(world.delayed, job.id)
     world.queue.remove(world.line_of(job), job.id)
     _leave_group(world, job, out)
-    _park(world, job, _spare(), out)
+    _park(world, job, _turn() if job.workload_id in world.updating else _spare(), out)
 
 
 def _is_given_up(world: World, job: Job) -> bool:
@@ -300,6 +304,17 @@ def _spare() -> Reason:
         available="the replicas that there are",
         resolvable_by=ResolvableBy.TIME,
         sentence="Fewer replicas are enough for the requests there are; it starts when they are not.",
+    )
+
+
+def _turn() -> Reason:
+    return Reason(
+        code="RolloutTurn",
+        subject="service.rollout",
+        needed="its turn in the rollout",
+        available="the replicas of both revisions that there are",
+        resolvable_by=ResolvableBy.TIME,
+        sentence="Its service is being brought from one revision to another, and it is not this replica's turn.",
     )
 
 

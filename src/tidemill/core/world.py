@@ -40,6 +40,7 @@ from tidemill.model.ids import (
     ProjectId,
     QueueId,
     ReservationId,
+    RolloutId,
     SiteId,
     WorkloadId,
 )
@@ -49,6 +50,7 @@ from tidemill.model.plan import Change, Reason
 from tidemill.model.policy import Policy
 from tidemill.model.queue import CPU, GPU, MEMORY, Queue, QueueUsage
 from tidemill.model.reservation import Reservation
+from tidemill.model.rollout import Rollout
 from tidemill.model.tenant import Project
 from tidemill.model.values import replace
 from tidemill.units import MILLI
@@ -62,7 +64,7 @@ _MIX_EVERY: Final = 4_096
 _MIX_HALF: Final = 5_000
 """After how many requests older ones count for half: less memory would let noise pass for change."""
 _MIX_LEAST: Final = 0.01
-Entity = TypeVar("Entity", Job, Attempt, Allocation, Node, Queue, QueueUsage, Reservation)
+Entity = TypeVar("Entity", Job, Attempt, Allocation, Node, Queue, QueueUsage, Reservation, Rollout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,8 +152,12 @@ class World:
         self.delayed: dict[JobId, int] = {}
         """Jobs that wait for an instant before they queue again."""
         self.parked: dict[JobId, Reason] = {}
-        self.services: dict[WorkloadId, None] = {}
         """Jobs that wait for something else than room: another workload, the rest of their array or group."""
+        self.services: dict[WorkloadId, None] = {}
+        self.rollouts: dict[RolloutId, Rollout] = {}
+        """Those that are not over."""
+        self.updating: dict[WorkloadId, RolloutId] = {}
+        """The rollout that says how many replicas a revision of a service has, of both that it is about."""
         self.promises: dict[JobId, Promise] = {}
         self.held_back: HeldBack | None = None
         """The plan of the first blocked job."""
@@ -262,6 +268,13 @@ class World:
         return tuple(
             self.allocations[launch] for launch in self.workers.get(attempt.id, ()) if launch in self.allocations
         )
+
+    def answering(self, attempt: Attempt | None) -> Allocation | None:
+        """The worker that answers for a replica of a service; None while not all of its workers run and it is ready."""
+        if attempt is None or attempt.state is not AttemptState.RUNNING:
+            return None
+        workers = (self.allocations.get(launch) for launch in self.workers.get(attempt.id, ()))
+        return next((worker for worker in workers if worker is not None and worker.endpoint), None)
 
     def has_workers(self, job: Job) -> bool:
         """Whether a worker of the job's attempt is not confirmed gone."""
@@ -838,7 +851,9 @@ class World:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _next_version(self, entity: Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation) -> int:
+    def _next_version(
+        self, entity: Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rollout
+    ) -> int:
         mark = (type(entity).__name__, str(entity.id))
         if mark not in self._touched:
             self._touched[mark] = entity.version

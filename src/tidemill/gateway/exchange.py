@@ -122,9 +122,12 @@ class Exchange(Journey):
             self._commit(self._held_size)
         if self._is_chunked:
             self._client.write(LAST_CHUNK)
+        is_failure = False
         if self._response is not None and self._response.status >= 400:
             self._error = str(self._response.status)
-            self._counts.errors += self._response.status >= 500
+            is_failure = self._response.status >= 500
+            self._counts.errors += is_failure
+        self._note_variant(is_answered=not is_failure)
         close = self._http_1_0
         line = self._gateway.line(self._asking.route.model)
         now = asyncio.get_running_loop().time()
@@ -269,7 +272,7 @@ class Exchange(Journey):
             project=asking.tenant or asking.route.project,
             token=asking.token,
             model=asking.route.model,
-            workload=asking.route.workload,
+            workload=self._replica.workload or asking.route.workload,
             job=self._replica.job,
             prompt_tokens=estimated_prompt(self._size),
             is_estimated=True,

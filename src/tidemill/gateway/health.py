@@ -69,7 +69,7 @@ class Prober:
                 for replica in route.replicas:
                     present.add(replica)
                     if now >= self._due.setdefault(replica, now):
-                        self.look(replica, route.health)
+                        self.look(replica, route.health if replica.health is None else replica.health)
             for gone in self._due.keys() - present:
                 del self._due[gone]
                 self._missed.pop(gone, None)

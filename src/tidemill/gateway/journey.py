@@ -205,6 +205,7 @@ class Journey(ABC):
         """The replica is not waited for: what it has not begun to answer goes elsewhere, the rest ends."""
         if self._is_over:
             return
+        self._note_variant(is_answered=False)
         if self._response is not None:
             self._break("replica_failed", f"The model's replica was given up: {why}.")
             return
@@ -233,6 +234,7 @@ class Journey(ABC):
             self._time_out(f"sent nothing more for {min(told.between, most):g} s")
 
     def _time_out(self, what: str) -> None:
+        self._note_variant(is_answered=False)
         self._break("replica_timeout", f"The replica of '{self._asking.route.model}' {what}.", status=504)
 
     def pause(self) -> None:
@@ -252,6 +254,7 @@ class Journey(ABC):
         if self._is_over or self._replica is None:
             return
         self._upstream = None
+        self._note_variant(is_answered=False)
         self._blame(self._replica, reason)
         if started and (self._response is not None or self._hedge is None):
             self._break("replica_failed", "The model's replica broke off in the middle of the response.")
@@ -410,6 +413,8 @@ class Journey(ABC):
         except (OSError, ValueError) as error:
             self._connecting = None
             if not self._is_over:
+                if getattr(error, "errno", None) not in OWN_TROUBLE:
+                    self._note_variant(is_answered=False)
                 self._why_refused = str(error)
                 self._unassign()
                 if getattr(error, "errno", None) in OWN_TROUBLE:
@@ -502,6 +507,13 @@ class Journey(ABC):
             if replica.circuit.state is not State.CLOSED:
                 replica.circuit.answered(now=now)
                 self._gateway.advance(self._asking.route.model)
+
+    def _note_variant(self, *, is_answered: bool) -> None:
+        """Count what a revision made of a request, while there is another one to compare it with."""
+        replica = self._replica
+        if replica is not None and replica.variant:
+            took_s = asyncio.get_running_loop().time() - self._taken_at if is_answered else None
+            self._gateway.metrics.of_variant(self._asking.route.model, replica.variant).note(took_s)
 
     # A second replica at the same time
 

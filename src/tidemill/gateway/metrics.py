@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from tidemill.core.buckets import bucket_of
+from tidemill.units import SECOND_NS
+
 OPERATIONS: Final = {
     b"/v1/chat/completions": "chat",
     b"/v1/responses": "chat",
@@ -105,6 +108,24 @@ class ModelCounts:
         return counts
 
 
+@dataclass(slots=True)
+class VariantCounts:
+    """One revision's figures, while a model is served by two; ``slow`` are times of answers, in buckets."""
+
+    requests: int = 0
+    errors: int = 0
+    slow: dict[int, int] = field(default_factory=dict)
+
+    def note(self, seconds: float | None) -> None:
+        """A replica answered after so long; None: it failed."""
+        self.requests += 1
+        if seconds is None:
+            self.errors += 1
+        else:
+            bucket = bucket_of(seconds * SECOND_NS)
+            self.slow[bucket] = self.slow.get(bucket, 0) + 1
+
+
 _HELP = {
     "requests": "Requests routed to the model.",
     "errors": "Requests that ended with a status of 500 or more, or broke off.",
@@ -148,6 +169,16 @@ class Metrics:
     """What guardrails decided, by model, rule and action."""
     spans: int = 0
     spans_dropped: int = 0
+    variants: dict[str, dict[str, VariantCounts]] = field(default_factory=dict)
+    """By model, and by variant of it."""
+
+    def of_variant(self, model: str, variant: str) -> VariantCounts:
+        """The figures of one revision of a routed model."""
+        variants = self.variants.setdefault(model, {})
+        counts = variants.get(variant)
+        if counts is None:
+            counts = variants[variant] = VariantCounts()
+        return counts
 
     def of(self, model: str) -> ModelCounts:
         """The figures of a routed model."""
@@ -184,6 +215,17 @@ class Metrics:
                     if not operation:  # it is no inference
                         continue
                     lines += _operation_lines(name, _escape(model), operation, one)
+        for name, text in (
+            ("requests", "Requests that a revision of the model got, while it is updated."),
+            ("errors", "Those of them that it failed."),
+        ):
+            lines += _heading(f"tidemill_gateway_variant_{name}_total", "counter", text)
+            lines += [
+                f'tidemill_gateway_variant_{name}_total{{model="{_escape(model)}",variant="{_escape(variant)}"}}'
+                f" {getattr(counts, name)}"
+                for model, variants in self.variants.items()
+                for variant, counts in variants.items()
+            ]
         lines += _heading(
             "tidemill_gateway_replicas", "gauge", "Replicas by circuit; those that are closed are sent requests."
         )

@@ -251,7 +251,26 @@ class Gateway:
                         told["cache_milli"] = replica.cache_milli
                     if replica.first_token_s is not None:
                         told["first_token_ms"] = round(replica.first_token_s * 1000)
-        return orjson.dumps({"worker": f"{self._place}/{self._request_prefix}", "models": models, "replicas": replicas})
+        load = {"worker": f"{self._place}/{self._request_prefix}", "models": models, "replicas": replicas}
+        if variants := self._variants():
+            load["variants"] = variants
+        return orjson.dumps(load)
+
+    def _variants(self) -> dict[str, dict[str, Any]]:
+        """What became of requests to each revision of those models that are served by two."""
+        routes = self.table.routes if self.table is not None else {}
+        return {
+            model: {
+                name: {
+                    "requests": one.requests,
+                    "errors": one.errors,
+                    "slow": {str(bucket): count for bucket, count in one.slow.items()},
+                }
+                for name, one in counts.items()
+            }
+            for model, counts in self.metrics.variants.items()
+            if model in routes and any(replica.variant for replica in routes[model].replicas)
+        }
 
     async def tell_load(
         self, tell: Callable[[bytes], Awaitable[None]], *, every_s: float = 0.1, at_least_every_s: float = 1.0

@@ -32,6 +32,8 @@ class _Replica(msgspec.Struct):
     endpoint: str
     is_leaving: bool = False
     variant: str = ""
+    workload: str = ""
+    health: str | None = None
     site: str = ""
 
 
@@ -148,9 +150,13 @@ class Replica:
     """When its last byte of any response came (s, the loop's clock)."""
     is_leaving: bool = False
     """It is to end: what is under way may finish, and nothing more is sent."""
+    variant: str = ""
+    """Which revision of the service it is of, while there are two; else empty."""
+    workload: str = ""
+    health: str | None = None
+    """The path that tells whether it is well, where that may be another than the route's."""
     circuit: Circuit = field(default_factory=Circuit)
     under_way: set[UnderWay] = field(default_factory=set)
-    variant: str = ""
     country: str = ""
     """Where its site is; empty: nobody knows."""
     distance_ns: int = 0
@@ -253,6 +259,7 @@ class Route:
     guards: Guarding | None = None
     """What looks at its requests and answers; None: nothing."""
     weights: Mapping[str, int] = field(default_factory=dict)
+    """How many of a hundred requests go to each variant; empty: as there is room."""
     affinity: str = ""
     fallback: tuple[str, ...] = ()
     hedge_s: float = 0.0
@@ -370,6 +377,7 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
             identity = (replica.job, replica.host, replica.port, replica.prefix)
             same = known.setdefault(identity, replica)
             same.is_leaving, same.variant = each.is_leaving, each.variant
+            same.workload, same.health = each.workload, each.health
             same.country, same.distance_ns = _where(each.site, feed)
             replicas.append(same)
         earlier = before.routes.get(model) if before is not None else None

@@ -12,10 +12,11 @@ from enum import StrEnum
 from msgspec import Struct
 
 from tidemill.model.fleet import Node, Site
-from tidemill.model.ids import DeviceId, JobId, LaunchId, NodeId, ReservationId, WorkloadId
+from tidemill.model.ids import DeviceId, JobId, LaunchId, NodeId, ReservationId, RolloutId, WorkloadId
 from tidemill.model.job import AllocationState, Cause, Workload
 from tidemill.model.queue import Queue
 from tidemill.model.reservation import Reservation
+from tidemill.model.rollout import Rollout, RolloutState
 from tidemill.model.tenant import Project
 
 
@@ -45,6 +46,31 @@ class Scaled:
     wanted: int
     why: str = ""
     give_up: tuple[JobId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBegan:
+    """A service is to be brought to another revision, which is this workload."""
+
+    at_ns: int
+    rollout: Rollout
+    workload: Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutMoved:
+    """Something happened to a rollout that is in this state and, of a canary, at this step: ``event`` of its table.
+
+    ``by`` is who asked for it; empty: nobody had to.
+    """
+
+    at_ns: int
+    rollout_id: RolloutId
+    state: RolloutState
+    step: int
+    event: str
+    detail: str = ""
+    by: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,6 +322,8 @@ Fact = (
     Submitted
     | StopRequested
     | Scaled
+    | RolloutBegan
+    | RolloutMoved
     | Prepared
     | Started
     | Became

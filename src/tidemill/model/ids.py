@@ -31,6 +31,7 @@ ModelVersionId = NewType("ModelVersionId", str)
 QueueId = NewType("QueueId", str)
 ReservationId = NewType("ReservationId", str)
 RentalId = NewType("RentalId", str)
+RolloutId = NewType("RolloutId", str)
 """One instance rented from a cloud: the client token of renting it."""
 
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -43,6 +44,11 @@ def sortable_id(prefix: str, *, now: int, entropy: int) -> str:
     """
     number = ((now // 1_000_000) & (2**48 - 1)) << 42 | (entropy & (2**40 - 1)) << 2
     return f"{prefix}_" + "".join(_ALPHABET[number >> shift & 31] for shift in range(85, -1, -5))
+
+
+def rollout_id(workload: WorkloadId) -> RolloutId:
+    """The id of the rollout that leads to a workload."""
+    return RolloutId(f"rol_{workload.partition('_')[2]}")
 
 
 def job_id(workload: WorkloadId, index: int) -> JobId:

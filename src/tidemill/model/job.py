@@ -86,6 +86,8 @@ class Cause(StrEnum):
     """``max_duration`` is over."""
     NOT_READY = "not_ready"
     """A service did not pass its readiness probe in time."""
+    NOT_ALIVE = "not_alive"
+    """A service that was ready stopped passing its liveness probe."""
     CANCELLED = "cancelled"
     RESIZED = "resized"
     """An elastic gang gave this worker up and went on with the others."""

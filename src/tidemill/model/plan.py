@@ -16,6 +16,7 @@ from tidemill.model.ledger import LedgerLine
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
+from tidemill.model.rollout import Rollout
 from tidemill.model.spec import Environment, Port, Service
 from tidemill.model.storage import DataMount, VolumeMount
 
@@ -51,7 +52,18 @@ class Change(Struct, frozen=True, kw_only=True, gc=False):
 
     assumed: int | None
     after: (
-        Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rental | Model | ModelVersion
+        Workload
+        | Job
+        | Attempt
+        | Allocation
+        | Node
+        | Queue
+        | QueueUsage
+        | Reservation
+        | Rental
+        | Rollout
+        | Model
+        | ModelVersion
     )
 
 

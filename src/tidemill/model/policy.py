@@ -13,7 +13,8 @@ class Policy:
 
     ``meter_every_ns`` bounds the length of a usage interval. ``retry_backoff_ns`` doubles with each retry, up to
     ``retry_backoff_max_ns``. A worker that outlives its grace by ``stop_margin_ns`` is stopped again, every
-    ``stop_retry_ns``. ``starts_per_turn`` bounds how many jobs one turn starts.
+    ``stop_retry_ns``. ``starts_per_turn`` bounds how many jobs one turn starts. A service that was ready for
+    ``retry_forget_ns`` has all its retries again.
 
     ``order`` and ``score`` name the plug-ins that order waiting jobs and choose among nodes. Past usage counts for half
     after ``half_life_ns`` (zero: only what is held now counts). One step of priority is worth ``ageing_ns`` of
@@ -30,6 +31,7 @@ class Policy:
     meter_every_ns: int = MINUTE_NS
     retry_backoff_ns: int = SECOND_NS // 2
     retry_backoff_max_ns: int = MINUTE_NS
+    retry_forget_ns: int = 10 * MINUTE_NS
     stop_retry_ns: int = 5 * SECOND_NS
     stop_margin_ns: int = 5 * SECOND_NS
     starts_per_turn: int = 512

@@ -14,6 +14,7 @@ from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.guard import GuardRule
 from tidemill.model.ids import SiteId, WorkloadId
 from tidemill.model.resources import Resources
+from tidemill.model.rollout import Rolling
 from tidemill.model.scaling import Scaling
 from tidemill.model.storage import DataMode, DataMount, VolumeMount
 from tidemill.units import DAY_NS, MILLI, SECOND_NS, USD_MICRO
@@ -25,6 +26,7 @@ MAX_WORKERS: Final = 8_192
 MAX_ARRAY: Final = 100_000
 MAX_REPLICAS: Final = 64
 MAX_CONCURRENCY: Final = 65_536
+MAX_FAILURES: Final = 1_000
 MAX_WAIT_NS: Final = 600 * SECOND_NS
 MAX_FALLBACKS: Final = 8
 MAX_PRICE_MICRO: Final = 1_000 * USD_MICRO
@@ -134,16 +136,41 @@ class Timeouts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
-    """How a service is reached: its port, its readiness probe, its number of replicas, its model's name.
+class Pace:
+    """When a probe is sent: first after ``delay_ns``, then every ``every_ns``, each answered within ``answer_ns``.
 
-    ``readiness_path`` empty means that an open port is enough. ``concurrency`` is how many requests a replica is sent
-    at a time, ``wait_ns`` how long a request may wait for its turn when all are taken, or none is there.
+    After ``failures`` that follow each other it is taken for failed.
+    """
+
+    delay_ns: int = 0
+    every_ns: int = 2 * SECOND_NS
+    answer_ns: int = 2 * SECOND_NS
+    failures: int = 3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.delay_ns <= DAY_NS:
+            raise ValueError("the first probe is sent after a day at most")
+        if not SECOND_NS // 10 <= self.every_ns <= DAY_NS or not SECOND_NS // 10 <= self.answer_ns <= DAY_NS:
+            raise ValueError("probes are sent, and answered, within 100 ms to a day")
+        if not 1 <= self.failures <= MAX_FAILURES:
+            raise ValueError(f"a probe may fail between 1 and {MAX_FAILURES} times")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """How a service is reached: its port, its probes, its number of replicas, its model's name.
+
+    ``readiness_path`` empty means that an open port is enough; so does ``liveness_path``. ``liveness_pace`` None: it
+    is never ended for not answering. ``concurrency`` is how many requests a replica is sent at a time, ``wait_ns`` how
+    long a request may wait for its turn when all are taken, or none is there.
     """
 
     port: str
     readiness_path: str = ""
     readiness_timeout_ns: int = 120 * SECOND_NS
+    readiness_pace: Pace = Pace()
+    liveness_path: str = ""
+    liveness_pace: Pace | None = None
     replicas: int = 1
     model: str = ""
     replicas_min: int | None = None
@@ -152,6 +179,8 @@ class Service:
     """For how long fewer have to be enough before a replica is given up."""
     concurrency: int = 256
     wait_ns: int = 30 * SECOND_NS
+    rollout: Rolling = Rolling()
+    """How it takes the place of the revision before it."""
     guards: tuple[GuardRule, ...] = ()
     """What looks at its requests and answers, beside the rules that the settings have for all."""
     affinity: Affinity = Affinity.NONE
@@ -189,8 +218,8 @@ class Service:
         for price in (self.price_input_micro, self.price_output_micro):
             if not 0 <= price <= MAX_PRICE_MICRO:
                 raise ValueError(f"a million tokens cost from 0 to {MAX_PRICE_MICRO} micro-USD")
-        if self.readiness_path and not self.readiness_path.startswith("/"):
-            raise ValueError("the readiness path begins with /")
+        if any(path and not path.startswith("/") for path in (self.readiness_path, self.liveness_path)):
+            raise ValueError("the path of a probe begins with /")
         if self.scaling != Scaling() and not self.is_scaled:
             raise ValueError("only a number of replicas within a range can follow something")
         if any(hours.replicas > self.replicas for hours in self.scaling.hours):

@@ -44,7 +44,7 @@ from tidemill.runner.prepare import (
     shared_folder,
     tool_message,
 )
-from tidemill.runner.readiness import watch_readiness
+from tidemill.runner.readiness import Probe, probe_of, watch_liveness, watch_readiness
 from tidemill.runner.reports import BEAT_S, Outbox
 
 _SECOND_NS: Final = 1_000_000_000
@@ -630,32 +630,33 @@ class Runner:
 
     def _watch_service(self) -> None:
         service = self.spec.get("service")
-        if not service:
+        if not service or int(self.spec["rank"]):  # the first of a gang answers for all
             return
         port = next(int(port["number"]) for port in self.spec["ports"] if port["name"] == service["port"])
-
+        ready = probe_of(port, str(service.get("readiness_path") or ""), service.get("readiness_pace") or {})
+        alive = service.get("liveness_pace")
         address = str(self.settings.get("address") or "127.0.0.1")
+        begun: list[threading.Thread] = []
 
-        def became(ready: bool) -> None:
-            self.outbox.add("became", ready=ready, endpoint=f"{address}:{port}" if ready else "")
+        def failed(cause: str) -> Callable[[str], None]:
+            return lambda detail: self._inbox.put(("failed", Outcome(STOPPED, cause, detail)))
 
-        def failed(detail: str) -> None:
-            self._inbox.put(("failed", Outcome(STOPPED, "not_ready", detail)))
+        def became(is_ready: bool) -> None:
+            self.outbox.add("became", ready=is_ready, endpoint=f"{address}:{port}" if is_ready else "")
+            if is_ready and alive is not None and not begun:  # while it loads, its readiness has its own time
+                probe = probe_of(port, str(service.get("liveness_path") or ""), alive)
+                begun.append(self._beside("alive", watch_liveness, probe, failed=failed("not_alive")))
 
-        watch = threading.Thread(
-            target=watch_readiness,
-            kwargs={
-                "port": port,
-                "path": str(service.get("readiness_path") or ""),
-                "timeout_s": int(service.get("readiness_timeout_ns") or 0) / _SECOND_NS,
-                "became": became,
-                "failed": failed,
-                "ending": self._ending,
-            },
-            name="probe",
-            daemon=True,
+        timeout_s = int(service.get("readiness_timeout_ns") or 0) / _SECOND_NS
+        self._beside("ready", watch_readiness, ready, timeout_s=timeout_s, became=became, failed=failed("not_ready"))
+
+    def _beside(self, name: str, watch: Callable[..., None], probe: Probe, **told: Any) -> threading.Thread:
+        """A thread that probes the worker until this launch ends."""
+        thread = threading.Thread(
+            target=watch, args=(probe,), kwargs={**told, "ending": self._ending}, name=name, daemon=True
         )
-        watch.start()
+        thread.start()
+        return thread
 
     def _judge(self, code: int, process: Process) -> Outcome:
         """Why the worker ended with that status."""

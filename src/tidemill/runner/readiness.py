@@ -1,4 +1,4 @@
-"""Whether a service answers: asked often until it does, then now and then."""
+"""Whether a service answers: asked often until it does, then now and then; and whether it still works at all."""
 
 from __future__ import annotations
 
@@ -6,36 +6,65 @@ import http.client
 import socket
 import threading
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
 _FIRST_S: Final = 0.05
 _OFTEN_S: Final = 0.25
-_LATER_S: Final = 2.0
-_MISSES: Final = 3
-_ANSWER_S: Final = 2.0
+_SECOND_NS: Final = 1_000_000_000
 
 
-def is_ready(port: int, path: str) -> bool:
-    """Whether the service answers ``GET path`` with a 2xx status; without a path, whether the port is open."""
-    try:
-        if not path:
-            with socket.create_connection(("127.0.0.1", port), timeout=_ANSWER_S):
-                return True
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_ANSWER_S)
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What is asked of a service, and when: first after ``delay_s``, then every ``every_s``.
+
+    Without a ``path`` an open port is enough. It failed when ``failures`` in a row were not answered within
+    ``answer_s``.
+    """
+
+    port: int
+    path: str = ""
+    delay_s: float = 0.0
+    every_s: float = 2.0
+    answer_s: float = 2.0
+    failures: int = 3
+
+    def ask(self) -> bool:
+        """Whether the service answers ``GET path`` with a 2xx status; without a path, whether the port is open."""
         try:
-            connection.request("GET", path)
-            return 200 <= connection.getresponse().status < 300
-        finally:
-            connection.close()
-    except (OSError, http.client.HTTPException):
-        return False
+            if not self.path:
+                with socket.create_connection(("127.0.0.1", self.port), timeout=self.answer_s):
+                    return True
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.answer_s)
+            try:
+                connection.request("GET", self.path)
+                return 200 <= connection.getresponse().status < 300
+            finally:
+                connection.close()
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def __str__(self) -> str:
+        what = f"GET {self.path} did not answer with a 2xx status" if self.path else "nothing listened"
+        return f"{what} on port {self.port}"
+
+
+def probe_of(port: int, path: str, pace: Mapping[str, Any]) -> Probe:
+    """The probe of a launch's spec, which has its lengths of time in ns."""
+    return Probe(
+        port,
+        path,
+        delay_s=int(pace.get("delay_ns", 0)) / _SECOND_NS,
+        every_s=int(pace.get("every_ns", 2 * _SECOND_NS)) / _SECOND_NS,
+        answer_s=int(pace.get("answer_ns", 2 * _SECOND_NS)) / _SECOND_NS,
+        failures=int(pace.get("failures", 3)),
+    )
 
 
 def watch_readiness(
+    probe: Probe,
     *,
-    port: int,
-    path: str,
     timeout_s: float,
     became: Callable[[bool], None],
     failed: Callable[[str], None],
@@ -43,20 +72,33 @@ def watch_readiness(
 ) -> None:
     """Tell when the service becomes ready, and each time that this changes; tell of failure at the timeout."""
     deadline_s = time.monotonic() + timeout_s
+    if ending.wait(probe.delay_s):
+        return
     pause_s = _FIRST_S
-    while not is_ready(port, path):
+    while not probe.ask():
         if time.monotonic() > deadline_s:
-            what = f"GET {path} did not answer with a 2xx status" if path else "nothing listened"
-            failed(f"{what} on port {port} within {timeout_s:g} s; see service.readiness")
+            failed(f"{probe} within {timeout_s:g} s; see service.readiness")
             return
         if ending.wait(pause_s):
             return
         pause_s = min(_OFTEN_S, pause_s * 1.5)
     became(True)
     ready, misses = True, 0
-    while not ending.wait(_LATER_S):
-        misses = 0 if is_ready(port, path) else misses + 1
-        now_ready = misses == 0 if not ready else misses < _MISSES
+    while not ending.wait(probe.every_s):
+        misses = 0 if probe.ask() else misses + 1
+        now_ready = misses == 0 if not ready else misses < probe.failures
         if now_ready != ready:
             ready = now_ready
             became(ready)
+
+
+def watch_liveness(probe: Probe, *, failed: Callable[[str], None], ending: threading.Event) -> None:
+    """Tell once that a service which was ready does not work any more; it had ``delay_s`` after that."""
+    misses = 0
+    pause_s = probe.delay_s
+    while not ending.wait(pause_s):
+        misses = 0 if probe.ask() else misses + 1
+        if misses >= probe.failures:
+            failed(f"{probe}, {misses} times in a row; see service.liveness")
+            return
+        pause_s = probe.every_s

@@ -33,6 +33,7 @@ from tidemill.sdk.results import (
     Replica,
     RequestUsage,
     ReservationInfo,
+    Revisions,
     Share,
     SiteInfo,
     Status,
@@ -190,6 +191,40 @@ class Client:
     def stop_workload(self, ref: str) -> Workload:
         """The workload, all jobs of which are asked to end."""
         return Workload.from_json(self._http.post(f"/v1/workloads/{segment(ref)}/stop", project=self.project))
+
+    def update(
+        self,
+        ref: str,
+        spec: Mapping[str, Any] | str | Path | SpecFile,
+        *,
+        workdir: str | Path | None = None,
+        progress: Progress | None = None,
+        restart: bool = False,
+    ) -> Workload:
+        """The new revision of a service that runs, which takes its place replica by replica; no request fails.
+
+        ``restart`` exchanges the replicas also where nothing is different.
+        """
+        body = {"spec": self._complete(spec, workdir, progress), "restart": restart}
+        return Workload.from_json(self._http.post(f"/v1/workloads/{segment(ref)}/update", self._with_project(body)))
+
+    def revisions(self, ref: str) -> Revisions:
+        """The revisions of a service, newest first, and how far the rollout is that is under way."""
+        return Revisions.from_json(self._http.get(f"/v1/workloads/{segment(ref)}/revisions", project=self.project))
+
+    def promote(self, ref: str, *, everything: bool = False) -> Revisions:
+        """The revisions, after a canary has gone to its next step, or to the whole service."""
+        path = f"/v1/workloads/{segment(ref)}/promote"
+        return Revisions.from_json(self._http.post(path, {"all": everything}, project=self.project))
+
+    def abort(self, ref: str) -> Revisions:
+        """The revisions, while the one before takes the place again of the one that was being rolled out."""
+        return Revisions.from_json(self._http.post(f"/v1/workloads/{segment(ref)}/abort", project=self.project))
+
+    def rollback(self, ref: str, revision: int = 0) -> Revisions:
+        """The revisions, while an earlier one takes its place again; 0: the one before."""
+        path = f"/v1/workloads/{segment(ref)}/rollback"
+        return Revisions.from_json(self._http.post(path, {"revision": revision}, project=self.project))
 
     def wait(
         self,

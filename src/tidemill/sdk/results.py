@@ -181,6 +181,60 @@ class Workload(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Revision(Record):
+    """A revision of a service: ``running``, ``coming``, ``going``, ``replaced``, ``taken back`` or ``stopped``.
+
+    ``weight`` is how many of a hundred requests it gets, None where that is not told. ``back_to`` is the revision
+    whose spec it has, when somebody went back to that; else zero.
+    """
+
+    revision: int = 0
+    workload: str = ""
+    state: str = ""
+    submitted_ns: int = 0
+    ready: int = 0
+    weight: int | None = None
+    back_to: int = 0
+    by: str = ""
+    detail: str = ""
+    spec: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Record):
+    """The way from the revision ``before`` to ``revision``: ``canary``, ``rolling`` or ``returning``.
+
+    ``steps`` are those of the canary, ``weight`` and ``for_ns`` of each; ``answers`` are what became of requests to
+    the ``old`` and the ``new`` one of late.
+    """
+
+    state: str = ""
+    revision: int = 0
+    before: int = 0
+    step: int = 0
+    steps: tuple[Mapping[str, int], ...] = ()
+    began_ns: int = 0
+    watched_ns: int = 0
+    needed: int = 0
+    ready_old: int = 0
+    ready_new: int = 0
+    answers: Mapping[str, Any] = field(default_factory=dict)
+    detail: str = ""
+    by: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Revisions(Record):
+    """All revisions of a service, newest first, and the rollout under way; None: there is none."""
+
+    nested: ClassVar[Mapping[str, type[Record]]] = {"items": Revision, "rollout": Rollout}
+
+    name: str = ""
+    items: tuple[Revision, ...] = ()
+    rollout: Rollout | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogChunk(Record):
     """A piece of one worker's log. ``offset`` is its first byte's place in that worker's log."""
 

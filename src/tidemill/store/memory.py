@@ -43,6 +43,7 @@ from tidemill.model.plan import Reason, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
+from tidemill.model.rollout import Rollout
 from tidemill.model.scaling import Habit
 from tidemill.model.storage import DataSet, DataSetState, Volume
 from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
@@ -178,6 +179,7 @@ class MemoryStore:
                 queues=self._sorted(Queue, lambda _: True, key=lambda it: it.id),
                 queue_usages=self._sorted(QueueUsage, lambda _: True, key=lambda it: it.id),
                 reservations=self._sorted(Reservation, lambda it: not it.cancelled_ns, key=lambda it: it.id),
+                rollouts=self._sorted(Rollout, lambda it: not it.ended_ns, key=lambda it: it.id),
                 unlucky=tuple(sorted(unlucky.items())),
             )
 
@@ -391,6 +393,12 @@ class MemoryStore:
     def rentals(self, *, since_ns: int = 0) -> tuple[Rental, ...]:
         """Rented instances that are not over, and those that ended at ``since_ns`` or later, by id."""
         return self._sorted(Rental, lambda it: not it.ended_ns or it.ended_ns >= since_ns, key=lambda it: it.id)
+
+    def revisions(self, workload_id: WorkloadId) -> tuple[Rollout, ...]:
+        """All rollouts of the service of which a workload is a revision, by revision; none: it was never updated."""
+        of_it = self._sorted(Rollout, lambda it: workload_id in (it.first_id, it.workload_id), key=lambda it: it.id)
+        firsts = {it.first_id for it in of_it}
+        return self._sorted(Rollout, lambda it: it.first_id in firsts, key=lambda it: it.revision)
 
     def idempotent(self, principal_id: PrincipalId, key: str) -> IdempotencyRecord | None:
         return self._all.idempotency.get((principal_id, key))

@@ -16,13 +16,27 @@ from tidemill.model.plan import Change
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
+from tidemill.model.rollout import Rollout
 from tidemill.ports import Batch
 from tidemill.store.codec import encode
 
 Row = dict[str, Any]
 OTHERS: Final = "others"
 """In the ledger's column of launches, in which nothing means idle: no launch of ours, and yet it was held."""
-Thing = Workload | Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rental | Model | ModelVersion
+Thing = (
+    Workload
+    | Job
+    | Attempt
+    | Allocation
+    | Node
+    | Queue
+    | QueueUsage
+    | Reservation
+    | Rental
+    | Rollout
+    | Model
+    | ModelVersion
+)
 THINGS: Final[tuple[type[Thing], ...]] = (
     Workload,
     Job,
@@ -33,6 +47,7 @@ THINGS: Final[tuple[type[Thing], ...]] = (
     QueueUsage,
     Reservation,
     Rental,
+    Rollout,
     Model,
     ModelVersion,
 )
@@ -185,6 +200,17 @@ def _rental(it: Rental) -> Row:
     return {"id": it.id, "state": it.state.value, "ended_ns": it.ended_ns, "version": it.version, "body": encode(it)}
 
 
+def _rollout(it: Rollout) -> Row:
+    return {
+        "id": it.id,
+        "first_id": it.first_id,
+        "workload_id": it.workload_id,
+        "ended_ns": it.ended_ns,
+        "version": it.version,
+        "body": encode(it),
+    }
+
+
 def _model(it: Model) -> Row:
     return {
         "id": it.id,
@@ -219,6 +245,7 @@ _ROWS: Final[dict[type[Thing], Callable[[Any], Row]]] = {
     QueueUsage: _plain,
     Reservation: _reservation,
     Rental: _rental,
+    Rollout: _rollout,
     Model: _model,
     ModelVersion: _model_version,
 }

@@ -132,6 +132,20 @@ rentals = Table(
 )
 """``ended_ns`` is zero until the cloud confirms that there is nothing more."""
 
+rollouts = Table(
+    "rollouts",
+    metadata,
+    _text("id", primary_key=True),
+    _text("first_id"),
+    _text("workload_id", unique=True),
+    _long("ended_ns"),
+    _long("version"),
+    _text("body"),
+    Index("ix_rollouts_first", "first_id"),
+    Index("ix_rollouts_ended", "ended_ns"),
+)
+"""``first_id`` is the first revision of the service; ``ended_ns`` is zero while replicas are exchanged."""
+
 events = Table(
     "events",
     metadata,

@@ -72,6 +72,7 @@ from tidemill.model.plan import Reason, Waiting
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
+from tidemill.model.rollout import Rollout
 from tidemill.model.scaling import Habit
 from tidemill.model.storage import DataSet, DataSetState, Volume
 from tidemill.model.tenant import Organization, Principal, Project, Secret, Token
@@ -105,6 +106,7 @@ _TABLES: Final[dict[type[Thing], Table]] = {
     QueueUsage: schema.queue_usage,
     Reservation: schema.reservations,
     Rental: schema.rentals,
+    Rollout: schema.rollouts,
     Model: schema.models,
     ModelVersion: schema.model_versions,
 }
@@ -139,6 +141,7 @@ _UPDATES: Final[dict[type[Thing], Executable]] = {
     QueueUsage: _guarded(schema.queue_usage, "version", "body"),
     Reservation: _guarded(schema.reservations, "cancelled_ns", "version", "body"),
     Rental: _guarded(schema.rentals, "state", "ended_ns", "version", "body"),
+    Rollout: _guarded(schema.rollouts, "ended_ns", "version", "body"),
     Model: _guarded(schema.models, "name", "version", "body"),
     ModelVersion: _guarded(schema.model_versions, "deleted_ns", "version", "body"),
 }
@@ -364,6 +367,13 @@ class SqlStore:
                     select(schema.reservations.c.body)
                     .where(schema.reservations.c.cancelled_ns == 0)
                     .order_by(schema.reservations.c.id),
+                ),
+                rollouts=_values(
+                    connection,
+                    Rollout,
+                    select(schema.rollouts.c.body)
+                    .where(schema.rollouts.c.ended_ns == 0)
+                    .order_by(schema.rollouts.c.id),
                 ),
             )
 
@@ -692,6 +702,15 @@ class SqlStore:
         rentals = schema.rentals.c
         wanted = (rentals.ended_ns == 0) | (rentals.ended_ns >= since_ns)
         return self._all(Rental, select(rentals.body).where(wanted).order_by(rentals.id))
+
+    def revisions(self, workload_id: WorkloadId) -> tuple[Rollout, ...]:
+        """All rollouts of the service of which a workload is a revision, by revision; none: it was never updated."""
+        rollouts = schema.rollouts.c
+        first = select(rollouts.first_id).where(
+            (rollouts.workload_id == workload_id) | (rollouts.first_id == workload_id)
+        )
+        found = self._all(Rollout, select(rollouts.body).where(rollouts.first_id.in_(first)))
+        return tuple(sorted(found, key=lambda one: one.revision))
 
     def idempotent(self, principal_id: PrincipalId, key: str) -> IdempotencyRecord | None:
         records = schema.idempotency.c

@@ -23,6 +23,7 @@ from tidemill.model.ids import (
     ProjectId,
     RentalId,
     ReservationId,
+    RolloutId,
     SiteId,
     VolumeId,
     WorkloadId,
@@ -47,6 +48,7 @@ from tidemill.model.plan import Change, Reason, ResolvableBy
 from tidemill.model.queue import GPU, Queue, QueueUsage
 from tidemill.model.registry import Lineage, Model, ModelVersion
 from tidemill.model.reservation import Reservation
+from tidemill.model.rollout import Rollout, RolloutState
 from tidemill.model.scaling import SLOTS, Habit, Pattern
 from tidemill.model.spec import Environment, Kind, Port, RetryOn, RetryPolicy, Service, WorkloadSpec
 from tidemill.model.storage import DataSet, DataSetState, Volume
@@ -234,6 +236,15 @@ def a_rental(number: int) -> Rental:
     )  # fmt: skip
 
 
+def a_rollout(number: int, *, first: int = 1) -> Rollout:
+    """A rollout to a workload of that number, of the service whose first revision is ``first``."""
+    return Rollout(
+        id=RolloutId(f"rol_{number}"), project_id=RED, name="chat", first_id=WorkloadId(f"wl_{first}"),
+        before_id=WorkloadId(f"wl_{number - 1}"), workload_id=WorkloadId(f"wl_{number}"), revision=number,
+        state=RolloutState.CANARY, began_ns=NOW,
+    )  # fmt: skip
+
+
 def a_model(number: int, project: ProjectId = RED) -> Model:
     """A model without versions."""
     return Model(id=ModelId(f"mdl_{number}"), project_id=project, name=f"model-{number}", created_ns=NOW)
@@ -257,6 +268,7 @@ def new(
     | QueueUsage
     | Reservation
     | Rental
+    | Rollout
     | Model
     | ModelVersion,
 ) -> tuple[Change, ...]:

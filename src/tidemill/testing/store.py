@@ -38,6 +38,7 @@ from tidemill.model.job import (
 )
 from tidemill.model.ledger import CPU_METER, Evidence, TokenUsage
 from tidemill.model.plan import Change, Reason, Waiting
+from tidemill.model.rollout import RolloutState
 from tidemill.model.spec import Kind
 from tidemill.model.storage import DataSet, DataSetState
 from tidemill.model.tenant import Organization, Principal, PrincipalKind, Project, Scope, Secret, Token
@@ -61,6 +62,7 @@ from tidemill.testing.samples import (
     a_record,
     a_rental,
     a_reservation,
+    a_rollout,
     a_usage,
     a_volume,
     a_workload,
@@ -475,6 +477,21 @@ def check_policies_are_loaded(open_store: OpenStore) -> None:
         raises(Stale, it.commit, changes=new(booked[1]))
 
 
+def check_rollouts_are_kept(open_store: OpenStore) -> None:
+    """Those that are not over are loaded; all revisions of a service are found by any of them."""
+    with _Session(open_store) as it:
+        made = [a_rollout(number) for number in (3, 2)] + [a_rollout(9, first=8)]
+        it.commit(changes=new(*made))
+        raises(Stale, it.commit, changes=new(made[0]))
+        over = replace(made[1], version=2, state=RolloutState.COMPLETE, ended_ns=NOW, detail="done")
+        it.commit(changes=(Change(assumed=1, after=over),))
+        raises(Stale, it.commit, changes=(Change(assumed=1, after=over),))
+        same(it.store.load().rollouts, (made[0], made[2]), "those that are not over, by id")
+        for one in ("wl_1", "wl_2", "wl_3"):
+            same(it.store.revisions(WorkloadId(one)), (over, made[0]), f"all of the service of {one}, by revision")
+        same(it.store.revisions(WorkloadId("wl_7")), (), "a workload that was never updated")
+
+
 def check_rentals_are_kept(open_store: OpenStore) -> None:
     """Rented instances are found while they are not over, and after that by when they ended."""
     with _Session(open_store) as it:
@@ -886,6 +903,7 @@ CHECKS: Final[tuple[Callable[[OpenStore], None], ...]] = (
     check_load_counts_jobs_that_ended_badly,
     check_policies_are_loaded,
     check_rentals_are_kept,
+    check_rollouts_are_kept,
     check_models_are_kept,
     check_reasons_stay_while_a_job_waits,
     check_lists_filter,

@@ -19,6 +19,7 @@ from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Alias, Lineage, Model, ModelCard, ModelVersion, Placing
 from tidemill.model.reservation import Reservation
 from tidemill.model.resources import GpuRequest, Resources
+from tidemill.model.rollout import Rollout
 from tidemill.model.spec import (
     MAX_WORKERS,
     Alternative,
@@ -178,6 +179,7 @@ def values() -> st.SearchStrategy[Any]:
         _built(Model, tags=PAIRS, placings=_tuples(_built(Placing), 2), aliases=_tuples(_built(Alias), 2)),
         _built(ModelVersion, tags=PAIRS, metrics=PAIRS, card=_built(ModelCard), lineage=_built(Lineage)),
         _built(Rental, offer=st.just(a_rental(1).offer)),
+        _built(Rollout),
         _built(LogEntry, body=_tuples(st.tuples(TEXTS, st.none() | st.booleans() | NUMBERS | TEXTS))),
         _built(LedgerLine, usage=_built(UsageInterval)),
         _built(Reason),

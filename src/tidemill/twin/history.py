@@ -105,7 +105,7 @@ def recorded_stream(path: Path) -> Stream:
         if isinstance(part, Beginning):
             continue
         for fact in part.facts:
-            if isinstance(fact, events.Submitted) and fact.workload.id not in known:
+            if isinstance(fact, events.Submitted | events.RolloutBegan) and fact.workload.id not in known:
                 yield arrival(fact.workload, part.now - beginning.now)
             elif isinstance(fact, _FROM_OUTSIDE):
                 yield Outside(part.now - beginning.now, fact)

@@ -10,7 +10,7 @@ from typing import Any, Final
 from pydantic_core import PydanticCustomError
 
 from tidemill.model.spec import MAX_WAIT_NS
-from tidemill.units import DAY_NS, parse_duration, parse_size
+from tidemill.units import DAY_NS, SECOND_NS, parse_duration, parse_size
 
 MAX_SCRIPT_BYTES: Final = 131_000
 """A script is one argument of a shell; Linux takes 128 KiB in one argument."""
@@ -127,6 +127,14 @@ def grace_of(value: object) -> int:
     duration = duration_of(value)
     if duration > DAY_NS:
         raise Refusal(f"{shown(value)} is longer than a day.", "Write for example 30s or 10m.")
+    return duration
+
+
+def period_of(value: object) -> int:
+    """Nanoseconds, from 100 ms to a day."""
+    duration = duration_of(value)
+    if not SECOND_NS // 10 <= duration <= DAY_NS:
+        raise Refusal(f"{shown(value)} is not between 100ms and a day.", "Write for example 2s or 1m.")
     return duration
 
 

@@ -16,10 +16,12 @@ from tidemill.model.fleet import Level, SiteKind
 from tidemill.model.guard import Action, GuardRule
 from tidemill.model.registry import parse_model_reference
 from tidemill.model.resources import GpuRequest, Resources
+from tidemill.model.rollout import MAX_REQUESTS, MAX_SURGE, CanaryStep, Comparison, Rolling
 from tidemill.model.scaling import DAYS, MAX_WINDOWS, Hours, Scaling
 from tidemill.model.spec import (
     MAX_ARRAY,
     MAX_CONCURRENCY,
+    MAX_FAILURES,
     MAX_REPLICAS,
     MAX_WORKERS,
     PRIORITY_RANGE,
@@ -29,6 +31,7 @@ from tidemill.model.spec import (
     Environment,
     Group,
     Kind,
+    Pace,
     Placement,
     Port,
     RetryOn,
@@ -58,6 +61,7 @@ from tidemill.wire.checks import (
     list_of,
     mapping_of,
     name_of,
+    period_of,
     scalar,
     shown,
     size_of,
@@ -92,6 +96,16 @@ from tidemill.wire.fields import (
     retry_on_of,
     secret_of,
     workdir_of,
+)
+from tidemill.wire.rolling import (
+    errors_of,
+    hold_of,
+    progress_of,
+    rollback_of,
+    slower_of,
+    steps_of,
+    watch_of,
+    weight_of,
 )
 from tidemill.wire.scaling import (
     days_of,
@@ -255,7 +269,113 @@ class ReadinessIn(StrictSection):
         default="", description="Path that answers 200 once it is ready; without it an open port is enough."
     )
     timeout: Annotated[int, *taking(duration_of, _DURATION_SCHEMA)] = Field(
-        default=120 * SECOND_NS, description="How long it may take.", json_schema_extra={"default": "2m"}
+        default=120 * SECOND_NS,
+        description="How long it may take until it is ready, its model loaded.",
+        json_schema_extra={"default": "2m"},
+    )
+    delay: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=0, description="How long after its start it is asked first.", json_schema_extra={"default": "0s"}
+    )
+    every: Annotated[int, *taking(period_of, _DURATION_SCHEMA)] = Field(
+        default=2 * SECOND_NS,
+        description="How often it is asked once it is ready; before that, four times a second.",
+        json_schema_extra={"default": "2s"},
+    )
+    answer: Annotated[int, *taking(period_of, _DURATION_SCHEMA)] = Field(
+        default=2 * SECOND_NS, description="Within which time it has to answer.", json_schema_extra={"default": "2s"}
+    )
+    failures: Annotated[int, *counted(1, MAX_FAILURES)] = Field(
+        default=3, description="After how many failures in a row it gets no more requests, until it answers again."
+    )
+
+
+class LivenessIn(StrictSection):
+    """How it is told that a replica does not work any more and has to be replaced."""
+
+    path: Annotated[str, *taking(path_of, {**TEXT, "examples": ["/health"]})] = Field(
+        default="", description="Path that answers 200 while it works; without it an open port is enough."
+    )
+    delay: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=0,
+        description="How long after it became ready it is asked first; until it is ready, `readiness` counts.",
+        json_schema_extra={"default": "0s"},
+    )
+    every: Annotated[int, *taking(period_of, _DURATION_SCHEMA)] = Field(
+        default=10 * SECOND_NS, description="How often it is asked.", json_schema_extra={"default": "10s"}
+    )
+    answer: Annotated[int, *taking(period_of, _DURATION_SCHEMA)] = Field(
+        default=2 * SECOND_NS, description="Within which time it has to answer.", json_schema_extra={"default": "2s"}
+    )
+    failures: Annotated[int, *counted(1, MAX_FAILURES)] = Field(
+        default=3, description="After how many failures in a row the replica is ended and another attempt made."
+    )
+
+
+class CanaryIn(StrictSection):
+    """A part of the requests, for a while."""
+
+    weight: Annotated[int, *taking(weight_of, {"type": ["integer", "string"], "examples": [10, "10%"]})] = Field(
+        description="How many of a hundred requests go to the new revision."
+    )
+    hold: Annotated[int, *taking(hold_of, _DURATION_SCHEMA)] = Field(
+        default=0,
+        alias="for",
+        description="For how long, once its replicas are ready; until `tidemill promote` when left out.",
+        json_schema_extra={"default": ""},
+    )
+
+
+class RollbackIn(StrictSection):
+    """When a new revision is taken back by itself, compared with the one before."""
+
+    errors: Annotated[int, *taking(errors_of, {"type": ["string", "number"], "examples": ["5%", 0.05]})] = Field(
+        default=50,
+        description="How many more of its requests may fail: answers of 500 or more, and those that broke off.",
+        json_schema_extra={"default": "5%"},
+    )
+    slower: Annotated[float, *taking(slower_of, {"type": "number", "examples": [1.5]})] = Field(
+        default=0,
+        description="How many times as long 95 of 100 answers may take; 0 for no bound.",
+        json_schema_extra={"default": 0},
+    )
+    requests: Annotated[int, *counted(1, MAX_REQUESTS)] = Field(
+        default=50, description="Fewer requests than these say nothing."
+    )
+    window: Annotated[int, *taking(watch_of, _DURATION_SCHEMA)] = Field(
+        default=60 * SECOND_NS,
+        description="Over how long requests are compared.",
+        json_schema_extra={"default": "1m"},
+    )
+
+
+class RolloutIn(StrictSection):
+    """How a changed service takes the place of the one that runs."""
+
+    surge: Annotated[int, *counted(0, MAX_SURGE)] = Field(
+        default=1, description="How many replicas there may be beyond those needed, whatever is still ending."
+    )
+    unavailable: Annotated[int, *counted(0, MAX_SURGE)] = Field(
+        default=0, description="How many fewer than needed may be ready; for machines without room for one more."
+    )
+    drain: Annotated[int, *taking(grace_of, _DURATION_SCHEMA)] = Field(
+        default=600 * SECOND_NS,
+        description="How long a replica that leaves may go on with what is under way on it.",
+        json_schema_extra={"default": "10m"},
+    )
+    progress: Annotated[int, *taking(progress_of, _DURATION_SCHEMA)] = Field(
+        default=1_800 * SECOND_NS,
+        description="After how long without getting further it is taken back.",
+        json_schema_extra={"default": "30m"},
+    )
+    canary: Annotated[list[CanaryIn], BeforeValidator(steps_of)] = Field(
+        default_factory=list,
+        description="Parts of the requests that it gets first, each a weight or a section.",
+        json_schema_extra={"default": ""},
+    )
+    rollback: Annotated[RollbackIn | None, BeforeValidator(rollback_of)] = Field(
+        default_factory=_shared(RollbackIn),
+        description="When it is taken back by itself; `false`: only when its replicas do not come up.",
+        json_schema_extra={"default": {}},
     )
 
 
@@ -404,6 +524,9 @@ class ServiceIn(StrictSection):
     readiness: Annotated[ReadinessIn, _wrapped("path", str)] = Field(
         default_factory=_shared(ReadinessIn), description="A path, or a section.", json_schema_extra={"default": {}}
     )
+    liveness: Annotated[LivenessIn | None, _wrapped("path", str)] = Field(
+        default=None, description="A path, or a section; a replica that fails it is replaced. Left out: none is."
+    )
     replicas: Annotated[
         Span,
         *taking(
@@ -430,6 +553,11 @@ class ServiceIn(StrictSection):
         default=30 * SECOND_NS,
         description="How long a request may wait for a replica, unless it says so itself (`X-Tidemill-Wait`).",
         json_schema_extra={"default": "30s"},
+    )
+    rollout: RolloutIn = Field(
+        default_factory=_shared(RolloutIn),
+        description="How it takes the place of the revision before, when it is updated.",
+        json_schema_extra={"default": {}},
     )
     guards: Annotated[
         tuple[GuardRule, ...],
@@ -1104,6 +1232,8 @@ def contradictions(given: set[str], spec: Any, now: int) -> Iterator[dict[str, A
             yield problem("service.port", wanted, f"{shown(wanted)} is not among ports.", f"Ports are {names}.")
         elif not known and isinstance(wanted, str) and not PORT_NAME.fullmatch(wanted):
             yield problem("service.port", wanted, f"{shown(wanted)} is not a name of a port.", PORT_MEND)
+    if isinstance(spec.service, ServiceIn) and isinstance(spec.service.rollout, RolloutIn):
+        yield from _impossible_rollouts(spec.service.rollout)
     if isinstance(spec.service, ServiceIn):
         own = spec.service.model or spec.name
         if own and own in spec.service.fallback:
@@ -1205,12 +1335,16 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         port=name,
         readiness_path=section.readiness.path,
         readiness_timeout_ns=section.readiness.timeout,
+        readiness_pace=_pace(section.readiness),
+        liveness_path=section.liveness.path if section.liveness is not None else "",
+        liveness_pace=_pace(section.liveness) if section.liveness is not None else None,
         replicas=section.replicas.largest,
         replicas_min=section.replicas.smallest if section.replicas.smallest < section.replicas.largest else None,
         idle_ns=section.idle,
         model=section.model,
         concurrency=section.concurrency,
         wait_ns=section.wait,
+        rollout=_rolling(section.rollout),
         guards=section.guards,
         affinity=section.affinity,
         fallback=section.fallback,
@@ -1222,6 +1356,39 @@ def _reached(kind: Kind, ports: tuple[Port, ...], service: ServiceIn | None) -> 
         price_output_micro=section.price.output,
         is_salted=section.cache_salt,
     )
+
+
+def _rolling(section: RolloutIn) -> Rolling:
+    told = section.rollback
+    return Rolling(
+        surge=section.surge,
+        unavailable=section.unavailable,
+        drain_ns=section.drain,
+        progress_ns=section.progress,
+        steps=tuple(CanaryStep(weight=step.weight, hold_ns=step.hold) for step in section.canary),
+        comparison=Comparison(
+            errors_milli=told.errors,
+            slower_milli=int(told.slower),
+            requests=told.requests,
+            window_ns=told.window,
+        )
+        if told is not None
+        else None,
+    )
+
+
+def _impossible_rollouts(rollout: RolloutIn) -> Iterator[dict[str, Any]]:
+    if not rollout.surge and not rollout.unavailable:
+        sentence = "With neither surge nor unavailable no replica can be exchanged."
+        yield problem("service.rollout.surge", 0, sentence, "Write surge: 1, or unavailable: 1.")
+    weights = [step.weight for step in rollout.canary]
+    if weights != sorted(set(weights)):
+        sentence = "Each step of a canary has a larger weight than the one before."
+        yield problem("service.rollout.canary", weights, sentence, "Write for example 10, then 50.")
+
+
+def _pace(probe: ReadinessIn | LivenessIn) -> Pace:
+    return Pace(delay_ns=probe.delay, every_ns=probe.every, answer_ns=probe.answer, failures=probe.failures)
 
 
 def _timeouts(given: TimeoutsIn) -> Timeouts:

@@ -8,8 +8,9 @@ from typing import Any, Final
 
 from tidemill.guards import reading as guards
 from tidemill.model.resources import GpuRequest, Resources
-from tidemill.model.spec import Dependency, DependsOn, Kind, Placement, Port, Service, Tier, WorkloadSpec
+from tidemill.model.spec import Dependency, DependsOn, Kind, Pace, Placement, Port, Service, Tier, WorkloadSpec
 from tidemill.units import MILLI, SECOND_NS, USD_MICRO
+from tidemill.wire.rolling import rolling_json
 from tidemill.wire.scaling import scaling_json
 from tidemill.wire.scheduling import instant_text
 from tidemill.wire.sections import default_retry
@@ -54,35 +55,7 @@ def spec_to_json(spec: WorkloadSpec) -> dict[str, Any]:
     if spec.ports:
         written["ports"] = [_port_json(port) for port in spec.ports]
     if spec.service is not None:
-        written["service"] = {
-            "port": spec.service.port,
-            "readiness": {
-                "path": spec.service.readiness_path,
-                "timeout": _duration_json(spec.service.readiness_timeout_ns),
-            },
-            "replicas": f"{spec.service.smallest}..{spec.service.replicas}"
-            if spec.service.is_scaled
-            else spec.service.replicas,
-            "model": spec.service.model,
-        }
-        if spec.service.idle_ns != _SERVICE.idle_ns:
-            written["service"]["idle"] = _duration_json(spec.service.idle_ns)
-        if spec.service.concurrency != _SERVICE.concurrency:
-            written["service"]["concurrency"] = spec.service.concurrency
-        if spec.service.wait_ns != _SERVICE.wait_ns:
-            written["service"]["wait"] = _duration_json(spec.service.wait_ns)
-        if spec.service.guards:
-            written["service"]["guards"] = [guards.written(rule) for rule in spec.service.guards]
-        written["service"] |= _routing_json(spec.service)
-        if scaling := scaling_json(spec.service.scaling, _duration_json):
-            written["service"]["scaling"] = scaling
-        if spec.service.price_input_micro or spec.service.price_output_micro:
-            written["service"]["price"] = {
-                "input": spec.service.price_input_micro / USD_MICRO,
-                "output": spec.service.price_output_micro / USD_MICRO,
-            }
-        if not spec.service.is_salted:
-            written["service"]["cache_salt"] = False
+        written["service"] = _service_json(spec.service)
     if spec.kind is Kind.ARRAY:
         written["array"] = {"size": spec.array_size}
         if spec.array_parallel:
@@ -234,6 +207,50 @@ def _duration_json(ns: int) -> str:
         if not ns % factor:
             return f"{ns // factor}{unit}"
     return f"{ns}ns"
+
+
+def _service_json(service: Service) -> dict[str, Any]:
+    readiness = {"path": service.readiness_path, "timeout": _duration_json(service.readiness_timeout_ns)}
+    if service.readiness_pace != _SERVICE.readiness_pace:
+        readiness |= _pace_json(service.readiness_pace)
+    written: dict[str, Any] = {
+        "port": service.port,
+        "readiness": readiness,
+        "replicas": f"{service.smallest}..{service.replicas}" if service.is_scaled else service.replicas,
+        "model": service.model,
+    }
+    if service.liveness_pace is not None:
+        written["liveness"] = {"path": service.liveness_path, **_pace_json(service.liveness_pace)}
+    if service.idle_ns != _SERVICE.idle_ns:
+        written["idle"] = _duration_json(service.idle_ns)
+    if service.concurrency != _SERVICE.concurrency:
+        written["concurrency"] = service.concurrency
+    if service.wait_ns != _SERVICE.wait_ns:
+        written["wait"] = _duration_json(service.wait_ns)
+    if service.guards:
+        written["guards"] = [guards.written(rule) for rule in service.guards]
+    written |= _routing_json(service)
+    if scaling := scaling_json(service.scaling, _duration_json):
+        written["scaling"] = scaling
+    if service.price_input_micro or service.price_output_micro:
+        written["price"] = {
+            "input": service.price_input_micro / USD_MICRO,
+            "output": service.price_output_micro / USD_MICRO,
+        }
+    if not service.is_salted:
+        written["cache_salt"] = False
+    if service.rollout != _SERVICE.rollout:
+        written["rollout"] = rolling_json(service.rollout, _duration_json)
+    return written
+
+
+def _pace_json(pace: Pace) -> dict[str, Any]:
+    return {
+        "delay": _duration_json(pace.delay_ns),
+        "every": _duration_json(pace.every_ns),
+        "answer": _duration_json(pace.answer_ns),
+        "failures": pace.failures,
+    }
 
 
 def _port_json(port: Port) -> str | int | dict[str, Any]:

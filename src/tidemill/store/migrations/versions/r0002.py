@@ -73,6 +73,18 @@ def upgrade() -> None:
         sa.UniqueConstraint("project_id", "name", "version", name="uq_datasets_version"),
     )
     op.create_index("ix_datasets_state", "datasets", ["state"])
+    # How services are brought to another revision.
+    op.create_table(
+        "rollouts",
+        sa.Column("id", TEXT, primary_key=True, nullable=False),
+        sa.Column("first_id", TEXT, nullable=False),
+        sa.Column("workload_id", TEXT, nullable=False, unique=True),
+        sa.Column("ended_ns", LONG, nullable=False),
+        sa.Column("version", LONG, nullable=False),
+        sa.Column("body", TEXT, nullable=False),
+    )
+    op.create_index("ix_rollouts_first", "rollouts", ["first_id"])
+    op.create_index("ix_rollouts_ended", "rollouts", ["ended_ns"])
     # What services usually need.
     op.create_table(
         "habits",
