@@ -480,17 +480,16 @@ def _first_admin(home: Path, store: Any, directory: Any) -> None:
 
 
 class _Gateway:
-    """The gateway's process, started again whenever it ends.
+    """The gateway's processes, each started again whenever it ends.
 
-    It serves on while the control plane is away: one that outlived a crash is adopted when it listens where it should,
-    and replaced otherwise.
+    They serve on while the control plane is away: one that outlived a crash is adopted when it listens where it should,
+    and replaced otherwise. Where there are several, the kernel gives each its part of the connections.
     """
 
     def __init__(self, settings: Any) -> None:
-        home = settings.home
+        home, count = settings.home, settings.gateway_workers
         self._token_file = home / "gateway.token"
-        self._log = home / "gateway.log"
-        self._command = [
+        command = [
             sys.executable, "-m", "tidemill.gateway",
             "--listen", f"{settings.host}:{settings.gateway_port}",
             "--control", settings.api_url,
@@ -500,20 +499,22 @@ class _Gateway:
             "--drain", "3",
             *(("--traces", settings.traces, "--trace-ratio", f"{settings.trace_ratio:g}") if settings.traces else ()),
         ]  # fmt: skip
-        self._closing = threading.Event()
-        self._adopted = _gateway_of(home, self._command)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._thread = threading.Thread(target=self._keep, name="gateway", daemon=True)
+        commands = [[*command, "--worker", str(n), "--workers", str(count)] for n in range(count)]
+        adopted = _gateways_of(home, commands if count > 1 else [command])
+        self._workers = [
+            _GatewayWorker(one, home / "gateway.log", adopted=pid)
+            for one, pid in zip(commands if count > 1 else [command], adopted, strict=True)
+        ]
 
     @property
     def is_adopted(self) -> bool:
         """Whether one that outlived the last control plane serves already."""
-        return bool(self._adopted)
+        return any(worker.is_adopted for worker in self._workers)
 
     @property
     def is_started(self) -> bool:
         """Whether it is kept running."""
-        return self._thread.ident is not None
+        return any(worker.is_started for worker in self._workers)
 
     def start(self, token: str) -> None:
         """Begin to keep it running; harmless twice. It shows that token to the control plane."""
@@ -521,15 +522,57 @@ class _Gateway:
             return
         with os.fdopen(os.open(self._token_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(token + "\n")
+        for worker in self._workers:
+            worker.start()
+
+    def close(self) -> None:
+        """End all of it."""
+        for worker in self._workers:
+            worker.stop()
+        for worker in self._workers:
+            worker.close()
+
+
+class _GatewayWorker:
+    """One process of the gateway. ``adopted`` is the process id of one that runs already, zero for none."""
+
+    def __init__(self, command: list[str], log_file: Path, *, adopted: int) -> None:
+        self._command = command
+        self._log = log_file
+        self._adopted = adopted
+        self._closing = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._keep, name="gateway", daemon=True)
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether it serves already."""
+        return bool(self._adopted)
+
+    @property
+    def is_started(self) -> bool:
+        """Whether it is kept running."""
+        return self._thread.ident is not None
+
+    def start(self) -> None:
+        """Begin to keep it running."""
         self._thread.start()
+
+    def stop(self) -> None:
+        """Ask it to end."""
+        self._closing.set()
+        with contextlib.suppress(ProcessLookupError):
+            if self._adopted:
+                os.kill(self._adopted, signal.SIGTERM)
+            if self._process is not None:
+                self._process.terminate()
 
     def close(self) -> None:
         """End it."""
-        self._closing.set()
+        self.stop()
         if self._adopted:
             _end(self._adopted)
         if self._process is not None:
-            self._process.terminate()
             try:
                 self._process.wait(timeout=5)
             except subprocess.TimeoutExpired:
@@ -552,9 +595,9 @@ class _Gateway:
             self._closing.wait(pause)
 
 
-def _gateway_of(home: Path, command: list[str]) -> int:
-    """The process id of a gateway of this home that runs that very command; any other of this home is ended. Or 0."""
-    adopted = 0
+def _gateways_of(home: Path, commands: list[list[str]]) -> list[int]:
+    """The process ids of the gateways of this home that run these very commands, or 0; all others of it are ended."""
+    adopted = [0] * len(commands)
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -562,10 +605,11 @@ def _gateway_of(home: Path, command: list[str]) -> int:
             except OSError:
                 continue
             if found[1:3] == ["-m", "tidemill.gateway"] and "--home" in found and str(home) in found:
-                if found[1:] == command[1:] and not adopted:
-                    adopted = int(entry.name)
-                else:
+                place = next((n for n, one in enumerate(commands) if found[1:] == one[1:] and not adopted[n]), None)
+                if place is None:
                     _end(int(entry.name))
+                else:
+                    adopted[place] = int(entry.name)
     return adopted
 
 

@@ -249,6 +249,7 @@ def test_short_forms_mean_their_long_forms(short: dict[str, Any], long: dict[str
         ({"volumes": [{"name": "a", "at": "/x"}, {"name": "b", "at": "/x"}]}, "volumes", "not within another's"),
         ({"volumes": [{"name": "a", "read_only": "yes"}]}, "volumes.0.read_only", "true"),
         ({"volumes": "a"}, "volumes", "list"),
+        ({"volumes": [{"name": "s3://bucket/data"}]}, "volumes.0.name", "tidemill dataset"),
         ({"ports": [80]}, "ports", "1024 to 65535"),
         ({"ports": ["8000"]}, "ports", "without quotes"),
         ({"ports": ["a:99999"]}, "ports", "1024 to 65535"),

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,3 +169,32 @@ def test_a_guardrail_of_another_package_is_found_by_its_entry_point(monkeypatch:
     assert "acme" in kind_names()
     guard = guard_of(GuardRule(name="r", kind="acme", options={"fault": ""}))
     assert isinstance(guard, TextGuard)
+
+
+@pytest.mark.long
+def test_presidio_finds_what_it_knows_and_keeps_the_contract() -> None:
+    """Presidio is installed into ``.bench``, on first use."""
+    root = Path(__file__).resolve().parents[2]
+    folder = root / ".bench" / "presidio"
+    python = str(folder / "bin" / "python")
+    if not (folder / "ready").exists():
+        uv = str(Path(sys.executable).with_name("uv"))
+        subprocess.run([uv, "venv", "--quiet", "--clear", str(folder)], check=True)
+        packages = ["presidio-analyzer>=2.2", "msgspec", "hypothesis", "numpy"]
+        subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *packages], check=True, timeout=600)
+        (folder / "ready").touch()
+    script = """
+from tidemill.guards.presidio import Presidio
+from tidemill.guards.looking import Found
+from tidemill.testing.guard import check_guard
+guard = Presidio(score=0.4)
+text = "Mail ada@example.org, card 4111 1111 1111 1111."
+found = guard.find(text)
+assert [(one.label, text[one.start:one.end]) for one in found] == [
+    ("EMAIL_ADDRESS", "ada@example.org"), ("CREDIT_CARD", "4111 1111 1111 1111")], found
+assert Presidio(entities=["CREDIT_CARD"]).find(text)[0].label == "CREDIT_CARD"
+assert guard.find(text, 22) == [Found(27, 46, "CREDIT_CARD")]
+"""
+    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
+    done = subprocess.run([python, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

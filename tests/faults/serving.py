@@ -393,13 +393,19 @@ async def _flood(
 
 def gateway_pid(cloud: Cloud) -> int:
     """The process id of the gateway of that cloud; 0 while there is none."""
+    return next(iter(gateway_pids(cloud)), 0)
+
+
+def gateway_pids(cloud: Cloud) -> list[int]:
+    """The process ids of all of it."""
+    found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 command = (entry / "cmdline").read_bytes().split(b"\0")
                 if command[1:3] == [b"-m", b"tidemill.gateway"] and str(cloud.home).encode() in command:
-                    return int(entry.name)
-    return 0
+                    found.append(int(entry.name))
+    return found
 
 
 def rss_of(pid: int) -> int:

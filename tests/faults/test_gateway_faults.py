@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
+import json
+import os
+import signal
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from tests.cloud import Cloud
+from tests.cloud import Cloud, eventually
 from tests.faults import gateway_cases
+from tests.faults.serving import gateway_pids, metered, metric, service
 
 SLACK = 20.0
 """Other tests run beside these; the bounds themselves hold where the cases run alone."""
@@ -37,3 +45,54 @@ def test_a_service_comes_up_from_nothing_once_asked_and_goes_without_ending_a_st
     assert "whole" in gateway_cases.case_25(
         cloud, requests=40, start_s=0.3, rounds=0, idle_s=0.6, length=50, slack=SLACK
     )
+
+
+def test_processes_of_one_gateway_share_limits_and_one_that_is_killed_is_replaced_and_loses_nothing(
+    tmp_path: Path,
+) -> None:
+    cloud = Cloud(tmp_path / "home", gateway_workers=2)
+    cloud.up()
+    try:
+        assert cloud.call("POST", "/v1/workloads", {"spec": service("shared", replicas=1)})[0] == 201
+        limits = {"requests/day": 60}
+        key = cloud.call("POST", "/v1/tokens", {"name": "key", "scopes": ["infer"], "limits": limits})[1]["token"]
+
+        def ask(_: int) -> int:
+            connection = http.client.HTTPConnection("127.0.0.1", cloud.gateway_port, timeout=20)
+            try:
+                body = json.dumps({"model": "shared", "messages": [], "max_tokens": 1})
+                connection.request("POST", "/v1/chat/completions", body, {"Authorization": f"Bearer {key}"})
+                return connection.getresponse().status
+            except OSError:
+                return 0
+            finally:
+                connection.close()
+
+        def told(worker: str) -> bool:
+            return metric(cloud, "replicas", worker=worker, model="shared", state="closed") == 1
+
+        eventually(lambda: told("0") and told("1"), within_s=60, what="both route to the replica")
+        eventually(lambda: all(ask(0) == 200 for _ in range(4)), within_s=20, what="both know the key")
+        with ThreadPoolExecutor(16) as pool:
+            seen = Counter(pool.map(ask, range(100)))
+        assert set(seen) == {200, 429}
+        assert all(metric(cloud, "requests_total", worker=one, model="shared") > 0 for one in "01"), "both had a part"
+        pids = gateway_pids(cloud)
+        assert len(pids) == 2
+        os.kill(pids[0], signal.SIGKILL)
+        eventually(lambda: len(set(gateway_pids(cloud)) - {pids[0]}) == 2, within_s=20, what="it is replaced")
+        eventually(lambda: told("0") and told("1"), within_s=20, what="both route to the replica again")
+        assert 50 <= seen[200] <= 60, seen
+        eventually(lambda: len(metered(cloud, "shared")) >= 59, within_s=20, what="what it had is in the ledger")
+        with ThreadPoolExecutor(8) as pool:
+            again = Counter(pool.map(ask, range(40)))
+        assert again[200] <= 1, "the limit is known to the one that is new"
+        usages = eventually(
+            lambda: found if len(found := metered(cloud, "shared")) >= 59 + again[200] else None,
+            within_s=20,
+            what="all is in the ledger",
+        )
+        assert 59 <= len(usages) <= 60
+        assert len({usage["id"] for usage in usages}) == len(usages)
+    finally:
+        cloud.down()

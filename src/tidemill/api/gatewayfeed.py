@@ -11,9 +11,20 @@ from starlette.responses import Response
 from tidemill.api.bodies import body_of, json_answer
 from tidemill.api.follow import rung
 from tidemill.api.guard import Call, Caller, Routes, blocking, unless_gone
-from tidemill.api.shapes import EnteredOut, FeedOut, LoadIn, ModelLoadIn, RequestUsagesIn, RulingsIn
+from tidemill.api.shapes import (
+    EnteredOut,
+    FeedOut,
+    LoadIn,
+    ModelLoadIn,
+    RequestUsagesIn,
+    RulingsIn,
+    SharesIn,
+    SharesOut,
+)
 from tidemill.control.loads import FeltCounts, Load, ModelLoad, ReplicaLoad
 from tidemill.control.rollouts import Counted
+from tidemill.core.limits import Report
+from tidemill.errors import Stale
 from tidemill.model.guard import Decision
 from tidemill.model.ids import JobId, ProjectId, TokenId, WorkloadId
 from tidemill.model.ledger import TokenPrice, TokenUsage
@@ -108,6 +119,33 @@ async def hear_load(call: Caller) -> Response:
         },
     )
     return Response(status_code=204)
+
+
+@routes.post("/v1/gateway/shares", allow=Scope.GATEWAY, body=SharesIn, answer=SharesOut)
+async def share_limits(call: Caller) -> Response:
+    """Say what a gateway has of what keys and projects may ask, and get more where it is needed."""
+    given = await body_of(call.request, SharesIn)
+    reports = {
+        (subject, name): (
+            begins_ns,
+            Report(
+                held=held,
+                pending=pending,
+                spent=spent,
+                recent=recent,
+                least=least,
+                needed=needed,
+                hoped=hoped,
+            ),
+        )
+        for subject, name, begins_ns, held, pending, spent, recent, least, needed, hoped in given.shares
+    }
+    rationing = call.plane.serving.rationing
+    told = await blocking(rationing.share, given.gateway, given.number, reports)
+    if told is None:
+        raise Stale("This gateway said newer things since.", field="number", value=given.number)
+    shares = [(*one.key, one.begins_ns, one.granted, one.left, one.elsewhere, one.is_short) for one in told]
+    return json_answer({"gateways": rationing.gateways, "shares": shares})
 
 
 def _model_load(one: ModelLoadIn) -> ModelLoad:

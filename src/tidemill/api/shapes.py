@@ -1160,6 +1160,40 @@ class LoadIn(Body):
     variants: Annotated[dict[_Name, dict[_Name, VariantLoadIn]], Field(max_length=10_000)] = {}
 
 
+_Amount = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+_Share = Annotated[
+    tuple[_Name, _Name, _Amount, _Amount, _Amount, _Amount, _Amount, _Amount, _Amount, _Amount], Field(strict=False)
+]
+
+
+class SharesIn(Body):
+    """What a gateway has of limits, and what it needs. ``number`` grows with each of its calls."""
+
+    gateway: _Name
+    number: Annotated[int, Field(ge=0, lt=2**53)]
+    shares: Annotated[
+        list[_Share],
+        Field(
+            max_length=1_000_000,
+            description="Of each a key's or project's id, a limit's name, when its window began (ns), what is held,"
+            " pending, spent in all, spent of late, needed for one request, needed for all, and hoped for.",
+        ),
+    ]
+
+
+class SharesOut(TypedDict):
+    """What a gateway gets more of limits.
+
+    ``shares`` has of each a key's or project's id, a limit's name, when its window began (ns), what is given, what
+    nobody holds, what others hold, and whether others wait for some.
+    """
+
+    gateways: int
+    shares: list[tuple[str, str, int, int, int, int, bool]]
+
+
 class EnteredOut(TypedDict):
     """How many of them were not known before."""
 

@@ -219,9 +219,7 @@ def _show_token(token: TokenInfo, *, json: bool) -> None:
 
 
 def _limits_text(limits: Mapping[str, float]) -> str:
-    return ", ".join(
-        f"{amount:,g} {name}" if amount < MILLI else f"{amount:,} {name}" for name, amount in limits.items()
-    )
+    return ", ".join(f"{amount:,.6f}".rstrip("0").rstrip(".") + f" {name}" for name, amount in limits.items())
 
 
 def _limits_of(given: Sequence[str] | None) -> dict[str, float]:

@@ -28,6 +28,9 @@ def up_command(
     gateway_port: Annotated[
         int | None, typer.Option("--gateway-port", metavar="N", help="Of the OpenAI address; 7071 unless set.")
     ] = None,
+    gateway_workers: Annotated[
+        int | None, typer.Option("--gateway-workers", metavar="N", help="Processes that answer there; 1 unless set.")
+    ] = None,
     host: Annotated[
         str | None, typer.Option("--host", metavar="ADDRESS", help="To listen on; 0.0.0.0 for other machines.")
     ] = None,
@@ -54,7 +57,8 @@ def up_command(
 
     home = connection.home()
     overrides = {
-        "host": host, "port": port, "gateway_port": gateway_port, "engine": engine, "database": database,
+        "host": host, "port": port, "gateway_port": gateway_port,
+        "gateway_workers": gateway_workers, "engine": engine, "database": database,
         "shared": str(Path(shared).expanduser().resolve()) if shared else None, "address": address,
         "tls_cert": str(tls_cert.expanduser().absolute()) if tls_cert else None,
         "tls_key": str(tls_key.expanduser().absolute()) if tls_key else None,

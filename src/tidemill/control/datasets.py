@@ -39,6 +39,7 @@ from tidemill.model.storage import (
 )
 from tidemill.model.tenant import Project
 from tidemill.ports import Store
+from tidemill.wire.checks import BUCKET_MEND
 
 log = logging.getLogger(__name__)
 _NAME: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", re.ASCII)
@@ -472,6 +473,10 @@ class DataSets:
         raise NotFound(f"There is no site {name[:100]}.", field="site", value=name[:100], mend=mend)
 
     def _checked_path(self, path: str) -> str:
+        if "://" in path:
+            raise InvalidRequest(
+                "A volume is a folder of a site, not a bucket.", field="path", value=path[:200], mend=BUCKET_MEND
+            )
         if not path.startswith("/") or posixpath.normpath(path) != path or path.startswith("//") or "\0" in path:
             raise InvalidRequest(
                 "That is not a whole path.", field="path", value=path[:200], mend="Write for example /mnt/data."

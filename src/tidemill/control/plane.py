@@ -158,6 +158,7 @@ class ControlPlane:
             projects=self.projects,
             scaler=scaler,
             rollouts=self.rollouts,
+            clock=clock,
             guards=settings.guards,
             home=site.id,
         )

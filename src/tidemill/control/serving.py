@@ -10,6 +10,7 @@ import msgspec
 
 from tidemill.control.identity import Directory
 from tidemill.control.projects import Projects
+from tidemill.control.rationing import Rationing
 from tidemill.control.replicating import Scaler, endpoints
 from tidemill.control.rollouts import Rollouts, variant_of
 from tidemill.core.routing import fallbacks
@@ -38,6 +39,7 @@ class Serving:
         projects: Projects,
         scaler: Scaler,
         rollouts: Rollouts,
+        clock: Callable[[], int],
         home: SiteId,
         guards: Sequence[GuardRule] = (),
     ) -> None:
@@ -48,6 +50,7 @@ class Serving:
         self._projects = projects
         self.scaler = scaler
         self.rollouts = rollouts
+        self.rationing = Rationing(store, directory, projects, clock=clock)
         self._rules = tuple(guards)
         self._home = home
 
@@ -148,7 +151,7 @@ class Serving:
         It is the same however often they come.
         """
         known = self._projects.by_id
-        return len(self._store.put_token_usages([usage for usage in usages if usage.project_id in known]))
+        return self.rationing.enter([usage for usage in usages if usage.project_id in known])
 
     def note_decisions(self, decisions: Sequence[Decision]) -> int:
         """How many decisions of guardrails are in the books now that were not before; it is the same when repeated."""

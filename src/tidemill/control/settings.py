@@ -59,6 +59,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 7070
     gateway_port: int = 7071
+    gateway_workers: int = 1
     database: str = ""
     engine: str = "local"
     site: str = "local"
@@ -288,6 +289,10 @@ def _checked(name: str, value: Any, default: object) -> Any:
                 return tuple(_taint(str(each)) if name == "taints" else str(each) for each in found)
             case "rack" | "block":
                 return _word(str(value)) if isinstance(value, str | int) and value != "" else str(value)
+            case "gateway_workers":
+                if not 1 <= int(value) <= 256 or int(value) != float(value):
+                    raise ValueError("it is a whole number of processes from 1 to 256")
+                return int(value)
             case "starts_per_turn" | "flap_losses":
                 if int(value) < 1 or int(value) != float(value):
                     raise ValueError("it is a whole number, one or more")

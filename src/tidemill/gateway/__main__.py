@@ -22,8 +22,10 @@ import uvloop
 from tidemill.gateway.books import Books
 from tidemill.gateway.feed import Feed
 from tidemill.gateway.server import Gateway, Limits
+from tidemill.gateway.siblings import Siblings
 from tidemill.gateway.tracing import Tracer, headers_of
 
+_SHARES_LIMIT = 16 * 1024 * 1024
 ADDRESS_IN_USE = 98
 """The exit status when another process listens there."""
 
@@ -55,12 +57,15 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--drain", type=float, default=30.0, metavar="SECONDS", help="time to finish after SIGTERM")
     parser.add_argument("--traces", default="", metavar="URL", help="an OTLP/HTTP collector for traces")
     parser.add_argument("--trace-ratio", type=float, default=1.0, metavar="N", help="the share that is traced, 0 to 1")
+    parser.add_argument("--worker", type=int, default=0, metavar="N", help="which of the processes that listen there")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="how many processes listen there")
     return parser.parse_args(argv)
 
 
 async def _serve(options: argparse.Namespace, host: str, port: int, pepper: bytes) -> int:
     log = logging.getLogger("tidemill.gateway")
     loop = asyncio.get_running_loop()
+    several = options.workers > 1
     books = Books(options.home / "usage")
     rulings = Books(options.home / "rulings", what="rulings")
     gateway = Gateway(
@@ -71,8 +76,12 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
         feed_age_s=lambda: loop.time() - feed.heard_at,
         books=books,
         rulings=rulings,
-        place=f"{socket.gethostname()}:{port}",
+        place=f"{socket.gethostname()}:{port}" + (f".{options.worker}" if several else ""),
+        workers=options.workers,
+        limits_copy=options.home / "gateway-limits.json",
     )
+    if several:
+        gateway.siblings = Siblings(options.home / "gateway-metrics", options.worker, gateway.metrics_text)
     feed = Feed(
         control=options.control,
         token_file=options.token_file,
@@ -88,7 +97,7 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
             instance=f"{socket.gethostname()}:{os.getpid()}",
         )
     try:
-        server = await loop.create_server(gateway.connection, host, port, backlog=2048)
+        server = await loop.create_server(gateway.connection, host, port, backlog=2048, reuse_port=several or None)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
@@ -106,9 +115,12 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
         books.keep(),
         rulings.keep(),
         gateway.tell_load(partial(feed.report, "/v1/gateway/load")),
+        gateway.rations.keep(partial(feed.ask, "/v1/gateway/shares", limit=_SHARES_LIMIT)),
         rulings.deliver(partial(feed.report, "/v1/gateway/rulings")),
         books.deliver(partial(feed.report, "/v1/gateway/usage")),
     ]
+    if gateway.siblings is not None:
+        keeping.insert(0, gateway.siblings.keep())
     if gateway.tracer is not None:
         keeping.insert(0, gateway.tracer.run())
     tasks = [loop.create_task(one) for one in keeping]

@@ -32,17 +32,23 @@ class Answer:
     """The error's, empty when it is none."""
 
 
-def error_body(status: int, code: str, message: str, param: str | None = None) -> bytes:
+def error_body(status: int, code: str, message: str, param: str | None = None, kind: str = "") -> bytes:
     """An error as OpenAI clients read it."""
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    kind = kind or _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 
 def refuse(
-    status: int, code: str, message: str, *, param: str | None = None, headers: Sequence[tuple[bytes, bytes]] = ()
+    status: int,
+    code: str,
+    message: str,
+    *,
+    param: str | None = None,
+    headers: Sequence[tuple[bytes, bytes]] = (),
+    kind: str = "",
 ) -> Answer:
-    """An answer that says no, and what to do."""
-    return Answer(status=status, body=error_body(status, code, message, param), headers=headers, code=code)
+    """An answer that says no, and what to do. ``kind`` is the error's type, when it is not what the status says."""
+    return Answer(status=status, body=error_body(status, code, message, param, kind), headers=headers, code=code)
 
 
 def overloaded(code: str, message: str, *, retry_after_s: int) -> Answer:

@@ -94,6 +94,8 @@ class Books:
         self._own: _Segment | None = None
         self.lost = 0
         """Usages that no disk took."""
+        self.on_entered: Callable[[list[Usage]], None] | None = None
+        """Is told of usages of this worker that are in the ledger now."""
 
     def next_id(self) -> str:
         """An id that no other usage of any worker has."""
@@ -183,8 +185,14 @@ class Books:
                 _log.error("the control plane refuses %d %s, which are kept apart: %s", len(settled), what, error)
                 with (self._folder / "refused.json").open("ab") as file:
                     file.write(b"\n".join(settled) + b"\n")
+            self._tell_entered(settled)
         segment.taken += end
         return True
+
+    def _tell_entered(self, settled: list[bytes]) -> None:
+        if self.on_entered is not None:
+            own = b'{"id":"%b-' % self._worker.encode()
+            self.on_entered([msgspec.json.decode(one, type=Usage) for one in settled if one.startswith(own)])
 
     def adopt(self) -> int:
         """How many streams of dead workers were settled by what was counted; their files are handed on now."""

@@ -59,6 +59,7 @@ class Exchange(Journey):
         self._is_chunked = False
         self._meter: StreamMeter | WholeMeter | None = None
         self._usage: Usage | None = None
+        self._is_whole = False
         self._screen: Screen | None = None
         """What looks at the response before it is passed on."""
         self._tokens = 0
@@ -129,6 +130,7 @@ class Exchange(Journey):
             self._counts.errors += is_failure
         self._note_variant(is_answered=not is_failure)
         close = self._http_1_0
+        self._is_whole = True
         line = self._gateway.line(self._asking.route.model)
         now = asyncio.get_running_loop().time()
         line.served_in(now - self._taken_at)
@@ -175,6 +177,8 @@ class Exchange(Journey):
             response.headers, without=frozenset({b"content-length", b"x-request-id", b"x-tidemill-model"})
         )
         headers.append((b"x-request-id", self._request_id))
+        if self._asking.charge is not None:
+            headers += self._asking.charge.headers()
         if self._asking.flags:
             headers.append((b"x-tidemill-guard", ", ".join(self._asking.flags).encode()))
         if self._left is not None:
@@ -298,7 +302,9 @@ class Exchange(Journey):
             usage.prompt_tokens, usage.completion_tokens = meter.reported
             usage.is_estimated = False
         elif isinstance(meter, WholeMeter):
-            return  # no tokens were told of, and nothing of it can be counted
+            if not self._is_whole:
+                return  # no tokens were told of, and nothing of it can be counted
+            usage.prompt_tokens = 0
         self._count_tokens(usage.completion_tokens)
         self._counts.prompt_tokens += usage.prompt_tokens
         self._counts.completion_tokens += usage.completion_tokens
@@ -309,6 +315,7 @@ class Exchange(Journey):
         if isinstance(meter, StreamMeter) and usage.completion_tokens > 1 and self._first_at:
             timings.gap.note((self._heard_at - self._first_at) / (usage.completion_tokens - 1))
         books.settle(usage)
+        self._entered = usage
 
     def _count_tokens(self, total: int) -> None:
         """The answer has so many tokens so far; what was counted too much of it is not taken back."""

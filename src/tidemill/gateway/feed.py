@@ -88,19 +88,24 @@ class Feed:
 
     async def report(self, target: str, body: bytes) -> None:
         """Tell the control plane something, in JSON. Raises: OSError when it was not taken, Refused for good."""
+        await self.ask(target, body)
+
+    async def ask(self, target: str, body: bytes, *, limit: int = 64 * 1024) -> bytes:
+        """The control plane's answer, in JSON, of ``limit`` bytes at most. Raises: as ``report``."""
         status, answer = await fetch(
             self._pool,
             self._address,
             target,
             headers={"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"},
             timeout_s=10,
-            limit=64 * 1024,
+            limit=limit,
             body=body,
         )
         if status in (400, 413, 422):
             raise Refused(answer[:500].decode(errors="replace"))
         if not 200 <= status < 300:
             raise ConnectionError(f"it answered {status}")
+        return answer
 
     async def _poll(self) -> None:
         asked_at = asyncio.get_running_loop().time()

@@ -19,12 +19,14 @@ from tidemill.gateway.circuit import State
 from tidemill.gateway.health import OWN_TROUBLE
 from tidemill.gateway.hedging import Hedge
 from tidemill.gateway.messages import RequestHead, ResponseHead, end_to_end
+from tidemill.gateway.metering import Usage
 from tidemill.gateway.metrics import ABORTED
 from tidemill.gateway.table import NORMAL_BAND, Key, Replica, Route
 from tidemill.gateway.upstream import Receiver, UpstreamConnection
 from tidemill.gateway.waiting import Line, retry_after_s
 
 if TYPE_CHECKING:
+    from tidemill.gateway.rations import Charge
     from tidemill.gateway.server import Gateway
 
 CAUTION: Final = 1.25
@@ -56,6 +58,8 @@ class Asking:
     band: int = NORMAL_BAND
     user: str = ""
     label: str = ""
+    charge: Charge | None = None
+    """What it takes of limits; None: nothing limits it."""
     key: Key | None = None
     """What it was asked with, for what else that opens."""
     countries: frozenset[str] = frozenset()
@@ -133,6 +137,8 @@ class Journey(ABC):
         self._until: float | None = None
         self._response: ResponseHead | None = None
         self._is_over = False
+        self._entered: Usage | None = None
+        """What it took, once that is in the books."""
         self._began_at = self._heard_at = self._taken_at = asyncio.get_running_loop().time()
         self._asked_at = self._began_at
         """The same, but for a request that came when there was no replica: when it was sent to one."""
@@ -152,9 +158,20 @@ class Journey(ABC):
 
     def start(self) -> None:
         """Send it to the best replica, or wait in line for one, or say why not."""
+        charge = self._asking.charge
+        if charge is not None and not charge.is_admitted:
+            charge.admit(self._admitted)
+            return
         line = self._gateway.line(self._asking.route.model)
         if (line.count and not self._had_a_turn) or not self.go():
             self._wait(line)
+
+    def _admitted(self, refusal: Answer | None) -> None:
+        """Go on within the limits, or end beyond them."""
+        if refusal is not None:
+            self._end_with(refusal)
+        else:
+            self.start()
 
     def go(self) -> bool:
         """Whether it does not wait any more."""
@@ -622,6 +639,8 @@ class Journey(ABC):
             self._end_hedge()
         self._note_times()
         self._settle()
+        if self._asking.charge is not None:
+            self._asking.charge.settle(self._entered)
         self._unassign()
         upstream, self._upstream = self._upstream, None
         if upstream is not None:

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, Final, cast
 from urllib.parse import unquote
 
@@ -39,7 +40,9 @@ from tidemill.gateway.metering import prepared
 from tidemill.gateway.metrics import OPERATIONS, Metrics
 from tidemill.gateway.passage import Passage, Sender
 from tidemill.gateway.peers import Peers
+from tidemill.gateway.rations import Rations
 from tidemill.gateway.scraping import FRESH_S, Scraper
+from tidemill.gateway.siblings import Siblings
 from tidemill.gateway.table import Key, Replica, Route, Table
 from tidemill.gateway.tracing import Tracer
 from tidemill.gateway.upstream import Pool, is_gone, tune
@@ -107,16 +110,18 @@ class Gateway:
         books: Books | None = None,
         place: str = "",
         clock: Callable[[], int] | None = None,
+        workers: int = 1,
+        limits_copy: Path | None = None,
         rulings: Books | None = None,
     ) -> None:
         """``books`` is where usage is entered; None: tokens are not metered. ``place`` is where this one listens.
 
-        ``rulings`` is where is entered what guardrails decided; None: it is only counted.
+        ``workers`` is how many share the limits, as long as the control plane does not say; what is left of those is
+        written to ``limits_copy``. ``rulings`` is where is entered what guardrails decided; None: it is only counted.
 
         ``clock`` gives ns since 1970, and does not jump when the machine's time of day is set.
         """
         self._clock = clock or SteadyClock()
-        self._place = place
         self.pepper = pepper
         self.hosts = hosts
         self.limits = limits or Limits()
@@ -128,6 +133,8 @@ class Gateway:
         """Bytes of request bodies held now."""
         self.is_draining = False
         self.books = books
+        self.siblings: Siblings | None = None
+        """Those that listen at the same address, where there are some."""
         self.rulings = rulings
         self._threads: ThreadPoolExecutor | None = None
         self.tracer: Tracer | None = None
@@ -144,11 +151,16 @@ class Gateway:
         self._feed_age_s = feed_age_s
         self._turns = itertools.count(1)
         self._request_prefix = os.urandom(6).hex()
+        self._name = f"{place}/{self._request_prefix}"
+        self.rations = Rations(self._name, workers=workers, clock=self._clock, copy=limits_copy)
+        if books is not None:
+            books.on_entered = self.rations.booked
         self._request_numbers = itertools.count(1)
 
     def adopt(self, table: Table) -> None:
         """Use another table from the next request on, also for those that wait."""
         self.table = table
+        self.rations.adopt(table)
         for model in [model for model, line in self._lines.items() if line.count]:
             self._lines[model].advance()
 
@@ -251,7 +263,7 @@ class Gateway:
                         told["cache_milli"] = replica.cache_milli
                     if replica.first_token_s is not None:
                         told["first_token_ms"] = round(replica.first_token_s * 1000)
-        load = {"worker": f"{self._place}/{self._request_prefix}", "models": models, "replicas": replicas}
+        load = {"worker": self._name, "models": models, "replicas": replicas}
         if variants := self._variants():
             load["variants"] = variants
         return orjson.dumps(load)
@@ -271,6 +283,15 @@ class Gateway:
             for model, counts in self.metrics.variants.items()
             if model in routes and any(replica.variant for replica in routes[model].replicas)
         }
+
+    def metrics_text(self) -> bytes:
+        """This process's figures, as Prometheus text."""
+        return self.metrics.text(
+            connections=len(self.connections),
+            feed_version=self.table.version if self.table is not None else -1,
+            feed_age_s=self._feed_age_s(),
+            replicas=self._states(),
+        )
 
     async def tell_load(
         self, tell: Callable[[bytes], Awaitable[None]], *, every_s: float = 0.1, at_least_every_s: float = 1.0
@@ -429,12 +450,7 @@ class Gateway:
                 return Answer(status=503, body=b'{"status":"starting"}', headers=((b"Retry-After", b"2"),))
             return Answer(status=200, body=b'{"status":"ok"}')
         if path == b"/metrics":
-            text = self.metrics.text(
-                connections=len(self.connections),
-                feed_version=table.version if table is not None else -1,
-                feed_age_s=self._feed_age_s(),
-                replicas=self._states(),
-            )
+            text = self.metrics_text() if self.siblings is None else self.siblings.text()
             return Answer(status=200, body=text, content_type=b"text/plain; version=0.0.4; charset=utf-8")
         if table is None:
             return _starting()
@@ -487,6 +503,7 @@ class Gateway:
         if asks_usage or salt:
             asked = prepared(body, content, asks_usage=asks_usage, salt=salt)
             asking.body, asking.hides_usage = asked.body, asked.hides_usage
+        asking.charge = self.rations.charge(key, route, content, len(body), has_output=path in _SALTED)
         return asking
 
     def passage(
@@ -516,6 +533,7 @@ class Gateway:
             key=key,
             countries=key.countries,
             may_repeat=head.method in services.HEDGED and head.length == 0 and not is_upgrade,
+            charge=self.rations.charge(key, route, {}, 0, has_output=False),
         )
         refusal = refusal or read_wishes(asking, head, {}, longest_wait_s=self.limits.longest_wait_s)
         if refusal is not None:

@@ -12,6 +12,7 @@ from tidemill.gateway.messages import ChunkedBody, Malformed, ResponseHead, cut_
 BUFFER_HIGH: Final = 256 * 1024
 """Bytes waiting to be sent on one connection above which its peer is no longer read."""
 BUFFER_LOW: Final = 64 * 1024
+_BEGINNING: Final = b"HTTP/1."
 _IDLE_S: Final = 4.0
 """Shorter than the 5 s after which uvicorn, and so most engines, close an idle connection."""
 _IDLE_PER_ADDRESS: Final = 256
@@ -173,6 +174,8 @@ class UpstreamConnection(asyncio.Protocol):
     def _take(self, data: bytes) -> None:
         if self._head is None:
             data = self._buffer + data if self._buffer else data
+            if not data.startswith(_BEGINNING) and not _BEGINNING.startswith(data):
+                raise Malformed(502, "The replica does not speak HTTP/1.")
             cut = cut_head(data)
             while cut is not None:
                 head = read_response(cut[0])

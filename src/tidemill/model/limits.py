@@ -10,7 +10,8 @@ from typing import Final
 from tidemill.units import USD_MICRO
 
 MAX_AMOUNT: Final = 10**15
-"""More than anybody has: of requests, of tokens, and of micro-USD."""
+"""More requests and tokens than anybody has."""
+MAX_USD: Final = 10**6
 
 
 class Measure(StrEnum):
@@ -44,8 +45,9 @@ class Limit:
     def __post_init__(self) -> None:
         if (self.window is None) is not (self.measure is Measure.CONCURRENCY):
             raise ValueError("concurrency has no window, and everything else has one")
-        if not 0 <= self.amount <= MAX_AMOUNT:
-            raise ValueError(f"a limit lies between 0 and {MAX_AMOUNT}")
+        most = MAX_USD * USD_MICRO if self.measure is Measure.MONEY else MAX_AMOUNT
+        if not 0 <= self.amount <= most:
+            raise ValueError(f"a limit lies between 0 and {most}")
 
     @property
     def name(self) -> str:
@@ -76,13 +78,12 @@ def limit_of(name: str, amount: float) -> Limit:
     if name not in LIMITS:
         raise ValueError(f"{name[:100]!r} is not a limit; limits are {', '.join(LIMITS)}")
     measure, _, window = name.partition("/")
-    if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount <= MAX_AMOUNT:
-        raise ValueError(f"{amount!r} is not an amount for {name}; write a number from 0 to {MAX_AMOUNT}")
+    most = MAX_USD if measure == Measure.MONEY else MAX_AMOUNT
+    if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount <= most:
+        raise ValueError(f"{amount!r} is not an amount for {name}; write a number from 0 to {most}")
     exact = round(amount * USD_MICRO) if measure == Measure.MONEY else int(amount)
     if measure != Measure.MONEY and exact != amount:
         raise ValueError(f"{amount!r} is not an amount for {name}; write a whole number")
-    if exact > MAX_AMOUNT:
-        raise ValueError(f"{amount!r} is too much for {name}; {MAX_AMOUNT // USD_MICRO} dollars are the most")
     return Limit(measure=Measure(measure), amount=exact, window=Window(window) if window else None)
 
 

@@ -123,7 +123,7 @@ def workload_specs() -> st.SearchStrategy[WorkloadSpec]:
 
 def limits() -> st.SearchStrategy[tuple[Limit, ...]]:
     """Limits of requests to models."""
-    amounts = st.dictionaries(st.sampled_from(LIMITS), st.integers(0, 10**9), max_size=4)
+    amounts = st.dictionaries(st.sampled_from(LIMITS), st.integers(0, 10**6), max_size=4)
     return amounts.map(limits_of)
 
 

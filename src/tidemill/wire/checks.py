@@ -21,6 +21,10 @@ MAX_GPUS: Final = 100_000
 MAX_ITEMS: Final = 1_000
 MAX_ERRORS: Final = 100
 
+BUCKET_MEND: Final = (
+    "Read a bucket as a data set (tidemill dataset add NAME s3://…, and data: in the workload); what a job writes to "
+    "$TIDEMILL_OUTPUT_DIR is kept as its outputs."
+)
 NAME: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", re.ASCII)
 VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}", re.ASCII)
 INPUT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", re.ASCII)
@@ -85,6 +89,13 @@ def name_of(value: object) -> str:
             "Use 1 to 63 letters, digits, - _ or ., beginning and ending with a letter or digit.",
         )
     return text
+
+
+def volume_of(value: object) -> str:
+    """The name of a volume. What is in a bucket is none."""
+    if type(value) is str and "://" in value:
+        raise Refusal(f"{shown(value)} is not the name of a volume: those are folders of a site.", BUCKET_MEND)
+    return name_of(value)
 
 
 def whole_number(low: int, high: int, what: str) -> Callable[[object], int]:

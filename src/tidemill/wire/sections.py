@@ -67,6 +67,7 @@ from tidemill.wire.checks import (
     size_of,
     slurm_word_of,
     text_of,
+    volume_of,
     wait_of,
     whole_number,
 )
@@ -677,7 +678,7 @@ class ModelIn(StrictSection):
 class VolumeIn(StrictSection):
     """A volume that each worker finds."""
 
-    name: Annotated[str, *taking(name_of, {**TEXT, "pattern": NAME.pattern, "maxLength": 63})] = Field(
+    name: Annotated[str, *taking(volume_of, {**TEXT, "pattern": NAME.pattern, "maxLength": 63})] = Field(
         description="Its name; see `tidemill volume list`."
     )
     at: Annotated[str, *taking(mount_of, {**TEXT, "examples": ["/scratch"]})] = Field(
