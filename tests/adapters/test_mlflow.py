@@ -61,9 +61,9 @@ def test_its_own_client_works_unchanged(peer: Peer, tmp_path: Path) -> None:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "JOB": job_id,
     }
-    script = Path(__file__).with_name("mlflow_client.py")
+    script, python = Path(__file__).with_name("mlflow_client.py"), python_with_client(tmp_path)
     done = subprocess.run(
-        [str(python_with_client(tmp_path)), str(script), str(model), "other"],
+        [str(python), str(script), str(model), "other"],
         env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4_000:]
@@ -109,6 +109,22 @@ def test_its_own_client_works_unchanged(peer: Peer, tmp_path: Path) -> None:
     with client(peer) as one:
         assert [it.reference for it in one.job_models(job_id)] == ["of-job:2"]
         assert one.model_version("with-client:production").version == 2
+    elsewhere = environment | {
+        "MLFLOW_REGISTRY_URI": environment["MLFLOW_TRACKING_URI"],
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
+    }
+    only_registry = "import mlflow; print(mlflow.artifacts.download_artifacts('models:/with-client/2/sub/note.txt'))"
+    done = subprocess.run(
+        [str(python), "-c", only_registry],
+        env=elsewhere,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4_000:]
+    assert Path(done.stdout.splitlines()[-1]).read_text() == "a note"
 
 
 def ask(peer: Peer, method: str, path: str, body: Any = None, *, role: str = "", **query: str) -> tuple[int, Any]:

@@ -36,7 +36,7 @@ from tidemill.model.ids import (
 from tidemill.model.job import Cause, JobState, Workload
 from tidemill.model.queue import Queue
 from tidemill.model.reservation import Reservation
-from tidemill.model.resources import Resources
+from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Dependency, DependsOn, Group, Kind, Placement, RetryOn, RetryPolicy, Tier
 from tidemill.model.values import replace
 from tidemill.units import HOUR_NS, SECOND_NS
@@ -558,6 +558,15 @@ def test_a_plan_of_spot_work_does_not_hold_up_those_who_may_displace_spot() -> N
     assert wanted in yard.started
     yard.run()
     assert yard.state(waits) is JobState.SUCCEEDED
+
+
+def test_a_share_by_memory_waits_when_no_machine_has_such_a_device_any_more() -> None:
+    yard = Yard(nodes=(gpu_node("a", 1), gpu_node("b", 0)))
+    yard.submit(spec(1), runs_s=500)
+    waits = yard.submit(spec(GpuRequest(share_bytes=30 << 30)), runs_s=10)
+    yard.turn([NodeWentAway(at_ns=yard.now, node_id=NodeId("a"))])
+    more = yard.submit(spec(GpuRequest(share_bytes=30 << 30), tier=Tier.SPOT), runs_s=10)
+    assert yard.state(waits) is yard.state(more) is JobState.QUEUED
 
 
 def test_work_that_still_starts_is_displaced_when_it_may_be() -> None:

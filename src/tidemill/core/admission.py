@@ -269,8 +269,8 @@ def described(site: Site) -> str:
 
 
 def _least_milli(static: Fitting) -> int:
-    """The least of a device that a share by memory could be."""
-    return int(static.milli[static.devices].min())
+    """The least of a device that a share by memory could be; all of one where there is no such device now."""
+    return int(static.milli[static.devices].min(initial=MILLI))
 
 
 def _short(

@@ -20,6 +20,14 @@ def json_schema() -> dict[str, Any]:
         schema["properties"][name] = _or_plain(schema["properties"][name], plain)
     readiness = definitions["ServiceIn"]["properties"]
     readiness["readiness"] = _or_plain(readiness["readiness"], "string")
+    readiness["liveness"] = _or_plain(readiness["liveness"], "string")
+    rollout = definitions["RolloutIn"]["properties"]
+    rollout["rollback"] = _or_plain(rollout["rollback"], "boolean")
+    steps = rollout["canary"]
+    steps["items"] = _or_plain(steps["items"], "string", "integer")
+    one = {key: value for key, value in steps.items() if key not in ("default", "description")}
+    kept = {key: value for key, value in steps.items() if key in ("default", "description")}
+    rollout["canary"] = {"anyOf": [one, {"type": ["string", "integer"]}, steps["items"]], **kept}
     for place, section in SECTIONS.items():
         described = definitions[section.__name__] if place else schema
         for name, field in fields_of(section).items():
@@ -34,10 +42,10 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-def _or_plain(field: Mapping[str, Any], plain: str) -> dict[str, Any]:
+def _or_plain(field: Mapping[str, Any], *plain: str) -> dict[str, Any]:
     kept = {key: value for key, value in field.items() if key in ("default", "description")}
     choices = field.get("anyOf") or [{"$ref": field["$ref"]}]
-    return {"anyOf": [*choices, {"type": plain}], **kept}
+    return {"anyOf": [*choices, *({"type": one} for one in plain)], **kept}
 
 
 def spec_reference_markdown() -> str:
