@@ -7,6 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TESTS ?= tests
 JOBS ?= 2
+# the tests start hundreds of processes: what one of them has compiled, the next one need not
+export PYTHONDONTWRITEBYTECODE :=
 # arguments for quickstart, pytest and the benchmarks: make quickstart ARGS=--keep
 ARGS ?=
 

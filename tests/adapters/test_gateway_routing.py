@@ -211,6 +211,27 @@ async def test_requests_stay_in_the_countries_of_their_project_and_of_their_own_
 
 
 @live(engines=2)
+async def test_what_waits_for_its_own_country_is_passed_by_what_does_not(rig: Rig) -> None:
+    feed_with(rig, sites=["here", "near"], concurrency=1)
+    at_home = "X-Tidemill-Countries: DEU\r\n"
+    first = asyncio.create_task(ask(rig, {"model": "m", "mode": "hang"}, headers=at_home))
+    await eventually(lambda: counts_of(rig) == [1, 0])
+    second = asyncio.create_task(ask(rig, {"model": "m", "n": 2}, headers=at_home))
+    await eventually(lambda: rig.gateway.metrics.of("m").waiting == 1)
+    third = asyncio.create_task(ask(rig, {"model": "m", "mode": "hang"}))
+    await eventually(lambda: counts_of(rig) == [1, 1])
+    fourth = asyncio.create_task(ask(rig, {"model": "m", "n": 4}))
+    await eventually(lambda: rig.gateway.metrics.of("m").waiting == 2)
+    rig.engines[1].go_on.set()
+    assert {(await third)[0], (await fourth)[0]} == {200}
+    assert rig.gateway.metrics.of("m").waiting == 1
+    rig.engines[0].go_on.set()
+    assert {(await first)[0], (await second)[0]} == {200}
+    assert [len(engine.bodies) for engine in rig.engines] == [2, 2]
+    assert rig.gateway.line("m").picky == 0
+
+
+@live(engines=2)
 async def test_a_country_is_not_left_by_a_retry_a_second_replica_or_another_model(rig: Rig) -> None:
     feed_with(
         rig,
@@ -297,7 +318,7 @@ async def test_a_second_replica_is_asked_when_the_first_takes_long_and_the_slowe
     rig.engines[1].go_on.set()
     status, _, _ = await ask(rig, {"model": "m", "mode": "hang"}, path="/v1/embeddings")
     assert (status, counts_of(rig)) == (200, [1, 1])
-    await asyncio.wait_for(rig.engines[0].left.wait(), 1)
+    await asyncio.wait_for(rig.engines[0].left.wait(), 5)
     assert rig.gateway.metrics.of("m").hedges == 1
     status, _, _ = await ask(rig, {"model": "m"}, path="/v1/rerank")
     assert (status, rig.gateway.metrics.of("m").hedges) == (200, 1), "who answers in time is asked alone"
@@ -344,7 +365,7 @@ async def test_a_client_that_leaves_stops_both(rig: Rig) -> None:
     await eventually(lambda: counts_of(rig) == [1, 1])
     writer.close()
     for engine in rig.engines:
-        await asyncio.wait_for(engine.left.wait(), 1)
+        await asyncio.wait_for(engine.left.wait(), 5)
 
 
 @live(engines=2)
@@ -395,15 +416,17 @@ async def test_a_replica_whose_answers_fail_is_left_out_for_a_while_and_comes_ba
     watching = asyncio.create_task(prober.run(step_s=0.01))
     bad = route_of(rig).replicas[0]
     rig.engines[0].status = 500
-    for _ in range(75):
+    for _ in range(600):
         await ask(rig, {"model": "m"})
-    await eventually(lambda: not bad.circuit.allows)
+        if not bad.circuit.allows:
+            break
     assert bad.circuit.why == "100 % of its answers fail, 0 % of the others'"
+    assert bad.circuit.until - bad.circuit.since == pytest.approx(5), "longer than after a refused connection"
+    bad.circuit.until += 60
     before = len(rig.engines[0].bodies)
     for _ in range(9):
         assert (await ask(rig, {"model": "m"}))[0] == 200
     assert len(rig.engines[0].bodies) == before
-    assert bad.circuit.until - asyncio.get_running_loop().time() > 2, "longer than after a refused connection"
     for status, state in ((503, "open"), (200, "closed")):
         rig.engines[0].status = status
         bad.circuit.until = 0.0
@@ -421,9 +444,11 @@ async def test_when_all_fail_alike_all_stay(rig: Rig) -> None:
         engine.status = 500
     for _ in range(75):
         await ask(rig, {"model": "m"})
+    before = [one.answered for one in route_of(rig).replicas]
     rig.gateway.peers.look([route_of(rig)], 10.0**9)
     assert all(one.circuit.allows for one in route_of(rig).replicas)
-    assert route_of(rig).replicas[0].answered == 12, "what is long ago counts less and less"
+    after = [one.answered for one in route_of(rig).replicas]
+    assert after == [count // 2 for count in before], "what is long ago counts less and less"
 
 
 # Time-outs
@@ -444,7 +469,7 @@ def test_each_phase_has_its_own_time(timeouts: dict[str, int], mode: str, says: 
         answer = await rig.raw(request({"model": "m", "mode": mode, "stream": True}, headers="Connection: close\r\n"))
         assert says.encode() in answer
         assert b'"code":"replica_timeout"' in answer
-        await asyncio.wait_for(rig.engine.left.wait(), 1)
+        await asyncio.wait_for(rig.engine.left.wait(), 5)
         if mode == "hang":
             assert parse(answer)[0] == 504
 

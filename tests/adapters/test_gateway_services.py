@@ -453,7 +453,7 @@ def test_a_malformed_chunk_ends_the_request_and_the_applications_work_on_it(chun
         writer.write(chunk)
         assert parse(await reader.read())[0] == 400
         writer.close()
-        await asyncio.wait_for(stage.app.left.wait(), 2)
+        await asyncio.wait_for(stage.app.left.wait(), 5)
         assert stage.app.bodies == [], "it never looked whole"
 
     scene()
@@ -469,7 +469,7 @@ async def test_slow_uploads_are_ended_and_free_their_replica(stage: Stage) -> No
         if stage.app.left.is_set():
             break
     assert parse(await reader.read())[0] == 408
-    await asyncio.wait_for(stage.app.left.wait(), 2)
+    await asyncio.wait_for(stage.app.left.wait(), 5)
     assert parse(await stage.raw(f"GET /services/web/ HTTP/1.1\r\n{AUTH}X: ".encode()))[0] == 408
     writer.close()
 
@@ -516,11 +516,11 @@ def test_a_client_that_leaves_ends_the_work_in_every_phase(phase: str) -> None:
             connected = writer.get_extra_info("socket")
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.transport.abort()
-        await eventually(lambda: counts.in_flight == 0, within_s=2)
+        await eventually(lambda: counts.in_flight == 0, within_s=5)
         assert counts.aborted == 1
         stage.app.go_on.set()
         if phase != "queued":
-            await asyncio.wait_for(stage.app.left.wait(), 2)
+            await asyncio.wait_for(stage.app.left.wait(), 5)
 
     scene()
 
@@ -620,7 +620,7 @@ async def test_what_a_websockets_client_said_last_arrives_when_it_leaves(stage: 
         else:
             await reader.readexactly(10)
             writer.transport.abort()
-        await asyncio.wait_for(stage.app.left.wait(), 2)
+        await asyncio.wait_for(stage.app.left.wait(), 5)
         assert stage.app.got == 10
         await eventually(lambda: stage.outstanding() == 0)
 
@@ -667,7 +667,7 @@ async def test_draining_lets_a_websocket_go_on_for_a_while_and_ends_it_then(stag
     await draining
     with contextlib.suppress(ConnectionError):
         assert await reader.read() == b""
-    await asyncio.wait_for(stage.app.left.wait(), 2)
+    await asyncio.wait_for(stage.app.left.wait(), 5)
     writer.close()
 
 

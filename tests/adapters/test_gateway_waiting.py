@@ -94,6 +94,8 @@ class Asker:
         self.tenant, self.number, self.band = tenant, number, band
         self._line, self._room, self._went = line, room, went
 
+    is_picky = False
+
     def go(self) -> bool:
         if not self._room[0]:
             return False

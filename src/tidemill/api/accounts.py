@@ -7,12 +7,13 @@ from typing import Any
 
 from starlette.responses import Response
 
+from tidemill import catalog
 from tidemill.api.bodies import body_of, json_answer
 from tidemill.api.guard import Call, Caller, Routes, blocking, missing
 from tidemill.api.jobs import ProjectName
 from tidemill.api.shapes import PageOf, ProjectIn, ProjectOut, SecretIn, SecretOut, TokenChangeIn, TokenIn, TokenOut
 from tidemill.control.identity import Inference
-from tidemill.errors import InvalidRequest
+from tidemill.errors import InvalidRequest, InvalidSetting
 from tidemill.model.ids import ProjectId, TokenId, queue_id
 from tidemill.model.limits import Limit, limits_of
 from tidemill.model.queue import CPU, GPU
@@ -43,6 +44,7 @@ async def create_project(call: Caller) -> Response:
         limit_gpu_milli=given.limit_gpu_milli,
         limit_cpu_milli=given.limit_cpu_milli,
         limits=None if given.limits is None else _limits(given.limits),
+        countries=None if given.countries is None else _countries(given.countries),
     )
     return json_answer(_project_json(call, made), 201)
 
@@ -163,6 +165,16 @@ def _limits(given: Mapping[str, float]) -> tuple[Limit, ...]:
         raise InvalidRequest(f"{error}.", field="limits", value=dict(given), mend=mend) from error
 
 
+def _countries(given: Sequence[str]) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    for text in given:
+        try:
+            found.update(dict.fromkeys(catalog.country_codes(text)))
+        except InvalidSetting as error:
+            raise InvalidRequest(f"{text} is not a country.", field="countries", value=text, mend=error.mend) from error
+    return tuple(found)
+
+
 def limits_json(limits: Sequence[Limit]) -> dict[str, int | float]:
     """Limits as they are written."""
     return {limit.name: limit.written for limit in limits}
@@ -188,6 +200,7 @@ def _project_json(call: Call, project: Project) -> ProjectOut:
         "limit_gpu_milli": limit.get(GPU, 0),
         "limit_cpu_milli": limit.get(CPU, 0),
         "limits": limits_json(project.limits),
+        "countries": list(project.countries),
     }
 
 

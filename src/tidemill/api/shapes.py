@@ -948,6 +948,7 @@ class ProjectOut(TypedDict):
     limit_gpu_milli: int
     limit_cpu_milli: int
     limits: dict[str, int | float]
+    countries: list[str]
 
 
 class TokenOut(TypedDict):
@@ -1347,6 +1348,12 @@ class ProjectIn(Body):
     limit_gpu_milli: int = Field(0, ge=0, le=10**12)
     limit_cpu_milli: int = Field(0, ge=0, le=10**12)
     limits: Limits | None = Field(None, description="Of requests to models; left as they are when left out.")
+    countries: list[Annotated[str, StringConstraints(max_length=100, pattern=PLAIN_TEXT)]] | None = Field(
+        None,
+        max_length=300,
+        description="Where its work runs and its requests are answered, by ISO 3166 code or English name, or `EU`;"
+        " none: anywhere. Left as they are when left out.",
+    )
 
 
 Models = Annotated[list[Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,200}$")]], Field(max_length=200)]

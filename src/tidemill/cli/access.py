@@ -267,6 +267,14 @@ def project_create(
     gpus: Annotated[float, typer.Option("--gpus", metavar="N", min=0, help="At most so many held at a time.")] = 0,
     cpus: Annotated[float, typer.Option("--cpus", metavar="N", min=0, help="At most so many held at a time.")] = 0,
     limit: _Limits = None,
+    country: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--country",
+            metavar="NAME",
+            help="Keep its work and its requests there, may be repeated; anywhere undoes it.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Make a project, or give one other limits; tidemill share set gives it a weight, a guarantee and more."""
@@ -276,11 +284,12 @@ def project_create(
             limit_gpu_milli=round(gpus * MILLI),
             limit_cpu_milli=round(cpus * MILLI),
             limits=None if limit is None else _limits_of(limit),
+            countries=None if not country else [name for name in country if name != "anywhere"],
         )
     if json:
         emit(made.to_json())
     else:
-        say(f"created {made.name}")
+        say(f"created {made.name}{_kept(made.countries)}")
         note(f"  tidemill run --project {made.name} -- …")
 
 
@@ -298,11 +307,16 @@ def project_list(json: Json = False) -> None:
             _limit(item.limit_gpu_milli),
             _limit(item.limit_cpu_milli),
             _limits_text(item.limits) or "none",
+            ", ".join(item.countries) or "anywhere",
             age(item.created_at_ns),
         )
         for item in projects
     ]
-    table(("name", "id", "gpu limit", "cpu limit", "requests to models", "age"), rows)
+    table(("name", "id", "gpu limit", "cpu limit", "requests to models", "countries", "age"), rows)
+
+
+def _kept(countries: Sequence[str]) -> str:
+    return f", kept in {', '.join(countries)}" if countries else ""
 
 
 def _limit(milli: int) -> str:

@@ -161,7 +161,11 @@ class Acceptance:
         return found
 
     def pin(self, spec: WorkloadSpec, project: Project) -> WorkloadSpec:
-        """The spec with its inputs and data at the versions that they have now. Raises: NotFound, InvalidSpec."""
+        """The spec with its inputs and data at the versions that they have now, and within its project's countries.
+
+        Raises: NotFound, InvalidSpec.
+        """
+        spec = _within(spec, project)
         if spec.inputs:
             found = [(name, find_input(self._store, project.id, reference)) for name, reference in spec.inputs]
             spec = replace(spec, inputs=tuple((name, f"{one.name}:{one.version}") for name, one in found))
@@ -204,3 +208,19 @@ def _asked(spec: WorkloadSpec, project: Project, *, now: int) -> Workload:
         spec=spec,
         submitted_ns=now,
     )
+
+
+def _within(spec: WorkloadSpec, project: Project) -> WorkloadSpec:
+    """The spec, kept in the countries of its project. Raises: InvalidSpec when it asks for others only."""
+    if not project.countries:
+        return spec
+    where = spec.placement.where
+    kept = tuple(country for country in project.countries if not where.countries or country in where.countries)
+    if not kept:
+        raise InvalidSpec(
+            f"Project {project.name} is kept in {', '.join(project.countries)}.",
+            field="placement.countries",
+            value=list(where.countries),
+            mend=f"Leave it out, or write some of {', '.join(project.countries)}.",
+        )
+    return replace(spec, placement=replace(spec.placement, where=replace(where, countries=kept)))

@@ -60,10 +60,11 @@ class Administration:
         limit_gpu_milli: int = 0,
         limit_cpu_milli: int = 0,
         limits: tuple[Limit, ...] | None = None,
+        countries: tuple[str, ...] | None = None,
     ) -> Project:
         """A new project, or the one of that name; its queue has these limits from now on, zero being none.
 
-        ``limits`` is for what it asks of models; None leaves that as it is.
+        ``limits`` is for what it asks of models, ``countries`` where it is kept; None leaves that as it is.
 
         Raises: Forbidden, InvalidRequest when another queue has that name.
         """
@@ -86,6 +87,8 @@ class Administration:
                 facts.append(QueueSet(at_ns=now, queue=limited))
             if limits is not None:
                 project = replace(project, limits=limits)
+            if countries is not None:
+                project = replace(project, countries=countries)
             if project != known:
                 self._projects.add(project)
             if facts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final, Protocol
 
 from tidemill.gateway.table import NORMAL_BAND, Route
@@ -18,10 +19,16 @@ _WEIGHT: Final = 0.1
 _LONGEST_RETRY_S: Final = 60
 _STEPS: Final = (1, 8, 64)
 """How far a turn puts the next one of its band off: a band gets one for eight of the band before it."""
+_PASSED: Final = 16
+"""How many of a tenant that wait for other replicas others of it may pass."""
 
 
 class Waiter(Protocol):
     """A request that waits."""
+
+    @property
+    def is_picky(self) -> bool:
+        """Whether some replicas are not for it, that others could have meanwhile."""
 
     def go(self) -> bool:
         """Whether it has left the line: it was sent to a replica, or there is nothing left to wait for."""
@@ -45,6 +52,8 @@ class Line:
     """
 
     count: int = 0
+    picky: int = 0
+    """Of these, how many cannot go to every replica."""
     mean_s: float = 0.0
     _bands: tuple[_Band, ...] = field(default_factory=lambda: tuple(_Band() for _ in _STEPS))
     _is_advancing: bool = False
@@ -62,6 +71,7 @@ class Line:
         else:
             own.append(waiter)
         self.count += 1
+        self.picky += waiter.is_picky
 
     def leave(self, waiter: Waiter, tenant: str, *, band: int = NORMAL_BAND) -> None:
         """Wait no more."""
@@ -70,6 +80,7 @@ class Line:
         if own is not None and waiter in own:
             own.remove(waiter)
             self.count -= 1
+            self.picky -= waiter.is_picky
             if not own:
                 del tenants[tenant]
             if not self.count:
@@ -99,7 +110,7 @@ class Line:
         for band, step in sorted(zip(self._bands, _STEPS, strict=True), key=_turn_of):
             for tenant in list(band.tenants):
                 own = band.tenants.get(tenant)
-                if own and own[0].go():
+                if own and _goes(own):
                     if self.count:
                         band.turn += step
                     if tenant in band.tenants:
@@ -122,6 +133,18 @@ class Line:
         ahead = min(within, (len(mine.get(tenant, ())) + 1) * turns - 1)
         before = sum(len(own) for one in self._bands[:band] for own in one.tenants.values())
         return (ahead + before + 1) * self.mean_s / slots
+
+
+def _goes(own: deque[Waiter]) -> bool:
+    """Whether one of a tenant's goes: its first, or behind one that waits for other replicas another one."""
+    if not own[0].is_picky:
+        return own[0].go()
+    for waiter in list(islice(own, _PASSED)):
+        if waiter.go():
+            return True
+        if not waiter.is_picky:
+            break
+    return False
 
 
 def _turn_of(one: tuple[_Band, int]) -> int:

@@ -22,7 +22,8 @@ class Organization:
 class Project:
     """Who shares a quota; what its jobs may have is said by its ``model.queue.Queue``, ``limits`` is for requests.
 
-    ``allows_pickles``: its models may have pickles in them, where whoever adds them asks for it.
+    ``allows_pickles``: its models may have pickles in them, where whoever adds them asks for it. ``countries`` are
+    where its work runs and its requests are answered, by ISO 3166 alpha-3; empty: anywhere.
     """
 
     id: ProjectId
@@ -32,6 +33,7 @@ class Project:
     limits: tuple[Limit, ...] = ()
     """What all its keys together may ask of models."""
     allows_pickles: bool = False
+    countries: tuple[str, ...] = ()
 
 
 class PrincipalKind(StrEnum):

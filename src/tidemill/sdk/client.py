@@ -843,10 +843,12 @@ class Client:
         limit_gpu_milli: int = 0,
         limit_cpu_milli: int = 0,
         limits: Mapping[str, float] | None = None,
+        countries: Sequence[str] | None = None,
     ) -> ProjectInfo:
         """A new project, or the one of that name with these limits; zero does not limit what its jobs hold.
 
-        ``limits`` maps names such as ``tokens/day`` to what its keys may ask of models; None leaves them as they are.
+        ``limits`` maps names such as ``tokens/day`` to what its keys may ask of models. ``countries`` are where its
+        work runs and its requests are answered, none: anywhere. None leaves either as it is.
         """
         body: dict[str, Any] = {
             "name": name,
@@ -855,6 +857,8 @@ class Client:
         }
         if limits is not None:
             body["limits"] = dict(limits)
+        if countries is not None:
+            body["countries"] = list(countries)
         return ProjectInfo.from_json(self._http.post("/v1/projects", body))
 
     def _list(self, path: str, kind: type[R], query: Mapping[str, Any], *, limit: int = 0) -> Iterator[R]:

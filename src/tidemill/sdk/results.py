@@ -788,6 +788,7 @@ class ProjectInfo(Record):
     limit_gpu_milli: int = 0
     limit_cpu_milli: int = 0
     limits: Mapping[str, float] = field(default_factory=dict)
+    countries: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
