@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 CAUTION: Final = 1.25
 """A request that is refused at once is of more use than one that is refused when its time is over."""
+_USUAL_START_S: Final = 5.0
+"""How long a replica takes to start of which that is not known."""
 _log = logging.getLogger("tidemill.gateway")
 
 
@@ -610,7 +612,10 @@ class Journey(ABC):
         elif any(not one.is_leaving and one.circuit.allows for one in self._route.replicas):
             answer = answers.overloaded("overloaded", f"No replica of '{name}' was free in time.", retry_after_s=2)
         else:
-            answer = answers.overloaded("no_ready_replica", f"No replica of '{name}' is ready yet.", retry_after_s=5)
+            after = retry_after_s(self._route.start_s or _USUAL_START_S)
+            answer = answers.overloaded(
+                "no_ready_replica", f"No replica of '{name}' is ready yet.", retry_after_s=after
+            )
         self._end_with(answer)
 
     def _refuse(self, code: str, why: str, expected_s: float, *, is_own: bool = False) -> None:
