@@ -887,6 +887,11 @@ async def test_a_request_waits_for_a_replica_in_order_and_no_longer_than_it_may(
     answer = await rig.raw(request({"model": "m"}, headers="Connection: close\r\nX-Tidemill-Wait: 0.05\r\n"))
     status, headers, body = parse(answer)
     assert (status, headers["retry-after"], error_of(body)["code"]) == (503, "5", "no_ready_replica")
+    slow = json.loads(held_feed({"m": []}, version=2))
+    slow["routes"]["m"]["start_ms"] = 41_000
+    rig.gateway.adopt(read_feed(json.dumps(slow).encode(), rig.gateway.table))
+    answer = await rig.raw(request({"model": "m"}, headers="Connection: close\r\nX-Tidemill-Wait: 0.05\r\n"))
+    assert parse(answer)[1]["retry-after"] == "41", "as long as its replicas take to start"
     rig.gateway.adopt(read_feed(held_feed({"m": rig.endpoints}, version=3, concurrency=1), rig.gateway.table))
     assert [(await task)[0] for task in waiting] == [200, 200, 200]
     assert [json.loads(body)["n"] for body in rig.engine.bodies] == [0, 1, 2]

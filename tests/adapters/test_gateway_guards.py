@@ -255,6 +255,17 @@ async def test_a_client_that_leaves_while_it_is_looked_at_leaves_nothing(rig: Ri
     assert rig.engine.bodies == []
 
 
+@guarded()
+async def test_another_model_stands_in_only_when_it_has_the_same_rules(rig: Rig) -> None:
+    own, other = rule("r", "words", words=["tsunami"]), rule("r", "words", words=["ripple"])
+    for theirs, status in (([own], 200), ([], 200), ([other], 503)):
+        told = json.loads(feed_of({"m": [], "n": rig.endpoints}, version=2))
+        told["routes"]["m"] |= {"guards": [own], "fallback": ["n"]}
+        told["routes"]["n"]["guards"] = theirs
+        rig.gateway.adopt(read_feed(json.dumps(told).encode(), rig.gateway.table))
+        assert (await rig.post(chat("hi")))[0] == status, theirs
+
+
 # A classifier
 
 

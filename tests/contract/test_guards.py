@@ -14,14 +14,18 @@ from typing import Any
 
 import pytest
 
-from tidemill.errors import InvalidRequest
+from tidemill.control.settings import load_settings
+from tidemill.errors import InvalidRequest, TidemillError
 from tidemill.guards.kinds import guard_of, kind_names
 from tidemill.guards.limits import Limits
 from tidemill.guards.looking import Breach, Found, TextGuard
 from tidemill.guards.personal import Personal
 from tidemill.guards.words import Injections, Patterns, Words
 from tidemill.model.guard import Action, GuardRule, Stage
+from tidemill.store.codec import decode, encode
 from tidemill.testing import check_guard
+from tidemill.wire import read_spec
+from tidemill.wire.writing import spec_to_json
 
 PERSONAL = [
     "ada@example.org", "+49 30 901820", "4111 1111 1111 1111", "DE89 3704 0044 0532 0130 00", "192.168.10.20",
@@ -169,6 +173,33 @@ def test_a_guardrail_of_another_package_is_found_by_its_entry_point(monkeypatch:
     assert "acme" in kind_names()
     guard = guard_of(GuardRule(name="r", kind="acme", options={"fault": ""}))
     assert isinstance(guard, TextGuard)
+
+
+def test_rules_of_files_and_settings_are_read_written_and_refused_with_a_mend(tmp_path: Path) -> None:
+    base = {"kind": "service", "run": "true"}
+    told = [{"kind": "pii", "action": "redact", "on": "both"}, {"kind": "words", "words": ["a"]}, {"kind": "words", "words": ["b"]}]  # fmt: skip
+    spec = read_spec({**base, "service": {"guards": told}}, default_name="x")
+    assert spec.service is not None
+    assert [rule.name for rule in spec.service.guards] == ["pii", "words", "words-2"]
+    assert not spec.service.is_open, "it is reached where it is looked at only"
+    assert read_spec(spec_to_json(spec), default_name="x") == spec
+    assert decode(type(spec), encode(spec)) == spec
+    for guards, word in (
+        ([{"kind": "word"}], "Did you mean words"),
+        ([{"kind": "patterns", "patterns": ["(a+)+"]}], "largest number"),
+        ({"kind": "pii"}, "for example"),
+        ([{"kind": "pii", "action": "delete"}], "Actions are"),
+        ([{"kind": "pii", "models": ["m"]}], "models"),
+    ):
+        with pytest.raises(TidemillError) as refused:
+            read_spec({**base, "service": {"guards": guards}}, default_name="x")
+        assert refused.value.field == "service.guards"
+        assert word in f"{refused.value.detail} {refused.value.mend}"
+    (tmp_path / "config.yaml").write_text("guards: [{kind: pii, action: flag, models: [m], projects: lab}]")
+    (rule,) = load_settings(tmp_path, {}).guards
+    assert rule.concerns(project="lab", model="m")
+    assert not rule.concerns(project="lab", model="n")
+    assert not rule.concerns(project="other", model="m")
 
 
 @pytest.mark.long

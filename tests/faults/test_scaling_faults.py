@@ -95,6 +95,7 @@ def test_first_tokens_that_come_late_bring_another_replica_and_why_says_so(cloud
         assert "ttft" in command(cloud, "show", "felt")
 
 
+@pytest.mark.long
 def test_a_full_cache_and_a_queue_inside_the_engine_bring_more_replicas(cloud: Cloud) -> None:
     scaling = {"kv_cache": "80%", "engine_queue": 4, "window": "5s"}
     spec = service("cached", replicas="1..3", idle="1s", scaling=scaling)

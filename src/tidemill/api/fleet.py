@@ -261,6 +261,9 @@ async def usage(
     return json_answer(await blocking(answer))
 
 
+_NO_NUL: Final = r"^[^\x00]*$"
+
+
 @routes.get("/v1/usage/models", allow=Scope.READ, answer=ModelCostsOut)
 async def get_model_costs(call: Caller, project: ProjectName = "") -> Response:
     """Get what a thousand tokens of each model took, in money, energy and carbon: its replicas' lines over them."""
@@ -278,8 +281,8 @@ async def get_model_costs(call: Caller, project: ProjectName = "") -> Response:
 async def list_decisions(
     call: Caller,
     project: ProjectName = "",
-    model: Annotated[str, Query(max_length=300, description="Only of that model.")] = "",
-    rule: Annotated[str, Query(max_length=100, description="Only of that rule.")] = "",
+    model: Annotated[str, Query(max_length=300, pattern=_NO_NUL, description="Only of that model.")] = "",
+    rule: Annotated[str, Query(max_length=100, pattern=_NO_NUL, description="Only of that rule.")] = "",
     action: Annotated[str, Query(max_length=20, description="Only allow, flag, redact or refuse.")] = "",
     cursor: Cursor = "",
     limit: Limit = 100,

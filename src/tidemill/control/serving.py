@@ -17,13 +17,14 @@ from tidemill.core.routing import fallbacks
 from tidemill.core.world import World
 from tidemill.model.fleet import link_between
 from tidemill.model.guard import Decision, GuardRule
-from tidemill.model.ids import ProjectId, RolloutId, SiteId
+from tidemill.model.ids import ProjectId, RolloutId, SiteId, WorkloadId
 from tidemill.model.job import Allocation
 from tidemill.model.ledger import TokenUsage
 from tidemill.model.limits import Limit, Priority
 from tidemill.model.spec import Affinity, Service, Timeouts
 from tidemill.model.tenant import Token
 from tidemill.ports import Store
+from tidemill.units import SECOND_NS
 
 
 class Serving:
@@ -63,6 +64,11 @@ class Serving:
             tuple(self.rollouts.weights.items()),
         )
 
+    def _start_ms(self, workload_id: WorkloadId) -> int:
+        """How long replicas of a service take to start, in whole seconds; zero while that is not known."""
+        account = self.scaler.account(workload_id)
+        return 0 if account is None else -(-account.lead_ns // SECOND_NS) * 1_000
+
     def feed(self) -> tuple[str, dict[str, Any]]:
         """Everything the gateway needs: token hashes and where each model's ready replicas are, and its version."""
         world = self._world()
@@ -84,6 +90,7 @@ class Serving:
                     "health": service.readiness_path,
                     "concurrency": service.concurrency,
                     "wait_ms": _ms(service.wait_ns),
+                    "start_ms": self._start_ms(workload_id),
                     "guards": self._guards(service.guards, workload.project_id, service.model or workload.spec.name),
                     "price": [service.price_input_micro, service.price_output_micro],
                     "is_salted": service.is_salted,

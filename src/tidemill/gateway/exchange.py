@@ -45,8 +45,6 @@ class Exchange(Journey):
         super().__init__(gateway, client, head, asking, head_at=head_at)
         self._http_1_0 = head.http_1_0
         self._target = head.target
-        self._guards = asking.route.guards
-        """Those of the model that was asked for, also when another answers."""
         is_looked_at = self._guards is not None and bool(self._guards.on_response)
         self._given = self._headers_for(head, without=_PLAIN if is_looked_at else _NOT_FORWARDED)
         self._body = asking.body

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 CAUTION: Final = 1.25
 """A request that is refused at once is of more use than one that is refused when its time is over."""
+_USUAL_START_S: Final = 5.0
+"""How long a replica takes to start of which that is not known."""
 _log = logging.getLogger("tidemill.gateway")
 
 
@@ -114,6 +116,8 @@ class Journey(ABC):
         self._variant: str | None = None
         """Of which replica, since it was drawn; None: not drawn, or there is nothing to draw."""
         self._fallbacks = list(asking.route.fallback)
+        self._guards = asking.route.guards
+        """Those of the model that was asked for, also when another answers."""
         """Other models that have not been asked yet."""
         self._left: Route | None = None
         """The route that it came by, when another model answers."""
@@ -356,6 +360,8 @@ class Journey(ABC):
             route = gateway.fallback(name, asking.key)
             if route is None or gateway.line(name).count or (self.needs_open and not route.is_open):
                 continue
+            if route.guards is not None and (self._guards is None or route.guards.raw != self._guards.raw):
+                continue  # it was not looked at by that model's rules
             variant = route.draw(asking.wish or routing.ANY) if route.weights else None
             if route.weights and variant is None:
                 continue
@@ -606,7 +612,10 @@ class Journey(ABC):
         elif any(not one.is_leaving and one.circuit.allows for one in self._route.replicas):
             answer = answers.overloaded("overloaded", f"No replica of '{name}' was free in time.", retry_after_s=2)
         else:
-            answer = answers.overloaded("no_ready_replica", f"No replica of '{name}' is ready yet.", retry_after_s=5)
+            after = retry_after_s(self._route.start_s or _USUAL_START_S)
+            answer = answers.overloaded(
+                "no_ready_replica", f"No replica of '{name}' is ready yet.", retry_after_s=after
+            )
         self._end_with(answer)
 
     def _refuse(self, code: str, why: str, expected_s: float, *, is_own: bool = False) -> None:

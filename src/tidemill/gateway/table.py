@@ -58,6 +58,7 @@ class _Route(msgspec.Struct):
     health: str = ""
     concurrency: int = 0
     wait_ms: int = 0
+    start_ms: int = 0
     guards: list[dict[str, Any]] = []
     weights: dict[str, int] = {}
     affinity: str = ""
@@ -255,6 +256,8 @@ class Route:
     health: str = ""
     concurrency: int = 0
     wait_s: float = 0.0
+    start_s: float = 0.0
+    """How long its replicas took to start of late; zero: not known."""
     guards: Guarding | None = None
     """What looks at its requests and answers; None: nothing."""
     weights: Mapping[str, int] = field(default_factory=dict)
@@ -384,6 +387,7 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
             health=route.health,
             concurrency=route.concurrency,
             wait_s=route.wait_ms / 1000,
+            start_s=route.start_ms / 1000,
             guards=_guarding(route.guards, before.routes.get(model) if before is not None else None),
             weights=route.weights,
             affinity=route.affinity,

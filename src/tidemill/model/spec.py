@@ -227,8 +227,8 @@ class Service:
 
     @property
     def is_open(self) -> bool:
-        """Whether any of its paths is reached, and not only the API of its model."""
-        return not self.model if self.http is None else self.http
+        """Whether any of its paths is reached, and not only the API of its model, which alone guardrails look at."""
+        return not self.guards and (not self.model if self.http is None else self.http)
 
     @property
     def is_scaled(self) -> bool:

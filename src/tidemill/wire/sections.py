@@ -1236,6 +1236,9 @@ def contradictions(given: set[str], spec: Any, now: int) -> Iterator[dict[str, A
     if isinstance(spec.service, ServiceIn) and isinstance(spec.service.rollout, RolloutIn):
         yield from _impossible_rollouts(spec.service.rollout)
     if isinstance(spec.service, ServiceIn):
+        if spec.service.guards and spec.service.http is True:
+            mend = "Leave one of them out."
+            yield problem("service.http", True, "Guardrails look at requests to its model, not at all paths.", mend)
         own = spec.service.model or spec.name
         if own and own in spec.service.fallback:
             yield problem("service.fallback", own, "It would fall back to itself.", "Leave that one out.")
