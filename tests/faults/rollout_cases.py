@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.cloud import Cloud, eventually
-from tests.faults.serving import Crowd, Journals, Seen, ask, replicas, service
+from tests.faults.serving import Crowd, Journals, Seen, ask, pid_of, replicas, service
 
 
 @dataclass(slots=True)
@@ -233,3 +235,20 @@ def gang_replicas(cloud: Cloud) -> str:
         assert wait_until_over(cloud, "gang") == {1: "replaced", 2: "running"}
         assert replicas(cloud, "gang") == 2
     return f"{len(workers)} workers, 2 endpoints"
+
+
+def dead_replica(cloud: Cloud) -> str:
+    """A replica that hangs for good does not pass its liveness probe: it is ended, and another attempt answers."""
+    alive = {"path": "/health", "every": "200ms", "answer": "500ms", "failures": 3}
+    spec = {**service("alive", replicas=1, liveness=alive, wait="30s"), "retry": {"on": ["error"], "max": 1}}
+    with running(cloud, spec) as made:
+        job = made["jobs"][0]["id"]
+        os.kill(pid_of(job), signal.SIGSTOP)
+        eventually(lambda: cloud.job(job)["attempts"] == 2, within_s=60, what="there is another attempt")
+        first = cloud.job(job)["attempt_list"][0]
+        assert first["cause"] == "not_alive", first
+        assert "3 times in a row; see service.liveness" in first["detail"]
+        seen = Seen(tag="alive", began=time.monotonic())
+        ask(cloud, "alive", seen, max_tokens=2)
+        assert seen.is_whole, seen
+    return f"{first['detail']}; another attempt answered"

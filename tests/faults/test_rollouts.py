@@ -19,7 +19,7 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
 
 
 def test_an_update_and_a_rollback_fail_no_request_though_the_control_plane_is_killed(cloud: Cloud) -> None:
-    assert "none failed" in rollout_cases.rolling_update(cloud, kills=2)
+    assert "none failed" in rollout_cases.rolling_update(cloud, kills=1)
 
 
 def test_a_canary_gets_its_part_until_it_is_promoted(cloud: Cloud) -> None:
@@ -32,3 +32,7 @@ def test_a_bad_revision_is_taken_back_by_itself(cloud: Cloud) -> None:
 
 def test_a_replica_may_be_a_gang(cloud: Cloud) -> None:
     assert "2 endpoints" in rollout_cases.gang_replicas(cloud)
+
+
+def test_a_replica_that_hangs_for_good_is_replaced(cloud: Cloud) -> None:
+    assert "another attempt answered" in rollout_cases.dead_replica(cloud)

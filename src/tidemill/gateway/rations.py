@@ -50,6 +50,7 @@ _SHOWN: Final = (
     (Measure.INPUT, b"input-tokens"),
     (Measure.OUTPUT, b"output-tokens"),
 )
+_TOLD: Final = (b"limit", b"remaining", b"reset")
 _WORDS: Final = {
     Measure.REQUESTS: "requests",
     Measure.TOKENS: "tokens",
@@ -62,6 +63,8 @@ _log = logging.getLogger("tidemill.gateway")
 
 Ask = Callable[[bytes], Awaitable[bytes]]
 """Tells the control plane and gives its answer. Raises: OSError, Refused."""
+_Shown = tuple[bytes, bytes, bytes, tuple[Share, ...]]
+"""The names of three headers, and the shares that they tell of."""
 Then = Callable[[Answer | None], None]
 """Is called when a request was let in, or with the answer that refuses it."""
 
@@ -93,6 +96,7 @@ class Charge:
         "_needs",
         "_rations",
         "_shares",
+        "_shown",
         "_then",
         "_timer",
         "waits_since_ns",
@@ -102,6 +106,7 @@ class Charge:
         self,
         rations: Rations,
         shares: tuple[Share, ...],
+        shown: tuple[_Shown, ...],
         needs: list[int],
         least: list[int],
         *,
@@ -111,6 +116,7 @@ class Charge:
         """``needs`` is what is reserved; without ``is_sure`` it is a guess, and ``least`` of it is enough."""
         self._rations = rations
         self._shares = shares
+        self._shown = shown
         self._needs = needs
         self._least = least
         self._model = model
@@ -157,7 +163,7 @@ class Charge:
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What clients are told of the limits."""
-        return rate_headers(self._shares, now=self._rations.clock())
+        return _headers(self._shown, now=self._at_ns)
 
     # What the rations call
 
@@ -231,7 +237,7 @@ class Rations:
         self._worker = worker
         self._workers = workers
         self._shares: dict[tuple[str, str], Share] = {}
-        self._of: dict[tuple[str, str], tuple[Share, ...]] = {}
+        self._of: dict[tuple[str, str], tuple[tuple[Share, ...], tuple[_Shown, ...]]] = {}
         """The shares of a key and of who pays."""
         self._by_subject: dict[str, tuple[Share, ...]] = {}
         self._copy = copy
@@ -294,9 +300,11 @@ class Rations:
     def charge(self, key: Key, route: Route, content: dict[str, Any], size: int, *, has_output: bool) -> Charge | None:
         """What that request takes; None when nothing limits it. ``size`` is its body's."""
         payer = key.project or route.project
-        shares = self._of.get((key.id, payer))
-        if shares is None:
-            shares = self._of[key.id, payer] = self._shares_of(key.id) + self._shares_of(payer)
+        known = self._of.get((key.id, payer))
+        if known is None:
+            found = self._shares_of(key.id) + self._shares_of(payer)
+            known = self._of[key.id, payer] = found, _shown_of(found)
+        shares, shown = known
         if not shares:
             return None
         prompt = size // _BYTES_PER_TOKEN + 1
@@ -305,7 +313,7 @@ class Rations:
             prompt, self._outputs.get(route.model, _ASSUMED_OUTPUT) if most is None else most, route.price
         )
         least = needs if most is not None else amounts_of(prompt, 1, route.price)
-        return Charge(self, shares, needs, least, model=route.model, is_sure=most is not None)
+        return Charge(self, shares, shown, needs, least, model=route.model, is_sure=most is not None)
 
     def admit(self, charge: Charge) -> None:
         """Let it in or refuse it, at once or in a moment."""
@@ -478,21 +486,32 @@ def _write(path: Path, told: list[_Told]) -> None:
 
 def rate_headers(shares: Sequence[Share], *, now: int) -> list[tuple[bytes, bytes]]:
     """The headers that tell of limits on requests and tokens: of each the one that is nearest to its end."""
+    return _headers(_shown_of(shares), now=now)
+
+
+def _shown_of(shares: Sequence[Share]) -> tuple[_Shown, ...]:
+    """Which headers tell of which of the shares."""
     found = []
     for measure, shown in _SHOWN:
-        index = MEASURES.index(measure)
-        nearest, left = None, 0
-        for share in shares:
-            if share.measure == index:
-                there = max(0, share.free(now=now))
-                if nearest is None or there < left:
-                    nearest, left = share, there
-        if nearest is not None:
-            found += [
-                (b"x-ratelimit-limit-%b" % shown, b"%d" % nearest.amount),
-                (b"x-ratelimit-remaining-%b" % shown, b"%d" % left),
-                (b"x-ratelimit-reset-%b" % shown, _reset(nearest, nearest.amount - left, now=now)),
-            ]
+        of = tuple(share for share in shares if share.limit.measure is measure)
+        if of:
+            limit, remaining, reset = (b"x-ratelimit-%b-%b" % (what, shown) for what in _TOLD)
+            found.append((limit, remaining, reset, of))
+    return tuple(found)
+
+
+def _headers(plan: Sequence[_Shown], *, now: int) -> list[tuple[bytes, bytes]]:
+    found = []
+    for limit, remaining, reset, shares in plan:
+        nearest = shares[0]
+        left = nearest.free(now=now)
+        for share in shares[1:]:
+            if (there := share.free(now=now)) < left:
+                nearest, left = share, there
+        left = max(0, left)
+        found.append((limit, b"%d" % nearest.amount))
+        found.append((remaining, b"%d" % left))
+        found.append((reset, _reset(nearest, nearest.amount - left, now=now)))
     return found
 
 

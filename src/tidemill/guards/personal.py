@@ -21,6 +21,7 @@ _PHONE: Final = re.compile(r"(?<![\w+./-])(?:\+|\(\+?)?\d[\d ()./-]{5,22}\d(?!\w
 _DATE: Final = re.compile(r"\d{4}-\d{2}-\d{2}|\d{1,2}[./]\d{1,2}[./]\d{2,4}")
 _IPV4: Final = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
 _IPV6: Final = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]{2,39}(?![\w:])")
+_DIGIT: Final = re.compile(r"\d")
 _OF_GROUPS: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ()+./-")
 """What numbers in groups are written with."""
 _REACH: Final = 320
@@ -86,7 +87,7 @@ def _emails(text: str, start: int) -> Iterator[Found]:
 
 
 def _cards(text: str, start: int) -> Iterator[Found]:
-    for match in _CARD.finditer(text, start):
+    for match in _CARD.finditer(text, start) if _DIGIT.search(text, start) else ():
         digits = [int(one) for one in match[0] if one.isdigit()]
         doubled = [one if place % 2 == 0 else one * 2 - 9 * (one > 4) for place, one in enumerate(reversed(digits))]
         if sum(doubled) % 10 == 0 and len(set(digits)) > 1:
@@ -94,7 +95,7 @@ def _cards(text: str, start: int) -> Iterator[Found]:
 
 
 def _ibans(text: str, start: int) -> Iterator[Found]:
-    for match in _IBAN.finditer(text, start):
+    for match in _IBAN.finditer(text, start) if _DIGIT.search(text, start) else ():
         letters = match[0].replace(" ", "")
         moved = letters[4:] + letters[:4]
         if 15 <= len(letters) <= 34 and int("".join(str(int(one, 36)) for one in moved)) % 97 == 1:
@@ -102,7 +103,7 @@ def _ibans(text: str, start: int) -> Iterator[Found]:
 
 
 def _phones(text: str, start: int) -> Iterator[Found]:
-    for match in _PHONE.finditer(text, start):
+    for match in _PHONE.finditer(text, start) if _DIGIT.search(text, start) else ():
         number = match[0]
         digits = sum(map(str.isdigit, number))
         groups = len(re.findall(r"\d+", number))
@@ -114,7 +115,7 @@ def _phones(text: str, start: int) -> Iterator[Found]:
 
 
 def _addresses(text: str, start: int) -> Iterator[Found]:
-    for pattern in (_IPV4, _IPV6):
+    for pattern in (_IPV4, _IPV6) if ":" in text else (_IPV4,):
         for match in pattern.finditer(text, start):
             if pattern is _IPV6 and match[0].count(":") < 2:
                 continue

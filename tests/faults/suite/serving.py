@@ -1,11 +1,11 @@
-"""Cases 7, 8, 24, 25: what replicas, gateways and crowds do to requests. They are written in ``tests.faults.gateway_cases``."""
+"""Cases 7, 8, 24 to 26: what replicas, gateways, crowds and updates do to requests, from ``gateway_cases`` and ``rollout_cases``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from tests.cloud import Cloud
-from tests.faults import gateway_cases
+from tests.faults import gateway_cases, rollout_cases
 from tests.faults.suite.bed import Beds
 from tests.faults.suite.registry import case
 
@@ -58,3 +58,12 @@ def gateway_under_pressure(beds: Beds) -> str:
 )
 def from_nothing(beds: Beds) -> str:
     return _on(beds, gateway_cases.case_25)
+
+
+@case(
+    26,
+    "a service is updated and goes back under requests all the time; kill -9 of the control plane at three points of it",
+    "no request fails, streams among them; the next control plane goes on where it was",
+)
+def updated_service(beds: Beds) -> str:
+    return _on(beds, lambda cloud: rollout_cases.rolling_update(cloud, kills=3))
