@@ -420,6 +420,7 @@ async def test_a_replica_whose_answers_fail_is_left_out_for_a_while_and_comes_ba
         await ask(rig, {"model": "m"})
         if not bad.circuit.allows:
             break
+    await eventually(lambda: not bad.circuit.allows)  # it is looked at once a second
     assert bad.circuit.why == "100 % of its answers fail, 0 % of the others'"
     assert bad.circuit.until - bad.circuit.since == pytest.approx(5), "longer than after a refused connection"
     bad.circuit.until += 60

@@ -52,8 +52,8 @@ class Mill:
     served: list[int] = field(default_factory=list)
 
     @property
-    def load(self) -> int:
-        return self.outstanding + self.others
+    def under_way(self) -> range:
+        return range(self.outstanding)
 
 
 Choose = Callable[..., Mill | None]

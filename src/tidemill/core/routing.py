@@ -14,7 +14,7 @@ session's own key. Ties of work go to whoever waited longest for a turn.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, Protocol, TypeVar
@@ -43,7 +43,7 @@ _MIX: Final = 0x9E37_79B9_7F4A_7C15
 class Choice(Protocol):
     """A replica as routing sees it.
 
-    ``outstanding`` is how many requests are under way on it, ``load`` these and what its engine has beside them.
+    ``under_way`` are the requests that it was sent, ``others`` how many its engine has beside them.
     """
 
     @property
@@ -59,9 +59,9 @@ class Choice(Protocol):
     @property
     def standing(self) -> int: ...
     @property
-    def outstanding(self) -> int: ...
+    def under_way(self) -> Sized: ...
     @property
-    def load(self) -> int: ...
+    def others(self) -> int: ...
 
 
 R = TypeVar("R", bound=Choice)
@@ -94,9 +94,10 @@ def least(replicas: Iterable[R], *, room: int = 0, tried: Collection[R] = ()) ->
         standing = one.standing
         if standing > rank[0] or standing == SHUT:
             continue
-        if (room and one.outstanding >= room) or one in tried:
+        outstanding = len(one.under_way)
+        if (room and outstanding >= room) or one in tried:
             continue
-        mine = (standing, one.load, one.turn)
+        mine = (standing, outstanding + one.others, one.turn)
         if best is None or mine < rank:
             best, rank = one, mine
     return best
@@ -115,25 +116,40 @@ def choose(
 
     ``room`` is how many requests each takes at a time, zero for any number; ``variant`` None: whichever.
     """
-    able = [one for one in replicas if _may(one, wish, variant) and not (room and one.outstanding >= room)]
-    able = [one for one in able if one not in tried] if tried else able
-    if not able:
-        return None
-    nearest = min(one.distance_ns for one in able)
-    able = [one for one in able if one.distance_ns == nearest]
-    if wish.key is None or ring is None or len(able) == 1:
+    countries, nearest = wish.countries, FAR_NS
+    able: list[R] = []
+    for one in replicas:
+        if (
+            one.standing == SHUT
+            or (variant is not None and one.variant != variant)
+            or (countries and one.country not in countries)
+            or (room and len(one.under_way) >= room)
+            or one in tried
+        ):
+            continue
+        distance = one.distance_ns
+        if distance < nearest:
+            able, nearest = [one], distance
+        elif distance == nearest:
+            able.append(one)
+    if wish.key is None or ring is None or len(able) < 2:
         return least(able)
-    trial = next((one for one in able if one.standing == TRIAL), None)
-    if trial is not None and not wish.is_session:
-        return trial
+    if not wish.is_session:
+        trial = next((one for one in able if one.standing == TRIAL), None)
+        if trial is not None:
+            return trial
     able = [one for one in able if one.standing != SUSPECT] or able
-    limit = None if wish.is_session else bound(sum(one.load for one in able), len(able))
-    by_job = {one.job: one for one in able}
+    limit = None if wish.is_session else bound(sum([_load(one) for one in able]), len(able))
     for job in ring.owners(wish.key):
-        found = by_job.get(job)
-        if found is not None and (limit is None or found.load < limit):
-            return found
+        for one in able:
+            if one.job == job and (limit is None or _load(one) < limit):
+                return one
     return least(able)
+
+
+def _load(replica: Choice) -> int:
+    """The work on a replica."""
+    return len(replica.under_way) + replica.others
 
 
 def is_allowed(replica: Choice, wish: Wish) -> bool:
@@ -146,16 +162,11 @@ def takers(replicas: Iterable[R], wish: Wish, *, weights: Mapping[str, int], tri
     return [
         one
         for one in replicas
-        if _may(one, wish, None) and one not in tried and (not weights or weights.get(one.variant, 0) > 0)
+        if one.standing != SHUT
+        and is_allowed(one, wish)
+        and one not in tried
+        and (not weights or weights.get(one.variant, 0) > 0)
     ]
-
-
-def _may(replica: Choice, wish: Wish, variant: str | None) -> bool:
-    return (
-        replica.standing != SHUT
-        and (variant is None or replica.variant == variant)
-        and (not wish.countries or replica.country in wish.countries)
-    )
 
 
 def bound(total: int, count: int) -> int:
@@ -178,9 +189,10 @@ class Ring:
 
     def owners(self, key: int) -> Iterator[str]:
         """Whose the key is, then whose it would be without that one, and so on; each once."""
+        names, start = self._names, bisect_right(self._points, key)
         seen: set[str] = set()
-        start = bisect_right(self._points, key)
-        for name in (*self._names[start:], *self._names[:start]):
+        for at in range(start, start + len(names)):
+            name = names[at % len(names)]
             if name not in seen:
                 seen.add(name)
                 yield name
@@ -188,11 +200,8 @@ class Ring:
 
 def key_of(*parts: bytes) -> int:
     """A number below 2**64 for these parts, the same everywhere."""
-    digest = blake2b(digest_size=8)
-    for part in parts:
-        digest.update(b"%d:" % len(part))
-        digest.update(part)
-    return int.from_bytes(digest.digest(), "big")
+    whole = b"".join([b"%d:%b" % (len(part), part) for part in parts])
+    return int.from_bytes(blake2b(whole, digest_size=8).digest(), "big")
 
 
 def prefix_of(content: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import quote
 
@@ -82,14 +82,14 @@ class ResponseHead:
     length: int | None
     chunked: bool
     keep_alive: bool
+    is_event_stream: bool = field(init=False)
+    """Whether the body is a stream of server-sent events."""
 
-    @property
-    def is_event_stream(self) -> bool:
-        """Whether the body is a stream of server-sent events."""
-        return any(
-            name == b"content-type" and value.lstrip().lower().startswith(b"text/event-stream")
-            for name, value in self.headers
-        )
+    def __post_init__(self) -> None:
+        self.is_event_stream = False
+        for name, value in self.headers:
+            if name == b"content-type" and value[:17].lower() == b"text/event-stream":
+                self.is_event_stream = True
 
 
 def cut_head(data: bytes) -> tuple[bytes, bytes] | None:

@@ -13,13 +13,14 @@ from urllib.parse import urlsplit
 import msgspec
 
 from tidemill.core import routing, tokens
-from tidemill.core.routing import Budget, Ring, Wish
+from tidemill.core.routing import SHUT, SUSPECT, TRIAL, WELL, Budget, Ring, Wish
 from tidemill.gateway.circuit import Circuit, State
 from tidemill.gateway.guarding import Guarding, guarding_of
 from tidemill.model.limits import Priority
 
 _ALL_OPEN: Final = frozenset({"infer", "admin"})
 _NEAR_NAMES: Final = 3
+_CLOSED: Final = State.CLOSED
 NORMAL_BAND: Final = Priority.NORMAL.band
 
 
@@ -186,19 +187,14 @@ class Replica:
         return len(self.under_way)
 
     @property
-    def load(self) -> int:
-        """How much work is on it."""
-        return len(self.under_way) + self.others
-
-    @property
     def standing(self) -> int:
         """Whether it gets requests, as ``core.routing`` ranks it."""
-        circuit = self.circuit
         if self.is_leaving:
-            return routing.SHUT
-        if circuit.state is State.CLOSED:
-            return routing.SUSPECT if circuit.is_suspect else routing.WELL
-        return routing.TRIAL if circuit.allows else routing.SHUT
+            return SHUT
+        circuit = self.circuit
+        if circuit.state is _CLOSED:
+            return SUSPECT if circuit.is_suspect else WELL
+        return TRIAL if circuit.allows else SHUT
 
     @property
     def address(self) -> tuple[str, int]:
@@ -234,6 +230,12 @@ class Course:
     names: frozenset[str] = frozenset()
     diverted: int = 0
     """Requests under way that other models answer, because none of its replicas could."""
+
+    def seat(self, replicas: Sequence[Replica]) -> None:
+        """Have a ring with these replicas."""
+        names = frozenset(one.job for one in replicas)
+        if self.ring is None or self.names != names:
+            self.ring, self.names = Ring(names), names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,7 +290,7 @@ class Route:
             room=self.concurrency,
             tried=tried,
             variant=variant,
-            ring=self._ring() if wish is not None and wish.key is not None else None,
+            ring=self.course.ring,
         )
 
     def draw(self, wish: Wish, *, tried: Sequence[Replica] = ()) -> str | None:
@@ -306,13 +308,6 @@ class Route:
     def may_serve(self, wish: Wish) -> bool:
         """Whether a replica, taking requests now or not, is where a request may be served."""
         return any(routing.is_allowed(one, wish) for one in self.replicas)
-
-    def _ring(self) -> Ring:
-        names = frozenset(one.job for one in self.replicas)
-        course = self.course
-        if course.ring is None or course.names != names:
-            course.ring, course.names = Ring(names), names
-        return course.ring
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -410,6 +405,8 @@ def read_feed(raw: bytes, before: Table | None = None) -> Table:
             is_salted=route.is_salted,
             course=earlier.course if earlier is not None else Course(),
         )
+        if route.affinity in ("prefix", "session"):
+            made.course.seat(replicas)
         if made.is_open:
             services.setdefault(made.service, []).append(made)
     open_to = lru_cache(maxsize=None)(partial(_matching, tuple(routes)))
