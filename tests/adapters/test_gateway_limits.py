@@ -394,9 +394,10 @@ async def test_four_gateways_hold_to_a_limit_together_within_two_percent(it: Yar
     per_day, project = it.key(requests_per_day=200), it.key("prj_3")
     it.project("prj_3", requests_per_day=150)
     await it.open(4)
-    admitted = 0
-    for _ in range(5):
+    admitted, until = 0, time.monotonic() + 5
+    while admitted < 196 and time.monotonic() < until:  # what one holds too much comes to the others with its next tick
         admitted += (await it.statuses(per_day, 80, number=None)).count(200)
+    admitted += (await it.statuses(per_day, 80, number=None)).count(200)
     assert 196 <= admitted <= 200
     assert (await it.statuses(project, 4, number=None)).count(404) == 4
     await it.settled(admitted)
