@@ -21,6 +21,8 @@ from tidemill.ports import Store
 from tidemill.units import MINUTE_NS, SECOND_NS
 
 _NEW_NS: Final = 3 * SECOND_NS
+_LISTENS_NS: Final = 350 * SECOND_NS // 1000
+"""So long a control plane that begins listens to what gateways have before it gives anything: more than a tick."""
 _PRESENT_NS: Final = 5 * SECOND_NS
 _FORGOTTEN_NS: Final = {Kind.RATE: 30 * SECOND_NS, Kind.QUOTA: 30 * SECOND_NS, Kind.GAUGE: 5 * SECOND_NS}
 """After how long a gateway that says nothing is thought to be gone: what it took is in the ledger by then."""
@@ -60,7 +62,8 @@ class Rationing:
         self._directory = directory
         self._projects = projects
         self._clock = clock
-        self._began_ns = clock()
+        self._began_ns = 0
+        """When a gateway first said something."""
         self._pots: dict[PotKey, Pot] = {}
         self._gateways: dict[str, _Gateway] = {}
         self._limits: dict[PotKey, Limit] = {}
@@ -84,6 +87,7 @@ class Rationing:
         self._open([(key, begins) for key, (begins, _) in reports.items() if key in known], known)
         with self._lock:
             now = self._clock()
+            self._began_ns = self._began_ns or now
             before = self._gateways.get(gateway)
             if before is not None and number <= before.number:
                 return None
@@ -127,7 +131,8 @@ class Rationing:
         if begins < pot.begins_ns:  # what it holds is of a window that is over
             report = Report(held=0, least=report.least, needed=report.needed, hoped=report.hoped)
         pot.hear(gateway, report, now=now)
-        granted = pot.grant(gateway, report, is_new=now - self._began_ns < _NEW_NS, now=now)
+        age_ns = now - self._began_ns
+        granted = 0 if age_ns < _LISTENS_NS else pot.grant(gateway, report, is_new=age_ns < _NEW_NS, now=now)
         return self._told(gateway, key, granted, now=now)
 
     def _told(self, gateway: str, key: PotKey, granted: int, *, now: int) -> Told:

@@ -10,7 +10,7 @@ no number of gateways gets past it. Three kinds of limit differ in what comes ba
 - a *gauge*, at a time: what is pending comes back when it is over.
 
 A gateway that cannot ask goes on with what it holds and then with an equal part of what was left when it last heard:
-so all together stay within the limit, but for what was given within the last moment before, a hundredth at most.
+so all together stay within the limit, but for what others were given since it last heard, a fifth of a second before.
 
 Amounts are whole numbers, money in pico-USD, instants and lengths in ns. Source: token buckets as in Turner, 1986;
 shares of a counter as in O'Neil's escrow method, 1986.

@@ -30,7 +30,7 @@ from tidemill.units import MICRO_PICO, MINUTE_NS, SECOND_NS, USD_MICRO
 _TICK_S: Final = 0.2
 _GAP_S: Final = 0.02
 _LONG_GAP_S: Final = 0.1
-_PATIENCE_S: Final = 0.5
+_PATIENCE_S: Final = 0.8
 """How long a request waits for a share, when the control plane answers."""
 _FIRST_PATIENCE_S: Final = 2.0
 """The same before it has answered for the first time."""
