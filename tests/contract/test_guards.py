@@ -152,13 +152,13 @@ def test_a_rule_that_cannot_be_is_refused_by_its_field_value_and_mend() -> None:
     assert (field, value) == ("guards[0].kind", "word")
     assert "Did you mean words?" in text
     field, value, text = refused("patterns", patterns=["(a+)+b"])
-    assert (field, value) == ("guards[0].options.patterns", ["(a+)+b"])
+    assert (field, value) == ("guards[0].patterns", "['(a+)+b']")
     assert "largest number" in text
-    assert refused("limits", max_tokens=0)[0] == "guards[0].options.max_tokens"
-    assert refused("limits", tokens=5)[0] == "guards[0].options"
+    assert refused("limits", max_tokens=0)[0] == "guards[0].max_tokens"
+    assert refused("limits", tokens=5)[0] == "guards[0]"
     assert refused("limits", max_tokens=5, on=(Stage.RESPONSE,))[0] == "guards[0].on"
     assert refused("injection", on=(Stage.REQUEST, Stage.RESPONSE))[0] == "guards[0].on"
-    assert refused("classifier", url="ftp://x")[0] == "guards[0].options.url"
+    assert refused("classifier", url="ftp://x")[0] == "guards[0].url"
     assert refused("classifier", url="http://x", action=Action.REDACT)[0] == "guards[0].action"
     assert set(kind_names()) >= {"limits", "words", "patterns", "pii", "presidio", "injection", "classifier"}
 

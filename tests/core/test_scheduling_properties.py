@@ -724,7 +724,7 @@ def test_the_promise_catches_the_planted_bug(
 
     @given(PROMISES[promise].settings())
     @settings(
-        max_examples=300, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+        max_examples=2_500, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
         suppress_health_check=[HealthCheck.too_slow],
     )  # fmt: skip
     def check(setting: Setting) -> None:

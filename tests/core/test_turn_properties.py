@@ -109,7 +109,7 @@ def retries_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
 def _requeue_instead(end_job: Callable[..., None], queue_again: Callable[..., None]) -> Callable[..., None]:
     def instead(world: World, job: Any, event: str, cause: Any, out: Any, **more: Any) -> None:
         if event == "failed":
-            queue_again(world, job, replace(_last_attempt(job), cause=cause), out)
+            queue_again(world, job, replace(_last_attempt(job), cause=cause), out, retries=job.retries)
         else:
             end_job(world, job, event, cause, out, **more)
 

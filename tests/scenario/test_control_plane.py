@@ -325,7 +325,7 @@ def test_promises_that_cannot_both_be_kept_do_not_wait_for_each_other() -> None:
         line = world.line_of(job)
         world.queue.remove(line, job.id)
         placed = Placed(choice=0, places=(Place(node_id=NODES[1].id, devices=()),))
-        world.promise(Promise(job_id=job.id, line=line, placed=placed, waits_for=()))
+        world.promise(Promise(job_id=job.id, line=line, placed=placed, waits_for=(), together=(job.id,)))
     world.commit()
     cloud.do(("mark", 1, 1))
     cloud.turn()

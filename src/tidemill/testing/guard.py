@@ -80,17 +80,25 @@ def _check_text_guard(guard: TextGuard, finds: tuple[str, ...], examples: int) -
     @_explored(examples)
     @given(texts, st.lists(st.integers(0, 200), max_size=6))
     def splits(text: str, places: list[int]) -> None:
-        whole, parts = _redacted(guard, [text]), _redacted(guard, _cut(text, places))
-        if whole != parts:
-            mend = "let open_from begin before all that may yet be found, and find look back at one character at most"
-            _fail(guard, f"makes of {text!r} {whole!r}, and of {_cut(text, places)} {parts!r}", mend)
+        _check_split(guard, text, _cut(text, places))
 
     pieces()
     if reach:
+        for text in finds:
+            for at in range(1, len(text)):
+                _check_split(guard, text, [text[:at], text[at:]])
         splits()
     if not is_slow:
         for text in (*finds[:2], *_LONG):
             _check_time(guard, text)
+
+
+def _check_split(guard: TextGuard, text: str, pieces: list[str]) -> None:
+    """A text comes out the same however it comes in."""
+    whole, parts = _redacted(guard, [text]), _redacted(guard, pieces)
+    if whole != parts:
+        mend = "let open_from begin before all that may yet be found, and find look back at one character at most"
+        _fail(guard, f"makes of {text!r} {whole!r}, and of {pieces} {parts!r}", mend)
 
 
 def _check_request_guard(guard: RequestGuard, examples: int) -> None:

@@ -122,6 +122,8 @@ class _Asked:
     is_waiting: bool = False
     is_cold: bool = False
     taken_ns: int = 0
+    is_picky: bool = False
+    """Whether it may not go to any replica; here all may."""
 
     def go(self) -> bool:
         """Whether it was sent to a replica."""
