@@ -82,26 +82,26 @@ def test_processes_of_one_gateway_share_limits_and_one_that_is_killed_is_replace
             list(pool.map(ask, range(100)))
         assert set(answered) <= {200, 401, 429}
         eventually(lambda: served("0") and served("1"), within_s=10, what="both had a part")
+        before = answered.count(200)
+        assert 50 <= before <= 60, "what one of them holds is not the other's at once, and never more than the limit"
+        # a gateway that is killed loses what it saw in its last fifth of a second, so that is let pass
+        eventually(lambda: len(metered(cloud, "shared")) == before, within_s=20, what="all is in the ledger")
         pids = gateway_pids(cloud)
         assert len(pids) == 2
         os.kill(pids[0], signal.SIGKILL)
         eventually(lambda: len(set(gateway_pids(cloud)) - {pids[0]}) == 2, within_s=20, what="it is replaced")
         eventually(lambda: told("0") and told("1"), within_s=20, what="both route to the replica again")
-        before = answered.count(200)
-        assert 50 <= before <= 60, "what one of them holds is not the other's at once, and never more than the limit"
-        eventually(
-            lambda: len(metered(cloud, "shared")) >= before - 1, within_s=20, what="what it had is in the ledger"
-        )
+        assert len(metered(cloud, "shared")) == before, "nothing is entered twice by whoever takes its books over"
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(ask, range(40)))
         in_all = answered.count(200)
         assert in_all <= 61, "the limit is known to the one that is new"
         usages = eventually(
-            lambda: found if len(found := metered(cloud, "shared")) >= in_all - 1 else None,
+            lambda: found if len(found := metered(cloud, "shared")) >= in_all else None,
             within_s=20,
             what="all is in the ledger",
         )
-        assert in_all - 1 <= len(usages) <= in_all
+        assert len(usages) == in_all
         assert len({usage["id"] for usage in usages}) == len(usages)
     finally:
         cloud.down()
