@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -269,8 +270,7 @@ class _Reader:
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        twin = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twin = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"{twin[:100]!r} is there twice")
     if any(len(key) > _MAX_NAME for key in found):
         raise ValueError(f"a name has more than {_MAX_NAME:,} characters")
