@@ -1,4 +1,9 @@
-"""What holds for all tests: no test touches the home folder, or the cloud, of whoever runs them."""
+"""What holds for all tests: no test touches the home folder, or the cloud, of whoever runs them.
+
+Tests that start processes and wait for them depend on how busy the machine is. One of them that fails is tried once
+more, and both its name and why it failed the first time are printed at the end. What only computes is never tried
+again.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,23 @@ _OURS = (
     "TIDEMILL_DEBUG",
     "TIDEMILL_WORKDIR_LIMIT",
 )
+_WITH_PROCESSES = ("adapters", "contract", "e2e", "examples", "faults", "scenario")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One second try for each test in the folders that start processes, but for searches for counter-examples."""
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        searches = hasattr(getattr(item, "obj", None), "hypothesis")
+        if folder in _WITH_PROCESSES and not searches:
+            item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Why each test failed that passed, or failed again, at its second try."""
+    for report in terminalreporter.getreports("rerun"):
+        terminalreporter.section(f"first try of {report.nodeid}", sep="_")
+        terminalreporter.line(report.longreprtext)
 
 
 @pytest.fixture(autouse=True)

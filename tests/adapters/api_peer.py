@@ -57,6 +57,8 @@ class PuppetEngine:
         self._nodes = tuple(nodes)
         self._seen: dict[LaunchId, ObservedState] = {}
         self.specs: dict[LaunchId, LaunchSpec] = {}
+        self.lingers = False
+        """Whether a worker that is told to stop takes its time, as those do that write a checkpoint."""
 
     def nodes(self) -> tuple[Node, ...]:
         return self._nodes
@@ -66,7 +68,8 @@ class PuppetEngine:
         self._seen.setdefault(spec.launch_id, ObservedState.ALIVE)
 
     def stop(self, launch_id: LaunchId, *, node_id: NodeId, grace_ns: int) -> None:
-        self._seen[launch_id] = ObservedState.GONE
+        if not self.lingers:
+            self._seen[launch_id] = ObservedState.GONE
 
     def observe(self) -> Sight:
         here = self._nodes[0].id

@@ -150,14 +150,16 @@ def test_lists_are_paged_and_filtered(peer: Peer) -> None:
     assert peer.call("GET", "/v1/jobs?cursor=nonsense")[0] < 500
 
 
-def test_stopping_is_harmless_to_repeat(peer: Peer) -> None:
+def test_stopping_is_harmless_to_repeat(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id, launch = peer.running(name="stopme")
+    monkeypatch.setattr(peer.engine, "lingers", True)
     for _ in range(2):
         status, job = peer.call("POST", f"/v1/jobs/{job_id}/stop", {})
         assert status == 202
         assert job["state"] in ("stopping", "cancelled")
     assert peer.report(launch)[1]["directive"] == "stop"
     assert peer.call("POST", "/v1/workloads/stopme/stop")[0] == 202
+    peer.engine.lose(launch.launch_id)
 
 
 def test_a_quote_submits_nothing(peer: Peer) -> None:
