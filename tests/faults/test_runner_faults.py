@@ -23,7 +23,7 @@ import pytest
 
 from tests.adapters.local_bench import launch_folder, local_bench, runner_pid
 from tidemill.engines.local import LocalEngine
-from tidemill.errors import EngineLost
+from tidemill.errors import Conflict, EngineLost
 from tidemill.model.plan import ObservedState
 from tidemill.runner.folders import read_json
 from tidemill.runner.processes import marked_pids
@@ -224,8 +224,10 @@ def _traced(engine: LocalEngine, bench: EngineBench, tmp_path: Path, call: str, 
     engine.launch(spec)
     eventually(lambda: state(engine, spec.launch_id) in OVER, timeout_s=15, what=f"over, again, after {call} {when}")
     assert bench.starts(spec) <= 1
+    eventually(lambda: not folder.is_owing, what=f"everything is told after {call} {when}")
     log = bytes(bench.control.record(spec.launch_id).log)
     assert b"started-here\none\ntwo\n".startswith(log), log
+    assert log == (folder.output.read_bytes() if folder.output.exists() else b"")
     assert bench.control.record(spec.launch_id).gaps == 0
     if not when:
         assert (read_json(folder.exit) or {}).get("exit_code") == 0
@@ -294,6 +296,102 @@ def test_a_control_plane_that_is_never_back_is_given_up(tmp_path: Path) -> None:
         assert seen
         assert seen.exit_code == 9
         engine.close()
+
+
+SPEAKS = BEGIN + "for i in $(seq 1 3000); do echo $i; done; exit 4"
+SPOKEN = b"started-here\n" + b"".join(b"%d\n" % i for i in range(1, 3001))
+
+
+def has_ended(folder: Path, launch_id: str) -> bool:
+    return launch_folder(folder, launch_id).exit.exists()
+
+
+def test_what_a_runner_did_not_tell_before_it_was_killed_is_told_once(
+    bench: EngineBench, engine: LocalEngine, tmp_path: Path
+) -> None:
+    """The worker ended while nobody answered; whoever looks at the machine sees no end before all was told."""
+    spec = bench.spec(SPEAKS)
+    bench.control.stop()
+    engine.launch(spec)
+    eventually(partial(has_ended, tmp_path, spec.launch_id), what="it ended")
+    os.kill(runner_pid(tmp_path, spec.launch_id), signal.SIGKILL)
+    for _ in range(5):
+        assert state(engine, spec.launch_id) is ObservedState.ALIVE
+        time.sleep(0.05)
+    engine.close()
+    other = bench.make()
+    bench.control.start()
+    eventually(lambda: state(other, spec.launch_id) is ObservedState.EXITED, what="its end is seen")
+    record = bench.control.record(spec.launch_id)
+    assert (bytes(record.log), record.complete, record.gaps) == (SPOKEN, True, 0)
+    assert record.kinds() == ["prepared", "started", "exited"]
+    assert [event["exit_code"] for event in record.events if event["type"] == "exited"] == [4]
+    assert bench.starts(spec) == 1
+    other.forget(spec.launch_id, node_id=spec.node_id)
+    assert observed(other, spec.launch_id) is None
+    other.close()
+
+
+def test_the_output_of_a_worker_whose_runner_was_killed_arrives_and_is_not_dropped_before(
+    bench: EngineBench, engine: LocalEngine, tmp_path: Path
+) -> None:
+    spec = bench.spec(SPEAKS.replace("exit 4", "sleep 600"))
+    bench.control.stop()
+    engine.launch(spec)
+    output = launch_folder(tmp_path, spec.launch_id).output
+    eventually(lambda: output.exists() and output.stat().st_size == len(SPOKEN), what="it has spoken")
+    os.kill(runner_pid(tmp_path, spec.launch_id), signal.SIGKILL)
+    eventually(lambda: state(engine, spec.launch_id) is ObservedState.GONE, what="it is known to be gone at once")
+    with pytest.raises(Conflict, match="not delivered yet"):
+        engine.forget(spec.launch_id, node_id=spec.node_id)
+    bench.control.start()
+    record = bench.control.record(spec.launch_id)
+    assert bench.control.wait_for(lambda: record.complete)
+    assert bytes(record.log) == SPOKEN
+    assert record.event("exited") is None, "how it ended nobody knows"
+    eventually(lambda: not launch_folder(tmp_path, spec.launch_id).is_owing, what="nothing is owed")
+    engine.forget(spec.launch_id, node_id=spec.node_id)
+    assert observed(engine, spec.launch_id) is None
+
+
+@pytest.mark.long
+def test_output_that_nobody_takes_does_not_keep_a_launch_for_ever(tmp_path: Path) -> None:
+    """Whoever drops the launch is told to wait for as long as it is tried, and no longer."""
+    with local_bench(tmp_path) as bench:
+        engine = bench.make()
+        spec = bench.spec(SPEAKS.replace("exit 4", "sleep 600"))
+        bench.control.fault = lambda _method, path: "error" if "/logs" in path else ""
+        engine.launch(spec)
+        bench.control.wait_for_event(spec.launch_id, "started")
+        os.kill(runner_pid(tmp_path, spec.launch_id), signal.SIGKILL)
+        eventually(lambda: state(engine, spec.launch_id) is ObservedState.GONE)
+        with pytest.raises(Conflict, match="not delivered yet"):
+            engine.forget(spec.launch_id, node_id=spec.node_id)
+        eventually(lambda: not launch_folder(tmp_path, spec.launch_id).is_owing, timeout_s=15, what="it is given up")
+        engine.forget(spec.launch_id, node_id=spec.node_id)
+        assert observed(engine, spec.launch_id) is None
+        engine.close()
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.parametrize("answers", [True, False])
+def test_what_is_not_told_soon_is_kept_from_a_power_failure(tmp_path: Path, answers: bool) -> None:
+    """First the output, then how it ended, then that there is such a file; where it was told, the disk is left alone."""
+    with local_bench(tmp_path, linger_ns=2 * SECOND_NS) as bench:
+        engine = bench.make()
+        assert isinstance(engine, LocalEngine)
+        spec = bench.spec(BEGIN)
+        if not answers:
+            bench.control.stop()
+        folder = launch_folder(tmp_path, spec.launch_id)
+        engine._write_spec(folder, spec)
+        engine.close()
+        trace = tmp_path / "trace"
+        strace = ["strace", "-f", "-y", "-e", "trace=fsync,fdatasync,sync_file_range", "-o", str(trace)]
+        subprocess.run([*strace, sys.executable, "-c", RUN, str(folder.path)], check=True, timeout=60)
+        synced = [line.split("<")[1].split(">")[0] for line in trace.read_text().splitlines() if "sync(" in line]
+        mine = [Path(path).name for path in synced if path.startswith(str(folder.path))]
+        assert mine == ([] if answers else [folder.output.name, folder.exit.name, folder.path.name])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")

@@ -6,7 +6,7 @@ observed, whoever asks and after whichever crash:
 
 ==================================  =======================================================
 lock held                           ALIVE
-claimed, lock free, ``exit.json``   EXITED
+claimed, lock free, ``exit.json``   EXITED, after what its runner left undone was told (ALIVE meanwhile)
 claimed, lock free                  leftovers are killed, then GONE
 not claimed                         not carried out: no observation, until it is given up
 stopped before it was launched      GONE; the folder stays, so that a late launch finds it
@@ -50,6 +50,8 @@ _SLICE: Final = re.compile(r"(?P<gpu>[^/]+)/(?P<profile>[^@]+)@(?P<start>\d+)")
 """How a launch names a MIG slice: the GPU, the profile, and the first of its memory slices."""
 _ABANDONED_S: Final = 60.0
 _ANSWER_S: Final = 30.0
+_DELIVERED_S: Final = 1.0
+"""How long whoever drops a launch waits for its output to be delivered."""
 _GUARD_S: Final = 1.0
 _GUARD_MARGIN_NS: Final = 2 * SECOND_NS
 """How much later than its runner a worker is ended by the guard; with ``_GUARD_S`` and the killing, less than the
@@ -184,8 +186,20 @@ class LocalEngine:
             state = self._look(folder)
             if isinstance(state, Observation):
                 seen.append(state)
+                if state.state is ObservedState.GONE and folder.is_owing:
+                    self._have_delivered(folder)
             elif state == "lost":
                 lost.append(folder)
+            elif state == "owing":
+                self._have_delivered(folder)
+                seen.append(
+                    Observation(
+                        launch_id=LaunchId(folder.path.name),
+                        node_id=self.node_id,
+                        state=ObservedState.ALIVE,
+                        detail="its runner was lost; its output is being delivered",
+                    )
+                )
         return Sight(
             nodes=frozenset({self.node_id}),
             launches=(*seen, *self._clean_up(lost)),
@@ -193,7 +207,10 @@ class LocalEngine:
         )
 
     def forget(self, launch_id: LaunchId, *, node_id: NodeId) -> None:  # noqa: ARG002 - ids are enough
-        """Drop what is kept of a launch that is gone. Raises: Conflict while anything of it lives."""
+        """Drop what is kept of a launch that is gone.
+
+        Raises: Conflict while anything of it lives, or its output is being delivered.
+        """
         folder = self._folder(launch_id)
         if not folder.path.exists():
             return
@@ -202,6 +219,8 @@ class LocalEngine:
             state = self._clean_up([folder])[0]
         if isinstance(state, Observation) and state.state is ObservedState.ALIVE:
             raise Conflict(f"{launch_id} still runs")
+        if folder.is_owing and not self._is_delivered_soon(folder):
+            raise Conflict(f"the output of {launch_id} is not delivered yet")
         self._groups(folder).remove()
         doomed = self._launches / f".forgotten-{launch_id}-{time.monotonic_ns()}"
         with suppress(FileNotFoundError):
@@ -332,7 +351,7 @@ class LocalEngine:
 
     def _is_overdue(self, folder: LaunchFolder) -> bool:
         """Whether the runner would have ended its worker by now, if it ran itself; one that has may linger."""
-        if folder.exit.exists():
+        if folder.exit.exists() or folder.gone.exists():
             return False
         try:
             granted_ns = int(folder.granted.read_bytes())
@@ -355,13 +374,16 @@ class LocalEngine:
         return (LaunchFolder(self._launches / name) for name in names)
 
     def _look(self, folder: LaunchFolder) -> Observation | str:
-        """What is seen of a launch; ``lost`` when its runner is gone without a word, ``idle`` when not started."""
+        """What is seen of a launch; ``lost`` when its runner is gone without a word, ``owing`` when it is so and the
+        worker had ended, ``idle`` when not started."""
         launch_id = LaunchId(folder.path.name)
-        if processes.is_locked(folder.lock):
-            return Observation(launch_id=launch_id, node_id=self.node_id, state=ObservedState.ALIVE)
         if gone := read_json(folder.gone):
             return _gone(launch_id, self.node_id, gone)
+        if processes.is_locked(folder.lock):
+            return Observation(launch_id=launch_id, node_id=self.node_id, state=ObservedState.ALIVE)
         if ended := read_json(folder.exit):
+            if folder.is_owing:
+                return "owing"
             return Observation(
                 launch_id=launch_id,
                 node_id=self.node_id,
@@ -381,6 +403,25 @@ class LocalEngine:
                 else "idle"
             )
         return self._look_unclaimed(folder)
+
+    def _have_delivered(self, folder: LaunchFolder) -> None:
+        """Have a process tell what a lost runner did not; nothing more while one does."""
+        if processes.is_locked(folder.lock):
+            return
+        try:
+            self._launcher.ask(os.fsencode(folder.path))
+        except EngineLost as error:
+            log.warning("what %s left undone cannot be told now: %s", folder.path.name, error)
+
+    def _is_delivered_soon(self, folder: LaunchFolder) -> bool:
+        """Whether what a lost runner left undone was told; if not, it is tried for a little longer and no more."""
+        with suppress(OSError):
+            folder.write_stop(0)
+        until_s = time.monotonic() + _DELIVERED_S
+        while folder.is_owing and time.monotonic() < until_s:
+            self._have_delivered(folder)
+            time.sleep(0.01)
+        return not folder.is_owing
 
     def _look_unclaimed(self, folder: LaunchFolder) -> str:
         """A launch that was written down and not carried out; after a while, or a reboot, it never will be."""

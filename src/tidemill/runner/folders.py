@@ -42,6 +42,15 @@ def _write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
+def sync_file(path: Path) -> None:
+    """Have what a file says on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def sync_folder(path: Path) -> None:
     """Have the names in a folder on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -113,6 +122,7 @@ class LaunchFolder:
 
     @property
     def reports(self) -> Path:
+        """What the control plane is to be told; removed when it was told everything, or wants to hear no more."""
         return self.path / "reports.jsonl"
 
     @property
@@ -140,6 +150,12 @@ class LaunchFolder:
     def is_decided(self) -> bool:
         """Whether nothing is to be started any more: it was claimed, given up, or stopped before it was launched."""
         return self.claimed.exists() or self.gone.exists() or (self.stop.exists() and not self.spec.exists())
+
+    @property
+    def is_owing(self) -> bool:
+        """Whether the worker is over, and its runner was lost before it had told everything."""
+        is_over = self.exit.exists() or self.gone.exists()
+        return is_over and self.spec.exists() and self.reports.exists()
 
     def write_spec(self, content: Mapping[str, Any]) -> None:
         """Have the launch written down on the disk, in a folder that is made for it. Raises: OSError."""

@@ -77,6 +77,10 @@ class Spool:
         """Up to ``limit`` bytes of the output from ``offset``."""
         return os.pread(self._fd, min(limit, max(0, self._written - offset)), offset)
 
+    def sync(self) -> None:
+        """Have all of it on the disk. Raises: OSError."""
+        os.fdatasync(self._fd)
+
     def mark_sent(self, offset: int) -> None:
         """The control plane has everything below ``offset``; their disk space is given back."""
         with self._changed:
@@ -129,14 +133,17 @@ class Shipper:
         """Begin to send."""
         self._thread.start()
 
+    def send_next(self) -> bool:
+        """Whether all of it has arrived, now that the next batch was sent. Raises: Unreachable."""
+        sent, written, open_ = self._spool.wait(5.0)
+        if sent >= written and open_:
+            return False
+        return self._send(sent, last=not open_ and written - sent <= BATCH_BYTES)
+
     def _run(self) -> None:
         while not self._giving_up.is_set():
-            sent, written, open_ = self._spool.wait(5.0)
-            if sent >= written and open_:
-                continue
-            last = not open_ and written - sent <= BATCH_BYTES
             try:
-                if self._send(sent, last=last):
+                if self.send_next():
                     self._on_delivered()
                     break
             except Unreachable:

@@ -30,9 +30,10 @@ from tidemill.runner import cgroup, images, processes, sandbox
 from tidemill.runner.cell import Cell, Process
 from tidemill.runner.client import Channel, Closing, Refused, Unreachable
 from tidemill.runner.datacache import DataCache
+from tidemill.runner.delivering import LINGER_S, QUIET_S, channel_of, deliver
 from tidemill.runner.environment import worker_environment
 from tidemill.runner.execs import Commands
-from tidemill.runner.folders import LaunchFolder, read_json, write_json
+from tidemill.runner.folders import LaunchFolder, read_json, sync_file, sync_folder, write_json
 from tidemill.runner.logs import DEFAULT_CAP_BYTES, Shipper, Spool, drain
 from tidemill.runner.mounts import Mount, provide, volume
 from tidemill.runner.prepare import (
@@ -48,10 +49,10 @@ from tidemill.runner.readiness import Probe, probe_of, watch_liveness, watch_rea
 from tidemill.runner.reports import BEAT_S, Outbox
 
 _SECOND_NS: Final = 1_000_000_000
-_DAY_S: Final = 86_400.0
 _TERM_TRAP: Final = """trap 'trap "" TERM; wait; exit 143' TERM; """
 _BACKSTOP_S: Final = 30.0
-_QUIET_S: Final = 10.0
+_KEPT_AFTER_S: Final = 1.0
+"""How long what is to be told waits for an answer before it is made to outlive a power failure."""
 _IDLE: Final = "exec sleep infinity"
 _IMAGE_IDLE: Final = "while :; do sleep 3600; done"
 _BY_SIGNAL: Final = 128
@@ -74,12 +75,19 @@ class Fenced(Exception):
 
 
 def run_launch(path: Path, on_claimed: Callable[[], None]) -> int:
-    """Zero when this process ran the launch, one when it is another's or was run before."""
+    """Zero when this process ran the launch, or told the rest of it; one when it is another's or was run before."""
     folder = LaunchFolder(path)
     lock = processes.take_lock(folder.lock)
     spec = read_json(folder.spec)
-    if lock is None or spec is None or not folder.claim():
+    if lock is None or spec is None:
         return 1
+    if not folder.claim():
+        if not folder.is_owing:
+            return 1
+        on_claimed()
+        deliver(folder, spec)
+        os.close(lock)
+        return 0
     own = {"pid": os.getpid(), "start_ticks": processes.start_ticks(os.getpid()), "boot_id": processes.boot_id()}
     write_json(folder.runner, own)
     runner = Runner(folder, spec)
@@ -105,6 +113,7 @@ class Runner:
         self._times_out_s: float | None = None
         self._lease_s = int(spec.get("lease_ns") or 0) / _SECOND_NS
         self._fault: Outcome | None = None
+        self._is_kept = False
         self._process: Process | None = None
         self.mounts: list[Mount] = []
         limits = cgroup.Limits(
@@ -114,14 +123,7 @@ class Runner:
         self._runtime = images.from_json(runtime) if runtime else None
         groups = cgroup.create({} if runtime else self.settings["groups"], limits)
         self.cell = Cell(str(self.settings["mark"]), "" if runtime else str(self.settings["bwrap"]), groups)
-        endpoint = str(self.settings["endpoint_file"])
-        self.channel = Channel(
-            api_url=str(spec["api_url"]),
-            endpoint_file=Path(endpoint) if endpoint else None,
-            token=str(spec["runner_token"]),
-            prefix=f"/v1/runners/{self.launch_id}",
-            ca=str(dict(spec["environment_variables"]).get("TIDEMILL_API_CA", "")),
-        )
+        self.channel = channel_of(spec)
         self.spool = Spool(folder.output, cap_bytes=int(self.settings.get("spool_cap_bytes") or DEFAULT_CAP_BYTES))
         self.shipper = Shipper(
             self.spool,
@@ -278,6 +280,16 @@ class Runner:
             self.cell.groups.remove()
         self._ending.set()
         self.outbox.close()
+        with contextlib.suppress(OSError):
+            self.folder.reports.unlink(missing_ok=True)
+
+    def _keep(self) -> None:
+        """Have on the disk what the control plane does not hear of for now, should the power go meanwhile."""
+        self._is_kept = True
+        with contextlib.suppress(OSError):
+            self.spool.sync()
+            sync_file(self.folder.exit)
+            sync_folder(self.folder.path)
 
     # ------------------------------------------------------------------ waiting
 
@@ -378,15 +390,18 @@ class Runner:
 
     def _linger_until(self, wanted: str) -> bool:
         """Whether it came, before the linger time ended or a stop found the control plane silent."""
-        limit_s = time.monotonic() + float(self.settings.get("linger_s") or _DAY_S)
+        began_s = time.monotonic()
+        limit_s = began_s + float(self.settings.get("linger_s") or LINGER_S)
         while True:
             now_s = time.monotonic()
+            if not self._is_kept and now_s > began_s + _KEPT_AFTER_S:
+                self._keep()
             if now_s > limit_s:
                 return False
-            if self._stopping.is_set() and now_s - self.outbox.last_answer_s > _QUIET_S:
+            if self._stopping.is_set() and now_s - self.outbox.last_answer_s > QUIET_S:
                 return False
             try:
-                kind, value = self._inbox.get(timeout=min(2.0, max(0.01, limit_s - now_s)))
+                kind, value = self._inbox.get(timeout=min(_KEPT_AFTER_S, max(0.01, limit_s - now_s)))
             except queue.Empty:
                 if not self._stopping.is_set() and self.folder.stop.exists():
                     self._stopping.set()

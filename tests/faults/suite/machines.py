@@ -30,7 +30,8 @@ def _leased(bed: Bed) -> None:
     assert status == 200, answer
 
 
-def _runner(home: Path, job_id: str, attempt: int = 1) -> int:
+def runner_of(home: Path, job_id: str, attempt: int = 1) -> int:
+    """The process id of the runner of a job that is on that machine."""
     launch = f"run_{job_id.removeprefix('job_')}-{attempt}-0"
     return int(json.loads((home / "local" / "launches" / launch / "runner.json").read_text())["pid"])
 
@@ -58,7 +59,7 @@ def stopped_runner(beds: Beds) -> str:
     bed.cloud.wait(job_id, "running")
     eventually(lambda: bed.lives(job_id), within_s=20, what="it began")
     there = bed.cloud.job(job_id)["workers"][0]["node"]
-    runner = _runner(homes[there], job_id)
+    runner = runner_of(homes[there], job_id)
     bed.killed.add(job_id)
     began = time.monotonic()
     os.kill(runner, signal.SIGSTOP)
@@ -226,7 +227,7 @@ def cancelled(beds: Beds) -> str:
         bed.cloud.wait(job_id, "running")
         bed.killed.add(job_id)
         eventually(lambda: bed.lives(job_id), within_s=20, what="it began")  # noqa: B023
-        os.kill(_runner(home, job_id), signal.SIGKILL)
+        os.kill(runner_of(home, job_id), signal.SIGKILL)
         time.sleep(delay_ms / 1000)
         if delay_ms == 60:
             os.kill(running_pid(home), signal.SIGKILL)
