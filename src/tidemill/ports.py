@@ -17,7 +17,7 @@ from tidemill.model.cloud import (
     Rental,
 )
 from tidemill.model.events import LogEntry
-from tidemill.model.fleet import Node, Outpost, Site
+from tidemill.model.fleet import DeliveryMark, Node, Outpost, Site
 from tidemill.model.guard import Decision
 from tidemill.model.ids import (
     ArtifactId,
@@ -108,9 +108,9 @@ class Snapshot:
     """All that a control plane needs to go on: everything that is not over, and how far metering got.
 
     ``jobs`` are those not terminal, with their ``workloads``; ``attempts`` and ``allocations`` those not ended
-    or released. ``metered_until`` maps (node, meter) to ns. ``last_seq`` is the newest event's. ``queues`` and
-    ``queue_usages`` are all of them, ``reservations`` those not cancelled, also when their windows are over,
-    ``rollouts`` those that are not over.
+    or released. ``metered_until`` maps (node, meter) to ns. ``last_seq`` is the newest event's. ``queues``,
+    ``queue_usages`` and ``deliveries`` are all of them, ``reservations`` those not cancelled, also when their windows
+    are over, ``rollouts`` those that are not over.
     ``unlucky`` counts, for workloads that are not over, the jobs that ended other than well; those without are not in
     it.
     """
@@ -125,6 +125,7 @@ class Snapshot:
     last_seq: int = 0
     queues: tuple[Queue, ...] = ()
     queue_usages: tuple[QueueUsage, ...] = ()
+    deliveries: tuple[DeliveryMark, ...] = ()
     reservations: tuple[Reservation, ...] = ()
     rollouts: tuple[Rollout, ...] = ()
     unlucky: tuple[tuple[WorkloadId, int], ...] = ()

@@ -542,6 +542,12 @@ class OutpostCallsOut(TypedDict):
     calls: list[dict[str, Any]]
 
 
+class ReportTakenOut(TypedDict):
+    """Up to which number what the outpost brought was taken; zero: nothing with a number."""
+
+    taken: int
+
+
 class LeavingOut(TypedDict):
     """The jobs that run still on machines that leave; ``left`` once there are none."""
 

@@ -27,6 +27,7 @@ from tidemill.api.shapes import (
     OutpostOut,
     PageOf,
     RentingOut,
+    ReportTakenOut,
     SiteIn,
     SiteOut,
     SiteTokenIn,
@@ -42,13 +43,13 @@ from tidemill.model.fleet import Link, Site, SiteKind, link_between
 from tidemill.model.ids import NodeId, SiteId
 from tidemill.model.tenant import Scope
 from tidemill.units import MILLI, USD_MICRO, parse_bandwidth, parse_duration
-from tidemill.wire.outposts import OutpostCalls, OutpostReport
+from tidemill.wire.outposts import OutpostCalls, OutpostReport, ReportTaken
 
 routes = Routes("sites")
 _GIVEN: Final = "given"
 REPORT_LIMIT: Final = 64 << 20
 _REPORT: Final = msgspec.json.Decoder(OutpostReport)
-_CALLS: Final = msgspec.json.Encoder()
+_ANSWERS: Final = msgspec.json.Encoder()
 
 
 @routes.get("/v1/sites", allow=Scope.READ, answer=PageOf[SiteOut])
@@ -212,12 +213,12 @@ async def outpost_calls(
         replicas=tuple(one.api_url for one in replicas),
         calls=tuple(found or ()),
     )
-    return Response(_CALLS.encode(calls), media_type="application/json")
+    return Response(_ANSWERS.encode(calls), media_type="application/json")
 
 
-@routes.post("/v1/outposts/self/report", allow=Scope.OUTPOST, body="application/json", answer=dict[str, str])
+@routes.post("/v1/outposts/self/report", allow=Scope.OUTPOST, body="application/json", answer=ReportTakenOut)
 async def outpost_report(call: Caller) -> Response:
-    """Answer calls, and tell what the outpost's machines have to tell."""
+    """Answer calls, and tell what the outpost's machines have to tell. What has a number is taken once."""
     box = call.plane.sites.box(call.identity)
     try:
         report = _REPORT.decode(await octets(call.request, REPORT_LIMIT))
@@ -228,7 +229,9 @@ async def outpost_report(call: Caller) -> Response:
     facts = call.plane.sites.facts_of(box.outpost, report)
     if facts:
         await durable(call.plane.tell(facts))
-    return json_answer({})
+    return Response(
+        _ANSWERS.encode(ReportTaken(taken=call.plane.sites.taken(box.outpost))), media_type="application/json"
+    )
 
 
 @routes.post("/v1/outposts/self/leave", allow=Scope.OUTPOST, body=LeaveIn, answer=LeavingOut)

@@ -75,6 +75,7 @@ def world_from(
         world.queues[queue.id] = queue
         world.quota.set_queue(queue)
     world.usages = {usage.id: usage for usage in snapshot.queue_usages}
+    world.deliveries = {mark.id: mark for mark in snapshot.deliveries}
     world.reservations = {one.id: one for one in snapshot.reservations if not one.cancelled_ns}
     for rollout in snapshot.rollouts:
         world.rollouts[rollout.id] = rollout
@@ -132,6 +133,7 @@ def snapshot_of(world: World) -> Snapshot:
         allocations=tuple(world.allocations.values()),
         queues=tuple(world.queues.values()),
         queue_usages=tuple(world.usages.values()),
+        deliveries=tuple(world.deliveries.values()),
         reservations=tuple(world.reservations.values()),
         rollouts=tuple(world.rollouts.values()),
         unlucky=tuple(world.unlucky.items()),

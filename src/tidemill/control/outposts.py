@@ -240,6 +240,11 @@ class SiteEngine:
         for box in self._boxes.values():
             box.hang_up()
 
+    def speaks_for(self, outpost_id: OutpostId, node_id: NodeId) -> bool:
+        """Whether an outpost may tell of a node, which is known, of this site, and no other outpost works it."""
+        box = self._boxes.get(outpost_id)
+        return box is not None and self._site_of(node_id) == self.site_id and self._claim(node_id, box)
+
     def _claim(self, node_id: NodeId, box: Mailbox) -> bool:
         """Whether an outpost may speak for a node: it is of this site, and no other outpost that is there works it."""
         other = self._boxes.get(self._where.get(node_id, box.outpost.id))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Final
 
 from tidemill.control.enginework import EngineWork, Stranger
@@ -25,7 +26,9 @@ from tidemill.core.world import World
 from tidemill.errors import Conflict, EngineLost, Forbidden, NotFound, TidemillError, Unavailable
 from tidemill.model.cloud import Rental
 from tidemill.model.events import (
+    Brought,
     CopiesSeen,
+    Delivered,
     DeviceFailed,
     DeviceRecovered,
     Fact,
@@ -51,7 +54,7 @@ from tidemill.model.plan import Command, LaunchSpec, Sight
 from tidemill.model.tenant import Principal, PrincipalKind, Scope, Token
 from tidemill.ports import Engine, Store
 from tidemill.units import SECOND_NS
-from tidemill.wire.outposts import OutpostReport
+from tidemill.wire.outposts import OutpostReport, facts_in
 
 log = logging.getLogger(__name__)
 _LOOKED_AFTER_S: Final = 1.0
@@ -366,17 +369,36 @@ class Sites:
         return box
 
     def facts_of(self, outpost: Outpost, report: OutpostReport) -> list[Fact]:
-        """What an outpost tells of its own machines; of others it has nothing to tell."""
+        """What an outpost tells of its own machines; of others it has nothing to tell. Raises: InvalidRequest."""
         if report.offer:
             self._offers[outpost.id] = dict(report.offer)
-        mine = set(self._engines[outpost.site_id].nodes_of(outpost.id))
-        told: tuple[Sampled | DeviceFailed | DeviceRecovered | NodeMarked, ...] = (
-            *report.sampled,
-            *report.failed,
-            *report.recovered,
-            *(fact for fact in report.interrupted if fact.marking is Marking.DRAIN),
-        )
-        return [fact for fact in sorted(told, key=lambda fact: fact.at_ns) if fact.node_id in mine]
+        engine = self._engines[outpost.site_id]
+        told = [
+            (number, fact)
+            for fact, number in zip_longest(facts_in(report), report.numbers, fillvalue=0)
+            if isinstance(fact, Brought)
+            and engine.speaks_for(outpost.id, fact.node_id)
+            and not (isinstance(fact, NodeMarked) and fact.marking is not Marking.DRAIN)
+        ]
+        if not report.numbers:
+            return sorted((fact for _, fact in told), key=lambda fact: fact.at_ns)
+        return [
+            Delivered(
+                at_ns=self._clock(),
+                outpost_id=outpost.id,
+                last=max(report.numbers),
+                numbers=tuple(number for number, _ in told),
+                sampled=tuple(fact for _, fact in told if isinstance(fact, Sampled)),
+                failed=tuple(fact for _, fact in told if isinstance(fact, DeviceFailed)),
+                recovered=tuple(fact for _, fact in told if isinstance(fact, DeviceRecovered)),
+                marked=tuple(fact for _, fact in told if isinstance(fact, NodeMarked)),
+            )
+        ]
+
+    def taken(self, outpost: Outpost) -> int:
+        """Up to which number what an outpost brought was taken; zero: nothing."""
+        mark = self._world().deliveries.get(outpost.id)
+        return mark.number if mark is not None else 0
 
     def joining_settings(self, site: Site) -> dict[str, str]:
         """What an outpost of that site needs beside its token, by the site's engine."""

@@ -20,6 +20,7 @@ from tidemill.model.events import (
     Became,
     Checkpointed,
     CopiesSeen,
+    Delivered,
     DeviceFailed,
     DeviceRecovered,
     Exited,
@@ -48,7 +49,7 @@ from tidemill.model.events import (
     Submitted,
     Vanished,
 )
-from tidemill.model.fleet import Node, NodeState
+from tidemill.model.fleet import DeliveryMark, Node, NodeState
 from tidemill.model.ids import JobId, LaunchId, NodeId, job_id
 from tidemill.model.job import Allocation, AllocationState, AttemptState, Cause, Job, JobState
 from tidemill.model.plan import Launch
@@ -508,6 +509,20 @@ def _device_recovered(fact: DeviceRecovered, world: World, out: Outcome) -> None
     world.update(world.nodes, node.id, node, failing=tuple(one for one in node.failing if one[0] != fact.device_id))
     out.note("DeviceRecovered", node=node.name, device=fact.device_id)
     world.rebuild_fleet()
+
+
+@_take.register
+def _delivered(fact: Delivered, world: World, out: Outcome) -> None:
+    known = world.deliveries.get(fact.outpost_id)
+    taken = known.number if known is not None else 0
+    if fact.last <= taken:
+        return
+    for one in fact.after(taken):
+        take(world, one, out)
+    if known is None:
+        world.add(world.deliveries, fact.outpost_id, DeliveryMark(id=fact.outpost_id, version=1, number=fact.last))
+    else:
+        world.update(world.deliveries, known.id, known, number=fact.last)
 
 
 @_take.register

@@ -29,13 +29,14 @@ from tidemill.core.quota import QuotaTree
 from tidemill.core.rating import card_of
 from tidemill.core.reserve import HeldBack
 from tidemill.core.score import Score
-from tidemill.model.fleet import Device, Node, NodeState, Site
+from tidemill.model.fleet import DeliveryMark, Device, Node, NodeState, Site
 from tidemill.model.ids import (
     AttemptId,
     DeviceId,
     JobId,
     LaunchId,
     NodeId,
+    OutpostId,
     PrincipalId,
     ProjectId,
     QueueId,
@@ -64,7 +65,7 @@ _MIX_EVERY: Final = 4_096
 _MIX_HALF: Final = 5_000
 """After how many requests older ones count for half: less memory would let noise pass for change."""
 _MIX_LEAST: Final = 0.01
-Entity = TypeVar("Entity", Job, Attempt, Allocation, Node, Queue, QueueUsage, Reservation, Rollout)
+Entity = TypeVar("Entity", Job, Attempt, Allocation, Node, DeliveryMark, Queue, QueueUsage, Reservation, Rollout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +130,7 @@ class World:
         self.by_node: dict[NodeId, dict[LaunchId, None]] = {}
         self.queues: dict[QueueId, Queue] = {}
         self.usages: dict[str, QueueUsage] = {}
+        self.deliveries: dict[OutpostId, DeliveryMark] = {}
         self.reservations: dict[ReservationId, Reservation] = {}
         """Those that were not cancelled."""
         self.quota = QuotaTree(half_life_ns=policy.half_life_ns)
@@ -852,7 +854,7 @@ class World:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _next_version(
-        self, entity: Job | Attempt | Allocation | Node | Queue | QueueUsage | Reservation | Rollout
+        self, entity: Job | Attempt | Allocation | Node | DeliveryMark | Queue | QueueUsage | Reservation | Rollout
     ) -> int:
         mark = (type(entity).__name__, str(entity.id))
         if mark not in self._touched:

@@ -24,13 +24,13 @@ from typing import Any, Final
 import msgspec
 
 from tidemill.errors import EngineLost, TidemillError
-from tidemill.model.events import Fact
+from tidemill.model.events import Brought
 from tidemill.model.fleet import Node
 from tidemill.model.ids import LaunchId, NodeId
 from tidemill.model.plan import LaunchSpec, Observation, Sight
 from tidemill.ports import EngineCapabilities
 from tidemill.units import MILLI
-from tidemill.wire.outposts import EngineAnswer, EngineCall, OutpostReport, raise_for
+from tidemill.wire.outposts import EngineAnswer, EngineCall, OutpostReport, facts_in, raise_for
 
 log = logging.getLogger(__name__)
 NODE_RESOURCE: Final = "tidemill"
@@ -129,12 +129,11 @@ class RayEngine:
         self._ask(node_id, EngineCall(number=0, method="forget", launch_id=launch_id, node_id=node_id))
         self._give_back(_group_of(launch_id))
 
-    def facts(self) -> tuple[Fact, ...]:
+    def facts(self) -> tuple[Brought, ...]:
         """What the machines have to tell since they were last asked."""
-        told: list[Fact] = []
+        told: list[Brought] = []
         for _, reply in self._replies(lambda agent: agent.facts.remote()):
-            report = _REPORTS.decode(reply)
-            told += [*report.sampled, *report.failed, *report.recovered, *report.interrupted]
+            told += facts_in(_REPORTS.decode(reply))
         return tuple(told)
 
     def close(self) -> None:

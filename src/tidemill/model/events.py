@@ -12,7 +12,7 @@ from enum import StrEnum
 from msgspec import Struct
 
 from tidemill.model.fleet import Node, Site
-from tidemill.model.ids import DeviceId, JobId, LaunchId, NodeId, ReservationId, RolloutId, WorkloadId
+from tidemill.model.ids import DeviceId, JobId, LaunchId, NodeId, OutpostId, ReservationId, RolloutId, WorkloadId
 from tidemill.model.job import AllocationState, Cause, Workload
 from tidemill.model.queue import Queue
 from tidemill.model.reservation import Reservation
@@ -277,6 +277,35 @@ class DeviceRecovered:
     device_id: DeviceId
 
 
+Brought = Sampled | NodeMarked | DeviceFailed | DeviceRecovered
+"""What an outpost has to tell of its machines by itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivered:
+    """An outpost brought what it had kept until it could be told. Each fact has a number, and those up to the last
+    one that was taken before are passed over.
+
+    ``numbers`` are those of ``sampled``, then ``failed``, ``recovered`` and ``marked``. ``last`` is the highest that
+    was brought, whatever became of it.
+    """
+
+    at_ns: int
+    outpost_id: OutpostId
+    last: int
+    numbers: tuple[int, ...] = ()
+    sampled: tuple[Sampled, ...] = ()
+    failed: tuple[DeviceFailed, ...] = ()
+    recovered: tuple[DeviceRecovered, ...] = ()
+    marked: tuple[NodeMarked, ...] = ()
+
+    def after(self, number: int) -> tuple[Brought, ...]:
+        """The facts with higher numbers, by number."""
+        facts: tuple[Brought, ...] = (*self.sampled, *self.failed, *self.recovered, *self.marked)
+        numbered = sorted(zip(self.numbers, facts, strict=True), key=lambda each: each[0])
+        return tuple(fact for at, fact in numbered if at > number)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueSet:
     """A place in the quota tree is as given from now on; ``version`` is ignored."""
@@ -342,6 +371,7 @@ Fact = (
     | NodeMarked
     | DeviceFailed
     | DeviceRecovered
+    | Delivered
     | QueueSet
     | ProjectOpened
     | ModelPolicySet

@@ -108,6 +108,15 @@ class Outpost:
     removed_ns: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryMark:
+    """Up to which number what an outpost brought was taken; stored with what followed from it."""
+
+    id: OutpostId
+    version: int
+    number: int
+
+
 class Mig(StrEnum):
     """How a device is cut into slices."""
 

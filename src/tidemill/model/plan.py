@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from tidemill.model.cloud import Rental
 from tidemill.model.events import LogEntry
-from tidemill.model.fleet import Node
+from tidemill.model.fleet import DeliveryMark, Node
 from tidemill.model.ids import JobId, LaunchId, NodeId, ProjectId
 from tidemill.model.job import Allocation, Attempt, Job, Workload
 from tidemill.model.ledger import LedgerLine
@@ -57,6 +57,7 @@ class Change(Struct, frozen=True, kw_only=True, gc=False):
         | Attempt
         | Allocation
         | Node
+        | DeliveryMark
         | Queue
         | QueueUsage
         | Reservation

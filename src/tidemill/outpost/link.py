@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Final
@@ -17,9 +16,10 @@ from zlib import crc32
 
 import msgspec
 
-from tidemill.model.events import Fact
+from tidemill.model.events import Brought
 from tidemill.model.plan import LaunchSpec
 from tidemill.outpost.carrying import carry_out
+from tidemill.outpost.spool import Kept, Spool
 from tidemill.ports import Engine
 from tidemill.runner.client import Channel, Refused, Unreachable
 from tidemill.wire.outposts import EngineAnswer, EngineCall, OutpostCalls, report_of
@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 _LANES: Final = 4
 _WAIT_S: Final = 10.0
 _FACTS_S: Final = 5.0
-_KEPT: Final = 10_000
-"""Facts that are kept while the control plane cannot be reached; the oldest go first."""
+_AT_ONCE: Final = 1_000
+"""Facts that one report has at most."""
 _CALLS: Final = msgspec.json.Decoder(OutpostCalls)
 _REPORTS: Final = msgspec.json.Encoder()
 
@@ -42,9 +42,9 @@ class Link:
     """One outpost at work. ``channel`` leads to the control plane, ``api_url`` is where workers here reach it,
     ``ca`` what vouches for it, as PEM, where that is not what all trust.
 
-    ``facts`` gives what the machines have to tell since it was last asked; ``offer`` what those need to know that join
-    the cluster which this outpost heads; ``moved`` takes the addresses of all control planes, first the one that
-    answers, when they change.
+    ``facts`` gives what the machines have to tell since it was last asked, which ``spool`` keeps until it was taken,
+    and ``kept`` is called when it does; ``offer`` gives what those need to know that join the cluster which this
+    outpost heads; ``moved`` takes the addresses of all control planes, first the one that answers, when they change.
     """
 
     def __init__(
@@ -54,7 +54,9 @@ class Link:
         *,
         api_url: str,
         ca: str = "",
-        facts: Callable[[], Iterable[Fact]] = tuple,
+        facts: Callable[[], Iterable[Brought]] = tuple,
+        spool: Spool | None = None,
+        kept: Callable[[], None] = lambda: None,
         offer: Callable[[], tuple[tuple[str, str], ...]] = tuple,
         moved: Callable[[tuple[str, ...]], None] = lambda _: None,
     ) -> None:
@@ -63,6 +65,8 @@ class Link:
         self._api_url = api_url
         self._ca = ca
         self._facts = facts
+        self._spool = spool
+        self._kept = kept
         self._offer = offer
         self._moved = moved
         self._session = ""
@@ -75,7 +79,6 @@ class Link:
         ]
         self._to_post = threading.Condition()
         self._answers: list[tuple[str, EngineAnswer]] = []
-        self._told: deque[Fact] = deque(maxlen=_KEPT)
         self._offered: tuple[tuple[str, str], ...] = ()
         self._posting = channel.copy()
         self._threads = [
@@ -164,13 +167,14 @@ class Link:
     def _gather(self) -> None:
         while not self._closing.wait(_FACTS_S):
             try:
-                facts = list(self._facts())
+                if self._spool is not None:
+                    self._spool.append(self._facts())
+                    self._kept()
                 offer = self._offer()
             except Exception:
                 log.exception("what the machines report cannot be taken")
                 continue
             with self._to_post:
-                self._told.extend(facts)
                 if offer != self._offered:
                     self._offered = offer
                     self._answers.append(("", EngineAnswer(number=0)))
@@ -179,35 +183,48 @@ class Link:
     def _post_forever(self) -> None:
         while not self._closing.is_set():
             with self._to_post:
-                while not (self._answers or self._told or self._closing.is_set()):
+                while not (self._answers or self._spool or self._closing.is_set()):
                     self._to_post.wait()
-                answers, told = list(self._answers), list(self._told)
-            while not self._closing.is_set():
-                try:
-                    self._post(answers, told)
-                    break
-                except Unreachable as error:
-                    log.debug("answers could not be posted: %s", error)
-                    self._posting.rest(self._closing)
+                answers = list(self._answers)
+            if self._closing.is_set():
+                break
+            try:
+                self._post(answers, self._spool.first(_AT_ONCE) if self._spool else [])
+            except Unreachable as error:
+                log.debug("answers could not be posted: %s", error)
+                self._posting.rest(self._closing)
+                continue
             with self._to_post:
                 del self._answers[: len(answers)]
-                for fact in told:
-                    if self._told and self._told[0] is fact:
-                        self._told.popleft()
         self._posting.close()
 
-    def _post(self, answers: list[tuple[str, EngineAnswer]], told: list[Fact]) -> None:
+    def _post(self, answers: list[tuple[str, EngineAnswer]], told: list[Kept]) -> None:
         session = self._session
         report = replace(
-            report_of(told),
+            report_of((one.fact for one in told), (one.number for one in told)),
             session=session,
             answers=tuple(answer for asked, answer in answers if asked == session),
             offer=self._offered,
         )
         try:
-            self._posting.call("POST", "/report", _REPORTS.encode(report))
+            said = self._posting.call("POST", "/report", _REPORTS.encode(report))
         except Refused as refusal:
-            if refusal.status in (400, 413, 422):
-                log.error("a report was refused and is dropped: %s", refusal)
-                return
-            raise Unreachable(str(refusal)) from refusal
+            if refusal.status not in (400, 413, 422):
+                raise Unreachable(str(refusal)) from refusal
+            self._refused(answers, told, refusal)
+            return
+        if self._spool is not None and told:
+            self._spool.taken(int(said.get("taken") or told[-1].number))  # one of an older version does not say
+
+    def _refused(self, answers: list[tuple[str, EngineAnswer]], told: list[Kept], refusal: Refused) -> None:
+        """A report is never taken as it is: its parts are told alone, and one that is refused alone is dropped."""
+        if answers and told:
+            self._post(answers, [])
+            self._post([], told)
+        elif len(told) > 1:
+            for one in told:
+                self._post([], [one])
+        else:
+            log.error("a report was refused and is dropped, %s with it: %s", [one.fact for one in told], refusal)
+            if self._spool is not None and told:
+                self._spool.drop(told[0])

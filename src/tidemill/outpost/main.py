@@ -20,18 +20,21 @@ from pathlib import Path
 from typing import Any, Final
 
 from tidemill.errors import Conflict, InvalidSetting, TidemillError
-from tidemill.model.events import Fact
+from tidemill.model.events import Brought
 from tidemill.model.fleet import Node
 from tidemill.model.ids import NodeId, SiteId
 from tidemill.outpost.config import OutpostConfig, read_config
 from tidemill.outpost.link import Link, Removed
+from tidemill.outpost.spool import Spool
 from tidemill.ports import Engine
 from tidemill.runner.client import Channel
-from tidemill.runner.folders import read_json
+from tidemill.runner.folders import read_json, write_json
 from tidemill.units import MILLI, MINUTE_NS, parse_size
 
 log = logging.getLogger(__name__)
 ENDPOINT: Final = "endpoint.json"
+FACTS: Final = "facts.jsonl"
+HEALTH: Final = "health.json"
 _RECHECK_NS: Final = 10 * MINUTE_NS
 _HOT_NS: Final = 2 * MINUTE_NS
 
@@ -78,12 +81,14 @@ def link_of(
     config: OutpostConfig,
     engine: Engine,
     *,
-    facts: Callable[[], Iterable[Fact]] = tuple,
+    facts: Callable[[], Iterable[Brought]] | None = None,
+    kept: Callable[[], None] = lambda: None,
     offer: Callable[[], tuple[tuple[str, str], ...]] = tuple,
     tell: Callable[[tuple[str, ...]], None] = lambda _: None,
 ) -> Link:
     """The conversation of this outpost with whichever control plane leads, about that engine.
 
+    ``facts`` None: its machines have nothing to tell by themselves.
     ``tell`` passes the addresses of the control planes on to machines for which this outpost speaks.
     """
 
@@ -96,7 +101,9 @@ def link_of(
         channel_of(home, config),
         api_url=config.control_url,
         ca=config.ca,
-        facts=facts,
+        facts=facts or tuple,
+        spool=Spool(home / FACTS) if facts is not None else None,
+        kept=kept,
         offer=offer,
         moved=moved,
     )
@@ -121,8 +128,8 @@ def describe(config: OutpostConfig, home: Path) -> Node:
     )
 
 
-def machine(home: Path, config: OutpostConfig) -> tuple[Engine, Callable[[], list[Fact]]]:
-    """The engine of this machine, and what it has to tell since it was last asked."""
+def machine(home: Path, config: OutpostConfig) -> tuple[Engine, Callable[[], list[Brought]], Callable[[], None]]:
+    """The engine of this machine, what it has to tell since it was last asked, and what to call when that is kept."""
     from tidemill import telemetry
     from tidemill.engines.local import LocalEngine, LocalSettings
     from tidemill.telemetry.interruption import InterruptionWatcher
@@ -141,17 +148,24 @@ def machine(home: Path, config: OutpostConfig) -> tuple[Engine, Callable[[], lis
     )
     engine.guard()
     meters = telemetry.EnergyMeters(node_id)
-    health = telemetry.HealthWatcher(node_id, recheck_ns=_RECHECK_NS, hot_ns=_HOT_NS)
+    known = read_json(home / HEALTH) or {}
+    health = telemetry.HealthWatcher(node_id, recheck_ns=_RECHECK_NS, hot_ns=_HOT_NS, known=known)
     notices = InterruptionWatcher(node_id) if is_in_cloud() else None
 
-    def facts() -> list[Fact]:
+    def facts() -> list[Brought]:
         sampled = meters.sample()
-        told: list[Fact] = [sampled] if sampled is not None else []
+        told: list[Brought] = [sampled] if sampled is not None else []
         now = time.time_ns()
         interrupted = notices.interruption_facts(now) if notices is not None else []
         return [*told, *health.health_facts(now), *interrupted]
 
-    return engine, facts
+    def kept() -> None:
+        nonlocal known
+        if (now := health.known) != known:
+            write_json(home / HEALTH, now, durable=True)
+            known = now
+
+    return engine, facts, kept
 
 
 def is_in_cloud() -> bool:
@@ -191,9 +205,9 @@ def write_endpoint(home: Path, config: OutpostConfig, replicas: Iterable[str] | 
 
 
 def _work_machine(home: Path, config: OutpostConfig, stop: threading.Event, ready: Callable[[], None]) -> None:
-    engine, facts = machine(home, config)
+    engine, facts, kept = machine(home, config)
     try:
-        serve(link_of(home, config, engine, facts=facts), stop, ready)
+        serve(link_of(home, config, engine, facts=facts, kept=kept), stop, ready)
     finally:
         engine.close()
 

@@ -50,7 +50,7 @@ class NodeAgent:
     def __init__(self) -> None:
         self._home = Path(os.environ[HOME_VARIABLE])
         self._config = read_config(self._home)
-        self._engine, self._facts = machine(self._home, self._config)
+        self._engine, self._facts, self._kept = machine(self._home, self._config)
         self._replicas: tuple[str, ...] = ()
         self._writing = threading.Lock()
 
@@ -65,7 +65,9 @@ class NodeAgent:
 
     def facts(self) -> bytes:
         """What the machine has to tell since it was last asked, as JSON."""
-        return _ANSWERS.encode(report_of(self._facts()))
+        told = _ANSWERS.encode(report_of(self._facts()))
+        self._kept()
+        return told
 
 
 def new_token() -> str:
@@ -96,7 +98,11 @@ def member(home: Path, config: OutpostConfig) -> Iterator[None]:
 def run_head(home: Path, config: OutpostConfig, stop: threading.Event, ready: Callable[[], None]) -> None:
     """Head a cluster until told to stop. Raises: InvalidSetting without Ray."""
     driver = [sys.executable, "-m", "tidemill.outpost.driver", str(home)]
-    with head(home, config), _Kept("driver", driver, _environment(home, config), home):
+
+    def is_left(text: str) -> bool:
+        return text.endswith(f"tidemill.outpost.driver {home}")
+
+    with head(home, config), _Kept("driver", driver, _environment(home, config), home, is_left=is_left):
         ready()
         stop.wait()
 

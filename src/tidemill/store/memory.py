@@ -12,7 +12,7 @@ from tidemill.core.lifecycle import is_terminal
 from tidemill.errors import Deposed, Stale
 from tidemill.model.artifact import Artifact
 from tidemill.model.cloud import Rental
-from tidemill.model.fleet import Node, Outpost, Site
+from tidemill.model.fleet import DeliveryMark, Node, Outpost, Site
 from tidemill.model.guard import Decision
 from tidemill.model.ids import (
     ArtifactId,
@@ -178,6 +178,7 @@ class MemoryStore:
                 last_seq=len(self._all.events),
                 queues=self._sorted(Queue, lambda _: True, key=lambda it: it.id),
                 queue_usages=self._sorted(QueueUsage, lambda _: True, key=lambda it: it.id),
+                deliveries=self._sorted(DeliveryMark, lambda _: True, key=lambda it: it.id),
                 reservations=self._sorted(Reservation, lambda it: not it.cancelled_ns, key=lambda it: it.id),
                 rollouts=self._sorted(Rollout, lambda it: not it.ended_ns, key=lambda it: it.id),
                 unlucky=tuple(sorted(unlucky.items())),

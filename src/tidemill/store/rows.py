@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from tidemill.errors import Stale
 from tidemill.model.cloud import Rental
-from tidemill.model.fleet import Node
+from tidemill.model.fleet import DeliveryMark, Node
 from tidemill.model.ids import NodeId
 from tidemill.model.job import Allocation, Attempt, Job, Workload
 from tidemill.model.ledger import LedgerLine
@@ -29,6 +29,7 @@ Thing = (
     | Attempt
     | Allocation
     | Node
+    | DeliveryMark
     | Queue
     | QueueUsage
     | Reservation
@@ -43,6 +44,7 @@ THINGS: Final[tuple[type[Thing], ...]] = (
     Attempt,
     Allocation,
     Node,
+    DeliveryMark,
     Queue,
     QueueUsage,
     Reservation,
@@ -188,7 +190,7 @@ def _node(it: Node) -> Row:
     return {"id": it.id, "name": it.name, "version": it.version, "body": encode(it)}
 
 
-def _plain(it: Queue | QueueUsage) -> Row:
+def _plain(it: DeliveryMark | Queue | QueueUsage) -> Row:
     return {"id": it.id, "version": it.version, "body": encode(it)}
 
 
@@ -241,6 +243,7 @@ _ROWS: Final[dict[type[Thing], Callable[[Any], Row]]] = {
     Attempt: _attempt,
     Allocation: _allocation,
     Node: _node,
+    DeliveryMark: _plain,
     Queue: _plain,
     QueueUsage: _plain,
     Reservation: _reservation,

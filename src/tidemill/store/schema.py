@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sqlalchemy import BigInteger, Column, Index, Integer, MetaData, Table, Text, UniqueConstraint
 
-HEAD: Final = "0002"
+HEAD: Final = "0003"
 """The newest migration."""
 
 TEXT: Final = Text().with_variant(Text(collation="C"), "postgresql")
@@ -112,6 +112,7 @@ nodes = Table(
 )
 queues = Table("queues", metadata, _text("id", primary_key=True), _long("version"), _text("body"))
 queue_usage = Table("queue_usage", metadata, _text("id", primary_key=True), _long("version"), _text("body"))
+delivery_marks = Table("delivery_marks", metadata, _text("id", primary_key=True), _long("version"), _text("body"))
 reservations = Table(
     "reservations",
     metadata,

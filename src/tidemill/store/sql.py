@@ -44,7 +44,7 @@ from tidemill.errors import Deposed, InvalidSetting, Stale, TidemillError, Unava
 from tidemill.model.artifact import Artifact
 from tidemill.model.cloud import Rental
 from tidemill.model.events import LogEntry
-from tidemill.model.fleet import Node, Outpost, Site
+from tidemill.model.fleet import DeliveryMark, Node, Outpost, Site
 from tidemill.model.guard import Decision
 from tidemill.model.ids import (
     ArtifactId,
@@ -102,6 +102,7 @@ _TABLES: Final[dict[type[Thing], Table]] = {
     Attempt: schema.attempts,
     Allocation: schema.allocations,
     Node: schema.nodes,
+    DeliveryMark: schema.delivery_marks,
     Queue: schema.queues,
     QueueUsage: schema.queue_usage,
     Reservation: schema.reservations,
@@ -137,6 +138,7 @@ _UPDATES: Final[dict[type[Thing], Executable]] = {
     Attempt: _guarded(schema.attempts, "state", "version", "body"),
     Allocation: _guarded(schema.allocations, "state", "version", "body"),
     Node: _guarded(schema.nodes, "name", "version", "body"),
+    DeliveryMark: _guarded(schema.delivery_marks, "version", "body"),
     Queue: _guarded(schema.queues, "version", "body"),
     QueueUsage: _guarded(schema.queue_usage, "version", "body"),
     Reservation: _guarded(schema.reservations, "cancelled_ns", "version", "body"),
@@ -360,6 +362,9 @@ class SqlStore:
                 ),
                 queue_usages=_values(
                     connection, QueueUsage, select(schema.queue_usage.c.body).order_by(schema.queue_usage.c.id)
+                ),
+                deliveries=_values(
+                    connection, DeliveryMark, select(schema.delivery_marks.c.body).order_by(schema.delivery_marks.c.id)
                 ),
                 reservations=_values(
                     connection,

@@ -11,8 +11,8 @@ Kubernetes passes over; NVIDIA, "GPU Memory Error Management" (row remapping).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Final
 
 from tidemill.model.events import DeviceFailed, DeviceRecovered
@@ -54,12 +54,24 @@ class HealthWatcher:
         nvml: Nvml | None = None,
         recheck_ns: int = 10 * MINUTE_NS,
         hot_ns: int = 2 * MINUTE_NS,
+        known: Mapping[str, Mapping[str, int]] | None = None,
     ) -> None:
+        """``known`` is what an earlier one of this machine knew."""
         self._node_id = node or node_id()
         self._nvml = nvml or the_nvml()
         self._recheck_ns = recheck_ns
         self._hot_ns = hot_ns
         self._known: dict[str, _Health] = {}
+        for uuid, told in (known or {}).items():
+            health = self._known[uuid] = _Health()
+            for name in _Health.__slots__:
+                setattr(health, name, int(told.get(name, 0)))
+            health.is_failing = bool(health.is_failing)
+
+    @property
+    def known(self) -> dict[str, dict[str, int]]:
+        """What it knows of each GPU, for one that goes on where it was."""
+        return {uuid: {name: int(value) for name, value in asdict(one).items()} for uuid, one in self._known.items()}
 
     def health_facts(self, now: int) -> list[DeviceFailed | DeviceRecovered]:
         """What changed since this was last asked: each fault once, and that a GPU is well again once."""

@@ -9,7 +9,7 @@ from tidemill.errors import TidemillError
 from tidemill.model.artifact import Artifact
 from tidemill.model.cloud import Market, Offer, Rental, RentalState
 from tidemill.model.events import LogEntry
-from tidemill.model.fleet import Device, Node, NodeState
+from tidemill.model.fleet import DeliveryMark, Device, Node, NodeState
 from tidemill.model.ids import (
     ArtifactId,
     DataSetId,
@@ -19,6 +19,7 @@ from tidemill.model.ids import (
     ModelVersionId,
     NodeId,
     OrganizationId,
+    OutpostId,
     PrincipalId,
     ProjectId,
     RentalId,
@@ -147,6 +148,11 @@ def a_node(name: str) -> Node:
     )  # fmt: skip
 
 
+def a_delivery_mark(outpost: str = "a", *, number: int = LARGE) -> DeliveryMark:
+    """How far what an outpost brought was taken."""
+    return DeliveryMark(id=OutpostId(f"out_{outpost}"), version=1, number=number)
+
+
 def a_queue(project: ProjectId = RED, *, weight_milli: int = 1_000) -> Queue:
     """A project's place in the quota tree."""
     return Queue(
@@ -264,6 +270,7 @@ def new(
     | Attempt
     | Allocation
     | Node
+    | DeliveryMark
     | Queue
     | QueueUsage
     | Reservation

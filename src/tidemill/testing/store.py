@@ -50,6 +50,7 @@ from tidemill.testing.samples import (
     NOW,
     RED,
     a_dataset,
+    a_delivery_mark,
     a_habit,
     a_job,
     a_line,
@@ -113,7 +114,7 @@ def check_values_come_back_as_they_were(open_store: OpenStore) -> None:
         worker = replace(an_allocation(attempt), cpu_used_ns=2**62, exit_code=137)
         entry = a_note(job, "Noted", text="ü", number=2**62, yes=True, no=False, nothing=None)
         line = a_line(0, 2**62, job=job, milli=10**6, amount_micro=-LARGE, energy_mj=LARGE, carbon_mg=0)
-        policies = (a_queue(), a_usage(), a_reservation(1))
+        policies = (a_queue(), a_usage(), a_delivery_mark(), a_reservation(1))
         it.commit(changes=new(workload, job, attempt, worker, a_node("b"), *policies), log=[entry], ledger=[line])
         same(it.store.workload(workload.id), workload, "the workload")
         same(it.store.jobs_of(workload.id), (job,), "its jobs")
@@ -122,7 +123,8 @@ def check_values_come_back_as_they_were(open_store: OpenStore) -> None:
         same(it.store.allocation(worker.id), worker, "the allocation")
         same(it.store.nodes(), (a_node("b"),), "the nodes")
         found = it.store.load()
-        same((*found.queues, *found.queue_usages, *found.reservations), policies, "queue, usage and reservation")
+        loaded = (*found.queues, *found.queue_usages, *found.deliveries, *found.reservations)
+        same(loaded, policies, "queue, usage, delivery and reservation")
         same([event.entry for event in it.store.events()], [entry], "the event")
         kinds = [type(value) for _, value in it.store.events()[0].entry.body]
         same(kinds, [str, int, bool, bool, type(None)], "the types in the event's body")
@@ -475,6 +477,20 @@ def check_policies_are_loaded(open_store: OpenStore) -> None:
         same(found.queue_usages, (usages[1], usages[2], more), "the usages")
         same(found.reservations, (booked[2], booked[0]), "the reservations that stand")
         raises(Stale, it.commit, changes=new(booked[1]))
+
+
+def check_deliveries_are_taken_once(open_store: OpenStore) -> None:
+    """How far what an outpost brought was taken is stored with what followed from it, or both are not."""
+    with _Session(open_store) as it:
+        marks = [a_delivery_mark("b", number=3), a_delivery_mark("a", number=7)]
+        it.commit(changes=new(*marks))
+        further = replace(marks[0], version=2, number=5)
+        it.commit(changes=[Change(assumed=1, after=further)], log=[a_note()])
+        again = Change(assumed=1, after=replace(further, number=6))
+        raises(Stale, it.commit, changes=[again], log=[a_note()])
+        raises(Stale, it.commit, changes=new(marks[1]), log=[a_note()])
+        same(open_store().load().deliveries, (marks[1], further), "how far, by outpost")
+        same(len(it.store.events()), 1, "what followed from what was taken")
 
 
 def check_rollouts_are_kept(open_store: OpenStore) -> None:
@@ -903,6 +919,7 @@ CHECKS: Final[tuple[Callable[[OpenStore], None], ...]] = (
     check_load_counts_jobs_that_ended_badly,
     check_policies_are_loaded,
     check_rentals_are_kept,
+    check_deliveries_are_taken_once,
     check_rollouts_are_kept,
     check_models_are_kept,
     check_reasons_stay_while_a_job_waits,

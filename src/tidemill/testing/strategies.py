@@ -10,7 +10,7 @@ from msgspec import Struct
 from tidemill.model.artifact import Artifact
 from tidemill.model.cloud import Rental
 from tidemill.model.events import LogEntry
-from tidemill.model.fleet import Device, Level, Node
+from tidemill.model.fleet import DeliveryMark, Device, Level, Node
 from tidemill.model.job import Allocation, Attempt, DeviceShare, Job, Workload
 from tidemill.model.ledger import LedgerLine, UsageInterval
 from tidemill.model.limits import LIMITS, Limit, limits_of
@@ -173,6 +173,7 @@ def values() -> st.SearchStrategy[Any]:
         _built(Attempt),
         _built(Allocation, devices=_tuples(_built(DeviceShare)), ports=_tuples(st.tuples(TEXTS, NUMBERS))),
         _built(Node, cpu_milli=COUNTS, memory_bytes=COUNTS, devices=devices, labels=PAIRS),
+        _built(DeliveryMark),
         queues(),
         _built(QueueUsage, taken=_tuples(st.tuples(TEXTS, st.floats(allow_nan=False, allow_infinity=False)))),
         reservations(),

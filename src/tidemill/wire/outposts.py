@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from tidemill.errors import Conflict, EngineLost, EngineRefused, TidemillError
-from tidemill.model.events import DeviceFailed, DeviceRecovered, Fact, NodeMarked, Sampled
+from tidemill.errors import Conflict, EngineLost, EngineRefused, InvalidRequest, TidemillError
+from tidemill.model.events import Brought, DeviceFailed, DeviceRecovered, NodeMarked, Sampled
 from tidemill.model.fleet import Node
 from tidemill.model.ids import LaunchId, NodeId
 from tidemill.model.plan import LaunchSpec, Observation
@@ -66,8 +66,9 @@ _ERRORS: Final[dict[str, type[TidemillError]]] = {kind.code: kind for kind in (E
 class OutpostReport:
     """What an outpost posts: answers to calls of one session, and facts about its machines.
 
-    ``interrupted`` are drains of its own machines, which their cloud is about to take back. ``offer`` is what machines
-    need to know that join the cluster which it heads.
+    ``interrupted`` are drains of its own machines, which their cloud is about to take back. ``numbers`` are those of
+    the facts, in the order of the fields; without any, each is taken whenever it comes. ``offer`` is what machines need
+    to know that join the cluster which it heads.
     """
 
     session: str = ""
@@ -76,18 +77,43 @@ class OutpostReport:
     failed: tuple[DeviceFailed, ...] = ()
     recovered: tuple[DeviceRecovered, ...] = ()
     interrupted: tuple[NodeMarked, ...] = ()
+    numbers: tuple[int, ...] = ()
     offer: tuple[tuple[str, str], ...] = ()
 
 
-def report_of(facts: Iterable[Fact]) -> OutpostReport:
-    """A report of nothing but those facts; of kinds that an outpost has nothing to say of, none."""
-    facts = tuple(facts)
+def report_of(facts: Iterable[Brought], numbers: Iterable[int] = ()) -> OutpostReport:
+    """A report of nothing but those facts, with their numbers if they have any."""
+    facts, numbers = tuple(facts), tuple(numbers)
+    places = [[at for at, fact in enumerate(facts) if isinstance(fact, kind)] for kind in _KINDS]
     return OutpostReport(
         sampled=tuple(fact for fact in facts if isinstance(fact, Sampled)),
         failed=tuple(fact for fact in facts if isinstance(fact, DeviceFailed)),
         recovered=tuple(fact for fact in facts if isinstance(fact, DeviceRecovered)),
         interrupted=tuple(fact for fact in facts if isinstance(fact, NodeMarked)),
+        numbers=tuple(numbers[at] for found in places for at in found) if numbers else (),
     )
+
+
+_KINDS: Final = (Sampled, DeviceFailed, DeviceRecovered, NodeMarked)
+
+
+def facts_in(report: OutpostReport) -> tuple[Brought, ...]:
+    """The facts of a report, in the order of its numbers.
+
+    Raises: InvalidRequest when there are numbers, and not one for each.
+    """
+    facts: tuple[Brought, ...] = (*report.sampled, *report.failed, *report.recovered, *report.interrupted)
+    if report.numbers and len(report.numbers) != len(facts):
+        detail = f"There are {len(facts)} facts and {len(report.numbers)} numbers."
+        raise InvalidRequest(detail, field="numbers", mend="Give each fact a number, or none.")
+    return facts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportTaken:
+    """The answer to a report: up to which number the outpost's facts were taken. Zero: it has no numbers."""
+
+    taken: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
