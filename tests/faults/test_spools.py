@@ -11,7 +11,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,14 +77,13 @@ class Far:
         return list(self.bed.node("far")["failing"])
 
     def events(self, **wanted: str) -> Counter[str]:
-        """How many events there are of each type, of a job or a machine."""
+        """How many events there are of each type, with such data."""
         told: Counter[str] = Counter()
         after = 0
         while page := self.bed.cloud.call("GET", f"/v1/events?limit=500&after={after}")[1]["items"]:
             after = page[-1]["seq"]
             for event in page:
-                said = {"job": event.get("job", ""), **event["data"]}
-                if all(said.get(name) == value for name, value in wanted.items()):
+                if all(event["data"].get(name) == value for name, value in wanted.items()):
                     told[event["type"]] += 1
         return told
 
@@ -187,22 +185,18 @@ def test_energy_that_was_told_twice_is_booked_once(far: Far) -> None:
     eventually(lambda: bed.node("far")["state"] == "ready", within_s=40, what="it is back")
     time.sleep(8)
     booked = _booked_mj(bed)
-    assert booked <= 89_000, f"{booked} mJ are booked of 89,000 that there were"
+    print(f"{booked} mJ booked")
+    assert 0 < booked <= 89_000, f"{booked} mJ are booked of 89,000 that there were"
 
 
 def _booked_mj(bed: Bed) -> int:
-    """What the books have of the GPU's energy, measured."""
+    """What the books have of the GPU's energy, measured, without what the site takes on top."""
+    [pue] = {site["pue"] for site in bed.cloud.call("GET", "/v1/sites")[1]["items"] if site["name"] == "local"}
     cursor, total = "", 0
     while True:
         page = bed.cloud.call("GET", f"/v1/ledger?limit=1000&cursor={cursor}")[1]
         for line in page["items"]:
-            usage = line.get("usage", line)
-            if usage["meter"] == GPU and usage["evidence"] == "measured":
-                total += int(usage["energy_mj"])
+            if line["meter"] == GPU and line["energy_evidence"] == "measured":
+                total += int(line["energy_mj"])
         if not (cursor := page["next_cursor"]):
-            return total
-
-
-def folder_of(home: Path, job: str) -> Path:
-    """Where the first attempt of a job is on its machine."""
-    return home / "local" / "launches" / f"run_{job.removeprefix('job_')}-1-0"
+            return round(total / pue)
