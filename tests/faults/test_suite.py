@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from tests.faults.__main__ import Round, outcomes, seeds_by_store, status, together
 from tests.faults.suite import journal
 from tests.faults.suite.audit import Evidence, violations
 from tests.faults.suite.bed import Beds
 from tests.faults.suite.journal import Life
-from tests.faults.suite.registry import Case
-from tests.faults.suite.running import CASES
+from tests.faults.suite.pytests import judged
+from tests.faults.suite.registry import Case, Skipped
+from tests.faults.suite.running import CASES, Done
 
 SECOND = 1_000_000_000
 HOME = Path("/home/machine")
@@ -171,6 +173,80 @@ def test_all_cases_are_there_and_the_page_tells_of_each() -> None:
     assert sorted(CASES) == list(range(1, 27))
     told = (Path(__file__).parents[2] / "docs" / "faults.md").read_text(encoding="utf-8")
     assert [row(case) for _, case in sorted(CASES.items())] == re.findall(r"^\| [0-9]+ \| .*$", told, re.MULTILINE)
+
+
+def done(number: int, outcome: str) -> Done:
+    """A case that went so on one store."""
+    return Done(number=number, outcome=outcome, text="", figure="", detail="")
+
+
+def a_round(*all_done: Done, failed_seeds: int = 0) -> Round:
+    """A round in which the cases went so."""
+    failed, skipped = outcomes(all_done)
+    chosen = frozenset(each.number for each in all_done)
+    return Round(
+        chosen=chosen, failed=failed, skipped=skipped - failed, seeds=100, failed_seeds=failed_seeds, took_s=60.0
+    )
+
+
+def test_a_case_has_passed_that_passed_on_every_store_in_every_round() -> None:
+    good = a_round(done(1, "pass"), done(1, "pass"), done(2, "pass"), done(3, "pass"))
+    assert good.told() == {
+        "passed": 3, "failed": 0, "skipped": 0, "seeds": 100, "failed_seeds": 0, "seconds": 60,
+    }  # fmt: skip
+    bad = a_round(done(1, "pass"), done(1, "skip"), done(2, "FAIL"), done(2, "skip"), done(3, "pass"), failed_seeds=1)
+    assert bad.told() == {
+        "passed": 1, "failed": 1, "skipped": 1, "seeds": 100, "failed_seeds": 1, "seconds": 60,
+    }  # fmt: skip
+    assert together([good, bad, good]).told() == {
+        "passed": 1, "failed": 1, "skipped": 1, "seeds": 300, "failed_seeds": 1, "seconds": 180,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("whole", "is_skipping_allowed", "code"),
+    [
+        (a_round(done(1, "pass")), False, 0),
+        (a_round(done(1, "skip")), False, 2),
+        (a_round(done(1, "skip")), True, 0),
+        (a_round(done(1, "FAIL")), True, 1),
+        (a_round(done(1, "FAIL"), done(2, "skip")), False, 1),
+        (a_round(done(1, "pass"), failed_seeds=1), True, 1),
+    ],
+)
+def test_what_could_not_be_shown_is_no_success_unless_that_is_allowed(
+    whole: Round, is_skipping_allowed: bool, code: int
+) -> None:
+    assert status(whole, is_skipping_allowed=is_skipping_allowed) == code
+
+
+def test_seeds_are_written_by_store() -> None:
+    assert seeds_by_store("2000") == {"memory": 2000}
+    assert seeds_by_store("0") == {}
+    assert seeds_by_store("memory=10,sqlite=5,postgres=0") == {"memory": 10, "sqlite": 5}
+    for wrong in ("many", "disk=3", "sqlite=", "sqlite=-1"):
+        with pytest.raises(ValueError, match="write a number, or memory="):
+            seeds_by_store(wrong)
+
+
+SKIPPED_IN_PART = """..s                                                        [100%]
+SKIPPED [1] tests/contract/test_migrations.py:20: no PostgreSQL can be started here
+2 passed, 1 skipped in 0.10s
+"""
+
+
+def test_tests_have_passed_when_all_of_them_did_at_once() -> None:
+    assert judged("those", 0, "...\n3 passed, 2 deselected in 0.10s") == "3 tests of those passed"
+    for code, output, reason in (
+        (0, SKIPPED_IN_PART, "1 tests of those were skipped: no PostgreSQL can be started here"),
+        (0, "2 skipped in 0.1s", "2 tests of those were skipped: 2 skipped in 0.1s"),
+        (5, "3 deselected in 0.1s", "those: 3 deselected in 0.1s"),
+    ):
+        with pytest.raises(Skipped, match=reason):
+            judged("those", code, output)
+    for code, output in ((1, "1 failed, 2 passed in 0.1s"), (0, "2 passed, 1 rerun in 0.1s"), (4, "no such file")):
+        with pytest.raises(AssertionError):
+            judged("those", code, output)
 
 
 @pytest.fixture
