@@ -43,7 +43,7 @@ test: $(DEV) ## the tests
 
 .PHONY: test-long
 test-long: $(DEV) ## the tests that take long, one after the other: links that are cut, heads that are killed
-	@$(BIN)/python -m pytest -m long $(TESTS) $(ARGS)
+	@$(BIN)/python -m pytest -m long --hypothesis-profile=others $(TESTS) $(ARGS)
 
 .PHONY: check
 check: lint types layers docs-check test ## all that continuous integration checks

@@ -57,14 +57,14 @@ def test_what_a_cloud_decides_is_recorded_and_decided_again(cloud: Cloud, tmp_pa
     assert recording.stderr is not None
     assert "recording" in recording.stderr.readline()
     second = record(cloud, tmp_path / "second.jsonl.gz")
-    _, refused = second.communicate(timeout=30)
+    _, refused = second.communicate(timeout=120)
     assert second.returncode != 0
     assert "being recorded already" in refused
     jobs = [cloud.submit({"name": f"n{at}", "run": f"exit {at}"}) for at in range(2)]
     for job in jobs:
         cloud.wait(job, "succeeded", "failed")
     recording.send_signal(signal.SIGINT)
-    told, _ = recording.communicate(timeout=30)
+    told, _ = recording.communicate(timeout=120)
     assert recording.returncode == 0
     assert json.loads(told)["turns"] > 2
     turns = [part for part in read_recording(file) if isinstance(part, Turn)]
@@ -81,7 +81,7 @@ def test_what_a_cloud_decides_is_recorded_and_decided_again(cloud: Cloud, tmp_pa
         assert third.stderr is not None
         begun = "recording;" in third.stderr.readline()
         third.send_signal(signal.SIGINT)
-        third.communicate(timeout=30)
+        third.communicate(timeout=120)
         (tmp_path / "third.jsonl.gz").unlink(missing_ok=True)
         return begun
 

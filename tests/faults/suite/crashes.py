@@ -11,10 +11,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.cloud import eventually
-from tests.faults.suite.bed import Bed, Beds
+from tests.faults.suite.bed import GPUS, Bed, Beds
 from tests.faults.suite.killing import KillAtCommit, kill_at_send
 from tests.faults.suite.registry import case
-from tidemill.outpost import joining
 from tidemill.outpost.main import running_pid
 
 READY_S = 10.0
@@ -38,7 +37,8 @@ def acknowledged(beds: Beds) -> str:
     bed = beds.make()
     took = []
     for at in range(3):
-        job_id = bed.submit(bed.witness(f"w{at}"))
+        bed.govern(f"w{at}")
+        job_id = bed.submit(bed.witness(f"w{at}", gpus=GPUS))
         bed.cloud.kill()
         took.append(_runs_after_restart(bed, job_id))
         bed.finish(job_id)
@@ -61,7 +61,7 @@ def allocated(beds: Beds) -> str:
         bed.up(env=killer.env)
         killer.arm(nth)
         try:
-            job_id = bed.submit(bed.witness(f"w{nth}"), key=f"k{nth}")
+            job_id = bed.submit(bed.witness(f"w{nth}", gpus=GPUS), key=f"k{nth}")
         except (OSError, http.client.HTTPException):
             job_id = ""
         assert bed.cloud.process is not None
@@ -69,11 +69,11 @@ def allocated(beds: Beds) -> str:
         killer.disarm()
         began = time.monotonic()
         bed.up()
-        job_id = job_id or bed.submit(bed.witness(f"w{nth}"), key=f"k{nth}")
+        job_id = job_id or bed.submit(bed.witness(f"w{nth}", gpus=GPUS), key=f"k{nth}")
         eventually(lambda: bed.lives(job_id), within_s=READY_S + 20, what="its worker began")  # noqa: B023
         took.append(time.monotonic() - began)
         bed.finish(job_id)
-        assert [life.attempt for life in bed.lives(job_id)] == [1]
+        assert [life.fence for life in bed.lives(job_id)] == [1]
         bed.cloud.kill()
     bed.up()
     bed.audit()
@@ -93,11 +93,12 @@ def sent(beds: Beds) -> str:
     for nth in (-2, -3, -4):
         bed.up(env=killer.env)
         killer.arm(nth)
-        spec, key = bed.witness(f"w{nth}", lines=60), f"k{nth}"
+        spec, key = bed.witness(f"w{nth}", lines=60, gpus=GPUS), f"k{nth}"
         job_id = bed.submit_surely(spec, key=key)
         eventually(lambda: bed.revive() or bed.lives(job_id), within_s=30, what="it died, or the job began")  # noqa: B023
         killer.disarm()
         bed.revive()
+        bed.govern(f"w{-nth}")
         bed.finish(job_id)
         job = bed.cloud.job(job_id)
         assert (job["state"], job["attempts"], len(bed.lives(job_id))) == ("succeeded", 1, 1), job
@@ -174,12 +175,12 @@ def agent_after_start(beds: Beds) -> str:
     home = bed.join("second")
     took = []
     for delay_ms in (0, 2, 5, 10, 20, 40, 80, 160):
-        job_id = bed.submit(bed.witness(f"w{delay_ms}", lines=30))
+        job_id = bed.submit(bed.witness(f"w{delay_ms}", lines=30, gpus=GPUS))
         time.sleep(delay_ms / 1000)
         os.kill(running_pid(home), signal.SIGKILL)
         eventually(lambda: not running_pid(home), within_s=10, what="it is gone")
         began = time.monotonic()
-        joining.start_outpost(home)
+        bed.start_agent(home)
         bed.cloud.wait(job_id, "running", "succeeded", within_s=AGENT_S + 20)
         took.append(time.monotonic() - began)
         bed.finish(job_id)
@@ -208,7 +209,7 @@ def agent_under_streams(beds: Beds) -> str:
         os.kill(running_pid(home), signal.SIGKILL)
         bed.cloud.kill()
         time.sleep(1)
-        joining.start_outpost(home)
+        bed.start_agent(home)
         bed.up()
         got = [stream.result(timeout=60) for stream in streams]
     whole = list(range(chunks))

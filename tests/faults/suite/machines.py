@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 
 from tests.cloud import eventually
-from tests.faults.suite.bed import Bed, Beds
+from tests.faults.suite.bed import GPUS, Bed, Beds
 from tests.faults.suite.proxy import Link
 from tests.faults.suite.pytests import passed
 from tests.faults.suite.registry import case
-from tidemill.outpost import joining
 from tidemill.outpost.main import running_pid
 
 LEASE_S = 3
@@ -55,7 +54,7 @@ def stopped_runner(beds: Beds) -> str:
     bed = beds.make(engine="none")
     _leased(bed)
     homes = {name: bed.join(name, site="edge") for name in ("first", "second")}
-    job_id = bed.submit(bed.witness("held", lines=600, retry=3))
+    job_id = bed.submit(bed.witness("held", lines=600, gpus=GPUS, retry=3))
     bed.cloud.wait(job_id, "running")
     eventually(lambda: bed.lives(job_id), within_s=20, what="it began")
     there = bed.cloud.job(job_id)["workers"][0]["node"]
@@ -218,12 +217,12 @@ def cancelled(beds: Beds) -> str:
     home = bed.join("second")
     count = 0
     for delay_ms in (0, 1, 3, 8, 20, 50, 120, 300):
-        job_id = bed.submit(bed.witness(f"launch{delay_ms}", lines=600, checkpoint={"grace": "1s"}))
+        job_id = bed.submit(bed.witness(f"launch{delay_ms}", lines=600, gpus=1, checkpoint={"grace": "1s"}))
         time.sleep(delay_ms / 1000)
         assert bed.stop(job_id)
         count += 1
     for delay_ms in (0, 10, 60, 200):
-        job_id = bed.submit(bed.witness(f"again{delay_ms}", lines=600, retry=5, checkpoint={"grace": "1s"}))
+        job_id = bed.submit(bed.witness(f"again{delay_ms}", lines=600, gpus=GPUS, retry=5, checkpoint={"grace": "1s"}))
         bed.cloud.wait(job_id, "running")
         bed.killed.add(job_id)
         eventually(lambda: bed.lives(job_id), within_s=20, what="it began")  # noqa: B023
@@ -232,7 +231,7 @@ def cancelled(beds: Beds) -> str:
         if delay_ms == 60:
             os.kill(running_pid(home), signal.SIGKILL)
             eventually(lambda: not running_pid(home), within_s=10, what="it is gone")
-            joining.start_outpost(home)
+            bed.start_agent(home)
         assert bed.stop(job_id)
         count += 1
     began = time.monotonic()

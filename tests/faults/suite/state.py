@@ -44,7 +44,7 @@ def repeated(beds: Beds) -> str:
     disturbing.start()
     wanted: list[str] = []
     for number in range(30):
-        job_id = bed.submit(bed.witness(f"w{number}", lines=30, cpus=0.05, checkpoint={"grace": "1s"}))
+        job_id = bed.submit(bed.witness(f"w{number}", lines=30, cpus=0.05, gpus=1, checkpoint={"grace": "1s"}))
         time.sleep(dice.uniform(0, 0.3))
         if number % 3:
             wanted.append(job_id)
@@ -119,7 +119,7 @@ def restored(beds: Beds) -> str:
     path = bed.folder / "backup.tar.gz"
     database = bed.url if beds.store == "postgres" else ""
     eventually(lambda: len(during) > 20, within_s=60, what="it is under load")
-    before = len(during)
+    before, then = len(during), bed.record.copy()
     bootstrap.backup(bed.cloud.home, path, database=database)
     stop.set()
     loading.join()
@@ -130,6 +130,7 @@ def restored(beds: Beds) -> str:
     began = time.monotonic()
     bootstrap.restore(path, bed.cloud.home, database=database, is_replaced=True)
     bed.up()
+    bed.record = then
     assert bed.cloud.job(runs)["state"] == "running"
     took = time.monotonic() - began
     kept = sum(bed.cloud.call("GET", f"/v1/jobs/{job_id}")[0] == 200 for job_id in during[:before])
