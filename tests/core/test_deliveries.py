@@ -13,7 +13,17 @@ from tests.core.yard import PROJECTS, RATES, SITE, START, gpu_node
 from tidemill.control.driver import snapshot_of, world_from
 from tidemill.core.turn import turn
 from tidemill.core.world import World
-from tidemill.model.events import Brought, Delivered, DeviceFailed, DeviceRecovered, Fact, NodeJoined, Sampled
+from tidemill.model.events import (
+    Brought,
+    Delivered,
+    DeviceFailed,
+    DeviceRecovered,
+    Fact,
+    NodeFellSilent,
+    NodeJoined,
+    NodeWentAway,
+    Sampled,
+)
 from tidemill.model.ids import NodeId, OutpostId
 from tidemill.model.ledger import Evidence
 from tidemill.model.policy import Policy
@@ -143,3 +153,22 @@ def test_without_faults_the_energy_is_measured() -> None:
     cloud = Cloud()
     cloud.play([("bring", 0, 3), ("wait", 0, 0), ("bring", 0, 20)])
     assert cloud.measured_mj == 11_000
+
+
+def test_what_a_silent_machine_used_is_measured_when_its_counters_are_brought() -> None:
+    """Its stretch stays open until then; where that is not possible it is estimated, and nobody else pays for it."""
+    for ends_first in (False, True):
+        cloud = Cloud()
+        cloud.take(*FACTS[:1])
+        cloud.take(NodeFellSilent(at_ns=cloud.now, node_id=NODE.id))
+        for _ in range(5):
+            cloud.now += 30 * SECOND_NS
+            cloud.take()
+        assert cloud.measured_mj == 0, "nobody knows yet"
+        if ends_first:
+            cloud.take(NodeWentAway(at_ns=cloud.now, node_id=NODE.id))
+        cloud.take(NodeJoined(at_ns=cloud.now, node=NODE))
+        cloud.take(delivery(1, len(FACTS)))
+        cloud.now += 2 * SECOND_NS
+        cloud.take()
+        assert cloud.measured_mj == (0 if ends_first else 11_000)

@@ -232,10 +232,10 @@ def test_rounding_each_line_would_be_caught() -> None:
 )
 def test_measured_energy_is_shared_out_to_the_last_millijoule(energy: int, shares: list[int], start: int) -> None:
     meter = Meter("n", "g", "H100-SXM", 1000, 1, 1, start)  # type: ignore[arg-type]
-    meter.read(5)
+    meter.read(5, now=start)
     for index, milli in enumerate(shares):
         meter.holders[f"l{index}"] = _holder(milli)  # type: ignore[index]
-    meter.read(5 + energy)
+    meter.read(5 + energy, now=start + 10)
     assert sum(interval.energy_mj for interval in meter.cut(start + 10)) == energy
 
 

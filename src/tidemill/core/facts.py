@@ -271,15 +271,21 @@ def _never_launched(fact: NeverLaunched, world: World, out: Outcome) -> None:
 
 
 @_take.register
-def _sampled(fact: Sampled, world: World, _out: Outcome) -> None:
+def _sampled(fact: Sampled, world: World, out: Outcome) -> None:
     for name, energy in fact.energy_mj:
         meter = world.meters.get((fact.node_id, name))
         if meter is not None:
             world.watch_meters([meter])
-            meter.read(energy)
+            meter.read(energy, now=out.now)
     for name, milli in fact.use_milli:
         if (fact.node_id, name) in world.meters:
             world.set(world.uses, (fact.node_id, name), (fact.at_ns, milli))
+
+
+def _continues(world: World, fact: Sampled) -> bool:
+    """Whether one of the counters was read before in the stretch that its meter is in."""
+    meters = (world.meters.get((fact.node_id, name)) for name, _ in fact.energy_mj)
+    return any(meter is not None and meter.counter_mj is not None for meter in meters)
 
 
 @_take.register
@@ -517,7 +523,11 @@ def _delivered(fact: Delivered, world: World, out: Outcome) -> None:
     taken = known.number if known is not None else 0
     if fact.last <= taken:
         return
-    for one in fact.after(taken):
+    news = fact.after(taken)
+    newest = {one.node_id: one for one in news if isinstance(one, Sampled)}
+    for one in news:
+        if isinstance(one, Sampled) and newest[one.node_id] is not one and not _continues(world, one):
+            continue  # the time between two readings of the past is in nobody's stretch
         take(world, one, out)
     if known is None:
         world.add(world.deliveries, fact.outpost_id, DeliveryMark(id=fact.outpost_id, version=1, number=fact.last))

@@ -6,20 +6,24 @@ holder, one for what work held that is not ours, and one for what nobody held. N
 left out.
 
 Energy of a stretch is the difference of the hardware's counter where it is known at both ends, shared out by
-what each held, down to the last millijoule; else it is estimated from the device's idle and busy power.
+what each held, down to the last millijoule; else it is estimated from the device's idle and busy power. A machine that
+is not heard of keeps its counters: its stretches stay open until it tells them, or what it has ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from tidemill.model.fleet import Node
 from tidemill.model.ids import AttemptId, JobId, LaunchId, NodeId, ProjectId
 from tidemill.model.job import Allocation
 from tidemill.model.ledger import CPU_METER, Evidence, UsageInterval
-from tidemill.units import MILLI, SECOND_NS
+from tidemill.units import MILLI, MINUTE_NS, SECOND_NS
+
+_BLIND_NS: Final = MINUTE_NS
+"""Counters are read every few seconds where they are read at all."""
 
 
 class Holder(NamedTuple):
@@ -34,7 +38,8 @@ class Holder(NamedTuple):
 
 @dataclass(slots=True)
 class Meter:
-    """One meter of one node. ``counter_mj`` is the hardware's reading at ``since_ns``, None when not known.
+    """One meter of one node. ``counter_mj`` is the hardware's reading at ``since_ns``, None when not known;
+    ``latest_mj`` is that of ``read_ns``.
 
     ``others_milli`` is what work holds of it that is not ours.
     """
@@ -49,6 +54,7 @@ class Meter:
     holders: dict[LaunchId, Holder] = field(default_factory=dict)
     counter_mj: int | None = None
     latest_mj: int | None = None
+    read_ns: int = 0
     others_milli: int = 0
 
     @property
@@ -56,22 +62,30 @@ class Meter:
         """What our workers hold of it."""
         return sum(holder.milli for holder in self.holders.values())
 
-    def read(self, energy_mj: int) -> None:
+    def read(self, energy_mj: int, *, now: int) -> None:
         """Take note of the hardware's counter. A counter that went back was reset: its past is unknown."""
+        self.read_ns = now
         if self.latest_mj is not None and energy_mj < self.latest_mj:
             self.counter_mj = None
         self.latest_mj = energy_mj
         if self.counter_mj is None and not self.holders:
             self.counter_mj = energy_mj
 
+    def awaits_reading(self, now: int) -> bool:
+        """Whether its counter was read before, and not for so long that nothing follows for the time since."""
+        return self.counter_mj is not None and now - self.read_ns > _BLIND_NS
+
     def cut(self, now: int) -> list[UsageInterval]:
         """The intervals from ``since_ns`` until ``now``, after which the meter is open from ``now``.
 
-        Nothing when no time has passed.
+        Nothing when no time has passed. What a counter that was not read for long says later is of this stretch and of
+        the next one, nobody knows how much of which: both are estimated.
         """
         since = self.since_ns
         if now <= since:
             return []
+        if self.awaits_reading(now):
+            self.counter_mj = self.latest_mj = None
         measured = None
         if self.counter_mj is not None and self.latest_mj is not None and self.latest_mj >= self.counter_mj:
             measured = self.latest_mj - self.counter_mj

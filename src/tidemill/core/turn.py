@@ -113,8 +113,9 @@ def _cut_long_stretches(world: World, out: Outcome) -> None:
     if out.now - world.metered_ns < out.policy.meter_every_ns:
         return
     world.metered(out.now)
-    for node_id, name in list(world.meters):
-        out.cut(world, node_id, [name])
+    for (node_id, name), meter in list(world.meters.items()):
+        if world.nodes[node_id].state is not NodeState.SILENT or not meter.awaits_reading(out.now):
+            out.cut(world, node_id, [name])
     world.keep_usages()
 
 

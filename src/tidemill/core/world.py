@@ -82,9 +82,10 @@ class Promise:
     together: tuple[JobId, ...]
 
 
-def _restore(readings: list[tuple[Meter, int, int | None, int | None, int]]) -> None:
-    for meter, since, counter, latest, others in readings:
-        meter.since_ns, meter.counter_mj, meter.latest_mj, meter.others_milli = since, counter, latest, others
+def _restore(readings: list[tuple[Meter, int, int | None, int | None, int, int]]) -> None:
+    for meter, since, counter, latest, read, others in readings:
+        meter.since_ns, meter.counter_mj, meter.latest_mj, meter.read_ns = since, counter, latest, read
+        meter.others_milli = others
 
 
 def line_of(workload: Workload) -> Line:
@@ -789,7 +790,10 @@ class World:
 
     def watch_meters(self, meters: list[Meter]) -> None:
         """Remember some meters as they are before they are cut, read or noted on."""
-        readings = [(meter, meter.since_ns, meter.counter_mj, meter.latest_mj, meter.others_milli) for meter in meters]
+        readings = [
+            (meter, meter.since_ns, meter.counter_mj, meter.latest_mj, meter.read_ns, meter.others_milli)
+            for meter in meters
+        ]
         self._undo.append(partial(_restore, readings))
 
     def rebuild_fleet(self) -> None:

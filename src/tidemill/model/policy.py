@@ -11,10 +11,10 @@ from tidemill.units import DAY_NS, HOUR_NS, MINUTE_NS, SECOND_NS
 class Policy:
     """How the turn behaves.
 
-    ``meter_every_ns`` bounds the length of a usage interval. ``retry_backoff_ns`` doubles with each retry, up to
-    ``retry_backoff_max_ns``. A worker that outlives its grace by ``stop_margin_ns`` is stopped again, every
-    ``stop_retry_ns``. ``starts_per_turn`` bounds how many jobs one turn starts. A service that was ready for
-    ``retry_forget_ns`` has all its retries again.
+    ``meter_every_ns`` bounds the length of a usage interval, unless its energy is to be read behind a cut link.
+    ``retry_backoff_ns`` doubles with each retry, up to ``retry_backoff_max_ns``. A worker that outlives its grace by
+    ``stop_margin_ns`` is stopped again, every ``stop_retry_ns``. ``starts_per_turn`` bounds how many jobs one turn
+    starts. A service that was ready for ``retry_forget_ns`` has all its retries again.
 
     ``order`` and ``score`` name the plug-ins that order waiting jobs and choose among nodes. Past usage counts for half
     after ``half_life_ns`` (zero: only what is held now counts). One step of priority is worth ``ageing_ns`` of

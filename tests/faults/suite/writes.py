@@ -44,6 +44,7 @@ _MADE: Final = (
     ("PUT", r"/v1/secrets/[^/]+", "secret"),
     ("PUT", r"/v1/queues/[^/]+", "queue"),
     ("PUT", r"/v1/sites/[^/]+", "site"),
+    ("POST", r"/v1/nodes/[^/]+/mark", "node"),
 )
 _LEAVE_NOTHING: Final = (
     r"/v1/quotes",
