@@ -151,7 +151,7 @@ def test_deliveries_without_lasting_numbers_are_found_out() -> None:
 
 def test_without_faults_the_energy_is_measured() -> None:
     cloud = Cloud()
-    cloud.play([("bring", 0, 3), ("wait", 0, 0), ("bring", 0, 20)])
+    cloud.play([("bring", 0, 0), ("wait", 0, 0), ("bring", 0, 20)])
     assert cloud.measured_mj == 11_000
 
 

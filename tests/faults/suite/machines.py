@@ -49,7 +49,7 @@ def _changes(bed: Bed, name: str) -> list[int]:
     while page := bed.cloud.call("GET", f"/v1/events?limit=500&after={after}")[1]["items"]:
         after = page[-1]["seq"]
         kinds = ("NodeFellSilent", "NodeLost", "NodeJoined", "NodeSuspected")
-        changes += [e["at_ns"] for e in page if e["type"] in kinds and e["data"].get("node") == name]
+        changes += [e["data"]["at_ns"] for e in page if e["type"] in kinds and e["data"].get("node") == name]
     return changes
 
 
