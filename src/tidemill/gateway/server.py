@@ -592,6 +592,9 @@ class Connection(asyncio.Protocol):
         """When the head was whole."""
         self._buffer = b""
         self._head: RequestHead | None = None
+        self._said = b""
+        self._last: RequestHead | None = None
+        """The last head as it came, and as it was read."""
         self._key: Key | None = None
         self._refusal: Answer | None = None
         self._pieces: list[bytes] = []
@@ -798,15 +801,31 @@ class Connection(asyncio.Protocol):
                     return False
         if not 0x41 <= self._buffer[0] <= 0x5A:
             raise Malformed(400, "This is not an HTTP request.")
-        cut = cut_head(self._buffer)
-        if cut is None:
+        head = self._read_head()
+        if head is None:
             return False
-        self._buffer = cut[1]
-        head = self._head = read_request(cut[0])
+        self._head = head
         self._head_at = self._now()
         self._must_close = self._must_close or not head.keep_alive
         self._judge(head)
         return True
+
+    def _read_head(self) -> RequestHead | None:
+        """The head that the buffer begins with, which is taken out of it; None while it is not whole.
+
+        Most clients say the same in each request: then it is read once. Raises: Malformed.
+        """
+        said, last = self._said, self._last
+        if last is not None and self._buffer.startswith(said):
+            self._buffer = self._buffer[len(said) :]
+            return last.again()
+        cut = cut_head(self._buffer)
+        if cut is None:
+            return None
+        self._last = None
+        self._said, self._buffer = cut
+        self._last = read_request(self._said)
+        return self._last.again()
 
     def _judge(self, head: RequestHead) -> None:
         """Decide from the head alone whether and how the body is read."""
