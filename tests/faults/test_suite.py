@@ -214,12 +214,12 @@ def test_what_was_acknowledged_is_kept_as_it_was_answered() -> None:
         ("POST", "/v1/workloads", {"spec": {"name": "w"}}, 201, jobs),
         ("POST", "/v1/jobs/job_a/stop", None, 202, {}),
         ("POST", "/v1/quotes", {}, 200, {}),
-        ("POST", "/v1/nodes/far/mark", {}, 200, {}),
+        ("POST", "/v1/nodes/far/lost", {}, 200, {}),
     ):
         record.heard(method, path, sent, code, answer)
     assert {key: thing["weight"] for key, thing in record.things.items()} == {("queue", "q"): 3.0}
     assert (record.acknowledged, record.stopped) == ({"job_a": "w", "job_b": "w"}, {"job_a"})
-    assert record.unknown == {"POST /v1/nodes/far/mark"}
+    assert record.unknown == {"POST /v1/nodes/far/lost"}
     pages = {"": {"items": [queue], "next_cursor": "n"}, "n": {"items": [queue | {"name": "r"}], "next_cursor": ""}}
     found = record.found(lambda _, path: (200, pages[path.partition("cursor=")[2]]))
     assert {key: thing["weight"] for key, thing in found.items()} == {("queue", "q"): 1.0, ("queue", "r"): 1.0}
