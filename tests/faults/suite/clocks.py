@@ -10,7 +10,7 @@ from tests.cloud import eventually
 from tests.faults.suite.bed import Bed, Beds, environment
 from tests.faults.suite.killing import built
 from tests.faults.suite.registry import case
-from tests.faults.suite.requests import ask
+from tests.faults.suite.requests import ask, is_served
 
 LEEWAY_S: Final = 60.0
 JUMPS: Final = ((3600, 0), (0, 3600), (-3600, 0), (0, -3600), (7200, -3600), (0, 0))
@@ -71,7 +71,7 @@ def jumps(beds: Beds) -> str:
     with environment(_set_by(theirs)):
         bed.join("far", site="edge")
     bed.submit(bed.service("asked", chunks=1, pause=0.0))
-    eventually(lambda: _asked(bed, bed.cloud.token)[0] == 200, within_s=60, what="the service is routed to")
+    eventually(lambda: is_served(bed, "asked"), within_s=60, what="the service is routed to")
     wanted = {"name": "tight", "scopes": ["infer"], "limits": {"requests/minute": 3, "requests/day": 1000}}
     tight = bed.cloud.call("POST", "/v1/tokens", wanted)[1]["token"]
     eventually(lambda: _asked(bed, tight)[0] == 200, within_s=20, what="its key is known")

@@ -175,7 +175,7 @@ def database_away(beds: Beds) -> str:
     held = bed.submit(bed.witness("held", lines=800))
     bed.cloud.wait(held, "running")
     eventually(lambda: bed.cloud.job(served)["endpoint"], within_s=30, what="it is ready")
-    eventually(lambda: _is_served(bed, "served"), within_s=30, what="the gateway knows it")
+    eventually(lambda: is_served(bed, "served"), within_s=30, what="the gateway knows it")
     load = Load(bed, 200, model="served")
     time.sleep(3)
     began = time.monotonic()
@@ -213,9 +213,12 @@ def database_away(beds: Beds) -> str:
     )
 
 
-def _is_served(bed: Bed, model: str) -> bool:
+def is_served(bed: Bed, model: str) -> bool:
+    """Whether the gateway has a stream of that model for whoever asks."""
     body = {"model": model, "stream": True, "prompt": "x"}
-    return ask(bed, "POST", "/v1/completions", body, port=bed.cloud.gateway_port)[0] == 200
+    with contextlib.suppress(OSError, http.client.HTTPException):  # it may not listen yet
+        return ask(bed, "POST", "/v1/completions", body, port=bed.cloud.gateway_port)[0] == 200
+    return False
 
 
 UNDO: Final = """
