@@ -65,7 +65,13 @@ def test_what_a_cloud_decides_is_recorded_and_decided_again(cloud: Cloud, tmp_pa
     jobs = [cloud.submit({"name": f"n{at}", "run": f"exit {at}"}) for at in range(2)]
     for job in jobs:
         cloud.wait(job, "succeeded", "failed")
-    recording.send_signal(signal.SIGINT)
+
+    def is_kept() -> bool:  # what a kill -9 now would leave
+        turns = [part for part in read_recording(file) if isinstance(part, Turn)]
+        return any(one.what == "ends" for turn in turns for one in turn.decided)
+
+    eventually(is_kept, within_s=20, what="the recording has the ends")
+    recording.send_signal(signal.SIGTERM)
     told, _ = recording.communicate(timeout=120)
     assert recording.returncode == 0
     assert json.loads(told)["turns"] > 2
