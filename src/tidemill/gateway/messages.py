@@ -266,8 +266,12 @@ class ChunkedBody:
                     break
                 position += 2
                 self._remaining = -2
-            elif self._remaining == -2 and (known := _SIZES.get(_size_at(data, position))):
-                position = data.index(b"\n", position) + 1
+            elif (
+                self._remaining == -2
+                and (end := data.find(b"\r\n", position, position + _SIZE_ENDS_WITHIN)) > 0
+                and (known := _SIZES.get(data[position:end]))
+            ):
+                position = end + 2
                 if data.startswith(b"\r\n", position + known):  # all of the chunk is here
                     pieces.append(data[position : position + known])
                     position += known + 2
@@ -312,12 +316,6 @@ class ChunkedBody:
         if len(window) >= limit:
             raise Malformed(400, "A chunk's line is too long.")
         return None
-
-
-def _size_at(data: bytes, position: int) -> bytes:
-    """What may be a chunk's size, up to the end of a short line; empty when that does not end."""
-    end = data.find(b"\r\n", position, position + _SIZE_ENDS_WITHIN)
-    return data[position:end] if end > 0 else b""
 
 
 class _Sink:

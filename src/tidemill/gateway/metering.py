@@ -58,7 +58,8 @@ def prepared(body: bytes, content: dict[str, Any], *, asks_usage: bool, salt: st
 
     With ``asks_usage`` a stream is asked for its usage, and ``salt`` replaces what the client may have said of it.
     """
-    added, replaced, hides_usage = b"", dict[str, msgspec.Raw](), False
+    added, hides_usage = b"", False
+    replaced: dict[str, msgspec.Raw] = {}
     if salt:
         if "cache_salt" in content:
             replaced["cache_salt"] = msgspec.Raw(b'"%b"' % salt.encode())
@@ -274,8 +275,12 @@ class StreamMeter:
 
 def _separator_in(data: bytes) -> bytes:
     """What ends the first event in ``data``; empty when none has ended."""
-    found = [(at, one) for one in (b"\r\n\r\n", b"\n\n", b"\r\r") if (at := data.find(one)) >= 0]
-    return min(found)[1] if found else b""
+    end, first = data.find(b"\n\n"), b"\n\n"
+    for other in (b"\r\n\r\n", b"\r\r"):
+        at = data.find(other, 0, end + 1) if end >= 0 else data.find(other)
+        if at >= 0:
+            end, first = at, other
+    return first if end >= 0 else b""
 
 
 def _split(complete: bytes, separator: bytes) -> list[bytes]:

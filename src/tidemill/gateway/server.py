@@ -423,7 +423,7 @@ class Gateway:
         key = table.key(secret, self.pepper)
         if key is None:
             return answers.unauthorized("Incorrect API key provided. Tidemill's keys begin with tm_user_.")
-        if key.is_expired(now=self._clock()):
+        if key.expires_ns and key.is_expired(now=self._clock()):
             return answers.unauthorized("This API key has expired.")
         if path == b"/metrics":
             if not is_loopback or "admin" not in key.scopes or key.project:
@@ -584,6 +584,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
+        self._now = asyncio.get_running_loop().time
         self._transport: asyncio.Transport | None = None
         self._phase = _Phase.IDLE
         self._since = 0.0
@@ -1088,9 +1089,6 @@ class Connection(asyncio.Protocol):
     def _enter(self, phase: _Phase) -> None:
         self._phase = phase
         self._since = self._now()
-
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
 
 
 def _bearer(head: RequestHead) -> str | Answer:
