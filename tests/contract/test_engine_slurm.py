@@ -5,13 +5,13 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
 import pytest
 
-from tests.slurm import NODES, Slurm, slurm_cluster, why_not
+from tests.slurm import NODES, Slurm, slurm_cluster, why_no_rest, why_not
 from tidemill.engines.slurm import SlurmEngine, SlurmSettings
 from tidemill.errors import EngineLost, EngineRefused
 from tidemill.model.ids import LaunchId, NodeId, SiteId
@@ -32,12 +32,19 @@ class Centre:
     folder: Path
     control: RecordingControlPlane
     numbers: Iterator[int] = field(default_factory=count)
+    rest: str = ""
 
     def engine(self, **settings: str) -> SlurmEngine:
         return SlurmEngine(
             self.folder / "engine", site_id=SITE, endpoint_file=self.folder / "endpoint.json",
-            settings=SlurmSettings(beat_ns=SECOND_NS // 5, linger_ns=30 * SECOND_NS, **settings),
+            settings=SlurmSettings(
+                beat_ns=SECOND_NS // 5, linger_ns=30 * SECOND_NS, **{"rest": self.rest, **settings}
+            ),
         )  # fmt: skip
+
+    def through(self, rest: str) -> Centre:
+        """The same, through slurmrestd at that address; through Slurm's commands without one."""
+        return replace(self, rest=rest)
 
     @property
     def bench(self) -> EngineBench:
@@ -48,8 +55,14 @@ class Centre:
         )  # fmt: skip
 
 
+COMMANDS = pytest.param("commands")
+REST = pytest.param("rest", marks=pytest.mark.skipif(bool(why_no_rest()), reason=why_no_rest() or "-"))
+SLOW_REST = pytest.param("rest", marks=[*REST.marks, pytest.mark.long])
+
+
 @pytest.fixture(scope="module")
-def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
+    """Through Slurm's commands; ``rest`` is where slurmrestd answers, if it can be had."""
     folder = tmp_path_factory.mktemp("slurm")
     (folder / "cluster").mkdir()
     control = RecordingControlPlane(folder / "endpoint.json")
@@ -59,6 +72,18 @@ def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
             patch.setenv(name, value)
         yield Centre(slurm, folder, control)
     control.stop()
+
+
+@pytest.fixture(scope="module")
+def rest(cluster: Centre) -> str:
+    """The address of a slurmrestd on a socket, as this user."""
+    return cluster.slurm.start_rest("v0.0.37", "v0.0.38")
+
+
+@pytest.fixture(scope="module", params=[COMMANDS, REST])
+def centre(cluster: Centre, request: pytest.FixtureRequest) -> Centre:
+    """The cluster, each way."""
+    return cluster if request.param == "commands" else cluster.through(request.getfixturevalue("rest"))
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -80,7 +105,7 @@ def test_nodes_are_those_of_the_cluster_with_their_gpus(centre: Centre) -> None:
 
 
 def test_a_gang_is_one_job_whose_ranks_are_slurms_nodes(centre: Centre) -> None:
-    engine, bench = centre.engine(), centre.bench
+    engine, bench, name = centre.engine(), centre.bench, f"run_gang{next(centre.numbers)}"
     places = tuple(
         GangPlace(node_id=NodeId(f"node_centre_n{at}"), cpu_milli=1_000, gpu_milli=0, memory_bytes=0)
         for at in (1, 2, 3)
@@ -93,7 +118,7 @@ def test_a_gang_is_one_job_whose_ranks_are_slurms_nodes(centre: Centre) -> None:
     variables = (("TIDEMILL_NODES", "x,y,z"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1"))
     specs = [
         bench.spec(
-            script, launch_id=LaunchId(f"run_gang-0-1-{rank}"),
+            script, launch_id=LaunchId(f"{name}-0-1-{rank}"),
             rank=rank, world_size=3, gang=places,
             environment_variables=(*variables, ("TIDEMILL_RANK", str(rank))),
         )
@@ -102,7 +127,7 @@ def test_a_gang_is_one_job_whose_ranks_are_slurms_nodes(centre: Centre) -> None:
     for spec in specs[:2]:
         engine.launch(spec)
     names = centre.slurm.run("squeue", "-h", "-o", "%j").split()
-    assert not [name for name in names if "gang" in name], "all or nothing: it is submitted when all are there"
+    assert f"tidemill-{specs[0].launch_id}" not in names, "all or nothing: it is submitted when all are there"
     engine.launch(specs[2])
     nodes = set()
     for rank, spec in enumerate(specs):
@@ -216,6 +241,7 @@ def test_work_that_waits_in_slurm_is_alive_with_slurms_reason(centre: Centre) ->
     centre.slurm.run("scancel", *holders)
 
 
+@pytest.mark.parametrize("centre", [COMMANDS, SLOW_REST], indirect=True)
 def test_jobs_run_on_while_the_controller_is_away_and_nothing_is_concluded(centre: Centre) -> None:
     engine, bench = centre.engine(), centre.bench
     spec = bench.spec(BEGIN + "sleep 600")
@@ -235,6 +261,7 @@ def test_jobs_run_on_while_the_controller_is_away_and_nothing_is_concluded(centr
     eventually(lambda: state(engine, spec.launch_id) is not ObservedState.ALIVE, what="it is over")
 
 
+@pytest.mark.parametrize("centre", [COMMANDS], indirect=True)
 def test_a_lost_answer_of_sbatch_makes_no_second_job(
     centre: Centre, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
