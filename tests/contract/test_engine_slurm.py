@@ -35,11 +35,10 @@ class Centre:
     rest: str = ""
 
     def engine(self, **settings: str) -> SlurmEngine:
+        settings.setdefault("rest", self.rest)
         return SlurmEngine(
             self.folder / "engine", site_id=SITE, endpoint_file=self.folder / "endpoint.json",
-            settings=SlurmSettings(
-                beat_ns=SECOND_NS // 5, linger_ns=30 * SECOND_NS, **{"rest": self.rest, **settings}
-            ),
+            settings=SlurmSettings(beat_ns=SECOND_NS // 5, linger_ns=30 * SECOND_NS, **settings),
         )  # fmt: skip
 
     def through(self, rest: str) -> Centre:
@@ -62,7 +61,7 @@ SLOW_REST = pytest.param("rest", marks=[*REST.marks, pytest.mark.long])
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
-    """Through Slurm's commands; ``rest`` is where slurmrestd answers, if it can be had."""
+    """Through Slurm's commands."""
     folder = tmp_path_factory.mktemp("slurm")
     (folder / "cluster").mkdir()
     control = RecordingControlPlane(folder / "endpoint.json")
