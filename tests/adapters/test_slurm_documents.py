@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tidemill.cli import main
 from tidemill.engines import slurmdocuments
 from tidemill.engines.slurm import SlurmSettings
 from tidemill.engines.slurmending import Ending
@@ -344,3 +345,24 @@ def test_over_http_a_token_is_needed(tmp_path: Path) -> None:
     with pytest.raises(EngineLost, match="cannot be read"):
         missing.jobs()
     assert SlurmSettings().rest == "", "the commands are used unless somebody says otherwise"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("rest=head:6820",), "rest: It is no address of slurmrestd."),
+        (("rest=http://head",), "rest_token: Over HTTP, slurmrestd wants a token."),
+        (("rest_user=eve",), "rest_user: It is for slurmrestd."),
+        (("rest=",), "slurm: Slurm sites have no such setting."),
+        (("socket=/run/s",), "slurm: Slurm sites have no such setting."),
+    ],
+)
+def test_who_joins_with_settings_that_do_not_fit_is_told_so_first(
+    words: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [each for word in words for each in ("--slurm", word)]
+    status = main.run(
+        ["join", "127.0.0.1:9", "--token", "x", "--address", "127.0.0.1", "--home", str(tmp_path), *given]
+    )
+    assert (status, said in capsys.readouterr().err) == (2, True)
+    assert not list(tmp_path.iterdir())

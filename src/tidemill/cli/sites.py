@@ -56,7 +56,7 @@ def join_command(
         typer.Option(
             "--slurm",
             metavar="NAME=VALUE",
-            help="partition, account, qos, reservation, constraint, python, or slurmrestd's: rest, rest_user, rest_token.",
+            help="partition, account, qos, reservation, constraint, python; slurmrestd: rest, rest_user, rest_token.",
         ),
     ] = None,
     kubernetes: Annotated[
