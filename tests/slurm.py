@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import socket
@@ -101,9 +100,9 @@ class Slurm:
             time.sleep(0.02)
         return f"http://{at}" if port else at
 
-    def token(self, user: str = "root", *, lifespan_s: int = 3600) -> str:
-        """A token of that user, as ``scontrol`` prints it."""
-        return self.run("scontrol", "token", f"username={user}", f"lifespan={lifespan_s}")
+    def token(self) -> str:
+        """A token of root, as ``scontrol`` prints it."""
+        return self.run("scontrol", "token", "username=root", "lifespan=3600")
 
     def await_saved(self) -> None:
         """Until slurmctld has on its disk what it knows now: jobs that it forgets when killed, it ends as strangers."""
@@ -116,16 +115,8 @@ class Slurm:
             time.sleep(0.1)
 
     def kill_controller(self) -> None:
-        """kill -9 of slurmctld, and of nothing else.
-
-        The next one gives other numbers, for it drains a node that knows a number which it gives anew.
-        """
+        """kill -9 of slurmctld, and of nothing else."""
         os.kill(int((self.folder / "ctld.pid").read_text()), signal.SIGKILL)
-        written = self.folder / "slurm.conf"
-        first = re.sub(
-            r"(?m)^FirstJobId=(\d+)$", lambda found: f"FirstJobId={int(found[1]) + 1_000}", written.read_text()
-        )
-        written.write_text(first)
         time.sleep(0.2)
 
 
@@ -209,7 +200,6 @@ SlurmctldLogFile={folder}/log/ctld
 SlurmdLogFile={folder}/log/slurmd-%n
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-FirstJobId=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 SlurmdParameters=config_overrides
