@@ -43,7 +43,7 @@ test: $(DEV) ## the tests
 
 .PHONY: test-long
 test-long: $(DEV) ## the tests that take long, one after the other: links that are cut, heads that are killed
-	@$(BIN)/python -m pytest -m long $(TESTS) $(ARGS)
+	@$(BIN)/python -m pytest -m long --hypothesis-profile=others $(TESTS) $(ARGS)
 
 .PHONY: check
 check: lint types layers docs-check test ## all that continuous integration checks
@@ -127,7 +127,7 @@ bench-restart: $(DEV) ## a control plane with 10,000 jobs: kill -9 to the next j
 	@$(BIN)/python benchmarks/restart.py $(ARGS)
 
 .PHONY: bench-gateway
-bench-gateway: $(DEV) ## CPU a request of the gateway, added latency, clients that leave; beside nginx and other gateways
+bench-gateway: $(DEV) ## the gateway's CPU and latency beside others', overload, metering, limits, open streams, cold start
 	@$(BIN)/python benchmarks/gateway.py $(ARGS)
 
 .PHONY: clean

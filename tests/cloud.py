@@ -47,6 +47,10 @@ class Cloud:
         self.gateway_port = free_port()
         self.settings = {"port": self.port, "gateway_port": self.gateway_port} | settings
         self.process: subprocess.Popen[bytes] | None = None
+        self.heard: Callable[[str, str, Any, int, Any], None] = lambda *_: None
+        """Is called with method, path, body, status and answer of each request that was answered."""
+        self.gpus = ""
+        """What services of the fault cases ask for of its GPUs, where it has some."""
 
     def up(self, *, under: tuple[str, ...] = ()) -> None:
         """Start the daemon, under another program when given, and wait until it answers or ended."""
@@ -119,7 +123,8 @@ class Cloud:
         finally:
             connection.close()
         with contextlib.suppress(ValueError):
-            return answer.status, json.loads(content)
+            content = json.loads(content)
+        self.heard(method, path, body, answer.status, content)
         return answer.status, content
 
     def submit(self, spec: dict[str, Any], *, key: str = "") -> str:

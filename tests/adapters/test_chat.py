@@ -111,7 +111,7 @@ def test_the_command_asks_once_from_a_script_and_stops_answers_in_a_terminal(tmp
 
         def run(*more: str, text: str = "") -> subprocess.CompletedProcess[str]:
             return subprocess.run(
-                [*command, *more], input=text, env=environment, capture_output=True, text=True, timeout=20, check=False
+                [*command, *more], input=text, env=environment, capture_output=True, text=True, timeout=60, check=False
             )
 
         async with talker.serving(rig):
@@ -138,7 +138,7 @@ def test_the_command_asks_once_from_a_script_and_stops_answers_in_a_terminal(tmp
 
         def until(wanted: bytes) -> None:
             nonlocal seen
-            deadline = time.monotonic() + 15
+            deadline = time.monotonic() + 60
             while wanted not in seen:
                 assert time.monotonic() < deadline, seen
                 if select.select([terminal], [], [], 0.1)[0]:

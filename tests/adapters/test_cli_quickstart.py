@@ -69,7 +69,7 @@ def test_curves_fit_their_place(values, columns, rows):
 
 def test_the_whole_tour(peer, tmp_path):
     tour = start(peer, tmp_path)
-    out, err = tour.communicate(timeout=60)
+    out, err = tour.communicate(timeout=180)
     assert tour.returncode == 0, err
     steps = [line for line in out.splitlines() if line[:3] in ("1/5", "2/5", "3/5", "4/5", "5/5")]
     assert len(steps) == 5
@@ -82,7 +82,7 @@ def test_the_whole_tour(peer, tmp_path):
 
 def test_its_outcome_as_json(peer, tmp_path):
     tour = start(peer, tmp_path, "--json")
-    out, err = tour.communicate(timeout=60)
+    out, err = tour.communicate(timeout=180)
     outcome = json.loads(out)
     assert (tour.returncode, outcome["completion"]) == (0, "n):")
     assert len(outcome["receipts"]) == 2
@@ -101,7 +101,7 @@ def test_ending_it_stops_what_it_submitted(peer, tmp_path, number):
         if "Installed" in line or "running" in line:
             break
     tour.send_signal(number)
-    _, err = tour.communicate(timeout=60)
+    _, err = tour.communicate(timeout=180)
     assert tour.returncode == 130
     assert peer.sent("POST", f"/v1/jobs/{JOB_ID}/stop")
     assert "Traceback" not in err
@@ -111,7 +111,7 @@ def test_a_training_that_fails_shows_its_last_lines(peer, tmp_path):
     failed = {"state": "failed", "exit_code": 1, "cause": "error", "ended_at_ns": 3_000_000_000}
     peer.log = LogScript({0: "ImportError: no jax\n"}, end_state=failed)
     tour = start(peer, tmp_path)
-    _, err = tour.communicate(timeout=60)
+    _, err = tour.communicate(timeout=180)
     assert tour.returncode == 70
     assert "ImportError: no jax" in err
     assert "tidemill why" in err
@@ -125,8 +125,8 @@ def test_two_at_a_time_are_told_apart(peer, tmp_path):
         if line.startswith("3/5"):
             break
     second = start(peer, tmp_path)
-    _, err = second.communicate(timeout=60)
+    _, err = second.communicate(timeout=180)
     assert second.returncode == 5
     assert "another quickstart runs" in err
     first.send_signal(signal.SIGINT)
-    first.communicate(timeout=60)
+    first.communicate(timeout=180)

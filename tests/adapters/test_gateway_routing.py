@@ -384,6 +384,27 @@ async def test_second_tries_are_bounded_by_the_models_budget(rig: Rig) -> None:
     assert sum(counts_of(rig)) == 2, "nor is it sent again"
 
 
+@live(engines=2)
+async def test_all_that_a_lost_replica_takes_with_it_is_sent_elsewhere(rig: Rig) -> None:
+    """Many more than are saved up; each of them once."""
+    feed_with(rig)
+    watching = asyncio.create_task(rig.gateway.watch_replicas().run(step_s=0.01))
+    asking = [asyncio.create_task(ask(rig, {"model": "m", "mode": "hang", "n": n})) for n in range(60)]
+    await eventually(lambda: sum(counts_of(rig)) == 60)
+    lost, left = rig.engines
+    held = len(lost.bodies)
+    assert held > 15
+    assert lost.server is not None
+    lost.server.close()
+    for task in lost.tasks:
+        task.cancel()
+    await eventually(lambda: len(left.bodies) == 60)
+    left.go_on.set()
+    assert [(await one)[0] for one in asking] == [200] * 60
+    assert rig.gateway.metrics.of("m").retries == held
+    watching.cancel()
+
+
 def test_a_request_with_two_replicas_is_metered_once(tmp_path: Any) -> None:
     @live(engines=2)
     async def scene(rig: Rig) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,40 @@ def test_an_outpost_speaks_for_its_own_machines_only() -> None:
     assert engine.nodes_of(OutpostId("out_a")) == (NodeId("mine"),)
     first.asked_s = float("-inf")  # it is gone: another may work its machine
     assert claim(NodeId("mine"), second)
+
+
+def test_an_answer_that_broke_off_in_the_middle_is_asked_for_again(tmp_path: Path) -> None:
+    """The outpost goes on: its connection was broken, and nothing else."""
+    asked = threading.Semaphore(0)
+
+    class Half(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.release()
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"session": "s", "epo')
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Half)
+    serving = threading.Thread(target=server.serve_forever, daemon=True)
+    serving.start()
+    channel = Channel(
+        api_url=f"http://127.0.0.1:{server.server_port}", endpoint_file=None, token="t", prefix="/v1/outposts/self"
+    )
+    with local_bench(tmp_path) as bench:
+        link = Link(bench.make(), channel, api_url="http://b:7070")
+        running = threading.Thread(target=link.run, daemon=True)
+        running.start()
+        assert all(asked.acquire(timeout=20) for _ in range(2))
+        assert running.is_alive()
+        link.close()
+        running.join(timeout=20)
+        assert not running.is_alive()
+    server.shutdown()
+    server.server_close()
 
 
 def test_a_job_is_told_of_all_control_planes_as_they_are_from_here(tmp_path: Path) -> None:

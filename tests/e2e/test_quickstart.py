@@ -99,6 +99,6 @@ def test_interrupted_anywhere_it_leaves_nothing_running(home: Path, until: str, 
     else:
         pytest.fail(f"it ended before {until!r}")
     os.kill(process.pid, number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     assert process.returncode not in (0, None)
     eventually(lambda: not left_running(home), within_s=10, what=f"nothing left: {left_running(home)}")

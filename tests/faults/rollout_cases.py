@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.cloud import Cloud, eventually
-from tests.faults.serving import Crowd, Journals, Seen, ask, pid_of, replicas, service
+from tests.faults.serving import Crowd, Journals, Seen, ask, on_gpus, pid_of, replicas, service
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class Traffic:
 @contextlib.contextmanager
 def running(cloud: Cloud, spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The workload of a service, once one of its replicas is routed to; all its revisions are stopped afterwards."""
-    status, body = cloud.call("POST", "/v1/workloads", {"spec": spec})
+    status, body = cloud.call("POST", "/v1/workloads", {"spec": on_gpus(cloud, spec)})
     assert status == 201, body
     name = spec["name"]
     try:
@@ -84,7 +84,7 @@ def _live(cloud: Cloud, name: str) -> bool:
 
 def update(cloud: Cloud, spec: dict[str, Any]) -> dict[str, Any]:
     """The workload of the new revision."""
-    status, body = cloud.call("POST", f"/v1/workloads/{spec['name']}/update", {"spec": spec})
+    status, body = cloud.call("POST", f"/v1/workloads/{spec['name']}/update", {"spec": on_gpus(cloud, spec)})
     assert status == 201, body
     return dict(body)
 

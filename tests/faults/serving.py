@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cloud import Cloud, eventually
+from tests.faults.suite.journal import witness
 
 ENGINE = r"""
 import json, os, socketserver, sys, threading, time
@@ -125,7 +126,7 @@ def service(model: str, **more: Any) -> dict[str, Any]:
     return {
         "kind": "service",
         "name": model,
-        "run": f"exec python3 -u - <<'END'\n{ENGINE}\nEND",
+        "run": f"exec python3 -u - <<'END'\n{witness(ENGINE, cpus=0.1, gpus=0.1)}\nEND",
         "resources": {"cpus": 0.1},
         "envs": envs,
         "checkpoint": {"grace": "1s"},
@@ -263,7 +264,7 @@ def pid_of(job: str) -> int:
 @contextlib.contextmanager
 def serving(cloud: Cloud, spec: dict[str, Any], *, within_s: float = 60.0) -> Iterator[list[str]]:
     """The job ids of a service of which all replicas are ready for the gateway; it is stopped afterwards."""
-    status, body = cloud.call("POST", "/v1/workloads", {"spec": spec})
+    status, body = cloud.call("POST", "/v1/workloads", {"spec": on_gpus(cloud, spec)})
     assert status == 201, body
     jobs = [str(job["id"]) for job in body["jobs"]]
     try:
@@ -278,6 +279,11 @@ def serving(cloud: Cloud, spec: dict[str, Any], *, within_s: float = 60.0) -> It
             cloud.call("POST", f"/v1/jobs/{job}/stop")
         for job in jobs:
             cloud.wait(job, within_s=30)
+
+
+def on_gpus(cloud: Cloud, spec: dict[str, Any]) -> dict[str, Any]:
+    """The spec with a share of a GPU for each replica, where that cloud has some."""
+    return spec | {"resources": spec["resources"] | ({"gpus": cloud.gpus} if cloud.gpus else {})}
 
 
 def _fewest(spec: dict[str, Any], all_of_them: int) -> int:

@@ -336,6 +336,36 @@ def test_a_fenced_runner_ends_its_worker_and_says_no_more(bench: EngineBench, en
     assert bench.control.record(spec.launch_id).event("exited") is None
 
 
+LEASE_S = 0.8
+
+
+def test_a_runner_that_stands_still_is_killed_by_the_kernel_with_its_worker(
+    tmp_path: Path, bench: EngineBench, engine: LocalEngine
+) -> None:
+    """Nobody guards the machine: neither the agent nor the runner does anything more."""
+    spec = bench.spec(BEGIN + "exec sleep 600", lease_ns=round(LEASE_S * SECOND_NS), grace_ns=0)
+    engine.launch(spec)
+    eventually(lambda: bench.starts(spec) == 1)
+    os.kill(runner_pid(tmp_path, spec.launch_id), signal.SIGSTOP)
+    time.sleep(LEASE_S)
+    assert left(engine, spec.launch_id), "within its lease it lives"
+    eventually(lambda: left(engine, spec.launch_id) == [], timeout_s=4, what="it is gone")
+    eventually(lambda: state(engine, spec.launch_id) in OVER, timeout_s=4, what="that is seen")
+
+
+def test_a_runner_whose_worker_ended_with_its_lease_lives_to_tell(
+    tmp_path: Path, bench: EngineBench, engine: LocalEngine
+) -> None:
+    spec = bench.spec(BEGIN + "exec sleep 600", lease_ns=round(LEASE_S * SECOND_NS), grace_ns=0)
+    engine.launch(spec)
+    eventually(lambda: bench.starts(spec) == 1)
+    bench.control.stop()
+    eventually(lambda: left(engine, spec.launch_id) == [], timeout_s=8, what="its worker is gone")
+    time.sleep(LEASE_S + 2.5)
+    bench.control.start()
+    assert bench.control.wait_for_event(spec.launch_id, "exited", timeout_s=15)["cause"] == "node_lost"
+
+
 def test_the_directive_to_stop_is_obeyed(bench: EngineBench, engine: LocalEngine) -> None:
     spec = bench.spec(BEGIN + "trap '' TERM; sleep 600; sleep 600")
     engine.launch(spec)

@@ -56,7 +56,11 @@ def quickstart_command(
     began = time.monotonic()
     examples = examples_folder()
     _need_openai()
-    with _alone(), _both_signals(), Quickstart(examples=examples, keep=keep, is_quiet=json) as tour:
+    with (
+        _alone(),
+        _both_signals() as came,
+        Quickstart(examples=examples, keep=keep, is_quiet=json, interrupts=came) as tour,
+    ):
         outcome = tour.take(prompt)
     outcome["seconds"] = round(time.monotonic() - began, 1)
     if json:
@@ -82,6 +86,8 @@ class Quickstart:
     client: Client | None = None
     gateway_url: str = ""
     gpus: int = 0
+    interrupts: list[int] = field(default_factory=list)
+    """Signals that came: what a library made of the exception, an import or a destructor, does not undo them."""
 
     def __enter__(self) -> Quickstart:
         return self
@@ -133,7 +139,8 @@ class Quickstart:
 
     def _cloud(self) -> Client:
         self._title(1, "A cloud on this machine")
-        from tidemill import bootstrap
+        with _deferred():
+            from tidemill import bootstrap
 
         if os.environ.get(connection.URL_VARIABLE):
             self.client = Client()
@@ -206,7 +213,8 @@ class Quickstart:
     def _ask(self, client: Client, model: str, prompt: str) -> str:
         """The completion, shown as it comes through the official ``openai`` client."""
         with self._waiting("loading the openai client"):
-            import openai
+            with _deferred():
+                import openai
 
             asked = openai.OpenAI(
                 base_url=f"{self.gateway_url}/v1", api_key=connection.find(None, None).token, max_retries=3, timeout=60
@@ -282,6 +290,8 @@ class Quickstart:
         raise TidemillError(f"{job.name} {job.state} ({why}); its last lines:{told}", mend=f"tidemill why {job.id}")
 
     def _title(self, number: int, text: str) -> None:
+        if self.interrupts:
+            raise KeyboardInterrupt
         if not self.is_quiet:
             say(f"\n{paint(f'{number}/{_STEPS}', 'cyan')} {paint(text, 'bold')}")
 
@@ -350,14 +360,16 @@ def _alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _both_signals() -> Iterator[None]:
-    """SIGTERM ends it as Ctrl-C does: with everything stopped."""
+def _both_signals() -> Iterator[list[int]]:
+    """SIGTERM ends it as Ctrl-C does: with everything stopped. Gives the signals that came so far."""
+    came: list[int] = []
 
-    def end(_number: int, _frame: FrameType | None) -> None:
+    def end(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
         raise KeyboardInterrupt
 
-    with _handling(signal.SIGTERM, end), _handling(signal.SIGHUP, end):
-        yield
+    with _handling(signal.SIGINT, end), _handling(signal.SIGTERM, end), _handling(signal.SIGHUP, end):
+        yield came
 
 
 @contextlib.contextmanager

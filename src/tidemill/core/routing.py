@@ -372,6 +372,8 @@ _SAVED: Final = 10 * MILLI
 class Budget:
     """How many requests may be sent a second time: a tenth of all, and a few that were saved up.
 
+    What was at a replica when that was lost is not counted, but for the first.
+
     Units: thousandths of a request.
     """
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import resource
@@ -26,6 +27,8 @@ from tidemill.gateway.siblings import Siblings
 from tidemill.gateway.tracing import Tracer, headers_of
 
 _SHARES_LIMIT = 16 * 1024 * 1024
+_COLLECTED = (10_000, 50, 100)
+"""How seldom cyclic garbage is looked for: a request leaves none, and what is there lives long."""
 ADDRESS_IN_USE = 98
 """The exit status when another process listens there."""
 
@@ -124,6 +127,8 @@ async def _serve(options: argparse.Namespace, host: str, port: int, pepper: byte
     if gateway.tracer is not None:
         keeping.insert(0, gateway.tracer.run())
     tasks = [loop.create_task(one) for one in keeping]
+    gc.freeze()
+    gc.set_threshold(*_COLLECTED)
     log.info("serving on http://%s:%d", *server.sockets[0].getsockname()[:2])
     await asyncio.wait({loop.create_task(stopping.wait()), *tasks}, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:

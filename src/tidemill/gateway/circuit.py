@@ -46,6 +46,11 @@ class Circuit:
         """Whether a request may be sent now."""
         return self.state is State.CLOSED or (self.state is State.HALF_OPEN and not self.on_trial)
 
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether something broke at this replica and it was not found well since."""
+        return self.is_suspect or self.state is not State.CLOSED
+
     def begin(self) -> None:
         """A request is being sent, which is a trial when the circuit is half open."""
         self.on_trial = self.on_trial or self.state is State.HALF_OPEN

@@ -14,9 +14,8 @@ from tidemill.gateway.messages import (
     RequestHead,
     ResponseHead,
     chunk,
-    end_to_end,
     header_value,
-    write_head,
+    write_lines,
 )
 from tidemill.gateway.metering import StreamMeter, Usage, WholeMeter, ask_model, estimated_prompt
 from tidemill.gateway.table import Replica, Route
@@ -30,6 +29,7 @@ _NOT_FORWARDED: Final = frozenset({b"authorization", b"content-length", b"cookie
 
 
 _PLAIN: Final = _NOT_FORWARDED | {b"accept-encoding"}
+_NOT_PASSED_BACK: Final = frozenset({b"content-length", b"x-request-id", b"x-tidemill-model"})
 
 
 class Exchange(Journey):
@@ -46,7 +46,9 @@ class Exchange(Journey):
         self._http_1_0 = head.http_1_0
         self._target = head.target
         is_looked_at = self._guards is not None and bool(self._guards.on_response)
-        self._given = self._headers_for(head, without=_PLAIN if is_looked_at else _NOT_FORWARDED)
+        without = _PLAIN if is_looked_at else _NOT_FORWARDED
+        traced = self._trace is not None
+        self._given = write_lines(self._headers_for(head, without=without)) if traced else head.lines(without=without)
         self._body = asking.body
         self._write_headers()
         self._size = len(asking.body)
@@ -64,8 +66,8 @@ class Exchange(Journey):
         """Of its answer, as they were counted for what the model gives a second."""
 
     def _write_headers(self) -> None:
-        headers = [*self._given, (b"content-length", b"%d" % len(self._body)), (b"x-request-id", self._request_id)]
-        self._headers = write_head(b"", headers)
+        own = (self._given, len(self._body), self._request_id)
+        self._headers = b"\r\n%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n" % own
 
     def response_started(self, head: ResponseHead) -> None:
         self._begin(head)
@@ -171,10 +173,7 @@ class Exchange(Journey):
         if response is None:
             return
         self._is_committed = True
-        headers = end_to_end(
-            response.headers, without=frozenset({b"content-length", b"x-request-id", b"x-tidemill-model"})
-        )
-        headers.append((b"x-request-id", self._request_id))
+        headers = [(b"x-request-id", self._request_id)]
         if self._asking.charge is not None:
             headers += self._asking.charge.headers()
         if self._asking.flags:
@@ -190,7 +189,8 @@ class Exchange(Journey):
             headers.append((b"transfer-encoding", b"chunked"))
         if self._http_1_0 or self._client.closes:
             headers.append((b"connection", b"close"))
-        first = write_head(b"HTTP/1.1 %d %b" % (response.status, response.reason), headers)
+        line = b"HTTP/1.1 %d %b\r\n" % (response.status, response.reason)
+        first = line + response.lines(without=_NOT_PASSED_BACK) + write_lines(headers) + b"\r\n"
         held = b"".join(self._held)
         self._held = []
         self._client.write(first + (chunk(held) if held and self._is_chunked else held))
@@ -296,8 +296,8 @@ class Exchange(Journey):
         books = self._gateway.books
         if usage is None or meter is None or books is None:
             return
-        if meter.reported is not None:
-            usage.prompt_tokens, usage.completion_tokens = meter.reported
+        if (reported := meter.reported) is not None:
+            usage.prompt_tokens, usage.completion_tokens = reported
             usage.is_estimated = False
         elif isinstance(meter, WholeMeter):
             if not self._is_whole:

@@ -235,7 +235,7 @@ class Journey(ABC):
         connecting, self._connecting = self._connecting, None
         if connecting is not None:
             connecting.cancel()
-        self._elsewhere()
+        self._elsewhere(is_known=True)
 
     def check(self, now: float) -> None:
         """End what takes a replica longer than the service allows it, in the phase that it is in."""
@@ -275,11 +275,12 @@ class Journey(ABC):
             return
         self._upstream = None
         self._note_variant(is_answered=False)
+        is_known = self._replica.circuit.is_in_doubt
         self._blame(self._replica, reason)
         if started and (self._response is not None or self._hedge is None):
             self._break("replica_failed", "The model's replica broke off in the middle of the response.")
         else:
-            self._elsewhere()
+            self._elsewhere(is_known=is_known)
 
     # What differs
 
@@ -471,8 +472,12 @@ class Journey(ABC):
         if asking.may_repeat and asking.route.hedge_s and self._hedge is None and self._hedging is None:
             self._hedging = asyncio.get_running_loop().call_later(asking.route.hedge_s, self._begin_hedge)
 
-    def _elsewhere(self) -> None:
-        """Try another replica, after one that may have begun to work on this."""
+    def _elsewhere(self, *, is_known: bool) -> None:
+        """Try another replica, after one that may have begun to work on this.
+
+        ``is_known``: that replica had broken something before. All that it takes with it goes elsewhere once: only what
+        shows first that something is wrong comes out of the budget.
+        """
         replica = self._replica
         if replica is not None and not self._was_reused:  # else it may only have closed an idle connection meanwhile
             self._tried.append(replica)
@@ -482,7 +487,7 @@ class Journey(ABC):
         if (
             self._sent >= 2
             or not self._may_send_again
-            or not (self._was_reused or self._asking.route.course.budget.spend())
+            or not (self._was_reused or is_known or self._asking.route.course.budget.spend())
         ):
             self._give_up()
         else:

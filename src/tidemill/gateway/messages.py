@@ -9,8 +9,9 @@ the other way. Source: RFC 9112, sections 2.2, 5.2, 6 and 7.1.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 from urllib.parse import quote
 
@@ -21,6 +22,13 @@ _CHUNK_LINE_LIMIT: Final = 256
 _TRAILER_LIMIT: Final = 8 * 1024
 _LENGTH: Final = re.compile(rb"[0-9]{1,15}")
 _CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
+_SIZES: Final[Mapping[bytes, int]] = {b"%x" % size: size for size in range(1, 1 << 14)}
+"""Sizes of chunks as nearly all are written."""
+_SIZE_ENDS_WITHIN: Final = 6
+_REMEMBERED_HEAD: Final = 2048
+"""Bytes of the longest response head that is read once however often it comes."""
+_SINGLE: Final = (b"content-length", b"transfer-encoding", b"host", b"expect")
+"""Headers that may be there once only."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 """Names in lower case with their values, in the order received."""
@@ -50,13 +58,25 @@ class Malformed(Exception):
 
 
 @dataclass(slots=True, kw_only=True)
-class RequestHead:
+class _Head:
+    headers: Headers
+    _lines: dict[frozenset[bytes], bytes] = field(default_factory=dict, repr=False, compare=False)
+
+    def lines(self, *, without: frozenset[bytes]) -> bytes:
+        """The headers that are meant for the far end, but for those named, as they go on the wire."""
+        known = self._lines.get(without)
+        if known is None:
+            known = self._lines[without] = write_lines(end_to_end(self.headers, without=without))
+        return known
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestHead(_Head):
     """A request's head. ``length`` is the body's bytes, None when it comes in chunks."""
 
     method: bytes
     target: bytes
     http_1_0: bool
-    headers: Headers
     host: bytes
     length: int | None
     keep_alive: bool
@@ -71,14 +91,27 @@ class RequestHead:
         """
         return _only(self.headers, name)
 
+    def again(self) -> RequestHead:
+        """The same head on another request."""
+        return RequestHead(
+            method=self.method,
+            target=self.target,
+            http_1_0=self.http_1_0,
+            headers=self.headers,
+            host=self.host,
+            length=self.length,
+            keep_alive=self.keep_alive,
+            expects_continue=self.expects_continue,
+            _lines=self._lines,
+        )
+
 
 @dataclass(slots=True, kw_only=True)
-class ResponseHead:
+class ResponseHead(_Head):
     """A response's head. ``length`` None and not ``chunked`` means that the body ends with the connection."""
 
     status: int
     reason: bytes
-    headers: Headers
     length: int | None
     chunked: bool
     keep_alive: bool
@@ -120,13 +153,14 @@ def read_request(head: bytes) -> RequestHead:
     if version not in ("1.1", "1.0"):
         raise Malformed(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here.")
     old = version == "1.0"
-    length, chunked = _framing(sink.headers)
+    found = _by_name(sink.headers)
+    length, chunked = _framing(found)
     if chunked and old:
         raise Malformed(400, "HTTP/1.0 has no Transfer-Encoding.")
-    host = _only(sink.headers, b"host")
+    host = found.get(b"host")
     if host is None and not old:
         raise Malformed(400, "The Host header is missing.")
-    expect = _only(sink.headers, b"expect")
+    expect = found.get(b"expect")
     if expect is not None and expect.lower() != b"100-continue":
         raise Malformed(417, "The only expectation understood is 100-continue.")
     return RequestHead(
@@ -142,12 +176,16 @@ def read_request(head: bytes) -> RequestHead:
 
 
 def read_response(head: bytes) -> ResponseHead:
-    """The response that ``head``, as cut, describes. Raises: Malformed."""
+    """The response that ``head``, as cut, describes; nobody may change it. Raises: Malformed."""
+    return _remembered(head) if len(head) <= _REMEMBERED_HEAD else _read_response(head)
+
+
+def _read_response(head: bytes) -> ResponseHead:
     sink = _Sink()
     parser = httptools.HttpResponseParser(sink)
     _parse(parser, head, sink)
     status = parser.get_status_code()
-    length, chunked = _framing(sink.headers)
+    length, chunked = _framing(_by_name(sink.headers))
     if 100 <= status < 200 or status in (204, 304):
         length, chunked = 0, False
     return ResponseHead(
@@ -158,6 +196,9 @@ def read_response(head: bytes) -> ResponseHead:
         chunked=chunked,
         keep_alive=_keep_alive(sink.headers, parser.get_http_version() != "1.1"),
     )
+
+
+_remembered = lru_cache(maxsize=256)(_read_response)
 
 
 def end_to_end(headers: Headers, *, without: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
@@ -171,7 +212,12 @@ def end_to_end(headers: Headers, *, without: frozenset[bytes]) -> list[tuple[byt
 
 def write_head(first_line: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """A head on the wire, with its empty line."""
-    return b"".join((first_line, b"\r\n", *(b"%b: %b\r\n" % pair for pair in headers), b"\r\n"))
+    return b"%b\r\n%b\r\n" % (first_line, write_lines(headers))
+
+
+def write_lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Headers on the wire, each with its line end."""
+    return b"".join([b"%b: %b\r\n" % pair for pair in headers])
 
 
 def chunk(payload: bytes) -> bytes:
@@ -220,6 +266,17 @@ class ChunkedBody:
                     break
                 position += 2
                 self._remaining = -2
+            elif (
+                self._remaining == -2
+                and (end := data.find(b"\r\n", position, position + _SIZE_ENDS_WITHIN)) > 0
+                and (known := _SIZES.get(data[position:end]))
+            ):
+                position = end + 2
+                if data.startswith(b"\r\n", position + known):  # all of the chunk is here
+                    pieces.append(data[position : position + known])
+                    position += known + 2
+                else:
+                    self._remaining = known
             else:
                 line = self._line(data, position)
                 if line is None:
@@ -279,7 +336,7 @@ class _Sink:
         self.reason += reason
 
     def on_header(self, name: bytes, value: bytes | None) -> None:
-        self.headers.append((name.lower(), (value or b"").strip(b" \t")))
+        self.headers.append((name.lower(), value.strip(b" \t") if value else b""))
 
     def on_headers_complete(self) -> None:
         self.is_complete = True
@@ -296,10 +353,19 @@ def _parse(parser: httptools.HttpRequestParser | httptools.HttpResponseParser, h
         raise Malformed(400, "The header cannot be read.")
 
 
-def _framing(headers: Headers) -> tuple[int | None, bool]:
+def _by_name(headers: Headers) -> dict[bytes, bytes]:
+    """The last value of each header. Raises: Malformed when one is there twice that may be there only once."""
+    found = dict(headers)
+    if len(found) != len(headers):
+        for name in _SINGLE:
+            _only(headers, name)
+    return found
+
+
+def _framing(found: Mapping[bytes, bytes]) -> tuple[int | None, bool]:
     """The body's length, when given, and whether it comes in chunks."""
-    length = _only(headers, b"content-length")
-    coding = _only(headers, b"transfer-encoding")
+    length = found.get(b"content-length")
+    coding = found.get(b"transfer-encoding")
     if coding is not None:
         if length is not None:
             raise Malformed(400, "Content-Length and Transfer-Encoding exclude each other.")

@@ -58,7 +58,8 @@ def prepared(body: bytes, content: dict[str, Any], *, asks_usage: bool, salt: st
 
     With ``asks_usage`` a stream is asked for its usage, and ``salt`` replaces what the client may have said of it.
     """
-    added, replaced, hides_usage = b"", dict[str, msgspec.Raw](), False
+    added, hides_usage = b"", False
+    replaced: dict[str, msgspec.Raw] = {}
     if salt:
         if "cache_salt" in content:
             replaced["cache_salt"] = msgspec.Raw(b'"%b"' % salt.encode())
@@ -93,13 +94,15 @@ def tokens_in(usage: object) -> tuple[int, int] | None:
     """Prompt and completion tokens of a usage object, None when it is none."""
     if not isinstance(usage, dict):
         return None
-    found = []
-    for names in (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens")):
-        value = next((usage[name] for name in names if usage.get(name) is not None), 0)
-        if type(value) is not int or not 0 <= value <= MOST_TOKENS:
-            return None
-        found.append(value)
-    return found[0], found[1]
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if prompt is None:
+        prompt = usage.get("input_tokens", 0)
+    if completion is None:
+        completion = usage.get("output_tokens", 0)
+    prompt, completion = 0 if prompt is None else prompt, 0 if completion is None else completion
+    if type(prompt) is not int or type(completion) is not int:
+        return None
+    return (prompt, completion) if 0 <= prompt <= MOST_TOKENS and 0 <= completion <= MOST_TOKENS else None
 
 
 def cached_in(usage: object) -> int:
@@ -115,9 +118,13 @@ def cached_in(usage: object) -> int:
 
 def usage_of(body: bytes) -> object:
     """The usage that a whole answer, or both ends of a long one, tell of; None when there is none."""
-    for found in reversed(_USAGE.findall(body)):
+    end = len(body)
+    while (at := body.rfind(b'"usage"', 0, end)) >= 0:
+        end, found = at, _USAGE.match(body, at)
+        if found is None:
+            continue
         try:
-            usage = orjson.loads(found)
+            usage = orjson.loads(found[1])
         except orjson.JSONDecodeError:
             continue
         if tokens_in(usage) is not None:
@@ -224,11 +231,16 @@ class StreamMeter:
         if not self._events:
             first = complete.partition(self._separator)[0] if self._separator else complete
             self._has_role_event = b'"role"' in first and not re.search(rb'"content"\s*:\s*"[^"]', first)
-        if not _HAS_USAGE.search(complete):
+        found = _HAS_USAGE.search(complete)
+        if not found:
             self._count(complete)
             return complete
-        kept = []
-        for event in _split(complete, self._separator):
+        before = complete.rfind(self._separator, 0, found.start()) if self._separator else -1
+        start = before + len(self._separator) if before >= 0 else 0
+        kept = [complete[:start]] if start else []
+        if start:
+            self._count(complete[:start])
+        for event in _split(complete[start:], self._separator):
             if not self._is_usage(event):
                 self._count(event)
                 kept.append(event)
@@ -263,8 +275,12 @@ class StreamMeter:
 
 def _separator_in(data: bytes) -> bytes:
     """What ends the first event in ``data``; empty when none has ended."""
-    found = [(at, one) for one in (b"\r\n\r\n", b"\n\n", b"\r\r") if (at := data.find(one)) >= 0]
-    return min(found)[1] if found else b""
+    end, first = data.find(b"\n\n"), b"\n\n"
+    for other in (b"\r\n\r\n", b"\r\r"):
+        at = data.find(other, 0, end + 1) if end >= 0 else data.find(other)
+        if at >= 0:
+            end, first = at, other
+    return first if end >= 0 else b""
 
 
 def _split(complete: bytes, separator: bytes) -> list[bytes]:

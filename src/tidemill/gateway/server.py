@@ -423,7 +423,7 @@ class Gateway:
         key = table.key(secret, self.pepper)
         if key is None:
             return answers.unauthorized("Incorrect API key provided. Tidemill's keys begin with tm_user_.")
-        if key.is_expired(now=self._clock()):
+        if key.expires_ns and key.is_expired(now=self._clock()):
             return answers.unauthorized("This API key has expired.")
         if path == b"/metrics":
             if not is_loopback or "admin" not in key.scopes or key.project:
@@ -584,6 +584,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
+        self._now = asyncio.get_running_loop().time
         self._transport: asyncio.Transport | None = None
         self._phase = _Phase.IDLE
         self._since = 0.0
@@ -592,6 +593,9 @@ class Connection(asyncio.Protocol):
         """When the head was whole."""
         self._buffer = b""
         self._head: RequestHead | None = None
+        self._said = b""
+        self._last: RequestHead | None = None
+        """The last head as it came, and as it was read."""
         self._key: Key | None = None
         self._refusal: Answer | None = None
         self._pieces: list[bytes] = []
@@ -798,15 +802,31 @@ class Connection(asyncio.Protocol):
                     return False
         if not 0x41 <= self._buffer[0] <= 0x5A:
             raise Malformed(400, "This is not an HTTP request.")
-        cut = cut_head(self._buffer)
-        if cut is None:
+        head = self._read_head()
+        if head is None:
             return False
-        self._buffer = cut[1]
-        head = self._head = read_request(cut[0])
+        self._head = head
         self._head_at = self._now()
         self._must_close = self._must_close or not head.keep_alive
         self._judge(head)
         return True
+
+    def _read_head(self) -> RequestHead | None:
+        """The head that the buffer begins with, which is taken out of it; None while it is not whole.
+
+        Most clients say the same in each request: then it is read once. Raises: Malformed.
+        """
+        said, last = self._said, self._last
+        if last is not None and self._buffer.startswith(said):
+            self._buffer = self._buffer[len(said) :]
+            return last.again()
+        cut = cut_head(self._buffer)
+        if cut is None:
+            return None
+        self._last = None
+        self._said, self._buffer = cut
+        self._last = read_request(self._said)
+        return self._last.again()
 
     def _judge(self, head: RequestHead) -> None:
         """Decide from the head alone whether and how the body is read."""
@@ -1069,9 +1089,6 @@ class Connection(asyncio.Protocol):
     def _enter(self, phase: _Phase) -> None:
         self._phase = phase
         self._since = self._now()
-
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()
 
 
 def _bearer(head: RequestHead) -> str | Answer:

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from http.client import HTTPException
 from typing import Final
 from zlib import crc32
 
@@ -115,7 +116,7 @@ class Link:
             if refusal.status in (401, 403, 404):
                 raise Removed(str(refusal)) from refusal
             raise Unreachable(str(refusal)) from refusal
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, HTTPException, msgspec.MsgspecError) as error:  # also one that broke off in the middle
             self._channel.turn_away(is_silent=isinstance(error, TimeoutError))
             raise Unreachable(str(error)) from error
         if found.epoch < self._epoch:

@@ -56,6 +56,8 @@ _IDLE: Final = "exec sleep infinity"
 _IMAGE_IDLE: Final = "while :; do sleep 3600; done"
 _BY_SIGNAL: Final = 128
 _MOMENT_S: Final = 0.5
+_LATE_S: Final = 2.0
+"""How long after its lease and grace a runner is killed that has not ended its worker; less than others wait."""
 _MODEL_DIR: Final = "TIDEMILL_MODEL_DIR"
 STOPPED: Final = 143
 
@@ -104,6 +106,7 @@ class Runner:
         self._kill_at_s: float | None = None
         self._times_out_s: float | None = None
         self._lease_s = int(spec.get("lease_ns") or 0) / _SECOND_NS
+        self._deadline = processes.Deadline() if self._lease_s else None
         self._fault: Outcome | None = None
         self._process: Process | None = None
         self.mounts: list[Mount] = []
@@ -139,8 +142,15 @@ class Runner:
             on_fenced=lambda: self._inbox.put(("fenced", None)),
             on_told=lambda: self._inbox.put(("told", None)),
             granted=folder.granted if self._lease_s else None,
+            on_granted=self._put_off,
             beat_s=float(self.settings.get("beat_s") or BEAT_S),
         )
+
+    def _put_off(self, granted_s: float) -> None:
+        """The lease runs anew: so long, and its grace, the worker may live, even if this process stands still."""
+        if self._deadline is not None:
+            until_s = granted_s + self._lease_s + int(self.spec.get("grace_ns") or 0) / _SECOND_NS + _LATE_S
+            self._deadline.put_off(until_s - time.monotonic())
 
     # ------------------------------------------------------------------ the story
 
@@ -259,6 +269,8 @@ class Runner:
         """Leave nothing running, then tell, in this order: all output, then the exit."""
         self.outbox.start()
         self._kill_all()
+        if self._deadline is not None:
+            self._deadline.cancel()
         cpu_used_ns = self.cell.cpu_used_ns()
         os.close(self._pipe)
         reader.join(5.0)

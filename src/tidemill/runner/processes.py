@@ -7,6 +7,7 @@ import fcntl
 import os
 import signal
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +21,8 @@ _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _FLOCK: Final = "hhqqi4x"
+_CLOCK_BOOTTIME: Final = 7
+_SECOND_NS: Final = 1_000_000_000
 
 
 def boot_id() -> str:
@@ -57,6 +60,52 @@ def refuse_new_privileges() -> None:
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent ends, so that none gets out of sight."""
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+class Deadline:
+    """The kernel kills this process, even one that stands still, unless ``put_off`` is called again in time.
+
+    It counts the time for which the machine sleeps too. Where the C library has no such timers it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._changing = threading.Lock()
+        self._timer = ctypes.c_void_p()
+        wanted = _Event(signo=signal.SIGKILL)
+        try:
+            failed = _LIBC.timer_create(_CLOCK_BOOTTIME, ctypes.byref(wanted), ctypes.byref(self._timer))
+        except AttributeError:
+            failed = -1
+        self._is_open = not failed
+
+    def put_off(self, for_s: float) -> None:
+        """It ends ``for_s`` from now, at once when that is past; nothing when it was cancelled."""
+        length_ns = max(1, round(for_s * _SECOND_NS))
+        with self._changing:
+            if self._is_open:
+                until = _Interval(value_s=length_ns // _SECOND_NS, value_ns=length_ns % _SECOND_NS)
+                _LIBC.timer_settime(self._timer, 0, ctypes.byref(until), None)
+
+    def cancel(self) -> None:
+        """For good."""
+        with self._changing:
+            if self._is_open:
+                self._is_open = False
+                _LIBC.timer_delete(self._timer)
+
+
+class _Event(ctypes.Structure):
+    """What the kernel calls a sigevent: a signal to this process."""
+
+    _fields_ = (
+        ("value", ctypes.c_void_p), ("signo", ctypes.c_int), ("notify", ctypes.c_int), ("rest", ctypes.c_char * 48),
+    )  # fmt: skip
+
+
+class _Interval(ctypes.Structure):
+    """What the kernel calls an itimerspec: once, after so long."""
+
+    _fields_ = tuple((name, ctypes.c_long) for name in ("again_s", "again_ns", "value_s", "value_ns"))
 
 
 def punch_hole(fd: int, offset: int, length: int) -> bool:

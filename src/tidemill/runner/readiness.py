@@ -1,4 +1,9 @@
-"""Whether a service answers: asked often until it does, then now and then; and whether it still works at all."""
+"""Whether a service answers: asked often until it does, then now and then; and whether it still works at all.
+
+Requests are held until a service is ready, so what notices it late keeps all of them waiting. A port that is not open
+costs next to nothing to try and writes no line into anybody's log; a service that says that it still loads does, and is
+asked ever more seldom.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-_FIRST_S: Final = 0.05
+_OPEN_S: Final = 0.05
+"""Between tries of a port that nothing listens on."""
 _OFTEN_S: Final = 0.25
+"""Between questions to a service that answers and is not ready, at most."""
 _SECOND_NS: Final = 1_000_000_000
 
 
@@ -74,14 +81,15 @@ def watch_readiness(
     deadline_s = time.monotonic() + timeout_s
     if ending.wait(probe.delay_s):
         return
-    pause_s = _FIRST_S
-    while not probe.ask():
-        if time.monotonic() > deadline_s:
-            failed(f"{probe} within {timeout_s:g} s; see service.readiness")
-            return
-        if ending.wait(pause_s):
-            return
-        pause_s = min(_OFTEN_S, pause_s * 1.5)
+    for asked, slower in ((replace(probe, path=""), 1.0), (probe, 1.5)):
+        pause_s = _OPEN_S
+        while not asked.ask():
+            if time.monotonic() > deadline_s:
+                failed(f"{probe} within {timeout_s:g} s; see service.readiness")
+                return
+            if ending.wait(pause_s):
+                return
+            pause_s = min(_OFTEN_S, pause_s * slower)
     became(True)
     ready, misses = True, 0
     while not ending.wait(probe.every_s):

@@ -25,7 +25,8 @@ class Outbox:
 
     ``usage`` gives CPU ns and resident bytes for a beat. ``on_stop`` is called with the grace in ns when the
     control plane wants the worker stopped, ``on_fenced`` when the lease is somebody else's now. ``granted`` is where
-    it is written down when the lease began to run anew, for whoever has to end a worker whose runner stands still.
+    it is written down when the lease began to run anew, for whoever has to end a worker whose runner stands still;
+    ``on_granted`` is called with that moment, in s of the monotonic clock.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Outbox:
         on_fenced: Callable[[], None],
         on_told: Callable[[], None],
         granted: Path | None = None,
+        on_granted: Callable[[float], None] = lambda _: None,
         beat_s: float = BEAT_S,
     ) -> None:
         self.last_answer_s = time.monotonic()
@@ -54,6 +56,7 @@ class Outbox:
         self._on_stop = on_stop
         self._on_fenced = on_fenced
         self._on_told = on_told
+        self._on_granted = on_granted
         self._beat_s = beat_s
         self._changed = threading.Condition()
         self._waiting: list[dict[str, Any]] = []
@@ -144,6 +147,7 @@ class Outbox:
             with contextlib.suppress(OSError):  # what was there is older, and so ends the worker sooner
                 os.pwrite(self._granted, b"%020d" % int(sent_s * 1e9), 0)
         self.granted_s = sent_s
+        self._on_granted(sent_s)
         return answer
 
     def _obey(self, answer: Mapping[str, Any]) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 from tests.faults.suite.journal import Life
 
 TERMINAL = ("succeeded", "failed", "cancelled")
+_WHOLE = 1000
+"""A GPU, in thousandths."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,9 @@ class Evidence:
     of processes that live. ``capacity`` is the CPUs of a machine in milli. ``unsound`` is what the store says of itself.
     ``witnesses`` are the acknowledged jobs whose workers write into the journal.
     ``may_restart`` are jobs of which a worker was killed on purpose, ``may_run`` those that are meant to run on.
+    ``things`` are what else was acknowledged, by kind and key, ``there`` what is there of those kinds, and ``unknown``
+    are writes that were acknowledged and that nobody can look for. ``forgotten`` are jobs that a restored backup does not
+    know, or some attempts of which: they may have lived, and may live until somebody ends them.
     """
 
     lives: Sequence[Life]
@@ -34,6 +39,10 @@ class Evidence:
     witnesses: frozenset[str] = field(default_factory=frozenset)
     may_restart: frozenset[str] = field(default_factory=frozenset)
     may_run: frozenset[str] = field(default_factory=frozenset)
+    things: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+    there: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+    unknown: frozenset[str] = frozenset()
+    forgotten: frozenset[str] = frozenset()
 
 
 def violations(found: Evidence) -> list[str]:
@@ -51,7 +60,7 @@ def violations(found: Evidence) -> list[str]:
 
 
 def _started_once(found: Evidence) -> Iterable[str]:
-    """I1: at most one live worker for each rank of a job."""
+    """I1: at most one live worker for each rank of a job, and each with a later fencing token than the one before."""
     for launch, count in Counter(life.launch for life in found.lives).items():
         if count > 1:
             yield f"I1: {launch} was started {count} times"
@@ -63,20 +72,33 @@ def _started_once(found: Evidence) -> Iterable[str]:
             if before.launch != after.launch and after.began_ns < before.last_ns:
                 late = (before.last_ns - after.began_ns) / 1e9
                 yield f"I1: {after.launch} began {late:.2f} s before the last sign of {before.launch}"
+            if before.launch != after.launch and after.fence <= before.fence:
+                yield f"I1: {after.launch} began after {before.launch} with the token {after.fence} after {before.fence}"
 
 
 def _within_capacity(found: Evidence) -> Iterable[str]:
-    """I2: what lives on a machine at one time fits into it."""
-    changes: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    """I2: what lives at one time on a machine fits into it, and on a GPU into that."""
+    machines: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    devices: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for life in found.lives:
-        changes[str(life.home)] += [(life.began_ns, life.milli), (life.last_ns, -life.milli)]
-    for home, mine in changes.items():
-        held = most = 0
-        for _, milli in sorted(mine, key=lambda change: (change[0], change[1])):
-            held += milli
-            most = max(most, held)
-        if most > found.capacity:
+        machines[str(life.home)] += [(life.began_ns, life.milli), (life.last_ns, -life.milli)]
+        for device in life.devices:
+            devices[device] += [(life.began_ns, life.gpu_milli), (life.last_ns, -life.gpu_milli)]
+    for home, changes in machines.items():
+        if (most := _most(changes)) > found.capacity:
             yield f"I2: {most} milli-CPUs lived at once on {home}, which has {found.capacity}"
+    for device, changes in devices.items():
+        if (most := _most(changes)) > _WHOLE:
+            yield f"I2: {most} thousandths of {device} were used at once"
+
+
+def _most(changes: Iterable[tuple[int, int]]) -> int:
+    """The most that was held at one time; what is let go at an instant makes room for what comes at it."""
+    held = most = 0
+    for _, milli in sorted(changes):
+        held += milli
+        most = max(most, held)
+    return most
 
 
 def _acknowledged_is_there(found: Evidence) -> Iterable[str]:
@@ -89,12 +111,24 @@ def _acknowledged_is_there(found: Evidence) -> Iterable[str]:
         job = found.jobs.get(job_id)
         if job is None or job["state"] not in (*TERMINAL, "stopping"):
             yield f"I3: the stop of {job_id} was acknowledged and forgotten"
-    ended = {(life.job, life.attempt) for life in found.lives if life.ended}
-    tries = Counter(job for job, _ in {(life.job, life.attempt) for life in found.lives})
+    for sort, key in found.things:
+        wanted, there = found.things[sort, key], found.there.get((sort, key))
+        if there is None:
+            yield f"I3: the {sort} {key} was acknowledged and is not there"
+        elif there != wanted:
+            wrong = [
+                f"{name} {there.get(name)!r}, not {value!r}"
+                for name, value in wanted.items()
+                if there.get(name) != value
+            ]
+            yield f"I3: the {sort} {key} was acknowledged and has {', '.join(wrong)}"
+    yield from (f"I3: {write} was acknowledged, and nobody can look for it" for write in sorted(found.unknown))
+    ended = {(life.job, life.fence) for life in found.lives if life.ended}
+    tries = Counter(job for job, _ in {(life.job, life.fence) for life in found.lives})
     for job_id in found.witnesses:
         job = found.jobs.get(job_id)
         if job is not None and job["state"] == "succeeded":
-            last = max((life.attempt for life in found.lives if life.job == job_id), default=0)
+            last = max((life.fence for life in found.lives if life.job == job_id), default=0)
             if (job_id, last) not in ended:
                 yield f"I3: {job_id} is said to have succeeded; its worker began {tries[job_id]} times and did not end"
 
@@ -102,11 +136,12 @@ def _acknowledged_is_there(found: Evidence) -> Iterable[str]:
 def _nothing_without_owner(found: Evidence) -> Iterable[str]:
     """I4: nothing lives whose job is over, or lived whose job is unknown."""
     for launch in sorted(found.running):
-        job = found.jobs.get("job_" + launch.removeprefix("run_").rsplit("-", 2)[0])
-        if job is None or job["state"] in TERMINAL:
+        job_id = "job_" + launch.removeprefix("run_").rsplit("-", 2)[0]
+        job = found.jobs.get(job_id)
+        if job_id not in found.forgotten and (job is None or job["state"] in TERMINAL):
             yield f"I4: {launch} lives, and its job is {job['state'] if job else 'unknown'}"
     for life in found.lives:
-        if life.job not in found.jobs:
+        if life.job not in found.jobs and life.job not in found.forgotten:
             yield f"I4: {life.launch} lived, and its job is unknown"
 
 
@@ -117,10 +152,10 @@ def _never_restarted_by_us(found: Evidence) -> Iterable[str]:
             yield f"I5: {job_id} was healthy and was started {job['attempts']} times"
     attempts: dict[str, set[int]] = defaultdict(set)
     for life in found.lives:
-        attempts[life.job].add(life.attempt)
+        attempts[life.job].add(life.fence)
     for job_id, numbers in attempts.items():
         known = found.jobs.get(job_id)
-        if known is not None and len(numbers) > known["attempts"]:
+        if known is not None and job_id not in found.forgotten and len(numbers) > known["attempts"]:
             yield f"I5: {job_id} lived {len(numbers)} times, and the API says {known['attempts']}"
 
 

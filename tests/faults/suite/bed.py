@@ -13,14 +13,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests import namespaces
 from tests.cloud import Cloud, eventually
 from tests.faults.suite import audit, journal
+from tests.faults.suite.writes import Record
 from tests.postgres import Postgres
 from tidemill.outpost import joining
 from tidemill.outpost.config import OutpostConfig
 from tidemill.store.sql import SqlStore
 
 GONE_WITHIN_S = 30.0
+GPUS = 8
+"""How many a machine has: stand-ins, which the driver in ``nvml_standin.c`` shows."""
 
 
 class Bed:
@@ -31,64 +35,104 @@ class Bed:
         self.store = store
         self.url = url or f"sqlite:///{folder / 'head' / 'control.db'}"
         self.cloud = Cloud(folder / "head", **({"database": url} if url else {}), **settings)
+        self.record = Record()
+        """All that was acknowledged, to be found again by the audit."""
+        self.cloud.heard = lambda *told: self.record.heard(*told)
+        self._driver = namespaces.standin_driver(folder / "driver")
+        self.cloud.gpus = "0.1" if self._driver else ""
         self.machines: dict[str, Path] = {}
-        self.acknowledged: dict[str, str] = {}
-        self.stopped: set[str] = set()
         self.killed: set[str] = set()
         """Jobs of which something was killed on purpose, which so may be tried again."""
+        self.forgotten: set[str] = set()
+        """Jobs that a backup which was restored does not know."""
         self._witnesses: set[str] = set()
         """The names of jobs that write into the journal."""
+
+    @property
+    def acknowledged(self) -> dict[str, str]:
+        """The names of the jobs that were taken."""
+        return self.record.acknowledged
+
+    @property
+    def stopped(self) -> set[str]:
+        """The jobs whose stop was acknowledged."""
+        return self.record.stopped
 
     # Doing things
 
     def up(self, *, env: dict[str, str] | None = None, under: tuple[str, ...] = ()) -> float:
         """Start the control plane; how many seconds that took."""
         began = time.monotonic()
-        with environment(env or {}):
+        with environment(self.devices("head") | (env or {})):
             self.cloud.up(under=under)
         return time.monotonic() - began
 
-    def witness(
-        self, name: str, *, lines: int = 20, pause: float = 0.05, cpus: float = 0.1, **more: Any
-    ) -> dict[str, Any]:
-        """The spec of a job that writes down when it lives, and prints numbered lines."""
-        body = journal.LINES.format(lines=lines, pause=pause)
-        return self._spec(name, body, cpus) | more
+    def devices(self, name: str) -> dict[str, str]:
+        """The environment in which a machine shows GPUs that bear its name."""
+        if not self._driver:
+            return {}
+        return {"LD_LIBRARY_PATH": self._driver, "STANDIN_GPUS": str(GPUS), "STANDIN_NAME": name}
 
-    def service(
-        self, name: str, *, chunks: int = 40, pause: float = 0.1, cpus: float = 0.1, **more: Any
-    ) -> dict[str, Any]:
-        """The spec of a service whose answers are streams."""
-        body = journal.SERVE.format(chunks=chunks, pause=pause)
-        return self._spec(name, body, cpus) | {
-            "ports": [{"name": "http"}], "service": {"port": "http", "readiness": {"path": "/"}}, **more,
-        }  # fmt: skip
+    def govern(self, tag: str, *, env: dict[str, str] | None = None, within_s: float = 60) -> None:
+        """Have the API take one of each that governs: a budget, a key with a limit, a secret, a place in the quota tree.
 
-    def _spec(self, name: str, body: str, cpus: float) -> dict[str, Any]:
-        self._witnesses.add(name)
-        script = journal.WITNESS.format(milli=round(cpus * 1000), body=body)
-        return {"name": name, "run": f"exec python3 - <<'END'\n{script}\nEND", "resources": {"cpus": cpus}}
+        Each is asked for until it is answered, with the control plane started again where it ended.
+        """
+        for method, path, body in (
+            ("POST", "/v1/projects", {"name": f"p-{tag}", "limits": {"usd/month": 250.0}}),
+            ("POST", "/v1/tokens", {"name": f"t-{tag}", "scopes": ["infer"], "limits": {"requests/minute": 60}}),
+            ("PUT", f"/v1/secrets/S_{tag.upper().replace('-', '_')}", {"value": tag}),
+            ("PUT", f"/v1/queues/q-{tag}", {"weight": 3, "limit": {"gpu": 2}}),
+        ):
+            self._ask_surely(method, path, body, key=f"{path} {tag}", env=env, within_s=within_s)
 
-    def submit(self, spec: dict[str, Any], *, key: str = "") -> str:
-        """The id of the job, which was acknowledged. Raises: OSError, HTTPException when no answer came."""
-        job_id = self.cloud.submit(spec, key=key)
-        self.acknowledged[job_id] = spec["name"]
-        return job_id
-
-    def submit_surely(self, spec: dict[str, Any], *, key: str, within_s: float = 60) -> str:
-        """As ``submit``, asked again with the same key, with the control plane started again, until it answers."""
+    def _ask_surely(
+        self, method: str, path: str, body: Any, *, key: str, env: dict[str, str] | None, within_s: float
+    ) -> Any:
+        """The answer with 2xx to a request that may be asked again, with the control plane started again meanwhile."""
         until = time.monotonic() + within_s
         while True:
             try:
-                status, body = self.cloud.call("POST", "/v1/workloads", {"spec": spec}, key=key)
-                if status == 201:
-                    job_id = str(body["jobs"][0]["id"])
-                    self.acknowledged[job_id] = spec["name"]
-                    return job_id
-                assert status == 503, (status, body)
+                status, answer = self.cloud.call(method, path, body, key=key)
+                if 200 <= status < 300:
+                    return answer
+                assert status == 503, (status, answer)
             except (OSError, http.client.HTTPException):
-                self.revive()
-            assert time.monotonic() < until, f"{key} was not taken"
+                self.revive(env=env)
+            assert time.monotonic() < until, f"{method} {path} was not taken"
+
+    def witness(
+        self, name: str, *, lines: int = 20, pause: float = 0.05, cpus: float = 0.1, gpus: float = 0.1, **more: Any
+    ) -> dict[str, Any]:
+        """The spec of a job that writes down when it lives and what it holds, and prints numbered lines."""
+        body = journal.LINES.format(lines=lines, pause=pause)
+        return self._spec(name, body, cpus, gpus) | more
+
+    def service(
+        self, name: str, *, chunks: int = 40, pause: float = 0.1, cpus: float = 0.1, gpus: float = 0.1, **more: Any
+    ) -> dict[str, Any]:
+        """The spec of a service whose answers are streams."""
+        body = journal.SERVE.format(chunks=chunks, pause=pause)
+        return self._spec(name, body, cpus, gpus) | {
+            "ports": [{"name": "http"}], "service": {"port": "http", "readiness": {"path": "/"}}, **more,
+        }  # fmt: skip
+
+    def _spec(self, name: str, body: str, cpus: float, gpus: float) -> dict[str, Any]:
+        self._witnesses.add(name)
+        script = journal.witness(body, cpus=cpus, gpus=gpus)
+        held = {"cpus": cpus} | ({"gpus": f"{gpus:g}"} if self._driver else {})
+        return {"name": name, "run": f"exec python3 - <<'END'\n{script}\nEND", "resources": held}
+
+    def submit(self, spec: dict[str, Any], *, key: str = "") -> str:
+        """The id of the job, which was acknowledged. Raises: OSError, HTTPException when no answer came."""
+        return self.cloud.submit(spec, key=key)
+
+    def submit_surely(
+        self, spec: dict[str, Any], *, key: str, env: dict[str, str] | None = None, within_s: float = 60
+    ) -> str:
+        """As ``submit``, asked again with the same key, with the control plane started again, until it answers."""
+        answer = self._ask_surely("POST", "/v1/workloads", {"spec": spec}, key=key, env=env, within_s=within_s)
+        return str(answer["jobs"][0]["id"])
 
     def stop(self, job_id: str) -> bool:
         """Whether the stop of a job was acknowledged."""
@@ -96,19 +140,19 @@ class Bed:
             status, _ = self.cloud.call("POST", f"/v1/jobs/{job_id}/stop")
         except (OSError, http.client.HTTPException):
             return False
-        if status == 202:
-            self.stopped.add(job_id)
         return status == 202
 
-    def revive(self) -> bool:
+    def revive(self, *, env: dict[str, str] | None = None) -> bool:
         """Whether the control plane had ended, and was started again."""
         process = self.cloud.process
         if process is None or process.poll() is None:
             return False
-        self.up()
+        self.up(env=env)
         return True
 
-    def join(self, name: str, *, through: str = "", site: str = "local", **described: Any) -> Path:
+    def join(
+        self, name: str, *, through: str = "", site: str = "local", env: dict[str, str] | None = None, **described: Any
+    ) -> Path:
         """The home of a machine that joined, ready; ``through`` is another address of the control plane."""
         status, made = self.cloud.call("POST", f"/v1/sites/{site}/tokens", {})
         assert status == 201, made
@@ -118,10 +162,16 @@ class Bed:
             address="127.0.0.1", **described,
         )  # fmt: skip
         joining.join(home, made["token"], asked)
-        joining.start_outpost(home)
+        self.start_agent(home, env=env)
         self.machines[name] = home
         eventually(lambda: self.node(name).get("state") == "ready", within_s=60, what=f"{name} is ready")
+        self.record.add("node", self.node(name))
         return home
+
+    def start_agent(self, home: Path, *, env: dict[str, str] | None = None) -> None:
+        """Start the agent of a machine that joined."""
+        with environment(self.devices(home.name) | (env or {})):
+            joining.start_outpost(home)
 
     # Looking
 
@@ -156,9 +206,11 @@ class Bed:
         found = audit.violations(
             audit.Evidence(
                 lives=self.lives(), acknowledged=self.acknowledged, stopped=frozenset(self.stopped), jobs=jobs,
+                things=self.record.things, there=self.record.found(self.cloud.call), unknown=frozenset(self.record.unknown),
                 books=self.cloud.books(), running=frozenset(self.running()), capacity=(os.cpu_count() or 1) * 1000,
                 witnesses=frozenset(job_id for job_id, name in self.acknowledged.items() if name in self._witnesses),
                 unsound=unsound, may_restart=frozenset(self.killed), may_run=frozenset(may_run),
+                forgotten=frozenset(self.forgotten),
             )
         )  # fmt: skip
         assert not found, "; ".join(found)
@@ -204,10 +256,17 @@ class Bed:
 
 
 class Beds:
-    """Makes beds on one store, and clears them away."""
+    """Makes beds on one store, and clears them away.
 
-    def __init__(self, store: str, postgres: Postgres | None = None) -> None:
+    ``nth_round`` chooses what is not tried in full, ``is_full`` has everything tried, however long it takes.
+    """
+
+    def __init__(
+        self, store: str, postgres: Postgres | None = None, *, nth_round: int = 1, is_full: bool = False
+    ) -> None:
         self.store = store
+        self.nth_round = nth_round
+        self.is_full = is_full
         self.postgres = postgres
         self._folder = Path(tempfile.mkdtemp(prefix="tm-faults-"))
         self._made: list[Bed] = []
@@ -221,6 +280,7 @@ class Beds:
         self._made.append(bed)
         if starts:
             bed.up()
+            bed.govern("first")
         return bed
 
     def folder(self, name: str) -> Path:

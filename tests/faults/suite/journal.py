@@ -10,25 +10,27 @@ from typing import Any, Final
 
 WITNESS: Final = """
 import json, os, socket, threading, time
-journal = os.open(os.environ["TIDEMILL_OUTPUT_DIR"] + "/journal-" + os.environ.get("RANK", "0"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-who = dict(launch=os.environ["TIDEMILL_LAUNCH_ID"], job=os.environ["TIDEMILL_JOB_ID"],
-           attempt=int(os.environ["TIDEMILL_ATTEMPT"]), rank=int(os.environ.get("RANK", "0")), milli={milli})
-def note(what, sync=True):
-    os.write(journal, (json.dumps(dict(who, what=what, at_ns=time.monotonic_ns())) + "\\n").encode())
+_signs = os.open(os.environ["TIDEMILL_OUTPUT_DIR"] + "/journal-" + os.environ.get("RANK", "0"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+who = dict(launch=os.environ["TIDEMILL_LAUNCH_ID"], job=os.environ["TIDEMILL_JOB_ID"], fence=int(os.environ["TIDEMILL_ATTEMPT"]),
+           rank=int(os.environ.get("RANK", "0")), milli={milli}, gpu_milli={gpu_milli},
+           devices=[device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device])
+def _sign(what, sync=True):
+    os.write(_signs, (json.dumps(dict(who, what=what, at_ns=time.monotonic_ns())) + "\\n").encode())
     if sync:
-        os.fsync(journal)
-def live():
+        os.fsync(_signs)
+def _live():
     while True:
         try:
-            note("alive", sync=False)
+            _sign("alive", sync=False)
         except OSError:
             pass  # a full disk does not end it
         time.sleep(0.05)
-note("start")
-threading.Thread(target=live, daemon=True).start()
+_sign("start")
+threading.Thread(target=_live, daemon=True).start()
 {body}
-note("end")
+_sign("end")
 """
+"""What writes down the launch, its fencing token, which is the number of the attempt, and the devices that were given."""
 LINES: Final = """
 for number in range({lines}):
     print(f"line {{number}} of rank {{who['rank']}}", flush=True)
@@ -56,15 +58,25 @@ server.serve_forever()
 """
 
 
+def witness(body: str, *, cpus: float, gpus: float) -> str:
+    """A program that keeps the journal while it does ``body``. A share of a GPU is one below 1."""
+    return WITNESS.format(milli=round(cpus * 1000), gpu_milli=round(min(gpus, 1.0) * 1000), body=body)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Life:
-    """One start of one worker: when it began, the last sign of it, and whether it came to its own end. Times in ns."""
+    """One start of one worker: when it began, the last sign of it, and whether it came to its own end. Times in ns.
+
+    ``fence`` is its fencing token, ``milli`` the CPU it was promised, ``gpu_milli`` its share of each of ``devices``.
+    """
 
     launch: str
     job: str
-    attempt: int
+    fence: int
     rank: int
     milli: int
+    gpu_milli: int
+    devices: tuple[str, ...]
     home: Path
     began_ns: int
     last_ns: int
@@ -96,8 +108,9 @@ def _lives(home: Path, lines: Iterable[str]) -> list[Life]:
                 one["ended"] |= entry["what"] == "end"
     return [
         Life(
-            launch=one["launch"], job=one["job"], attempt=one["attempt"], rank=one["rank"], milli=one["milli"], home=home,
-            began_ns=one["began_ns"], last_ns=one["last_ns"], ended=one["ended"],
+            launch=one["launch"], job=one["job"], fence=one["fence"], rank=one["rank"], milli=one["milli"],
+            gpu_milli=one["gpu_milli"], devices=tuple(one["devices"]), home=home, began_ns=one["began_ns"],
+            last_ns=one["last_ns"], ended=one["ended"],
         )
         for one in found
     ]  # fmt: skip
