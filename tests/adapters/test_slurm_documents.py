@@ -305,6 +305,10 @@ def test_a_job_that_slurm_does_not_know_is_no_error(peer: tuple[SlurmRest, dict[
     answers["DELETE /slurm/v0.0.42/job/9"] = (500, failed(2017, "Invalid job id specified"))
     assert rest.ended("9", "tidemill-a") is None
     rest.cancel("9")
+    answers["GET /slurm/v0.0.42/job/9"] = (404, failed(2017, "Invalid job id specified"))
+    answers["DELETE /slurm/v0.0.42/job/9"] = (204, b"")
+    assert rest.ended("9", "tidemill-a") is None
+    rest.cancel("9")
     answers["GET /slurm/v0.0.42/job/9"] = (500, failed(-1, "Unspecified error"))
     with pytest.raises(EngineLost):
         rest.ended("9", "tidemill-a")

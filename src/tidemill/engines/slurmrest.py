@@ -198,14 +198,14 @@ class SlurmRest:
             connection.close()
         if status in (401, 403):
             raise self._lost(f"does not take us for {self._user!r}: {status}", mend=self._access())
-        if status == 404:
+        document = _document(content) if content or status >= 300 else {}
+        told = tuple(slurmdocuments.errors(document or {}))
+        if status == 404 and not told:
             self._dialect = None  # another one may answer there by now
             raise self._lost(f"knows no {method} {path}", mend="Which of its plugins are loaded? See slurmrestd -s.")
-        document = _document(content)
         if document is None:
             said = content[:80].decode(errors="replace")
             raise self._lost(f"answers {method} {path} with {status} and no JSON: {said!r}")
-        told = tuple(slurmdocuments.errors(document))
         found = [(number, words) for number, words in told if number not in ignored]
         if status < 300 or (told and not found):
             return document
