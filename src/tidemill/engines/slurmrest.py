@@ -256,6 +256,7 @@ class SlurmRest:
         return http.client.HTTPConnection(parts.hostname or "", parts.port or _PORT, timeout=_ANSWER_S)
 
     def _lost(self, what: str, *, mend: str = "") -> EngineLost:
+        what += "." if mend else ""
         return EngineLost(f"slurmrestd at {self.address} {what}", field="rest", value=self.address, mend=mend)
 
 
@@ -326,7 +327,7 @@ def _document(content: bytes) -> dict[str, Any] | None:
 
 def _unreadable(method: str, path: str, error: Unreadable) -> EngineLost:
     return EngineLost(
-        f"slurmrestd answers {method} {path}, and {error}", field=error.field, value=error.value,
+        f"slurmrestd answers {method} {path}, and {error}.", field=error.field, value=error.value,
         mend=f"See what it promises under {_DESCRIPTION}; without --slurm rest=… Slurm's commands are used.",
     )  # fmt: skip
 
