@@ -3,12 +3,15 @@ no port. PostgreSQL refuses to run as root, so root starts it as an ordinary use
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +61,33 @@ class Postgres:
     def stop(self, mode: str = "immediate") -> None:
         """Stop the server; ``immediate`` is a crash."""
         self._run(self._binaries / "pg_ctl", "-w", "-D", self.data, "-m", mode, "stop")
+
+    def kill(self) -> None:
+        """kill -9 of the server and of all that it started, at once."""
+        parent = int((self.data / "postmaster.pid").read_text().split()[0])
+        found = [parent]
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                        found.append(int(entry.name))
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        until = time.monotonic() + 20
+        while any(Path(f"/proc/{pid}").exists() for pid in found) and time.monotonic() < until:
+            time.sleep(0.01)
+
+    @property
+    def answers(self) -> bool:
+        """Whether a question is answered now."""
+        import psycopg
+
+        try:
+            self.sql("SELECT 1")
+        except psycopg.Error:
+            return False
+        return True
 
     def sql(self, statement: str) -> None:
         """Carry out a statement in the server's own database."""

@@ -17,13 +17,15 @@ import pytest
 from tests.cloud import Cloud, eventually
 from tests.core.history import PROJECTS, RATES, SITE, START, node
 from tidemill.api.turns import _MOST, _Lines
+from tidemill.control import turns
 from tidemill.control.driver import Driver, world_from
 from tidemill.control.turns import Recorder, TurnLoop
 from tidemill.core.world import World
+from tidemill.errors import Unavailable
 from tidemill.model.events import Fact, NodeJoined
 from tidemill.model.plan import Plan
 from tidemill.model.policy import Policy
-from tidemill.ports import Snapshot
+from tidemill.ports import Batch, Snapshot
 from tidemill.store.memory import MemoryStore
 from tidemill.twin.recording import Turn, read_recording
 from tidemill.twin.replay import replay
@@ -63,7 +65,13 @@ def test_what_a_cloud_decides_is_recorded_and_decided_again(cloud: Cloud, tmp_pa
     jobs = [cloud.submit({"name": f"n{at}", "run": f"exit {at}"}) for at in range(2)]
     for job in jobs:
         cloud.wait(job, "succeeded", "failed")
-    recording.send_signal(signal.SIGINT)
+
+    def is_kept() -> bool:  # what a kill -9 now would leave
+        turns = [part for part in read_recording(file) if isinstance(part, Turn)]
+        return any(one.what == "ends" for turn in turns for one in turn.decided)
+
+    eventually(is_kept, within_s=20, what="the recording has the ends")
+    recording.send_signal(signal.SIGTERM)
     told, _ = recording.communicate(timeout=120)
     assert recording.returncode == 0
     assert json.loads(told)["turns"] > 2
@@ -105,9 +113,24 @@ class Kept:
         self.turns.append((now, len(inbox)))
 
 
+class Lockable(MemoryStore):
+    """A store whose file somebody else may hold the lock of."""
+
+    is_locked = False
+
+    def commit(self, batch: Batch) -> int:
+        if self.is_locked:
+            raise Unavailable("The database does not answer: database is locked.")
+        return super().commit(batch)
+
+
 @pytest.fixture
-def loop() -> Iterator[TurnLoop]:
-    store = MemoryStore()
+def store() -> Lockable:
+    return Lockable()
+
+
+@pytest.fixture
+def loop(store: Lockable) -> Iterator[TurnLoop]:
     epoch, told = store.lead(holder="h"), {"sites": [SITE], "projects": PROJECTS, "rates": RATES, "policy": Policy()}
 
     def load(recorder: Recorder | None = None) -> World:
@@ -133,6 +156,28 @@ def loop() -> Iterator[TurnLoop]:
 
 def join(loop: TurnLoop, at: int) -> None:
     loop.put([NodeJoined(at_ns=START, node=node(at, 1))]).result(10)
+
+
+def test_it_is_known_whether_the_database_takes_anything(
+    store: Lockable, loop: TurnLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does when nothing came, when the last came through, and, as far as is known, when that was long ago."""
+    loop.check_stores()
+    store.is_locked = True
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            join(loop, 0)
+    with pytest.raises(Unavailable, match="database is locked"):
+        loop.check_stores()
+    store.is_locked = False
+    join(loop, 0)
+    loop.check_stores()
+    store.is_locked = True
+    with pytest.raises(Unavailable):
+        join(loop, 1)
+    monkeypatch.setattr(turns, "_LATELY_S", 0.0)
+    loop.check_stores()
+    store.is_locked = False
 
 
 def test_a_recorder_begins_with_a_world_made_anew_and_sees_every_turn(loop: TurnLoop) -> None:

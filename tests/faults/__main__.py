@@ -52,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--seeds", default=SEEDS, help=f"of the simulation, by where they keep their state: memory, sqlite, postgres; 0 for none ({SEEDS})"
     )  # fmt: skip
+    parser.add_argument(
+        "--full", action="store_true", help="spare nothing: case 4 at every place, case 18 for 5 minutes"
+    )
     parser.add_argument("--allow-skips", action="store_true", help="exit with 0 though something could not be shown")
     parser.add_argument("--list", action="store_true", help="say what there is, and do nothing")
     given = parser.parse_args(arguments)
@@ -66,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     rounds: list[Round] = []
     for number in range(1, given.times + 1):
-        rounds.append(_round(chosen, given.store.split(","), seeds, jobs=given.jobs, number=number))
+        rounds.append(_round(chosen, given.store.split(","), seeds, jobs=given.jobs, number=number, is_full=given.full))
         print(json.dumps({"round": number} | rounds[-1].told()), flush=True)
     whole = together(rounds)
     print(json.dumps({"rounds": len(rounds)} | whole.told()))
@@ -104,9 +107,11 @@ def status(whole: Round, *, is_skipping_allowed: bool) -> int:
     return 2 if whole.skipped and not is_skipping_allowed else 0
 
 
-def _round(chosen: Sequence[Case], stores: list[str], seeds: Mapping[str, int], *, jobs: int, number: int) -> Round:
+def _round(
+    chosen: Sequence[Case], stores: list[str], seeds: Mapping[str, int], *, jobs: int, number: int, is_full: bool
+) -> Round:
     began = time.monotonic()
-    failed, skipped = outcomes(run_all(list(chosen), stores, jobs=jobs))
+    failed, skipped = outcomes(run_all(list(chosen), stores, jobs=jobs, nth_round=number, is_full=is_full))
     played = bad = 0
     for store, count in seeds.items():
         more, wrong = _simulate(store, count, jobs, first=(number - 1) * count)

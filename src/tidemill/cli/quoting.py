@@ -90,7 +90,7 @@ def quote_rows(quote: Quote) -> list[tuple[str, str]]:
     return [
         ("feasible", paint("yes", "green")),
         ("starts", now if quote.starts_now else f"later: {wait}"),
-        *(("likely", text) for name, text in forecast_rows(quote.forecast) if name == "starts"),
+        *(("expected", text) for name, text in forecast_rows(quote.forecast) if name == "starts"),
         ("finishes", until(quote.finish_at_ns) if quote.finish_at_ns else ""),
         ("displaces", count(len(quote.displaces), "job") if quote.displaces else ""),
         ("copies", f"{copied}  {mark}" if quote.copy_ns else ""),

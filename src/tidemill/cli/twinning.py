@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -197,12 +198,14 @@ def record_command(
     with http.open("GET", "/v1/turns") as pieces, RecordingFile(file) as kept:
         note("recording; Ctrl-C ends it" if not for_ else f"recording for {for_}")
         began = time.monotonic()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs it as a service ends it so
         try:
             for piece in pieces:
                 *lines, rest = (rest + piece).split(b"\n")
                 for line in filter(None, lines):
                     kept.write(line + b"\n")
                     turns += 1
+                kept.flush()
                 if left_s and time.monotonic() - began >= left_s:
                     break
         except KeyboardInterrupt:

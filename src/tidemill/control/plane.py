@@ -279,6 +279,7 @@ class ControlPlane:
         """Raises: Unavailable when requests cannot be served at the moment."""
         self.check_leads()
         self.store.organizations()
+        self._turns.check_stores()
 
     def watch(self, callback: Callable[[int], None]) -> Callable[[], None]:
         """Have ``callback`` called with the newest event's number after each commit; returns how to stop it."""

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from tidemill.control.driver import Driver
 from tidemill.core.world import World
@@ -30,6 +31,8 @@ from tidemill.model.tenant import Project
 from tidemill.ports import Batch, IdempotencyRecord, Snapshot, Store
 
 log = logging.getLogger(__name__)
+_LATELY_S: Final = 15.0
+"""For how long what the database did not take speaks against it: longer than it waits for a lock."""
 Answer = TypeVar("Answer")
 _BATCH = 4_096
 
@@ -104,6 +107,8 @@ class TurnLoop:
         self._watchers: tuple[Callable[[int], None], ...] = ()
         self._closing = False
         self._is_stale = False
+        self._not_stored: tuple[TidemillError, float] | None = None
+        """Why the newest commit was not taken, and when that was, in s of a clock that never jumps."""
         self._recorder: Recorder | None = None
         self._asked_recorder: Recorder | None = None
         self._thread = threading.Thread(target=self._run, name="turns", daemon=True)
@@ -123,6 +128,12 @@ class TurnLoop:
             self._closing = True
             self._wake.notify()
         self._thread.join(timeout=30)
+
+    def check_stores(self) -> None:
+        """Raises: Unavailable, StorageFull when the database took nothing lately."""
+        found = self._not_stored
+        if found is not None and time.monotonic() - found[1] < _LATELY_S:
+            raise found[0]
 
     def put(self, facts: Sequence[Fact], idempotency: Sequence[IdempotencyRecord] = ()) -> Future[None]:
         """A future that completes when what follows from ``facts`` is durable."""
@@ -283,6 +294,7 @@ class TurnLoop:
                     idempotency=idempotency,
                 )
             )
+            self._not_stored = None
 
     def _refused(self, items: Sequence[_Item], error: Exception, *, again: bool) -> None:
         if isinstance(error, Stale) and not again:
@@ -295,6 +307,8 @@ class TurnLoop:
             log.error("a turn could not be stored and was undone: %s", error)
         else:
             log.error("a turn could not be stored and was undone", exc_info=error)
+        if isinstance(error, (Unavailable, StorageFull)):
+            self._not_stored = error, time.monotonic()
         self._is_stale = not isinstance(error, StorageFull)
         _fail(items, error)
         if isinstance(error, Fenced):

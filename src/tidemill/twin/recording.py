@@ -36,7 +36,7 @@ class Turn:
 
 
 class RecordingFile:
-    """A new file for a ``Recording``; what is written reaches the disk every so many lines and on ``close``."""
+    """A new file for a ``Recording``; what is written reaches the system every so many lines, and when told."""
 
     def __init__(self, path: Path) -> None:
         """Raises: Conflict when there is such a file already."""
@@ -58,7 +58,12 @@ class RecordingFile:
         self._file.write(line)
         self._lines += 1
         if self._lines % _FLUSH_EVERY == 0:
-            self._file.flush()
+            self.flush()
+
+    def flush(self) -> None:
+        """Have the system keep what is written so far, whatever becomes of this process."""
+        self._file.flush()
+        self._raw.flush()
 
     def close(self) -> None:
         """Write what is left; harmless twice."""

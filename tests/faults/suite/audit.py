@@ -24,7 +24,8 @@ class Evidence:
     ``witnesses`` are the acknowledged jobs whose workers write into the journal.
     ``may_restart`` are jobs of which a worker was killed on purpose, ``may_run`` those that are meant to run on.
     ``things`` are what else was acknowledged, by kind and key, ``there`` what is there of those kinds, and ``unknown``
-    are writes that were acknowledged and that nobody can look for.
+    are writes that were acknowledged and that nobody can look for. ``forgotten`` are jobs that a restored backup does not
+    know, or some attempts of which: they may have lived, and may live until somebody ends them.
     """
 
     lives: Sequence[Life]
@@ -41,6 +42,7 @@ class Evidence:
     things: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
     there: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
     unknown: frozenset[str] = frozenset()
+    forgotten: frozenset[str] = frozenset()
 
 
 def violations(found: Evidence) -> list[str]:
@@ -134,11 +136,12 @@ def _acknowledged_is_there(found: Evidence) -> Iterable[str]:
 def _nothing_without_owner(found: Evidence) -> Iterable[str]:
     """I4: nothing lives whose job is over, or lived whose job is unknown."""
     for launch in sorted(found.running):
-        job = found.jobs.get("job_" + launch.removeprefix("run_").rsplit("-", 2)[0])
-        if job is None or job["state"] in TERMINAL:
+        job_id = "job_" + launch.removeprefix("run_").rsplit("-", 2)[0]
+        job = found.jobs.get(job_id)
+        if job_id not in found.forgotten and (job is None or job["state"] in TERMINAL):
             yield f"I4: {launch} lives, and its job is {job['state'] if job else 'unknown'}"
     for life in found.lives:
-        if life.job not in found.jobs:
+        if life.job not in found.jobs and life.job not in found.forgotten:
             yield f"I4: {life.launch} lived, and its job is unknown"
 
 
@@ -152,7 +155,7 @@ def _never_restarted_by_us(found: Evidence) -> Iterable[str]:
         attempts[life.job].add(life.fence)
     for job_id, numbers in attempts.items():
         known = found.jobs.get(job_id)
-        if known is not None and len(numbers) > known["attempts"]:
+        if known is not None and job_id not in found.forgotten and len(numbers) > known["attempts"]:
             yield f"I5: {job_id} lived {len(numbers)} times, and the API says {known['attempts']}"
 
 

@@ -43,6 +43,8 @@ class Bed:
         self.machines: dict[str, Path] = {}
         self.killed: set[str] = set()
         """Jobs of which something was killed on purpose, which so may be tried again."""
+        self.forgotten: set[str] = set()
+        """Jobs that a backup which was restored does not know."""
         self._witnesses: set[str] = set()
         """The names of jobs that write into the journal."""
 
@@ -61,17 +63,17 @@ class Bed:
     def up(self, *, env: dict[str, str] | None = None, under: tuple[str, ...] = ()) -> float:
         """Start the control plane; how many seconds that took."""
         began = time.monotonic()
-        with environment(self._devices("head") | (env or {})):
+        with environment(self.devices("head") | (env or {})):
             self.cloud.up(under=under)
         return time.monotonic() - began
 
-    def _devices(self, name: str) -> dict[str, str]:
+    def devices(self, name: str) -> dict[str, str]:
         """The environment in which a machine shows GPUs that bear its name."""
         if not self._driver:
             return {}
         return {"LD_LIBRARY_PATH": self._driver, "STANDIN_GPUS": str(GPUS), "STANDIN_NAME": name}
 
-    def govern(self, tag: str, *, within_s: float = 60) -> None:
+    def govern(self, tag: str, *, env: dict[str, str] | None = None, within_s: float = 60) -> None:
         """Have the API take one of each that governs: a budget, a key with a limit, a secret, a place in the quota tree.
 
         Each is asked for until it is answered, with the control plane started again where it ended.
@@ -82,9 +84,11 @@ class Bed:
             ("PUT", f"/v1/secrets/S_{tag.upper().replace('-', '_')}", {"value": tag}),
             ("PUT", f"/v1/queues/q-{tag}", {"weight": 3, "limit": {"gpu": 2}}),
         ):
-            self._ask_surely(method, path, body, key=f"{path} {tag}", within_s=within_s)
+            self._ask_surely(method, path, body, key=f"{path} {tag}", env=env, within_s=within_s)
 
-    def _ask_surely(self, method: str, path: str, body: Any, *, key: str, within_s: float) -> Any:
+    def _ask_surely(
+        self, method: str, path: str, body: Any, *, key: str, env: dict[str, str] | None, within_s: float
+    ) -> Any:
         """The answer with 2xx to a request that may be asked again, with the control plane started again meanwhile."""
         until = time.monotonic() + within_s
         while True:
@@ -94,7 +98,7 @@ class Bed:
                     return answer
                 assert status == 503, (status, answer)
             except (OSError, http.client.HTTPException):
-                self.revive()
+                self.revive(env=env)
             assert time.monotonic() < until, f"{method} {path} was not taken"
 
     def witness(
@@ -123,9 +127,11 @@ class Bed:
         """The id of the job, which was acknowledged. Raises: OSError, HTTPException when no answer came."""
         return self.cloud.submit(spec, key=key)
 
-    def submit_surely(self, spec: dict[str, Any], *, key: str, within_s: float = 60) -> str:
+    def submit_surely(
+        self, spec: dict[str, Any], *, key: str, env: dict[str, str] | None = None, within_s: float = 60
+    ) -> str:
         """As ``submit``, asked again with the same key, with the control plane started again, until it answers."""
-        answer = self._ask_surely("POST", "/v1/workloads", {"spec": spec}, key=key, within_s=within_s)
+        answer = self._ask_surely("POST", "/v1/workloads", {"spec": spec}, key=key, env=env, within_s=within_s)
         return str(answer["jobs"][0]["id"])
 
     def stop(self, job_id: str) -> bool:
@@ -136,15 +142,17 @@ class Bed:
             return False
         return status == 202
 
-    def revive(self) -> bool:
+    def revive(self, *, env: dict[str, str] | None = None) -> bool:
         """Whether the control plane had ended, and was started again."""
         process = self.cloud.process
         if process is None or process.poll() is None:
             return False
-        self.up()
+        self.up(env=env)
         return True
 
-    def join(self, name: str, *, through: str = "", site: str = "local", **described: Any) -> Path:
+    def join(
+        self, name: str, *, through: str = "", site: str = "local", env: dict[str, str] | None = None, **described: Any
+    ) -> Path:
         """The home of a machine that joined, ready; ``through`` is another address of the control plane."""
         status, made = self.cloud.call("POST", f"/v1/sites/{site}/tokens", {})
         assert status == 201, made
@@ -154,15 +162,15 @@ class Bed:
             address="127.0.0.1", **described,
         )  # fmt: skip
         joining.join(home, made["token"], asked)
-        self.start_agent(home)
+        self.start_agent(home, env=env)
         self.machines[name] = home
         eventually(lambda: self.node(name).get("state") == "ready", within_s=60, what=f"{name} is ready")
         self.record.add("node", self.node(name))
         return home
 
-    def start_agent(self, home: Path) -> None:
+    def start_agent(self, home: Path, *, env: dict[str, str] | None = None) -> None:
         """Start the agent of a machine that joined."""
-        with environment(self._devices(home.name)):
+        with environment(self.devices(home.name) | (env or {})):
             joining.start_outpost(home)
 
     # Looking
@@ -202,6 +210,7 @@ class Bed:
                 books=self.cloud.books(), running=frozenset(self.running()), capacity=(os.cpu_count() or 1) * 1000,
                 witnesses=frozenset(job_id for job_id, name in self.acknowledged.items() if name in self._witnesses),
                 unsound=unsound, may_restart=frozenset(self.killed), may_run=frozenset(may_run),
+                forgotten=frozenset(self.forgotten),
             )
         )  # fmt: skip
         assert not found, "; ".join(found)
@@ -247,10 +256,17 @@ class Bed:
 
 
 class Beds:
-    """Makes beds on one store, and clears them away."""
+    """Makes beds on one store, and clears them away.
 
-    def __init__(self, store: str, postgres: Postgres | None = None) -> None:
+    ``nth_round`` chooses what is not tried in full, ``is_full`` has everything tried, however long it takes.
+    """
+
+    def __init__(
+        self, store: str, postgres: Postgres | None = None, *, nth_round: int = 1, is_full: bool = False
+    ) -> None:
         self.store = store
+        self.nth_round = nth_round
+        self.is_full = is_full
         self.postgres = postgres
         self._folder = Path(tempfile.mkdtemp(prefix="tm-faults-"))
         self._made: list[Bed] = []

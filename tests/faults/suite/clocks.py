@@ -10,7 +10,7 @@ from tests.cloud import eventually
 from tests.faults.suite.bed import Bed, Beds, environment
 from tests.faults.suite.killing import built
 from tests.faults.suite.registry import case
-from tests.faults.suite.requests import ask
+from tests.faults.suite.requests import ask, is_served
 
 LEEWAY_S: Final = 60.0
 JUMPS: Final = ((3600, 0), (0, 3600), (-3600, 0), (0, -3600), (7200, -3600), (0, 0))
@@ -58,7 +58,7 @@ time_t time(time_t *found) {
 @case(
     23,
     "the time of day jumps by up to two hours, forth and back: of the control plane and its gateway, and of a machine",
-    "no lease is over, nothing started again; no negative time in the books; tokens end when they should, +- 60 s",
+    "no lease is over, nothing started again; no negative time in the books; tokens end, and limits begin anew, +- 60 s",
 )
 def jumps(beds: Beds) -> str:
     bed = beds.make(starts=False, engine="none")
@@ -70,7 +70,13 @@ def jumps(beds: Beds) -> str:
     assert status == 200, answer
     with environment(_set_by(theirs)):
         bed.join("far", site="edge")
-    held = bed.submit(bed.witness("held", lines=1200))
+    bed.submit(bed.service("asked", chunks=1, pause=0.0))
+    eventually(lambda: is_served(bed, "asked"), within_s=60, what="the service is routed to")
+    wanted = {"name": "tight", "scopes": ["infer"], "limits": {"requests/minute": 3, "requests/day": 1000}}
+    tight = bed.cloud.call("POST", "/v1/tokens", wanted)[1]["token"]
+    eventually(lambda: _asked(bed, tight)[0] == 200, within_s=20, what="its key is known")
+    refused_s: list[float] = []
+    held = bed.submit(bed.witness("held", lines=1600))
     bed.cloud.wait(held, "running")
     long, _ = _token(bed, 1800)
     eventually(lambda: _accepts(bed, long) == (True, True), within_s=20, what="the token is known")
@@ -80,6 +86,9 @@ def jumps(beds: Beds) -> str:
         clock.write_text(f"{ours:+}")
         theirs.write_text(f"{machine:+}")
         done.append(bed.submit(bed.witness(f"at{number}", lines=2)))
+        answers = [_asked(bed, tight) for _ in range(8)]
+        assert {status for status, _ in answers} <= {200, 429}, answers
+        refused_s += [after for status, after in answers if status == 429]
         for _ in range(8):
             assert bed.node("far")["state"] == "ready", (ours, machine)
             time.sleep(0.5)
@@ -89,13 +98,28 @@ def jumps(beds: Beds) -> str:
         eventually(lambda: _accepts(bed, short) == (False, False), within_s=LEEWAY_S, what="it is over")  # noqa: B023
         late = max(late, time.monotonic() - until)
         bed.finish(done[-1])
+    assert refused_s, "the key with a limit was never refused"
+    assert all(0 < after <= LEEWAY_S for after in refused_s), refused_s
+    eventually(lambda: _asked(bed, tight)[0] == 200, within_s=LEEWAY_S + 5, what="the next minute has begun")
     bed.finish(held, within_s=90)
     assert bed.cloud.job(held)["state"] == "succeeded"
+    for job_id, name in bed.acknowledged.items():
+        if name == "asked":
+            bed.stop(job_id)
+            bed.finish(job_id)
     bed.audit()
     return (
         f"{len(JUMPS)} jumps of up to two hours: 0 leases over, {len(done) + 1} of {len(done) + 1} jobs ran once; a token of"
-        f" half an hour lived on, those of 6 s ended at most {late:.1f} s late"
+        f" half an hour lived on, those of 6 s ended at most {late:.1f} s late;"
+        f" a key of 3 requests a minute was refused {len(refused_s)} times, for at most {max(refused_s):.0f} s"
     )
+
+
+def _asked(bed: Bed, token: str) -> tuple[int, float]:
+    """The status of a request to the model, and for how many seconds it was refused."""
+    body = {"model": "asked", "stream": True, "prompt": "x"}
+    status, headers, _ = ask(bed, "POST", "/v1/completions", body, token=token, port=bed.cloud.gateway_port)
+    return status, float(headers.get("retry-after", 0))
 
 
 def _set_by(clock: Path) -> dict[str, str]:

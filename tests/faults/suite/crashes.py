@@ -5,14 +5,16 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from tests.cloud import eventually
 from tests.faults.suite.bed import GPUS, Bed, Beds
-from tests.faults.suite.killing import KillAtCommit, kill_at_send
+from tests.faults.suite.killing import Call, Killer, Role
 from tests.faults.suite.registry import case
 from tidemill.outpost.main import running_pid
 
@@ -55,7 +57,7 @@ def acknowledged(beds: Beds) -> str:
 )
 def allocated(beds: Beds) -> str:
     bed = beds.make(starts=False)
-    killer = KillAtCommit(bed.folder)
+    killer = Killer(bed.folder)
     took = []
     for nth in (1, 2):
         bed.up(env=killer.env)
@@ -88,7 +90,7 @@ def allocated(beds: Beds) -> str:
 )
 def sent(beds: Beds) -> str:
     bed = beds.make(starts=False)
-    killer = KillAtCommit(bed.folder)
+    killer = Killer(bed.folder)
     adopted = 0
     for nth in (-2, -3, -4):
         bed.up(env=killer.env)
@@ -109,78 +111,102 @@ def sent(beds: Beds) -> str:
     return f"{adopted} of {adopted} adopted, 1 start each, 0 restarts"
 
 
+STEPS: tuple[tuple[Role, Call, int], ...] = (
+    ("control", "sync", 5),
+    ("control", "send", 8),
+    ("agent", "sync", 3),
+    ("agent", "send", 6),
+    ("runner", "send", 5),
+)
+"""Who is killed at what, and how many of the places are taken in a round that does not take all. A runner syncs nothing."""
+
+
 @case(
     4,
-    "1 to 3 at every commit, and at sends, of submit, launch, ready, stop, delete",
-    "all invariants at each; no manual step",
+    "1 to 3 at syncs and sends of the control plane, the machine's agent and the runner: submit, launch, ready, stop, delete",
+    "all invariants at each; no manual step; with --full at every one of them, else at some, which the round chooses",
 )
 def everywhere(beds: Beds) -> str:
-    bed = beds.make(starts=False)
-    killer = KillAtCommit(bed.folder)
-    killed: dict[str, int] = {"before a commit": 0, "after a commit": 0, "at a send": 0}
-    for sign, what in ((-1, "before a commit"), (1, "after a commit")):
-        for nth in (*range(1, 11), 13, 17, 22, 28, 35):
-            bed.up(env=killer.env)
-            killer.arm(sign * nth)
-            died = _life_of_a_service(bed, f"{'ba'[sign > 0]}{nth}", disarm=killer.disarm)
-            killer.disarm()
-            bed.cloud.kill()
-            killed[what] += died
-            if not died:
-                break
-    for nth in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89):
-        bed.up()
-        with kill_at_send(bed.cloud.pid, nth):
-            killed["at a send"] += _life_of_a_service(bed, f"s{nth}")
-        bed.cloud.kill()
-    bed.up()
+    bed = beds.make(starts=False, engine="none")
+    killer = Killer(bed.folder)
+    bed.up(env=killer.env)
+    home = bed.join("second", env=killer.env)
+    dice = random.Random(beds.nth_round)
+    told = []
+    for role, call, some in STEPS:
+        counted = []
+        for number in range(2):  # the shorter of two lives has places that any life comes to, or nearly so
+            killer.arm(1_000_000, role=role, call=call)
+            _life_of_a_service(bed, home, killer, f"{role}-{call}-counted{number}")
+            counted.append(killer.disarm())
+        total = min(counted)
+        places = range(1, total + 1)
+        chosen = places if beds.is_full else sorted(dice.sample(places, min(some, total)))
+        died = 0
+        for nth in chosen:
+            for sign in (1, -1) if call == "sync" and role == "control" else (dice.choice((1, -1)),):
+                killer.arm(sign * nth, role=role, call=call)
+                _life_of_a_service(bed, home, killer, f"{role}-{call}-{nth}-{'ba'[sign > 0]}")
+                died += not killer.is_armed
+                killer.disarm()
+        told.append((role, call, died, len(chosen), total))
     bed.audit()
-    assert min(killed.values()) >= 4, killed
-    return ", ".join(f"{count} kills {what}" for what, count in killed.items())
+    assert all(2 * died >= chosen > 0 for *_, died, chosen, _ in told), told
+    return "; ".join(
+        f"{role} at {call}s: {died} kills, {chosen} of {total} places" for role, call, died, chosen, total in told
+    )
 
 
-def _life_of_a_service(bed: Bed, name: str, *, disarm: object = None) -> bool:
-    """Whether the control plane died while a service was submitted, became ready, was stopped, and was gone."""
-    died = False
-    spec = bed.service(name, cpus=0.05)
-    until = time.monotonic() + 60
+def _life_of_a_service(bed: Bed, home: Path, killer: Killer, name: str) -> None:
+    """A service is submitted, comes up, is stopped, and is gone, and something is governed meanwhile; whoever was killed
+    is started again, as whatever looks after it would."""
+    until = time.monotonic() + 90
 
-    def look(state: str, job_id: str) -> bool:
-        nonlocal died
-        if bed.revive():
-            died = True
-            if callable(disarm):
-                disarm()
+    def look(job_id: str, *states: str) -> bool:
+        bed.revive(env=killer.env)
+        if not running_pid(home):
+            bed.start_agent(home, env=killer.env)
+        time.sleep(0.05)
         try:
-            return bool(bed.cloud.job(job_id)["state"] == state)
+            return bed.cloud.job(job_id)["state"] in states
         except (OSError, http.client.HTTPException, AssertionError):
             return False
 
-    process = bed.cloud.process
-    job_id = bed.submit_surely(spec, key=name)
-    died = bed.cloud.process is not process
-    if died and callable(disarm):
-        disarm()
-    eventually(lambda: look("running", job_id), within_s=40, what=f"{name} runs")
+    spec = bed.service(name, cpus=0.05, gpus=GPUS, retry=3, checkpoint={"grace": "1s"})
+    job_id = bed.submit_surely(spec, key=name, env=killer.env)
+    if name.startswith("runner"):
+        bed.killed.add(job_id)
+    bed.govern(name, env=killer.env)
+    eventually(lambda: look(job_id, "running"), within_s=60, what=f"{name} runs")
     while not bed.stop(job_id):
-        died |= bed.revive()
-        assert time.monotonic() < until
-    eventually(lambda: look("cancelled", job_id), within_s=40, what=f"{name} is gone")
-    return died or bed.cloud.process is not process
+        look(job_id)
+        assert time.monotonic() < until, f"the stop of {name} is not taken"
+    eventually(lambda: look(job_id, "cancelled"), within_s=60, what=f"{name} is gone")
+    eventually(lambda: look(job_id, "cancelled") and not bed.running(), within_s=AGENT_S + 15, what=f"{name} is away")
 
 
-@case(5, "kill -9 of a machine's agent just after it started a worker", "adopted, or ended, <= 15 s; 1 lives")
+@case(
+    5,
+    "kill -9 of a machine's agent at the moment when it has a worker's runner forked, and soon after",
+    "adopted, or ended, <= 15 s; 1 lives",
+)
 def agent_after_start(beds: Beds) -> str:
     bed = beds.make(engine="none")
-    home = bed.join("second")
+    killer = Killer(bed.folder)
+    home = bed.join("second", env=killer.env)
     took = []
-    for delay_ms in (0, 2, 5, 10, 20, 40, 80, 160):
-        job_id = bed.submit(bed.witness(f"w{delay_ms}", lines=30, gpus=GPUS))
-        time.sleep(delay_ms / 1000)
-        os.kill(running_pid(home), signal.SIGKILL)
+    for moment in (-1, 1, 0, 2, 5, 10, 20, 40, 80, 160):
+        if abs(moment) == 1:  # before it asks for the fork, or when it asked and knows nothing of it
+            killer.arm(moment, role="agent", call="fork")
+        job_id = bed.submit(bed.witness(f"w{moment}", lines=30, gpus=GPUS))
+        if abs(moment) == 1:
+            eventually(lambda: not killer.is_armed, within_s=20, what="it died at that fork")
+        else:
+            time.sleep(moment / 1000)
+            os.kill(running_pid(home), signal.SIGKILL)
         eventually(lambda: not running_pid(home), within_s=10, what="it is gone")
         began = time.monotonic()
-        bed.start_agent(home)
+        bed.start_agent(home, env=killer.env)
         bed.cloud.wait(job_id, "running", "succeeded", within_s=AGENT_S + 20)
         took.append(time.monotonic() - began)
         bed.finish(job_id)

@@ -1,75 +1,119 @@
-"""kill -9 of a process at the nth commit of its database or the nth thing that it sends, from outside of its code."""
+"""kill -9 of a process at the nth time that it syncs to disk, commits, or sends, from outside of its code."""
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from tests.faults.suite.registry import Skipped
 
+Role = Literal["control", "agent", "runner"]
+Call = Literal["sync", "send", "fork"]
 SHIM: Final = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <sys/un.h>
 #include <unistd.h>
-static int seen, mine = -1;
+static int seen, order;
+static pid_t born;
+static const char *role = "";
 static __thread int committing;
-static int is_mine(void) {
-    if (mine < 0) {
-        char line[4096]; int file = open("/proc/self/cmdline", O_RDONLY); ssize_t size = read(file, line, sizeof line - 1);
-        close(file); for (ssize_t i = 0; i < size; i++) if (!line[i]) line[i] = ' ';
-        line[size > 0 ? size : 0] = 0;
-        mine = strstr(line, "tidemill.bootstrap") != NULL && getenv("KILL_AT_COMMIT") != NULL;
-    }
-    return mine;
+__attribute__((constructor)) static void look(void) {
+    char line[4096]; int file = open("/proc/self/cmdline", O_RDONLY); ssize_t size = read(file, line, sizeof line - 1);
+    close(file); for (ssize_t i = 0; i < size; i++) if (!line[i]) line[i] = ' ';
+    line[size > 0 ? size : 0] = 0;
+    born = getpid();
+    if (!getenv("KILL_AT")) return;
+    if (strstr(line, "tidemill.bootstrap")) role = "control";
+    else if (strstr(line, "tidemill.outpost")) role = "agent";
+    else if (strstr(line, "tidemill.runner.launcher")) role = "launcher";
 }
-/* The number in the file: at which commit from when the file was there, before it (negative) or after. Zero: not now. */
-static int target(void) {
-    char text[32] = {0}; int file = open(getenv("KILL_AT_COMMIT"), O_RDONLY);
-    if (file < 0) { seen = 0; return 0; }
-    if (read(file, text, sizeof text - 1) < 1) text[0] = 0;
+/* Whether this is the call at which to die. The file says who, at what, at which from now on (before it when
+   negative, else after), and the number of this order. Whoever dies takes the file away first. Each call that counts is a mark in a second file. */
+static int begin(const char *what) {
+    const char *path = getenv("KILL_AT"), *me = role;
+    char text[64] = {0}, who[16], at[16], marks[4096]; int wanted, given;
+    if (!*me) return 0;
+    if (me[0] == 'l') { if (getpid() == born) return 0; me = "runner"; }
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0) return 0;
+    ssize_t size = read(file, text, sizeof text - 1);
     close(file);
-    return atoi(text);
-}
-static int begin(void) {
-    if (!is_mine()) return 0;
-    int wanted = target();
-    if (!wanted) return 0;
+    if (size < 1 || sscanf(text, "%15s %15s %d %d", who, at, &wanted, &given) != 4 || strcmp(who, me) || strcmp(at, what)) return 0;
+    if (order != given) { order = given; seen = 0; }
+    snprintf(marks, sizeof marks, "%s.seen", path);
+    file = open(marks, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
+    if (file >= 0) {
+        ssize_t (*note)(int, const void *, size_t) = dlsym(RTLD_NEXT, "write");
+        (void)!note(file, ".", 1);
+        close(file);
+    }
     int now = __sync_add_and_fetch(&seen, 1);
-    if (now == -wanted) kill(getpid(), SIGKILL);
-    return now == wanted;
+    if (now != abs(wanted)) return 0;
+    if (unlink(path)) return 0;
+    if (wanted < 0) kill(getpid(), SIGKILL);
+    return 1;
 }
-int fdatasync(int file) {
-    int (*real)(int) = dlsym(RTLD_NEXT, "fdatasync");
-    int ends = begin();
-    int status = real(file);
-    if (ends) kill(getpid(), SIGKILL);
-    return status;
+static void die(void) { kill(getpid(), SIGKILL); }
+/* Whether it goes to another process, by a network or a named socket. */
+static int is_sent(int file) {
+    struct stat found; struct sockaddr_un peer; socklen_t size = sizeof peer;
+    if (!*role || fstat(file, &found) || !S_ISSOCK(found.st_mode)) return 0;
+    if (getpeername(file, (struct sockaddr *)&peer, &size)) return 0;
+    return peer.sun_family == AF_INET || peer.sun_family == AF_INET6 || size > sizeof peer.sun_family;
 }
+/* Whether it asks the launcher for a runner: they share a pair of sockets that keep messages apart. */
+static int is_for_launcher(int file) {
+    int type = 0; socklen_t size = sizeof type;
+    return *role == 'a' && !getsockopt(file, SOL_SOCKET, SO_TYPE, &type, &size) && type == SOCK_SEQPACKET;
+}
+#define WRAP(kind, name, what, when, parameters, arguments) \
+    kind name parameters { \
+        static kind (*real) parameters; \
+        if (!real) real = dlsym(RTLD_NEXT, #name); \
+        int ends = (when) && begin(what); \
+        kind done = real arguments; \
+        if (ends) die(); \
+        return done; \
+    }
+WRAP(int, fsync, "sync", 1, (int file), (file))
+WRAP(int, fdatasync, "sync", 1, (int file), (file))
+WRAP(ssize_t, write, "send", is_sent(file), (int file, const void *data, size_t size), (file, data, size))
+WRAP(ssize_t, writev, "send", is_sent(file), (int file, const struct iovec *data, int count), (file, data, count))
+WRAP(ssize_t, sendmsg, "send", is_sent(file), (int file, const struct msghdr *data, int flags), (file, data, flags))
+WRAP(ssize_t, sendto, "send", is_sent(file), (int file, const void *data, size_t size, int flags, const struct sockaddr *to, socklen_t length), (file, data, size, flags, to, length))
 ssize_t send(int file, const void *data, size_t size, int flags) {
-    ssize_t (*real)(int, const void *, size_t, int) = dlsym(RTLD_NEXT, "send");
-    if (size < 4096 && memmem(data, size, "COMMIT", 6)) committing = begin();
-    return real(file, data, size, flags);
+    static ssize_t (*real)(int, const void *, size_t, int);
+    if (!real) real = dlsym(RTLD_NEXT, "send");
+    if (*role && size < 4096 && memmem(data, size, "COMMIT", 6)) committing = begin("sync");
+    int ends = is_for_launcher(file) ? begin("fork") : is_sent(file) && begin("send");
+    ssize_t done = real(file, data, size, flags);
+    if (ends) die();
+    return done;
 }
+/* A commit that was sent is done when it is answered. */
 ssize_t recv(int file, void *data, size_t size, int flags) {
-    ssize_t (*real)(int, void *, size_t, int) = dlsym(RTLD_NEXT, "recv");
+    static ssize_t (*real)(int, void *, size_t, int);
+    if (!real) real = dlsym(RTLD_NEXT, "recv");
     ssize_t got = real(file, data, size, flags);
-    if (committing && got > 0) kill(getpid(), SIGKILL);
+    if (committing && got > 0) die();
     return got;
 }
 """
-"""Counts syncs of a SQLite file, and COMMITs sent to a PostgreSQL; of the control plane, not of what it starts."""
+"""Counts syncs of files and COMMITs sent to a PostgreSQL as the one, all that goes to other processes as the other, and
+apart from that how often an agent had its launcher fork a runner."""
 
 
 @cache
@@ -79,49 +123,35 @@ def built(source: str) -> Path:
     if compiler is None:
         raise Skipped("no C compiler to build the shim with: apt install gcc")
     folder = Path(tempfile.mkdtemp(prefix="tm-shim-"))
+    folder.chmod(0o755)  # the database runs as somebody else
     (folder / "shim.c").write_text(source)
     subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "shim.so", folder / "shim.c", "-ldl"], check=True)
     return folder / "shim.so"
 
 
-class KillAtCommit:
-    """Ends a control plane that was started with ``env`` at a commit that ``arm`` names."""
+class Killer:
+    """Ends a process that was started with ``env`` when ``arm`` says; of its kind, whichever comes to that first."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "kill-at"
-        self.env = {"LD_PRELOAD": str(built(SHIM)), "KILL_AT_COMMIT": str(self._file)}
+        self._marks = folder / "kill-at.seen"
+        self._orders = 0
+        self.env = {"LD_PRELOAD": str(built(SHIM)), "KILL_AT": str(self._file)}
 
-    def arm(self, nth: int) -> None:
-        """Just after the nth commit from now on, or just before it when ``nth`` is negative."""
+    def arm(self, nth: int, *, role: Role = "control", call: Call = "sync") -> None:
+        """Just after the nth sync or send from now on, or just before it when ``nth`` is negative."""
+        self._marks.unlink(missing_ok=True)
+        self._orders += 1
         draft = self._file.with_suffix(".new")
-        draft.write_text(str(nth))
+        draft.write_text(f"{role} {call} {nth} {self._orders}")
         draft.rename(self._file)
 
-    def disarm(self) -> None:
-        """No more."""
+    @property
+    def is_armed(self) -> bool:
+        """Whether nobody died yet."""
+        return self._file.exists()
+
+    def disarm(self) -> int:
+        """No more; how many calls were counted."""
         self._file.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def kill_at_send(pid: int, nth: int) -> Iterator[None]:
-    """Within, the process of that id is killed at the nth thing that it sends. Raises: Skipped without strace."""
-    strace = shutil.which("strace")
-    if strace is None:
-        raise Skipped("apt install strace")
-    calls = "sendto,sendmsg,write,writev"
-    tracer = subprocess.Popen(
-        [strace, "-f", "-qq", "-o", "/dev/null", "-p", str(pid), "-e", f"trace={calls}",
-         "-e", f"inject={calls}:signal=KILL:when={nth}"],
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        until = time.monotonic() + 5
-        while "TracerPid:\t0" in Path(f"/proc/{pid}/status").read_text():
-            if tracer.poll() is not None:
-                raise Skipped(f"strace cannot attach here: {tracer.stderr.read().decode() if tracer.stderr else ''}")
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        yield
-    finally:
-        tracer.terminate()
-        tracer.wait()
+        return self._marks.stat().st_size if self._marks.exists() else 0

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.cloud import eventually
 from tests.faults.suite.bed import GPUS, Bed, Beds
 from tests.faults.suite.proxy import Link
 from tests.faults.suite.pytests import passed
 from tests.faults.suite.registry import case
+from tests.faults.suite.requests import ask
 from tidemill.outpost.main import running_pid
 
 LEASE_S = 3
@@ -30,8 +33,7 @@ def _leased(bed: Bed) -> None:
 
 
 def _runner(home: Path, job_id: str, attempt: int = 1) -> int:
-    launch = f"run_{job_id.removeprefix('job_')}-{attempt}-0"
-    return int(json.loads((home / "local" / "launches" / launch / "runner.json").read_text())["pid"])
+    return int(json.loads((home / "local" / "launches" / _launch(job_id, attempt) / "runner.json").read_text())["pid"])
 
 
 def _changes(bed: Bed, name: str) -> int:
@@ -46,30 +48,78 @@ def _changes(bed: Bed, name: str) -> int:
 
 @case(
     9,
-    "SIGSTOP of a runner for longer than its lease, then SIGCONT",
-    "its worker is ended by the machine before another starts; never 2 live",
+    "SIGSTOP for longer than the lease, then SIGCONT: of a runner, of a runner and its machine's agent, of an agent",
+    "a worker is ended by its machine or the kernel before another starts; never 2 live; what the old one says then: 409",
 )
 def stopped_runner(beds: Beds) -> str:
     bed = beds.make(engine="none")
     _leased(bed)
-    homes = {name: bed.join(name, site="edge") for name in ("first", "second")}
-    job_id = bed.submit(bed.witness("held", lines=600, gpus=GPUS, retry=3))
-    bed.cloud.wait(job_id, "running")
-    eventually(lambda: bed.lives(job_id), within_s=20, what="it began")
-    there = bed.cloud.job(job_id)["workers"][0]["node"]
-    runner = _runner(homes[there], job_id)
-    bed.killed.add(job_id)
-    began = time.monotonic()
-    os.kill(runner, signal.SIGSTOP)
-    eventually(lambda: len(bed.lives(job_id)) == 2, within_s=60, what="it was started again")
-    took = time.monotonic() - began
-    first, second = bed.lives(job_id)
-    gap = (second.began_ns - first.last_ns) / 1e9
-    assert gap > 0, gap
-    bed.stop(job_id)
-    bed.finish(job_id)
+    homes = {name: bed.join(name, site="edge") for name in ("first", "second", "third")}
+    kept = bed.submit(bed.witness("kept", lines=1600, gpus=GPUS))
+    bed.cloud.wait(kept, "running")
+    alone = homes[bed.cloud.job(kept)["workers"][0]["node"]]
+    told = []
+    for with_agent in (False, True):
+        job_id = bed.submit(bed.witness(f"held{with_agent:d}", lines=1600, gpus=GPUS, retry=3))
+        bed.cloud.wait(job_id, "running")
+        eventually(lambda: bed.lives(job_id), within_s=20, what="it began")  # noqa: B023
+        home = homes[bed.cloud.job(job_id)["workers"][0]["node"]]
+        spec = json.loads((home / "local" / "launches" / _launch(job_id) / "spec.json").read_text())
+        stood = [_runner(home, job_id), *([running_pid(home), running_pid(alone)] if with_agent else [])]
+        bed.killed.add(job_id)
+        began = time.monotonic()
+        for pid in stood:
+            os.kill(pid, signal.SIGSTOP)
+        eventually(lambda: len(bed.lives(job_id)) == 2, within_s=90, what="it was started again")  # noqa: B023
+        took = time.monotonic() - began
+        late = _say_late(bed, spec)
+        for pid in stood:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        first, second = bed.lives(job_id)
+        gap = (second.began_ns - first.last_ns) / 1e9
+        assert gap > 0, gap
+        assert late == [(409, "fenced")] * 2, late
+        eventually(lambda: bed.node(home.name)["state"] == "ready", within_s=40, what="it is back")  # noqa: B023
+        assert first.launch not in bed.running()
+        job = bed.cloud.job(job_id)
+        assert (job["state"], job["attempts"]) == ("running", 2), job
+        who = "runner and agent" if with_agent else "runner"
+        told.append(
+            f"{who}: ended {took - gap:.1f} s after the stop (lease {LEASE_S} s), started again {gap:.1f} s later"
+        )
+        bed.stop(job_id)
+        bed.finish(job_id)
+    eventually(lambda: bed.node(alone.name)["state"] == "ready", within_s=40, what="the agent alone is back")
+    job = bed.cloud.job(kept)
+    assert (job["state"], job["attempts"]) == ("running", 1), job
+    bed.stop(kept)
+    bed.finish(kept)
     bed.audit()
-    return f"ended {took - gap:.1f} s after the stop (lease {LEASE_S} s), started again {gap:.1f} s later"
+    return (
+        "; ".join(told)
+        + f"; late reports and beats: 409; an agent that stood still for {took:.0f} s: its job untouched"
+    )
+
+
+def _launch(job_id: str, attempt: int = 1) -> str:
+    return f"run_{job_id.removeprefix('job_')}-{attempt}-0"
+
+
+def _say_late(bed: Bed, spec: dict[str, Any]) -> list[tuple[int, str]]:
+    """What is answered to a beat and to the report of an end, in the name of that launch and under its token."""
+    ended = {"type": "exited", "at_ns": time.time_ns(), "exit_code": 0, "cause": "", "detail": "", "cpu_used_ns": 0}
+    answers = []
+    for path, body in (
+        ("beat", {"cpu_used_ns": 0, "rss_bytes": 0}),
+        ("report", {"events": [ended]}),
+    ):
+        status, _, answer = ask(
+            bed, "POST", f"/v1/runners/{spec['launch_id']}/{path}", {"fence": spec["fence"], **body},
+            token=spec["runner_token"],
+        )  # fmt: skip
+        answers.append((status, str(answer.get("code", ""))))
+    return answers
 
 
 @case(10, "a link that is cut for less than the lease, and 25 short failures", "0 cancelled, 0 started again")

@@ -19,11 +19,13 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from tests.cloud import eventually
-from tests.faults.suite.bed import Bed, Beds
+from tests.faults.suite.bed import Bed, Beds, environment
 from tests.faults.suite.killing import built
 from tests.faults.suite.registry import Skipped, case
+from tests.postgres import Postgres
 
 BACK_S = 5.0
+FULL_AWAY_S = 300.0
 
 
 def ask(
@@ -163,7 +165,7 @@ def _back(bed: Bed, since: float) -> float:
 
 @case(
     18,
-    "the database crashes and is started again under load; its file is locked for 22 s",
+    "kill -9 of PostgreSQL and all its processes under load, away for 20 s; SQLite's file locked for 22 s; --full: 5 min",
     "nothing acknowledged is lost; 503 with Retry-After, never 401 or 404; back <= 5 s; the gateway serves all the time",
     is_alone=True,
 )
@@ -173,19 +175,23 @@ def database_away(beds: Beds) -> str:
     held = bed.submit(bed.witness("held", lines=800))
     bed.cloud.wait(held, "running")
     eventually(lambda: bed.cloud.job(served)["endpoint"], within_s=30, what="it is ready")
-    eventually(lambda: _is_served(bed, "served"), within_s=30, what="the gateway knows it")
+    eventually(lambda: is_served(bed, "served"), within_s=30, what="the gateway knows it")
     load = Load(bed, 200, model="served")
     time.sleep(3)
+    began = time.monotonic()
     if beds.postgres is not None:
-        beds.postgres.stop("immediate")
-        time.sleep(5)
+        beds.postgres.kill()
+        time.sleep(FULL_AWAY_S if beds.is_full else 20)
         beds.postgres.start()
     else:
         with contextlib.closing(sqlite3.connect(bed.cloud.home / "control.db", isolation_level=None)) as locker:
             locker.execute("PRAGMA busy_timeout=10000")
             locker.execute("BEGIN EXCLUSIVE")
-            time.sleep(22)  # what comes first waits for 10 s, and what gathers meanwhile for 10 s more
+            time.sleep(
+                FULL_AWAY_S if beds.is_full else 22
+            )  # what comes first waits for 10 s, what gathers then for 10 more
             locker.execute("ROLLBACK")
+    away = time.monotonic() - began
     took = _back(bed, time.monotonic())
     time.sleep(3)
     rate = load.stop()
@@ -195,21 +201,24 @@ def database_away(beds: Beds) -> str:
     assert load.statuses[503] > 0, load.statuses
     assert not load.without_hint, load.without_hint
     assert set(load.served) == {200}, load.served
-    assert load.served[200] > 20, load.served
+    assert load.served[200] > away, load.served
     assert took <= BACK_S, took
     bed.stop(served)
     bed.finish(*bed.acknowledged, within_s=180)
     assert bed.cloud.job(held)["attempts"] == 1
     bed.audit()
     return (
-        f"{_shown(load.statuses)} at {rate:.0f}/s, each 503 with Retry-After; back after {took:.1f} s; the gateway served"
-        f" {load.served[200]} of {load.served.total()}"
+        f"away for {away:.0f} s: {_shown(load.statuses)} at {rate:.0f}/s, each 503 with Retry-After; back after {took:.1f} s;"
+        f" the gateway served {load.served[200]} of {load.served.total()}"
     )
 
 
-def _is_served(bed: Bed, model: str) -> bool:
+def is_served(bed: Bed, model: str) -> bool:
+    """Whether the gateway has a stream of that model for whoever asks."""
     body = {"model": model, "stream": True, "prompt": "x"}
-    return ask(bed, "POST", "/v1/completions", body, port=bed.cloud.gateway_port)[0] == 200
+    with contextlib.suppress(OSError, http.client.HTTPException):  # it may not listen yet
+        return ask(bed, "POST", "/v1/completions", body, port=bed.cloud.gateway_port)[0] == 200
+    return False
 
 
 UNDO: Final = """
@@ -228,20 +237,70 @@ CREATE TRIGGER undoing BEFORE UPDATE ON leadership FOR EACH ROW EXECUTE FUNCTION
 
 @case(
     19,
-    "no connection to the database is left; the row that every commit takes is locked; commits are undone",
+    "no connection to the database is left; what every commit takes is locked, for long and again and again; commits are undone",
     "503, not ready but alive; back <= 5 s; undone ones tried <= 3 times more, all answered 2xx; no line of the books lost",
-    stores=("postgres",),
 )
-def connections_exhausted(beds: Beds) -> str:
+def contended(beds: Beds) -> str:
+    return _contended_sqlite(beds) if beds.postgres is None else _contended_postgres(beds, beds.postgres)
+
+
+def _contended_sqlite(beds: Beds) -> str:
+    """The write lock, which is SQLite's one connection that counts, is somebody else's."""
+    bed = beds.make()
+    held = bed.submit(bed.witness("held", lines=900))
+    bed.cloud.wait(held, "running")
+    statuses: Counter[int | str] = Counter()
+    with contextlib.closing(sqlite3.connect(bed.cloud.home / "control.db", isolation_level=None)) as locker:
+        locker.execute("PRAGMA busy_timeout=10000")
+        locker.execute("BEGIN IMMEDIATE")
+        with ThreadPoolExecutor(4) as pool:
+            asked = [
+                pool.submit(
+                    ask, bed, "POST", "/v1/workloads", {"spec": bed.witness(f"none{number}", lines=1)}, timeout_s=60
+                )
+                for number in range(4)
+            ]
+            for each in asked:
+                statuses[each.result()[0]] += 1
+            readiness, liveness = ask(bed, "GET", "/v1/readyz", timeout_s=60)[0], ask(bed, "GET", "/v1/healthz")[0]
+        locker.execute("ROLLBACK")
+        locked_s = _back(bed, time.monotonic())
+        assert set(statuses) == {503}, statuses
+        assert (readiness, liveness) == (503, 200), (readiness, liveness)
+        assert locked_s <= BACK_S, locked_s
+        over, locks = threading.Event(), 0
+        with ThreadPoolExecutor(1) as pool:
+            under = pool.submit(
+                lambda: [bed.submit(bed.witness(f"between{at}", lines=2, cpus=0.05)) for at in range(20)]
+            )
+            under.add_done_callback(lambda _: over.set())
+            while not over.is_set():
+                locker.execute("BEGIN IMMEDIATE")
+                time.sleep(0.4)
+                locker.execute("ROLLBACK")
+                locks += 1
+                time.sleep(0.05)
+    bed.finish(*under.result(), within_s=90)
+    for item in bed.cloud.call("GET", "/v1/jobs?limit=100")[1]["items"]:
+        bed.finish(item["id"], within_s=120)
+    assert bed.cloud.job(held)["attempts"] == 1
+    assert locks >= 3, locks
+    bed.audit()
+    return (
+        f"locked: {_shown(statuses)}, ready {readiness}, alive {liveness}, back after {locked_s:.1f} s; locked {locks} times more"
+        f" for 0.4 s: {len(under.result())} of {len(under.result())} answered 2xx"
+    )
+
+
+def _contended_postgres(beds: Beds, server: Postgres) -> str:
     import psycopg
 
-    assert beds.postgres is not None
     bed = beds.make()
     held = bed.submit(bed.witness("held", lines=900))
     bed.cloud.wait(held, "running")
     database = bed.url.replace("postgresql+psycopg://", "postgresql://")
     statuses: Counter[int | str] = Counter()
-    with _no_connections(beds.postgres.url("postgres"), database) as taken:
+    with _no_connections(server.url("postgres"), database) as taken:
         for number in range(5):
             spec = bed.witness(f"none{number}", lines=1)
             statuses[ask(bed, "POST", "/v1/workloads", {"spec": spec}, timeout_s=60)[0]] += 1
@@ -319,11 +378,11 @@ static int is_mine(void) {
         char line[4096]; int file = open("/proc/self/cmdline", O_RDONLY); ssize_t size = read(file, line, sizeof line - 1);
         close(file); for (ssize_t i = 0; i < size; i++) if (!line[i]) line[i] = ' ';
         line[size > 0 ? size : 0] = 0;
-        mine = strstr(line, "tidemill.bootstrap") != NULL && getenv("BROKEN_WHEN") && getenv("BROKEN_UNDER");
+        mine = getenv("BROKEN_WHEN") && getenv("BROKEN_UNDER") && getenv("BROKEN_PROGRAM") && strstr(line, getenv("BROKEN_PROGRAM"));
     }
     return mine;
 }
-/* While the one file is there, nothing is written under the other; only the control plane's disk is broken. */
+/* While the one file is there, nothing is written under the other, by that program. */
 static int is_broken(int file) {
     if (!is_mine() || access(getenv("BROKEN_WHEN"), F_OK)) return 0;
     char link[64], path[4096]; snprintf(link, sizeof link, "/proc/self/fd/%d", file);
@@ -345,7 +404,7 @@ BREAKS(ssize_t, write, (int file, const void *data, size_t size), (file, data, s
 BREAKS(ssize_t, pwrite, (int file, const void *data, size_t size, off_t at), (file, data, size, at))
 BREAKS(ssize_t, pwrite64, (int file, const void *data, size_t size, off64_t at), (file, data, size, at))
 """
-"""Makes the disk under a control plane fail, with EIO, as long as a file is there."""
+"""Makes the disk under a program fail, with EIO, as long as a file is there."""
 
 
 @case(
@@ -366,11 +425,11 @@ def full_disk(beds: Beds) -> str:
             name = urlsplit(bed.url).path.removeprefix("/")
             beds.postgres.sql(f"ALTER DATABASE {name} SET TABLESPACE small")
         stack.callback(bed.close)
-        shim = {"LD_PRELOAD": str(built(BROKEN_DISK)), "BROKEN_WHEN": str(broken), "BROKEN_UNDER": str(home)}
+        shim = _breaking(broken, home, "tidemill.bootstrap")
         bed.up(env=shim)
         first = bed.submit(bed.witness("first", lines=3))
         bed.finish(first)
-        runs = bed.submit(bed.witness("runs", lines=400))
+        runs = bed.submit(bed.witness("runs", lines=800))
         eventually(lambda: bed.lives(runs), within_s=30, what="it began")
         fills = [disk / "fill" for disk in disks]
         for fill in fills:
@@ -390,16 +449,47 @@ def full_disk(beds: Beds) -> str:
         assert failed[503] >= 1, failed
         assert set(failed) <= {201, 503}, failed
         assert max(space_s, mended_s) <= BACK_S, (space_s, mended_s)
+        server = _broken_server(bed, beds.postgres, first) if beds.postgres is not None else ""
         bed.finish(*bed.acknowledged, within_s=90)
         job = bed.cloud.job(runs)
         assert (job["state"], job["attempts"]) == ("succeeded", 1), job
         lines = bed.cloud.logs(runs).decode().splitlines()
-        assert lines == [f"line {at} of rank 0" for at in range(400)], f"{len(lines)} lines of 400"
+        assert lines == [f"line {at} of rank 0" for at in range(800)], f"{len(lines)} lines of 800"
         bed.audit()
         return (
             f"full: {_shown(full)}, back {space_s:.1f} s after there was space; failing: {_shown(failed)}, back"
-            f" {mended_s:.1f} s after; reads 200, no restart, the log of a running job whole"
+            f" {mended_s:.1f} s after; reads 200, no restart, the log of a running job whole{server}"
         )
+
+
+def _breaking(broken: Path, under: Path, program: str) -> dict[str, str]:
+    """The environment in which the disk of a program fails under a folder, as long as the file ``broken`` is there."""
+    return {
+        "LD_PRELOAD": str(built(BROKEN_DISK)), "BROKEN_WHEN": str(broken), "BROKEN_UNDER": str(under),
+        "BROKEN_PROGRAM": program,
+    }  # fmt: skip
+
+
+def _broken_server(bed: Bed, server: Postgres, known: str) -> str:
+    """The figure of a disk that fails under PostgreSQL, which then panics; whoever runs it starts it again."""
+    broken = server.folder / "broken"
+    server.stop("fast")
+    with environment(_breaking(broken, server.data, "postgres")):
+        server.start()
+    _back(bed, time.monotonic())
+    broken.touch()
+    failed, reads = _refused(bed, "server", known)
+    broken.unlink()
+    time.sleep(1)
+    if not server.answers:  # it may wait for its own processes for ever
+        server.kill()
+        server.start()
+    took = _back(bed, time.monotonic())
+    assert set(failed) <= {201, 503}, failed
+    assert failed[503] >= 5, failed
+    assert set(reads) <= {200, 503}, reads
+    assert took <= BACK_S, took
+    return f"; PostgreSQL's disk failing: {_shown(failed)}, back {took:.1f} s after it was"
 
 
 @contextlib.contextmanager

@@ -28,19 +28,21 @@ class Done:
     detail: str
 
 
-def run_all(chosen: list[Case], stores: list[str], *, jobs: int) -> Iterator[Done]:
+def run_all(
+    chosen: list[Case], stores: list[str], *, jobs: int, nth_round: int = 1, is_full: bool = False
+) -> Iterator[Done]:
     """Each case on each of its stores: first those that may run beside others, then the rest."""
     runs = [(each, store) for each in chosen for store in each.stores if store in stores]
     beside = [(each.number, store) for each, store in runs if jobs > 1 and not each.is_alone]
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as lanes:
-        for done in as_completed([lanes.submit(_run, number, store) for number, store in beside]):
+        for done in as_completed([lanes.submit(_run, number, store, nth_round, is_full) for number, store in beside]):
             yield done.result()
     for each, store in runs:
         if (each.number, store) not in beside:
-            yield _run(each.number, store)
+            yield _run(each.number, store, nth_round, is_full)
 
 
-def _run(number: int, store: str) -> Done:
+def _run(number: int, store: str, nth_round: int, is_full: bool) -> Done:
     case = CASES[number]
     began = time.monotonic()
     postgres: Postgres | None = None
@@ -48,7 +50,7 @@ def _run(number: int, store: str) -> Done:
     detail = ""
     try:
         postgres = Postgres() if store == "postgres" else None
-        beds = Beds(store, postgres)
+        beds = Beds(store, postgres, nth_round=nth_round, is_full=is_full)
         figure, outcome = case.run(beds), "pass"
     except (Skipped, NoPostgres) as reason:
         figure, outcome = str(reason), "skip"

@@ -49,6 +49,7 @@ _LEAVE_NOTHING: Final = (
     r"/v1/quotes",
     r"/v1/(chat/)?completions",
     r"/v1/sites/[^/]+/tokens",  # the machine that joined with it is what is left of it
+    r"/v1/strangers/[^/]+/stop",
     r"/v1/workloads/[^/]+/(stop|rollback|promote|abort)",  # what became of the revisions, the case itself looks at
 )
 
