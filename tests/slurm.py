@@ -310,7 +310,7 @@ def _end_all_of(folder: Path) -> None:
         for process in psutil.process_iter(["cmdline", "name"]):
             with contextlib.suppress(psutil.Error):
                 text = " ".join(process.info["cmdline"] or ())
-                own = process.environ() if process.info["name"].startswith(("slurm", "munged")) else {}
+                own = process.environ() if process.info["name"].startswith(("slurm", "munged", "srun")) else {}
                 if process.pid != os.getpid() and (str(folder) in text or str(folder) in own.get("SLURM_CONF", "")):
                     process.kill()
                     found.append(process)
