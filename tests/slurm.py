@@ -41,6 +41,18 @@ def why_no_accounting() -> str:
     return why_not()
 
 
+def why_no_rest() -> str:
+    """Why no slurmrestd can be started here; empty when one can."""
+    return why_not() or ("" if _program("slurmrestd") else "not installed: slurmrestd (Debian's slurmrestd)")
+
+
+def why_no_tokens() -> str:
+    """Why slurmrestd cannot be used with tokens here; empty when it can."""
+    if not list(Path("/usr/lib").glob("*/slurm*/auth_jwt.so")):
+        return why_no_rest() or "not installed: Slurm's auth/jwt (Debian's slurm-wlm-jwt-plugin)"
+    return why_no_rest()
+
+
 def _program(name: str) -> str:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin") or ""
 
@@ -65,6 +77,32 @@ class Slurm:
 
     def start_controller(self) -> None:
         self.run(_program("slurmctld"), "-f", str(self.folder / "slurm.conf"))
+
+    def start_rest(self, *plugins: str, port: int = 0) -> str:
+        """The address of a new slurmrestd: on a socket as this user, or on a port, where it wants tokens.
+
+        ``plugins`` are its versions; slurmrestd 22.05 does not start with those of slurmdbd where there is none.
+        """
+        at = f"127.0.0.1:{port}" if port else f"unix:{self.folder}/rest-{'-'.join(plugins)}"
+        kind = {"SLURM_JWT": "daemon"} if port else {}
+        security = {"SLURMRESTD_SECURITY": "disable_user_check"}
+        with (self.folder / "log" / f"rest-{port}").open("ab") as log:
+            daemon = subprocess.Popen(
+                [_program("slurmrestd"), "-f", str(self.folder / "slurm.conf"), "-s", ",".join(plugins), "-a",
+                 "rest_auth/jwt" if port else "rest_auth/local", at],
+                env={**os.environ, **self.environment, **security, **kind}, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=log, start_new_session=True,
+            )  # fmt: skip
+        until = time.monotonic() + 30
+        while not _answers(at):
+            if daemon.poll() is not None or time.monotonic() > until:
+                raise RuntimeError((self.folder / "log" / f"rest-{port}").read_text())
+            time.sleep(0.02)
+        return f"http://{at}" if port else at
+
+    def token(self) -> str:
+        """A token of root, as ``scontrol`` prints it."""
+        return self.run("scontrol", "token", "username=root", "lifespan=3600")
 
     def await_saved(self) -> None:
         """Until slurmctld has on its disk what it knows now: jobs that it forgets when killed, it ends as strangers."""
@@ -101,6 +139,8 @@ def slurm_cluster(
     key = folder / "munge" / "key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
+    (folder / "munge" / "jwt").write_bytes(os.urandom(32))
+    (folder / "munge" / "jwt").chmod(0o600)
     made = Slurm(folder)
     accounts = _accounting_lines(folder, free_port()) if accounting else ""
     _write_configuration(folder, scheduler, min_job_age_s, accounts, cpus)
@@ -142,6 +182,7 @@ def _write_configuration(folder: Path, scheduler: str, min_job_age_s: int, accou
         f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory={500 * cpus} Gres=gpu:h100:2 State=UNKNOWN"
         for node, port in zip(NODES, ports, strict=True)
     )
+    tokens = "" if why_no_tokens() else f"AuthAltTypes=auth/jwt\nAuthAltParameters=jwt_key={folder}/munge/jwt"
     (folder / "slurm.conf").write_text(f"""
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -171,6 +212,7 @@ DefMemPerCPU=100
 SlurmdTimeout=30
 GresTypes=gpu
 {accounts}
+{tokens}
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 PartitionName=few Nodes=n2,n3 MaxTime=INFINITE State=UP
@@ -240,6 +282,16 @@ def _make_accounts(made: Slurm) -> None:
         made.run("sacctmgr", "-i", "add", *words)
 
 
+def _answers(address: str) -> bool:
+    """Whether somebody listens there."""
+    kind, _, where = address.rpartition(":")
+    with contextlib.suppress(OSError):
+        with socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET) as one:
+            one.connect(where if kind == "unix" else (kind, int(where)))
+        return True
+    return False
+
+
 def _until(act: Callable[[], str], what: str) -> None:
     """Until ``act`` does not fail any more."""
     until = time.monotonic() + 60
@@ -258,7 +310,7 @@ def _end_all_of(folder: Path) -> None:
         for process in psutil.process_iter(["cmdline", "name"]):
             with contextlib.suppress(psutil.Error):
                 text = " ".join(process.info["cmdline"] or ())
-                own = process.environ() if process.info["name"].startswith(("slurm", "munged")) else {}
+                own = process.environ() if process.info["name"].startswith(("slurm", "munged", "srun")) else {}
                 if process.pid != os.getpid() and (str(folder) in text or str(folder) in own.get("SLURM_CONF", "")):
                     process.kill()
                     found.append(process)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
+import psutil
 import uvloop
 
 TEXT: Final = "The tide comes in and the mill wheel turns; when it goes out the wheel turns again. " * 5
@@ -203,13 +204,16 @@ async def _status(port: int, key: str, body: bytes) -> int:
         asker.close()
 
 
-def until_answers(port: int, key: str, what: str, log: Path | None = None, *, model: str = "mock") -> None:
-    """Return once a request is answered. Raises: RuntimeError when that takes long."""
+def until_answers(
+    port: int, key: str, what: str, log: Path | None = None, *, model: str = "mock", pid: int = 0
+) -> None:
+    """Return once a request is answered. Raises: RuntimeError when that takes long, or process ``pid`` has ended."""
     until_s = time.monotonic() + _READY_S
     while True:
         with contextlib.suppress(OSError, TimeoutError):
             if uvloop.run(_status(port, key, body_of(model=model))) == 200:
                 return
-        if time.monotonic() > until_s:
+        has_ended = pid and psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        if has_ended or time.monotonic() > until_s:
             raise RuntimeError(f"{what} does not answer: {log.read_text()[-2000:] if log else ''}")
         time.sleep(0.2)

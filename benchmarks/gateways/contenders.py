@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -92,7 +93,7 @@ def nginx(folder: Path, upstream: int) -> Iterator[Contender]:
         }}
     """)
     with started([program, "-e", f"{folder}/nginx.err", "-c", f"{folder}/nginx.conf"], folder / "nginx.log") as pid:
-        until_answers(port, "", "nginx", folder / "nginx.err")
+        until_answers(port, "", "nginx", folder / "nginx.err", pid=pid)
         yield Contender("nginx", port, "", pid)
 
 
@@ -106,7 +107,7 @@ def vllm_router(folder: Path, upstream: int) -> Iterator[Contender]:
         "--log-level", "warning",
     ]  # fmt: skip
     with started(command, folder / "vllm.log") as pid:
-        until_answers(port, "", "vllm-router", folder / "vllm.log")
+        until_answers(port, "", "vllm-router", folder / "vllm.log", pid=pid)
         yield Contender("vllm_router", port, "", pid)
 
 
@@ -120,14 +121,14 @@ def sglang_router(folder: Path, upstream: int) -> Iterator[Contender]:
         "--prometheus-port", str(free_port()), "--log-level", "warn",
     ]  # fmt: skip
     with started(command, folder / "sglang.log") as pid:
-        until_answers(port, "", "sglang-router", folder / "sglang.log")
+        until_answers(port, "", "sglang-router", folder / "sglang.log", pid=pid)
         yield Contender("sglang_router", port, "", pid)
 
 
 @contextlib.contextmanager
 def litellm(folder: Path, upstream: int) -> Iterator[Contender]:
     """LiteLLM's proxy with a master key, one worker, no database."""
-    port, key = free_port(), "sk-1234"
+    port, key = free_port(), f"sk-{secrets.token_hex(24)}"
     (folder / "litellm.yaml").write_text(json.dumps({
         "model_list": [{"model_name": "mock", "litellm_params": {
             "model": "openai/mock", "api_base": f"http://127.0.0.1:{upstream}/v1", "api_key": "none"}}],
@@ -138,7 +139,7 @@ def litellm(folder: Path, upstream: int) -> Iterator[Contender]:
         "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1", "--telemetry", "False",
     ]  # fmt: skip
     with started(command, folder / "litellm.log", LITELLM_LOG="ERROR", LITELLM_LOCAL_MODEL_COST_MAP="True") as pid:
-        until_answers(port, key, "LiteLLM", folder / "litellm.log")
+        until_answers(port, key, "LiteLLM", folder / "litellm.log", pid=pid)
         yield Contender("litellm", port, key, pid)
 
 

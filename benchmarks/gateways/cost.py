@@ -52,7 +52,7 @@ def measure(contenders: list[Contender], folder: Path, *, rounds: int, seconds: 
         for stream in (False, True):
             for each in contenders:
                 each.pin(1)
-                for_s = seconds if each.name != "litellm" else 2 * seconds
+                for_s = seconds if each.name != "litellm" else max(8.0, 2 * seconds)
                 requests, used = load(each, folder, stream=stream, seconds=for_s, connections=32)
                 found[each.name]["stream" if stream else "whole"].append(1000 * used / requests)
                 if not stream:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.adapters.test_joining import Joined
-from tests.cloud import LIVE, eventually
-from tests.slurm import NODES, Slurm, slurm_cluster, why_not
+from tests.cloud import LIVE, eventually, free_port
+from tests.slurm import NODES, Slurm, slurm_cluster, why_no_tokens, why_not
 from tidemill.outpost import joining
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
@@ -21,16 +21,22 @@ BEGIN = "echo begin $TIDEMILL_RANK >> $TIDEMILL_OUTPUT_DIR/journal; "
 
 
 class Centre:
-    """The cluster, the cloud, and the outpost that joined it from a folder that the nodes share."""
+    """The cluster, the cloud, and the outpost that joined it from a folder that the nodes share.
 
-    def __init__(self, folder: Path, slurm: Slurm, **settings: Any) -> None:
+    ``words`` are more of the outpost's settings; ``environment`` is how it finds the cluster, if not as Slurm's commands.
+    """
+
+    def __init__(
+        self, folder: Path, slurm: Slurm, *words: str, environment: dict[str, str] | None = None, **settings: Any
+    ) -> None:
         self.slurm = slurm
+        self.environment = slurm.environment if environment is None else environment
         self.joined = Joined(folder, **settings)
         self.cloud = self.joined.cloud
         status, site = self.cloud.call("PUT", "/v1/sites/centre", {"engine": "slurm"})
         assert status == 200, site
         self.home = folder / "outpost"
-        self.join()
+        self.join(*words)
         for name in NODES:
             eventually(lambda name=name: self.joined.node(name).get("state") == "ready", within_s=60, what=name)  # type: ignore[misc]
         status, answer = self.cloud.call("POST", f"/v1/nodes/{os.uname().nodename}/mark", {"marking": "cordon"})
@@ -42,7 +48,7 @@ class Centre:
         words += ["--home", str(self.home), "--address", "127.0.0.1", "--slurm", "partition=main", *more]
         subprocess.run(
             [sys.executable, "-m", "tidemill.cli.main", *words], check=True, capture_output=True, text=True, timeout=60,
-            env={**os.environ, **self.slurm.environment},
+            env={**os.environ, **self.environment},
         )  # fmt: skip
 
     def tidemill(self, *words: str) -> bytes:
@@ -262,3 +268,29 @@ def test_a_killed_control_plane_in_the_midst_of_submitting_doubles_nothing(centr
     for job in jobs:
         assert centre.cloud.wait(job, within_s=60)["state"] == "succeeded"
         assert centre.begun(job) == ["begin 0"]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(bool(why_no_tokens()), reason=why_no_tokens() or "-")
+def test_a_centre_is_worked_through_slurmrestd_alone(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the outpost is, Slurm's commands do not know the cluster."""
+    token = tmp_path / "token"
+    token.write_text(slurm.token())
+    address = slurm.start_rest("v0.0.38", port=free_port())
+    monkeypatch.delenv("SLURM_CONF")
+    assert subprocess.run(["squeue"], check=False, capture_output=True).returncode, "they do not"
+    centre = Centre(tmp_path, slurm, "--slurm", f"rest={address}", "--slurm", f"rest_token={token}", environment={})
+    try:
+        failing, gang = centre.submit("exit 42"), centre.submit(BEGIN + "true", nodes=3)
+        waiting = centre.submit("echo here; sleep 600 & wait")
+        assert centre.cloud.wait(failing)["exit_code"] == 42
+        assert centre.cloud.wait(gang)["state"] == "succeeded"
+        assert centre.begun(gang) == ["begin 0", "begin 1", "begin 2"]
+        centre.cloud.wait(waiting, "running")
+        centre.cloud.call("POST", f"/v1/jobs/{waiting}/stop")
+        assert centre.cloud.wait(waiting)["state"] == "cancelled"
+        eventually(lambda: not centre.jobs("-t", "running,pending"), within_s=20, what="Slurm has it no more")
+    finally:
+        centre.close()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.contract.test_engine_slurm import Centre
+from tests.contract.test_engine_slurm import COMMANDS, REST, Centre
 from tests.slurm import slurm_cluster, why_no_accounting
 from tidemill.errors import EngineRefused
 from tidemill.model.plan import ObservedState
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
     folder = tmp_path_factory.mktemp("accounts")
     (folder / "c").mkdir()
     control = RecordingControlPlane(folder / "endpoint.json")
@@ -34,6 +34,14 @@ def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
             patch.setenv(name, value)
         yield Centre(slurm, folder, control)
     control.stop()
+
+
+@pytest.fixture(scope="module", params=[COMMANDS, REST])
+def centre(cluster: Centre, request: pytest.FixtureRequest) -> Centre:
+    """The cluster, each way."""
+    if request.param == "commands":
+        return cluster
+    return cluster.through(cluster.slurm.start_rest("v0.0.38", "dbv0.0.38"))
 
 
 def test_jobs_are_on_the_account_and_qos_given(centre: Centre) -> None:

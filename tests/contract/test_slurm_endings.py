@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from tests.contract.test_engine_slurm import Centre
+from tests.contract.test_engine_slurm import COMMANDS, REST, Centre
 from tests.slurm import slurm_cluster, why_not
 from tidemill.model.plan import LaunchSpec, Observation, ObservedState
 from tidemill.runner.folders import read_json
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(why_not()), reason=why_n
 
 
 @pytest.fixture(scope="module")
-def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
     folder = tmp_path_factory.mktemp("endings")
     (folder / "c").mkdir()
     control = RecordingControlPlane(folder / "endpoint.json")
@@ -30,6 +30,14 @@ def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
             patch.setenv(name, value)
         yield Centre(slurm, folder, control)
     control.stop()
+
+
+@pytest.fixture(scope="module", params=[COMMANDS, REST])
+def centre(cluster: Centre, request: pytest.FixtureRequest) -> Centre:
+    """The cluster, each way."""
+    if request.param == "commands":
+        return cluster
+    return cluster.through(cluster.slurm.start_rest("v0.0.38"))
 
 
 def begin(centre: Centre, script: str, **more: object) -> LaunchSpec:

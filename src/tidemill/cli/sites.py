@@ -13,7 +13,7 @@ import typer
 from tidemill.cli.output import age, clock, count, emit, facts, note, paint, say, state, table
 from tidemill.cli.parsing import Json, group_of
 from tidemill.cli.ticker import Ticker
-from tidemill.errors import InvalidRequest
+from tidemill.errors import InvalidRequest, InvalidSetting
 from tidemill.sdk import connection
 from tidemill.sdk.client import Client
 from tidemill.units import format_bandwidth, format_duration, format_usd, parse_size
@@ -23,7 +23,7 @@ _Home = Annotated[
     typer.Option("--home", metavar="FOLDER", help="Of this machine's outpost; ~/.tidemill/outpost unless set."),
 ]
 _Words = Annotated[list[str] | None, typer.Option("--label", metavar="NAME=VALUE", help="Repeatable.")]
-_SLURM = ("partition", "account", "qos", "reservation", "constraint", "python")
+_SLURM = ("partition", "account", "qos", "reservation", "constraint", "python", "rest", "rest_user", "rest_token")
 _SiteName = Annotated[str, typer.Argument(metavar="SITE", help="Its name; see tidemill site list.")]
 
 
@@ -54,7 +54,9 @@ def join_command(
     slurm: Annotated[
         list[str] | None,
         typer.Option(
-            "--slurm", metavar="NAME=VALUE", help="partition, account, qos, reservation, constraint or python."
+            "--slurm",
+            metavar="NAME=VALUE",
+            help="partition, account, qos, reservation, constraint, python; slurmrestd: rest, rest_user, rest_token.",
         ),
     ] = None,
     kubernetes: Annotated[
@@ -105,7 +107,7 @@ def join_command(
         reserve_cpus=reserve_cpus,
         volumes=_volumes(volumes),
         data_cache=_data_cache(data_cache),
-        settings=tuple(sorted([*(_slurm(each) for each in slurm or []), *_kubernetes(kubernetes or [])])),
+        settings=tuple(sorted([*_slurm(slurm or []), *_kubernetes(kubernetes or [])])),
     )
     with Ticker("joining", is_silent=json):
         config = joining.join(folder, token, asked)
@@ -352,12 +354,25 @@ def _home(given: Path | None) -> Path:
     return given.expanduser().absolute() if given else connection.home() / "outpost"
 
 
-def _slurm(text: str) -> tuple[str, str]:
-    name, _, value = text.partition("=")
-    if name not in _SLURM or not value:
-        mend = f"Write NAME=VALUE; names are {', '.join(_SLURM)}."
-        raise InvalidRequest("Slurm sites have no such setting.", field="slurm", value=text, mend=mend)
-    return name, value
+def _slurm(texts: Iterable[str]) -> list[tuple[str, str]]:
+    """The settings of a Slurm site. Raises: InvalidRequest, InvalidSetting for one that there is not."""
+    from tidemill.engines.slurmrest import SlurmRest
+
+    given: dict[str, str] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in _SLURM or not value:
+            mend = f"Write NAME=VALUE; names are {', '.join(_SLURM)}."
+            raise InvalidRequest("Slurm sites have no such setting.", field="slurm", value=text, mend=mend)
+        given[name] = value
+    if "rest_token" in given:
+        given["rest_token"] = str(Path(given["rest_token"]).expanduser().absolute())
+    if "rest" in given:
+        SlurmRest(given["rest"], user=given.get("rest_user", ""), token_file=given.get("rest_token", ""))
+    elif found := [name for name in given if name.startswith("rest_")]:
+        mend = "Say where slurmrestd answers, too: --slurm rest=unix:/PATH or rest=http://HOST:6820."
+        raise InvalidSetting("It is for slurmrestd.", field=found[0], value=given[found[0]], mend=mend)
+    return list(given.items())
 
 
 def _kubernetes(texts: Iterable[str]) -> list[tuple[str, str]]:

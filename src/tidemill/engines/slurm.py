@@ -1,6 +1,6 @@
 """The engine of centres that keep Slurm: Tidemill admits, budgets and routes; Slurm places, and starts the runner.
 
-Each launch is an ``sbatch`` job of its own, a gang one job of as many nodes: all or nothing is Slurm's then. What it
+Each launch is a batch job of its own, a gang one job of as many nodes: all or nothing is Slurm's then. What it
 knows is in ``launches/``, on a file system that the nodes share, and in Slurm's own lists:
 
 =============================================  ==========================================================
@@ -12,7 +12,7 @@ written down, and Slurm never had the job      not carried out: no observation
 stopped before it was launched                 GONE; the folder stays, so that a late launch finds it
 =============================================  ==========================================================
 
-``sbatch`` is not idempotent and its answer can be lost, so a job bears the name of its launch, and is looked for by
+Submitting is not idempotent and its answer can be lost, so a job bears the name of its launch, and is looked for by
 that name before it is submitted again. Should Slurm have two of them all the same, the first to run is the one.
 Source: slurm-wlm 22.05; https://slurm.schedmd.com.
 """
@@ -21,11 +21,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -36,7 +34,20 @@ from typing import Any, Final
 from zlib import crc32
 
 from tidemill import catalog
-from tidemill.engines.slurmending import SACCT_FIELDS, Ending, of_sacct, of_scontrol
+from tidemill.engines.slurmcommands import SlurmCommands
+from tidemill.engines.slurmending import Ending
+from tidemill.engines.slurmport import (
+    LIVE,
+    OPTIONS,
+    Held,
+    SlurmJob,
+    SlurmNode,
+    SlurmPort,
+    Submission,
+    gpu_kinds,
+    host_names,
+)
+from tidemill.engines.slurmrest import SlurmRest
 from tidemill.errors import Conflict, EngineLost, EngineRefused
 from tidemill.model.fleet import Device, Node, NodeState
 from tidemill.model.ids import DeviceId, LaunchId, NodeId, SiteId
@@ -47,23 +58,16 @@ from tidemill.runner.folders import LaunchFolder, read_json, write_json
 from tidemill.units import MILLI, MINUTE_NS, SECOND_NS
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-_GRES: Final = re.compile(r"gpu(?::(?P<type>[^:()=,]+))?[:=](?P<count>\d+)")
-_FORM: Final = "%A|%T|%N|%C|%D|%m|%b|%r|%j"
-_ASKED_S: Final = 30.0
 _SOURCE: Final = Path(__file__).parents[2]
 _START: Final = "import sys; sys.path.append(sys.argv.pop(1)); from tidemill.runner.slurmstep import main; main()"
 _RECORD: Final = "slurm.json"
 """In a launch's folder: Slurm's number of its job, empty while it is not known whether there is one."""
-_LIVE: Final = frozenset({"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STAGE_OUT", "SIGNALING"})
 _AWAY: Final = frozenset({"DOWN", "FAIL", "NO_RESPOND", "NOT_RESPONDING"})
 _NEVER_THERE: Final = frozenset({"UNKNOWN", "FUTURE"})
 _HOLDING: Final = frozenset({"RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT"})
 _AT_ONCE: Final = 16
 _MARGIN_NS: Final = 2 * MINUTE_NS
 _BACKSTOP_S: Final = 10.0
-_KEPT: Final = ("PATH", "LD_LIBRARY_PATH", "HOME", "USER", "LOGNAME", "LANG", "SLURM_CONF", "SLURM_CLUSTERS")
-_UNKNOWN_JOB: Final = "Invalid job id specified"
-_UNREACHABLE: Final = ("Unable to contact slurm controller", "Connection refused", "timed out", "Socket timed out")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +76,8 @@ class SlurmSettings:
 
     Of the nodes those are known that are in a ``partition`` of the list, with commas; all of them without.
     ``linger_ns`` and ``beat_ns`` are the runner's. ``python`` is the interpreter on the nodes; this one's unless given.
+    ``rest`` is where slurmrestd answers, ``unix:/PATH`` or a URL; empty: Slurm's commands are used. ``rest_token`` is a
+    file with a JSON web token of ``rest_user``, who is this process's user unless given.
     """
 
     partition: str = ""
@@ -80,44 +86,16 @@ class SlurmSettings:
     reservation: str = ""
     constraint: str = ""
     python: str = ""
+    rest: str = ""
+    rest_user: str = ""
+    rest_token: str = ""
     linger_ns: int = 24 * 3600 * SECOND_NS
     beat_ns: int = 2 * SECOND_NS
     spool_cap_bytes: int = 1 << 30
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
-    """A job as ``squeue`` lists it: what it holds in all (CPUs) and on each node (bytes, GPUs), if it has nodes."""
-
-    id: str
-    name: str
-    state: str
-    reason: str
-    nodes: str
-    node_count: int
-    cpus: int
-    memory_bytes: int
-    gpus: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Held:
-    """What jobs hold of a node."""
-
-    cpus: int = 0
-    memory_bytes: int = 0
-    gpus: int = 0
-
-    def __add__(self, other: _Held) -> _Held:
-        return _Held(
-            cpus=self.cpus + other.cpus,
-            memory_bytes=self.memory_bytes + other.memory_bytes,
-            gpus=self.gpus + other.gpus,
-        )
-
-
 class SlurmEngine:
-    """Starts workers through ``sbatch`` of the cluster that this machine submits to. Keeps the contract of engines.
+    """Starts workers as batch jobs of a cluster, through Slurm's commands or slurmrestd. Keeps the contract of engines.
 
     ``root`` is a folder that the nodes share, this engine's and nobody else's. ``endpoint_file`` tells runners where
     the control plane is. Raises, from its methods: EngineLost when Slurm does not answer.
@@ -126,10 +104,12 @@ class SlurmEngine:
     def __init__(
         self, root: Path, *, site_id: SiteId, endpoint_file: Path, settings: SlurmSettings | None = None
     ) -> None:
+        """Raises: InvalidSetting for a ``rest`` that is no address."""
         self.root = root.resolve()
         self._site_id = site_id
         self._endpoint_file = endpoint_file
         self._settings = settings or SlurmSettings()
+        self._slurm = _port(self._settings)
         self._launches = self.root / "launches"
         self._launches.mkdir(mode=0o700, parents=True, exist_ok=True)
         accounts = self.root / "accounts"
@@ -181,18 +161,18 @@ class SlurmEngine:
             raise EngineLost(f"the stop could not be written down: {error.strerror}") from error
         if not folder.spec.exists():
             return
-        for job in self._jobs_named(self._name(launch_id)):
+        for job in self._slurm.jobs(self._name(launch_id)):
             since_s = (time.time_ns() - int((read_json(folder.stop) or {}).get("at_ns", 0))) / SECOND_NS
             if job.state == "PENDING" or (not grace_ns and since_s > _BACKSTOP_S):
-                self._ask("scancel", job.id)
-            elif job.state in _LIVE:
-                self._ask("scancel", "--batch", "--signal=TERM", job.id)
+                self._slurm.cancel(job.id)
+            elif job.state in LIVE:
+                self._slurm.terminate(job.id)
 
     def observe(self) -> Sight:
         """Every launch that it has not forgotten, from its folders and Slurm's list."""
         if not self._nodes:
             self.nodes()
-        listed = {job.name: job for job in self._jobs()}
+        listed = {job.name: job for job in self._slurm.jobs()}
         folders = [LaunchFolder(path) for path in sorted(self._launches.iterdir()) if not path.name.startswith(".")]
         seen = [found for folder in folders if (found := self._look(folder, lambda: listed)) is not None]
         return Sight(nodes=self._nodes, launches=tuple(seen))
@@ -202,7 +182,7 @@ class SlurmEngine:
         folder = self._folder(launch_id)
         if not folder.path.exists():
             return
-        seen = self._look(folder, lambda: {job.name: job for job in self._jobs()})
+        seen = self._look(folder, lambda: {job.name: job for job in self._slurm.jobs()})
         if seen is not None and seen.state is ObservedState.ALIVE:
             raise Conflict(f"{launch_id} still runs")
         doomed = self._launches / f".forgotten-{launch_id}-{time.monotonic_ns()}"
@@ -212,6 +192,7 @@ class SlurmEngine:
 
     def close(self) -> None:
         """Let go without touching what runs."""
+        self._slurm.close()
 
     # ------------------------------------------------------------------ submitting
 
@@ -222,43 +203,42 @@ class SlurmEngine:
         if (before := read_json(record)) is not None:
             if before["job"]:
                 return
-            if known := self._jobs_named(name):
+            if known := self._slurm.jobs(name):
                 write_json(record, {"job": known[0].id, "name": name})
                 return
         write_json(record, {"job": "", "name": name}, durable=True)
+        number = self._slurm.submit(self._submission(spec, name, gang))
+        write_json(record, {"job": number, "name": name})
+
+    def _submission(self, spec: LaunchSpec, name: str, gang: Sequence[LaunchFolder]) -> Submission:
+        kinds = {device.split("/")[1] for device, _ in spec.devices if device.count("/") == 2}
+        asked = dict(spec.slurm)
+        longest_ns = spec.max_duration_ns + spec.grace_ns + _MARGIN_NS if spec.max_duration_ns else 0
+        return Submission(
+            name=name,
+            comment=spec.job_id,
+            script=self._script(gang, is_warned=bool(spec.grace_ns)),
+            folder=str(self.root),
+            nodes=len(gang),
+            cpus=max(1, math.ceil(spec.cpu_milli / MILLI)),
+            memory_mib=math.ceil(spec.memory_bytes / 2**20),
+            gpus=len(spec.devices),
+            gpu_kind=kinds.pop() if len(kinds) == 1 else "",
+            minutes=math.ceil(longest_ns / MINUTE_NS),
+            warning_s=math.ceil(spec.grace_ns / SECOND_NS),
+            options=tuple(
+                (option, value) for option in OPTIONS if (value := asked.get(option) or getattr(self._settings, option))
+            ),
+        )
+
+    def _script(self, gang: Sequence[LaunchFolder], *, is_warned: bool) -> str:
+        """What Slurm runs on the first node: the runner itself, or ``srun`` of it where it has to be a step."""
         command = [self._settings.python or sys.executable, "-I", "-S", "-c", _START]
         words = [*command, str(_SOURCE), *(str(folder.path) for folder in gang)]
-        if len(gang) > 1:
-            words = [
-                "srun",
-                f"--nodes={len(gang)}",
-                f"--ntasks={len(gang)}",
-                "--overlap",
-                "--kill-on-bad-exit=0",
-                *words,
-            ]
-        script = "#!/bin/sh\nexec " + shlex.join(words) + "\n"
-        answer = self._ask("sbatch", *self._options(spec, name, len(gang)), input_text=script)
-        write_json(record, {"job": answer.strip().partition(";")[0], "name": name})
-
-    def _options(self, spec: LaunchSpec, name: str, nodes: int) -> Iterator[str]:
-        yield from ("--parsable", f"--job-name={name}", f"--comment={spec.job_id}", "--no-requeue", "--export=ALL")
-        yield from (f"--nodes={nodes}", "--ntasks-per-node=1", "--output=/dev/null", f"--chdir={self.root}")
-        yield f"--cpus-per-task={max(1, math.ceil(spec.cpu_milli / MILLI))}"
-        if spec.memory_bytes:
-            yield f"--mem={math.ceil(spec.memory_bytes / 2**20)}M"
-        if spec.devices:
-            kinds = {device.split("/")[1] for device, _ in spec.devices if device.count("/") == 2}
-            kind = f"{kinds.pop()}:" if len(kinds) == 1 and kinds != {""} else ""
-            yield f"--gres=gpu:{kind}{len(spec.devices)}"
-        if spec.max_duration_ns:
-            yield f"--time={math.ceil((spec.max_duration_ns + spec.grace_ns + _MARGIN_NS) / MINUTE_NS)}"
-        if spec.grace_ns:
-            yield f"--signal=B:TERM@{math.ceil(spec.grace_ns / SECOND_NS)}"
-        asked = dict(spec.slurm)
-        for option in ("partition", "account", "qos", "reservation", "constraint"):
-            if value := asked.get(option) or getattr(self._settings, option):
-                yield f"--{option}={value}"
+        if len(gang) > 1 or (is_warned and self._slurm.warns_steps_only):
+            size = (f"--nodes={len(gang)}", f"--ntasks={len(gang)}")
+            words = ["srun", *size, "--overlap", "--kill-on-bad-exit=0", *words]
+        return "#!/bin/sh\nexec " + shlex.join(words) + "\n"
 
     def _runner_settings(self, spec: LaunchSpec) -> dict[str, Any]:
         """What the runner needs to know; limits and walls are Slurm's own."""
@@ -282,7 +262,7 @@ class SlurmEngine:
 
     # ------------------------------------------------------------------ observing
 
-    def _look(self, folder: LaunchFolder, jobs: Callable[[], dict[str, _Job]]) -> Observation | None:
+    def _look(self, folder: LaunchFolder, jobs: Callable[[], dict[str, SlurmJob]]) -> Observation | None:
         launch_id = LaunchId(folder.path.name)
         spec = read_json(folder.spec)
         node_id = NodeId(str((spec or {}).get("node_id", "")))
@@ -307,13 +287,13 @@ class SlurmEngine:
             return seen(ObservedState.GONE, detail="stopped before it was launched") if folder.stop.exists() else None
         name = self._name(launch_id)
         job = jobs().get(name)
-        if job is not None and job.state in _LIVE:
+        if job is not None and job.state in LIVE:
             return seen(ObservedState.ALIVE, detail=f"Slurm job {job.id} is {job.state.lower()} ({job.reason})")
         first = self._folder(_sibling(launch_id, 0)) if spec.get("gang") else folder
         number = str((read_json(first.path / _RECORD) or {}).get("job", ""))
         if job is None and not number:
             return None
-        if job is None and any(one.state in _LIVE for one in self._jobs_named(name)):  # since the list was asked for
+        if job is None and any(one.state in LIVE for one in self._slurm.jobs(name)):  # since the list was asked for
             return seen(ObservedState.ALIVE)
         record = _record(self._ending(job.id if job is not None else number, name), spec)
         with suppress(OSError):
@@ -323,77 +303,40 @@ class SlurmEngine:
 
     def _ending(self, number: str, name: str) -> Ending | None:
         """How the job ended: of slurmctld, or when that has forgotten it of the accounting, if there is one."""
-        try:
-            if ended := of_scontrol(self._ask("scontrol", "--oneliner", "show", "job", number), name):
-                return ended
-        except EngineLost as error:
-            if not error.detail.endswith(_UNKNOWN_JOB):  # it did not answer: that is no news of the job
-                raise
-        with suppress(EngineLost, EngineRefused):
-            words = ("-X", "-n", "-P", "-j", number, f"--format={SACCT_FIELDS}")
-            return of_sacct(self._ask("sacct", *words), number, name)
-        return None
+        return self._slurm.ended(number, name) or self._slurm.accounted(number, name)
 
-    def _jobs(self) -> tuple[_Job, ...]:
-        return tuple(self._listed())
-
-    def _jobs_named(self, name: str) -> list[_Job]:
-        return list(self._listed(f"--name={name}"))
-
-    def _listed(self, *options: str) -> Iterator[_Job]:
-        """Our user's jobs, those that ended a moment ago among them."""
-        for line in self._ask("squeue", "-h", "-a", "--me", "-t", "all", "-o", _FORM, *options).splitlines():
-            number, state, nodes, cpus, count, memory, gres, reason, name = line.split("|", 8)
-            yield _Job(
-                id=number, name=name, state=state, reason=reason, nodes=nodes, node_count=max(1, int(count)),
-                cpus=int(cpus), memory_bytes=_memory(memory), gpus=_gpus(gres),
-            )  # fmt: skip
-
-    def _held_by_us(self) -> dict[str, _Held]:
+    def _held_by_us(self) -> dict[str, Held]:
         """What our launches hold, by Slurm's name of the node."""
-        held: dict[str, _Held] = {}
-        for job in self._jobs():
+        held: dict[str, Held] = {}
+        for job in self._slurm.jobs():
             if job.state not in _HOLDING or not job.nodes or self._folder_of(job.name) is None:
                 continue
-            share = _Held(cpus=job.cpus // job.node_count, memory_bytes=job.memory_bytes, gpus=job.gpus)
-            for name in self._names(job.nodes):
-                held[name] = held.get(name, _Held()) + share
+            share = Held(cpus=job.cpus // job.node_count, memory_bytes=job.memory_bytes, gpus=job.gpus)
+            for name in host_names(job.nodes):
+                held[name] = held.get(name, Held()) + share
         return held
 
-    def _names(self, nodes: str) -> list[str]:
-        """The nodes of a list as Slurm writes it: ``n[1-3,7]``."""
-        return self._ask("scontrol", "show", "hostnames", nodes).split() if set(nodes) & set("[,") else [nodes]
-
-    def _list_nodes(self, ours: dict[str, _Held]) -> Iterator[Node]:
-        for line in self._ask("scontrol", "--oneliner", "--details", "show", "node").splitlines():
-            said = dict(word.split("=", 1) for word in line.split() if "=" in word)
-            states = set(said.get("State", "UNKNOWN").replace("*", "+NO_RESPOND").split("+"))
-            if not said.get("NodeName") or states & _NEVER_THERE or not self._is_ours(_partitions(said)):
+    def _list_nodes(self, ours: dict[str, Held]) -> Iterator[Node]:
+        for found in self._slurm.nodes():
+            if found.states & _NEVER_THERE or not self._is_ours(found.partitions):
                 continue
-            taint = "slurm=down" if states & _AWAY else "slurm=draining" if "DRAIN" in states else ""
-            yield self._node(said, ours.get(said["NodeName"], _Held()), (taint,) if taint else ())
+            taint = "slurm=down" if found.states & _AWAY else "slurm=draining" if "DRAIN" in found.states else ""
+            yield self._node(found, ours.get(found.name, Held()), (taint,) if taint else ())
 
     def _is_ours(self, partitions: Sequence[str]) -> bool:
         """Whether jobs of ours may come to a node of these partitions."""
         wanted = {name for name in self._settings.partition.split(",") if name}
         return not wanted or not wanted.isdisjoint(partitions)
 
-    def _node(self, said: dict[str, str], ours: _Held, taints: tuple[str, ...]) -> Node:
-        """A node as ``scontrol`` tells of it. The type of its gres is taken for the first model that answers to it."""
-        held = _Held(
-            cpus=int(said.get("CPUAlloc", "0")),
-            memory_bytes=int(said.get("AllocMem", "0")) * 2**20,
-            gpus=_gpus(said.get("GresUsed", "")),
-        )
-        name = said["NodeName"]
+    def _node(self, found: SlurmNode, ours: Held, taints: tuple[str, ...]) -> Node:
+        """A node as Slurm tells of it. The type of its gres is taken for the first model that answers to it."""
         devices: list[Device] = []
-        for found in _GRES.finditer(said.get("Gres", "")):
-            kind = found["type"] or ""
+        for kind, count in gpu_kinds(found.gres):
             spec = next((one for one in catalog.devices() if catalog.matches_request(one.model, kind)), None)
             spec = spec or catalog.derived_device(kind or "gpu", 0, power_mw=0)
             devices += [
                 Device(
-                    id=DeviceId(f"{name}/{kind}/{index}"),
+                    id=DeviceId(f"{found.name}/{kind}/{index}"),
                     index=index,
                     model=spec.model,
                     reported=kind,
@@ -401,21 +344,22 @@ class SlurmEngine:
                     idle_mw=spec.idle_mw,
                     busy_mw=spec.busy_mw,
                 )
-                for index in range(len(devices), len(devices) + int(found["count"]))
+                for index in range(len(devices), len(devices) + count)
             ]
+        held = found.held
         return Node(
-            id=self._node_id(name),
+            id=self._node_id(found.name),
             site_id=self._site_id,
-            name=name,
+            name=found.name,
             state=NodeState.READY,
             version=1,
-            boot_id=said.get("BootTime", ""),
-            address=said.get("NodeAddr", name),
-            cpu_milli=int(said.get("CPUTot", "1")) * MILLI,
-            memory_bytes=max(1, int(said.get("RealMemory", "1"))) * 2**20,
-            disk_bytes=int(said.get("TmpDisk", "0")) * 2**20,
+            boot_id=found.boot,
+            address=found.address,
+            cpu_milli=found.cpus * MILLI,
+            memory_bytes=max(1, found.memory_mib) * 2**20,
+            disk_bytes=found.disk_mib * 2**20,
             devices=tuple(devices),
-            labels=(("partition", "|".join(partitions)),) if (partitions := _partitions(said)) else (),
+            labels=(("partition", "|".join(found.partitions)),) if found.partitions else (),
             taints=taints,
             others_cpu_milli=max(0, held.cpus - ours.cpus) * MILLI,
             others_memory_bytes=max(0, held.memory_bytes - ours.memory_bytes),
@@ -425,7 +369,7 @@ class SlurmEngine:
     def _node_id(self, name: str) -> NodeId:
         return NodeId(f"node_{self._site_id}_{name}")
 
-    # ------------------------------------------------------------------ names and calls
+    # ------------------------------------------------------------------ names
 
     def _folder(self, launch_id: str) -> LaunchFolder:
         if not _NAME.fullmatch(launch_id):
@@ -441,36 +385,11 @@ class SlurmEngine:
         folder = LaunchFolder(self._launches / name.removeprefix("tidemill-"))
         return folder if name.startswith("tidemill-") and folder.path.exists() else None
 
-    def _ask(self, *command: str, input_text: str | None = None) -> str:
-        """What the command printed. Raises: EngineLost, EngineRefused as Slurm says."""
-        try:
-            done = subprocess.run(
-                command, input=input_text, env=_surroundings(), capture_output=True, text=True, timeout=_ASKED_S,
-                check=False,
-            )  # fmt: skip
-        except FileNotFoundError:
-            raise EngineRefused(
-                f"{command[0]} is not installed here.", field="engine", value="slurm",
-                mend="Run the outpost where jobs are submitted from.",
-            ) from None  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise EngineLost(f"{command[0]} did not answer within {_ASKED_S:g} s") from None
-        said = done.stderr.strip().removeprefix(f"{command[0]}: error: ")
-        if not done.returncode:
-            return done.stdout
-        if command[0] != "sbatch" or any(sign in said for sign in _UNREACHABLE):
-            raise EngineLost(f"{command[0]}: {said}")
-        raise EngineRefused(
-            f"Slurm refused it: {said}", field="slurm", mend="See the site's partition, account and qos."
-        )
 
-
-def _surroundings() -> dict[str, str]:
-    """The variables of Slurm's commands, which are also those of our jobs' scripts: nobody's habits are among them.
-
-    ``--export=NONE`` would do the latter too, and have slurmd run a login shell first, which takes a second or more.
-    """
-    return {name: value for name in _KEPT if (value := os.environ.get(name))}
+def _port(settings: SlurmSettings) -> SlurmPort:
+    if not settings.rest:
+        return SlurmCommands()
+    return SlurmRest(settings.rest, user=settings.rest_user, token_file=settings.rest_token)
 
 
 def _record(ended: Ending | None, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -499,19 +418,3 @@ def _as_recorded(gone: Mapping[str, Any]) -> dict[str, Any]:
 def _sibling(launch_id: str, rank: int) -> LaunchId:
     """The launch of another rank of the same attempt."""
     return LaunchId(f"{launch_id.rpartition('-')[0]}-{rank}")
-
-
-def _partitions(said: Mapping[str, str]) -> list[str]:
-    """The partitions that a node is in, as ``scontrol`` tells of it."""
-    return [name for name in said.get("Partitions", "").split(",") if name]
-
-
-def _gpus(text: str) -> int:
-    """How many GPUs a list of gres has: ``gpu:h100:2(IDX:0-1)``, ``gres:gpu:2``."""
-    return sum(int(found["count"]) for found in _GRES.finditer(text))
-
-
-def _memory(text: str) -> int:
-    units: dict[str, int] = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.fullmatch(r"([\d.]+)([KMGT]?)[nc]?", text)
-    return int(float(found[1]) * units.get(found[2], 2**20)) if found else 0
