@@ -46,7 +46,11 @@ test-long: $(DEV) ## the tests that take long, one after the other: links that a
 	@$(BIN)/python -m pytest -m long --hypothesis-profile=others $(TESTS) $(ARGS)
 
 .PHONY: check
-check: lint types layers docs-check test ## all that continuous integration checks
+check: $(DEV) ## all that continuous integration checks: what reads the code side by side, then the tests
+	@status=0; \
+	$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync lint types layers docs-check || status=$$?; \
+	$(MAKE) --no-print-directory test || status=$$?; \
+	exit $$status
 
 .PHONY: lint
 lint: $(DEV) ## ruff: style and mistakes, and the format

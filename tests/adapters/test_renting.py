@@ -56,6 +56,7 @@ def one(cloud: Cloud, *states: str) -> dict[str, Any]:
     return dict(eventually(look, within_s=60, what=f"a rental is {states}: {rentals(cloud)}"))
 
 
+@pytest.mark.long
 def test_what_nothing_here_can_run_is_rented_for_and_given_back(aws: Aws, cloud: Cloud, tmp_path: Path) -> None:
     status, refused = cloud.call("POST", "/v1/workloads", {"spec": {"run": "true", "resources": {"cpus": 1_000}}})
     assert (status, refused["code"]) == (422, "infeasible"), "what nothing on offer can run is refused at the door"
