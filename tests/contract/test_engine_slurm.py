@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -60,6 +61,19 @@ class Centre:
 COMMANDS = pytest.param("commands")
 REST = pytest.param("rest", marks=pytest.mark.skipif(bool(why_no_rest()), reason=why_no_rest() or "-"))
 SLOW_REST = pytest.param("rest", marks=[*REST.marks, pytest.mark.long])
+
+
+@contextmanager
+def own_centre(folder: Path) -> Iterator[Centre]:
+    """A centre in an empty folder, whose cluster is the one that Slurm's commands mean meanwhile."""
+    (folder / "c").mkdir()
+    control = RecordingControlPlane(folder / "endpoint.json")
+    control.start()
+    with slurm_cluster(folder / "c") as slurm, pytest.MonkeyPatch.context() as patch:
+        for name, value in slurm.environment.items():
+            patch.setenv(name, value)
+        yield Centre(slurm, folder, control)
+    control.stop()
 
 
 @pytest.fixture(scope="module")

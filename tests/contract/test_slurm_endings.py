@@ -8,12 +8,11 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from tests.contract.test_engine_slurm import COMMANDS, REST, Centre
-from tests.slurm import slurm_cluster, why_not
+from tests.contract.test_engine_slurm import COMMANDS, REST, Centre, own_centre
+from tests.slurm import why_not
 from tidemill.model.plan import LaunchSpec, Observation, ObservedState
 from tidemill.runner.folders import read_json
 from tidemill.testing.engine import BEGIN, eventually, observed, state
-from tidemill.testing.peer import RecordingControlPlane
 from tidemill.units import SECOND_NS
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
@@ -21,15 +20,8 @@ pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(why_not()), reason=why_n
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
-    folder = tmp_path_factory.mktemp("endings")
-    (folder / "c").mkdir()
-    control = RecordingControlPlane(folder / "endpoint.json")
-    control.start()
-    with slurm_cluster(folder / "c") as slurm, pytest.MonkeyPatch.context() as patch:
-        for name, value in slurm.environment.items():
-            patch.setenv(name, value)
-        yield Centre(slurm, folder, control)
-    control.stop()
+    with own_centre(tmp_path_factory.mktemp("endings")) as made:
+        yield made
 
 
 @pytest.fixture(scope="module", params=[COMMANDS, REST])

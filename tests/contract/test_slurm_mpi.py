@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.test_engine_slurm import Centre
-from tests.slurm import slurm_cluster, why_not
+from tests.contract.test_engine_slurm import Centre, own_centre
+from tests.slurm import why_not
 from tidemill.model.ids import LaunchId, NodeId
 from tidemill.model.plan import GangPlace
-from tidemill.testing.peer import RecordingControlPlane
 
 pytestmark = [
     pytest.mark.long,
@@ -58,15 +57,8 @@ OPEN_RUN = "mpirun.openmpi --allow-run-as-root -n 2 --map-by ppr:1:node"
 
 @pytest.fixture(scope="module")
 def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
-    folder = tmp_path_factory.mktemp("mpi")
-    (folder / "c").mkdir()
-    control = RecordingControlPlane(folder / "endpoint.json")
-    control.start()
-    with slurm_cluster(folder / "c") as slurm, pytest.MonkeyPatch.context() as patch:
-        for name, value in slurm.environment.items():
-            patch.setenv(name, value)
-        yield Centre(slurm, folder, control)
-    control.stop()
+    with own_centre(tmp_path_factory.mktemp("mpi")) as made:
+        yield made
 
 
 @pytest.mark.parametrize(

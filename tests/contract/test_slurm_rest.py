@@ -18,15 +18,14 @@ from pathlib import Path
 import pytest
 
 from tests.cloud import free_port
-from tests.contract.test_engine_slurm import Centre
-from tests.slurm import slurm_cluster, why_no_rest, why_no_tokens
+from tests.contract.test_engine_slurm import Centre, own_centre
+from tests.slurm import why_no_rest, why_no_tokens
 from tidemill.engines.slurmcommands import SlurmCommands
 from tidemill.engines.slurmport import SlurmPort, Submission, host_names
 from tidemill.engines.slurmrest import SlurmRest
 from tidemill.errors import EngineLost
 from tidemill.model.plan import ObservedState
 from tidemill.testing.engine import BEGIN, eventually, observed, state
-from tidemill.testing.peer import RecordingControlPlane
 
 pytestmark = pytest.mark.skipif(bool(why_no_rest()), reason=why_no_rest() or "-")
 
@@ -36,15 +35,8 @@ LEAST = Submission(name="tidemill-one", comment="job_1", script="#!/bin/sh\nslee
 
 @pytest.fixture(scope="module")
 def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Centre]:
-    folder = tmp_path_factory.mktemp("rest")
-    (folder / "c").mkdir()
-    control = RecordingControlPlane(folder / "endpoint.json")
-    control.start()
-    with slurm_cluster(folder / "c") as slurm, pytest.MonkeyPatch.context() as patch:
-        for name, value in slurm.environment.items():
-            patch.setenv(name, value)
-        yield Centre(slurm, folder, control, rest=slurm.start_rest("v0.0.37", "v0.0.38"))
-    control.stop()
+    with own_centre(tmp_path_factory.mktemp("rest")) as made:
+        yield made.through(made.slurm.start_rest("v0.0.37", "v0.0.38"))
 
 
 @pytest.fixture(scope="module")
