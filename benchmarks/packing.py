@@ -226,6 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     workloads, seeds = (QUICK, SEEDS[:2]) if options.quick else (WORKLOADS, SEEDS)
     names = options.policies.split(",")
+    if unknown := sorted(set(names) - set(policies(compiled=False))):
+        parser.error(f"--policies: {', '.join(unknown)} is none of {', '.join(policies(compiled=False))}")
     jobs = [(name, workload, seed) for workload in workloads for name in names for seed in seeds]
     began = time.perf_counter()
     results: dict[tuple[str, str], list[Run]] = defaultdict(list)

@@ -116,6 +116,12 @@ def test_setting_a_share_keeps_what_is_not_given(peer, capsys):
     }  # fmt: skip
 
 
+def test_a_new_queue_with_a_projects_name_is_that_projects(peer):
+    for name, project in (("vision", "vision"), ("speech", None)):
+        assert tidemill("share", "set", name, "--max-running", "2") == 0
+        assert json.loads(peer.sent("PUT", f"/v1/queues/{name}")[0][1]).get("project") == project
+
+
 def test_reserving_sends_what_was_said(peer, capsys):
     line = "reserve create fix --node a --node b --start 2027-03-01T09:00:00Z --for 4h --every 7d --until 52w --maintenance"
     assert tidemill(*line.split()) == 0

@@ -36,7 +36,7 @@ from tidemill.core.together import fit_together
 from tidemill.core.world import Promise, World
 from tidemill.model.events import DeviceFailed, Marking, NodeJoined, NodeMarked, NodeWentAway, ReservationMade
 from tidemill.model.fleet import Level, Node
-from tidemill.model.ids import DeviceId, ReservationId
+from tidemill.model.ids import DeviceId, ProjectId, ReservationId
 from tidemill.model.job import AttemptState, JobState
 from tidemill.model.policy import Policy
 from tidemill.model.queue import Queue
@@ -86,6 +86,7 @@ class Ask:
                 nodes_min=0 if group else min(self.nodes_min, self.nodes),
                 max_duration_ns=self.limit_s * SECOND_NS,
                 tier=self.tier,
+                reservation="own" if self.tier is Tier.RESERVED else "",
                 priority=self.priority,
                 placement=PLACEMENTS[self.placement],
                 labels=LABEL if self.placement == "apart" else (),
@@ -108,6 +109,8 @@ class Setting:
     loses: int = 0
     window: tuple[int, int, int, int] | None = None
     """A maintenance window: of which node, from when, how long, and how often it comes again."""
+    own: tuple[int, int, int] | None = None
+    """A reservation of p0: of how many of the first machines, from when, how long; it comes ten times, a minute apart."""
 
     def nodes(self) -> tuple[Node, ...]:
         """The machines, in racks of three."""
@@ -116,6 +119,13 @@ class Setting:
             gpu_node(f"n{at:02d}", rack=f"r{at // 3}", **large) if kind == "large" else machine(at, kind)
             for at, kind in enumerate(self.kinds)
         )
+
+    def own_nodes(self) -> tuple[Node, ...]:
+        """The machines that are p0's while a window of its reservation is open."""
+        if self.own is None:
+            return ()
+        tended = self.window[0] % len(self.kinds) if self.window is not None else -1
+        return tuple(node for at, node in enumerate(self.nodes()[: self.own[0]]) if at != tended)
 
     @property
     def whole_gpus(self) -> int:
@@ -161,6 +171,8 @@ class Scope:
     placements: tuple[str, ...] = tuple(PLACEMENTS)
     faults: bool = False
     windows: bool = False
+    owners: bool = False
+    """Some work is of a reservation."""
     groups: bool = True
     known: bool = False
     """Everybody says how long it takes."""
@@ -168,6 +180,7 @@ class Scope:
     def asks(self, *, plain: bool) -> st.SearchStrategy[list[Ask]]:
         """Histories within the scope."""
         limits = st.integers(130, 200) if self.bounded or self.known else st.sampled_from([0, 130, 300])
+        tiers = [Tier.ON_DEMAND] if self.bounded else [Tier.ON_DEMAND, Tier.ON_DEMAND, Tier.SPOT]
         one = st.builds(
             Ask,
             gpus=st.sampled_from([1, 1, 2, 4, 8]),
@@ -175,7 +188,7 @@ class Scope:
             nodes_min=st.sampled_from([0, 0, 1]),
             runs_s=st.integers(5, 120),
             limit_s=limits,
-            tier=st.sampled_from([Tier.ON_DEMAND] * (2 - self.bounded) + [Tier.SPOT] * (1 - self.bounded)),
+            tier=st.sampled_from(tiers + [Tier.RESERVED] * self.owners),
             priority=st.just(0) if self.bounded else st.sampled_from([0, 0, 10]),
             project=st.sampled_from([f"p{i}" for i in range(self.tenants)]),
             user=st.just("u") if self.bounded else st.sampled_from(["u", "v"]),
@@ -184,13 +197,16 @@ class Scope:
             placement=st.just("") if plain else st.sampled_from(("", "", *self.placements)),
             group=st.sampled_from([0, 0, 0, 2, 3]) if self.groups else st.just(0),
         )
-        return st.lists(one, min_size=1, max_size=14 if plain else 12)
+        ours = one.map(lambda ask: replace(ask, project="p0") if ask.tier is Tier.RESERVED else ask)
+        return st.lists(ours, min_size=1, max_size=14 if plain else 12)
 
     def settings(self) -> st.SearchStrategy[Setting]:
         """Clouds, plain ones and others, with such histories."""
         kinds = st.sampled_from(["large", "large", "whole", "small", "none", "cut", "mixed"])
+        own = st.tuples(st.integers(1, 2), st.integers(0, 200), st.integers(100, 200)) if self.owners else st.none()
         plain = st.builds(
             Setting,
+            own=own,
             kinds=st.integers(2, 4).map(lambda count: ("large",) * count),
             tree=TREES,
             history=self.asks(plain=True).map(tuple),
@@ -198,6 +214,7 @@ class Scope:
         )
         wide = st.builds(
             Setting,
+            own=own,
             kinds=st.lists(kinds, min_size=2, max_size=6).map(tuple),
             tree=TREES,
             history=self.asks(plain=False).map(tuple),
@@ -233,6 +250,20 @@ def laid(setting: Setting, policy: Policy = CALM, *, grace_s: int = 0) -> Yard:
             starts_ns=starts,
             ends_ns=starts + lasts * SECOND_NS,
             every_ns=every * SECOND_NS,
+        )
+        yard.turn([ReservationMade(at_ns=yard.now, reservation=reservation)])
+    if setting.own is not None and (nodes := setting.own_nodes()):
+        _, begins, lasts = setting.own
+        starts = START + begins * SECOND_NS
+        reservation = Reservation(
+            id=ReservationId("res_own"),
+            name="own",
+            project_id=ProjectId("p0"),
+            node_ids=tuple(node.id for node in nodes),
+            starts_ns=starts,
+            ends_ns=starts + lasts * SECOND_NS,
+            every_ns=(lasts + 60) * SECOND_NS,
+            until_ns=starts + 10 * (lasts + 60) * SECOND_NS,
         )
         yard.turn([ReservationMade(at_ns=yard.now, reservation=reservation)])
     return yard
@@ -283,6 +314,8 @@ def everything_ends_that_can(setting: Setting) -> None:
         never = [why_refused(yard.world, workload) for workload in known]
         if any(never) or (ask.group and why_group_never(yard.world, known) is not None):
             continue
+        if ask.tier is Tier.RESERVED and not any(job in yard.started for job in jobs):
+            continue  # it does not fit into what is reserved
         for job in jobs:
             assert yard.state(job) in (JobState.SUCCEEDED, JobState.FAILED), f"{job} is {yard.state(job)}"
             assert job in yard.started
@@ -320,6 +353,24 @@ def the_first_blocked_job_is_not_delayed(setting: Setting) -> None:
         assert yard.started[job][0] <= at, (
             f"{job} was to start at {at - START} and did at {yard.started[job][0] - START}"
         )
+
+
+def a_reservation_is_free_for_its_owner(setting: Setting) -> None:
+    """Work that takes all of what is reserved starts when the window opens, and stays while that lasts."""
+    nodes = setting.own_nodes()
+    if setting.own is None or not nodes or set(setting.kinds[: setting.own[0]]) != {"large"}:
+        return
+    _, begins, lasts = setting.own
+    yard = laid(setting, grace_s=5)
+    owner = yard.submit(
+        spec(8, nodes=len(nodes), tier=Tier.RESERVED, reservation="own"), runs_s=lasts + 30, project="p0"
+    )
+    ask_all(yard, setting.history)
+    yard.run()
+    opens = START + begins * SECOND_NS
+    assert opens <= yard.started[owner][0] <= opens + 5 * SECOND_NS
+    gone = [at for at, victim, _ in yard.events("Preempted") if victim == owner]
+    assert all(at >= opens + lasts * SECOND_NS for at in gone), "it was displaced in its own reservation"
 
 
 def guarantees_are_there_when_asked_for(setting: Setting) -> None:
@@ -485,17 +536,18 @@ def the_sums_match_whatever_is_lost(setting: Setting) -> None:
 
 Keeps = Callable[[Setting], None]
 PROMISES: dict[Keeps, Scope] = {
-    everything_ends_that_can: Scope(faults=True, windows=True),
+    everything_ends_that_can: Scope(faults=True, windows=True, owners=True),
+    a_reservation_is_free_for_its_owner: Scope(owners=True),
     whoever_is_displaced_is_displaced_for_somebody_who_starts: Scope(),
     nobody_displaces_who_displaced_them: Scope(orders=("fair", "fifo", "shortest-remaining"), known=True),
     the_first_blocked_job_is_not_delayed: Scope(bounded=True, orders=("fair", "fifo")),
     guarantees_are_there_when_asked_for: Scope(),
-    a_refused_turn_leaves_no_trace: Scope(faults=True, windows=True),
+    a_refused_turn_leaves_no_trace: Scope(faults=True, windows=True, owners=True),
     the_order_of_nodes_does_not_matter: Scope(),
-    nobody_waits_while_there_is_room: Scope(windows=True),
-    an_elastic_gang_does_not_stay_small_beside_idle_room: Scope(windows=True),
-    groups_start_at_one_instant: Scope(faults=True, windows=True),
-    the_sums_match_whatever_is_lost: Scope(faults=True, windows=True),
+    nobody_waits_while_there_is_room: Scope(windows=True, owners=True),
+    an_elastic_gang_does_not_stay_small_beside_idle_room: Scope(windows=True, owners=True),
+    groups_start_at_one_instant: Scope(faults=True, windows=True, owners=True),
+    the_sums_match_whatever_is_lost: Scope(faults=True, windows=True, owners=True),
 }
 
 
@@ -687,6 +739,14 @@ def counts_what_a_lost_node_held_for_ever(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(World, "_count", forgetful)
 
 
+def opens_a_reservation_to_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reserve, "_outside_windows", lambda world, line, *, now, policy: None)
+
+
+def clears_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turn, "_open_window", lambda world, reservation, out: None)
+
+
 BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], Keeps]] = [
     (keeps_no_places, the_first_blocked_job_is_not_delayed),
     (lets_everything_pass, the_first_blocked_job_is_not_delayed),
@@ -694,6 +754,8 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], Keeps]] = [
     (displaces_whoever_it_likes, nobody_displaces_who_displaced_them),
     (displaces_without_looking, whoever_is_displaced_is_displaced_for_somebody_who_starts),
     (forgets_promises, whoever_is_displaced_is_displaced_for_somebody_who_starts),
+    (opens_a_reservation_to_everybody, a_reservation_is_free_for_its_owner),
+    (clears_no_window, a_reservation_is_free_for_its_owner),
     (never_reclaims, guarantees_are_there_when_asked_for),
     (undoes_rows_badly, a_refused_turn_leaves_no_trace),
     (forgets_to_undo_the_quota, a_refused_turn_leaves_no_trace),

@@ -168,7 +168,10 @@ def share_set(
     max_queued: Annotated[int | None, typer.Option("--max-queued", metavar="N", min=0, help="0 for no cap.")] = None,
     json: Json = False,
 ) -> None:
-    """Set one place of the quota tree; what is not given stays as it is. CLASS= takes an amount away."""
+    """Set one place of the quota tree; what is not given stays as it is. CLASS= takes an amount away.
+
+    A new queue that has the name of a project which has none is that project's.
+    """
     given: dict[str, Any] = {
         "weight": int(weight) if weight is not None and weight.is_integer() else weight,
         "parent": parent,
@@ -178,7 +181,10 @@ def share_set(
     }
     changes = {field: value for field, value in given.items() if value is not None}
     with Client() as client:
-        before = next((queue for queue in client.queues() if queue.name == name), None)
+        queues = client.queues()
+        before = next((queue for queue in queues if queue.name == name), None)
+        if before is None and project is None and all(queue.project != name for queue in queues):
+            changes |= {"project": name} if any(one.name == name for one in client.projects()) else {}
         if guarantee:
             changes["guaranteed"] = _changed(before.guaranteed if before else {}, guarantee, "--guarantee")
         if limit:
@@ -187,7 +193,8 @@ def share_set(
     if json:
         emit(made.to_json())
     else:
-        say(f"set {made.name}" if before else f"made {made.name}")
+        whose = f", where the jobs of project {made.project} wait" if made.project else ""
+        say(f"set {made.name}" if before else f"made {made.name}{whose}")
         note("  tidemill share")
 
 

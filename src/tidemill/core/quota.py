@@ -446,7 +446,7 @@ class QuotaTree:
             needed=_jobs(jobs),
             available=f"{max(cap - running, 0)} of {cap}",
             resolvable_by=ResolvableBy.TIME if jobs <= cap else ResolvableBy.POLICY,
-            sentence=f"{self._called(party)} may run {_jobs(cap)} at once, and {running} run.",
+            sentence=f"{self._called(party)} may run {_jobs(cap)} at once, and {running} {'runs' if running == 1 else 'run'}.",
         )
 
     def _classes(self) -> tuple[str, ...]:
