@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tests.adapters.api_peer import Events, Peer, eventually
 from tidemill.api.app import close_streams
 from tidemill.api.joblogs import Position, Wanted, _events, format_position, next_chunks, parse_position, start_at
-from tidemill.api.shapes import JobOut
+from tidemill.api.shapes.work import JobOut
 from tidemill.control.logs import LogStore
 from tidemill.model.ids import JobId
 

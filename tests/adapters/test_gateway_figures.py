@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.adapters.test_gateway import GATEWAY, PEPPER, feed_of
-from tidemill.api.shapes import LoadIn
+from tidemill.api.shapes.gateway import LoadIn
 from tidemill.control.loads import FeltCounts, Load, Loads, ModelLoad
 from tidemill.core.buckets import bucket_of
 from tidemill.gateway.scraping import Figures, Scraper, first_token_s, read_figures

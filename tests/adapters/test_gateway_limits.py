@@ -16,7 +16,7 @@ import openai
 import pytest
 import uvloop
 
-from tidemill.api.shapes import SharesIn
+from tidemill.api.shapes.gateway import SharesIn
 from tidemill.control.identity import Directory, Inference
 from tidemill.control.projects import Projects
 from tidemill.control.rationing import Rationing

@@ -11,7 +11,8 @@ from tidemill import catalog
 from tidemill.api.bodies import body_of, json_answer
 from tidemill.api.guard import Call, Caller, Routes, blocking, missing
 from tidemill.api.jobs import ProjectName
-from tidemill.api.shapes import PageOf, ProjectIn, ProjectOut, SecretIn, SecretOut, TokenChangeIn, TokenIn, TokenOut
+from tidemill.api.shapes.access import ProjectIn, ProjectOut, SecretIn, SecretOut, TokenChangeIn, TokenIn, TokenOut
+from tidemill.api.shapes.common import PageOf
 from tidemill.control.identity import Inference
 from tidemill.errors import InvalidRequest, InvalidSetting
 from tidemill.model.ids import ProjectId, TokenId, queue_id

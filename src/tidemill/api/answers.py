@@ -5,27 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tidemill.api.shapes import (
-    ArtifactOut,
+from tidemill.api.shapes.data import ArtifactOut
+from tidemill.api.shapes.fleet import NodeOut
+from tidemill.api.shapes.money import LedgerLineOut, ModelCostOut, TokenTotalsOut, TokenUsageOut, UsageOut
+from tidemill.api.shapes.scheduling import QueuedOut, QueueOut, ReservationOut, ShareOut
+from tidemill.api.shapes.work import (
     AttemptOut,
     EventOut,
     ForecastOut,
     HoldingOut,
     JobOut,
-    LedgerLineOut,
-    ModelCostOut,
-    NodeOut,
-    QueuedOut,
-    QueueOut,
     QuoteOut,
     ReasonOut,
     ReplicasOut,
-    ReservationOut,
-    ShareOut,
     SiteOptionOut,
-    TokenTotalsOut,
-    TokenUsageOut,
-    UsageOut,
     WorkerOut,
     WorkloadOut,
 )

@@ -12,7 +12,8 @@ from tidemill.api.bodies import body_of, check_length, json_answer, write_draft
 from tidemill.api.guard import Call, Caller, Routes, blocking, missing
 from tidemill.api.jobs import Limit, ProjectName, output_path
 from tidemill.api.refs import find_job
-from tidemill.api.shapes import ArtifactIn, ArtifactOut, BlobOut, PageOf
+from tidemill.api.shapes.common import PageOf
+from tidemill.api.shapes.data import ArtifactIn, ArtifactOut, BlobOut
 from tidemill.model.artifact import Artifact
 from tidemill.model.tenant import Scope
 from tidemill.units import parse_size

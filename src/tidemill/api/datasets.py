@@ -11,7 +11,8 @@ from tidemill.api.bodies import body_of, json_answer
 from tidemill.api.guard import Call, Caller, Routes, blocking, missing
 from tidemill.api.jobs import ProjectName
 from tidemill.api.runners import own_launch
-from tidemill.api.shapes import DataSetIn, DataSetOut, PageOf, VolumeIn, VolumeOut
+from tidemill.api.shapes.common import PageOf
+from tidemill.api.shapes.data import DataSetIn, DataSetOut, VolumeIn, VolumeOut
 from tidemill.control.datasets import Content
 from tidemill.control.identity import administer
 from tidemill.errors import InvalidRequest

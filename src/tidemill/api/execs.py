@@ -12,7 +12,7 @@ from tidemill.api.guard import Call, Caller, Routes, blocking, missing
 from tidemill.api.jobs import ProjectName
 from tidemill.api.refs import find_job
 from tidemill.api.runners import own_launch
-from tidemill.api.shapes import ExecIn, ExecOut
+from tidemill.api.shapes.work import ExecIn, ExecOut
 from tidemill.control.relay import Broken, Pipe, Session
 from tidemill.errors import Conflict
 from tidemill.model.job import Allocation, AllocationState, Job

@@ -28,21 +28,10 @@ from tidemill.api.follow import PING, PING_S, event_stream, rung, sse
 from tidemill.api.guard import OPEN, Call, Caller, Routes, blocking
 from tidemill.api.jobs import Cursor, Limit, ProjectName
 from tidemill.api.refs import find_job
-from tidemill.api.shapes import (
-    DecisionOut,
-    EventOut,
-    Health,
-    LedgerLineOut,
-    ModelCostsOut,
-    NodeOut,
-    NothingIn,
-    PageOf,
-    ReplicaOut,
-    StatusOut,
-    StrangerOut,
-    TokenUsageOut,
-    UsageOut,
-)
+from tidemill.api.shapes.common import Health, NothingIn, PageOf
+from tidemill.api.shapes.fleet import NodeOut, ReplicaOut, StatusOut, StrangerOut
+from tidemill.api.shapes.money import DecisionOut, LedgerLineOut, ModelCostsOut, TokenUsageOut, UsageOut
+from tidemill.api.shapes.work import EventOut
 from tidemill.control.enginework import Stranger
 from tidemill.control.identity import administer
 from tidemill.core.facts import has_left

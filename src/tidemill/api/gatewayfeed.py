@@ -11,7 +11,7 @@ from starlette.responses import Response
 from tidemill.api.bodies import body_of, json_answer
 from tidemill.api.follow import rung
 from tidemill.api.guard import Call, Caller, Routes, blocking, unless_gone
-from tidemill.api.shapes import (
+from tidemill.api.shapes.gateway import (
     EnteredOut,
     FeedOut,
     LoadIn,

@@ -17,7 +17,7 @@ from typing import Final
 from starlette.concurrency import run_in_threadpool
 
 from tidemill.api.follow import PING, PING_S, Hub, rung, sse
-from tidemill.api.shapes import JobOut
+from tidemill.api.shapes.work import JobOut
 from tidemill.control.logs import LogStore
 from tidemill.errors import InvalidRequest
 from tidemill.model.ids import JobId

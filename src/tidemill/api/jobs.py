@@ -26,7 +26,8 @@ from tidemill.api.follow import Streamed, event_stream, in_threads
 from tidemill.api.guard import Call, Caller, Routes, blocking, durable, missing
 from tidemill.api.joblogs import Seen, Wanted, follow_logs, follow_octets, parse_position, start_at
 from tidemill.api.refs import find_job, find_workload
-from tidemill.api.shapes import JobOut, LiveJobOut, LiveJobsOut, NothingIn, PageOf, ReceiptOut, WhyOut
+from tidemill.api.shapes.common import NothingIn, PageOf
+from tidemill.api.shapes.work import JobOut, LiveJobOut, LiveJobsOut, ReceiptOut, WhyOut
 from tidemill.control.blobs import walk
 from tidemill.errors import Conflict, InvalidRequest, NotFound
 from tidemill.model.ids import JobId, WorkloadId

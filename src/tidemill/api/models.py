@@ -12,7 +12,8 @@ from tidemill.api.bodies import body_of, check_length, json_answer, write_draft
 from tidemill.api.guard import Call, Caller, Routes, blocking, missing
 from tidemill.api.jobs import ProjectName, output_path
 from tidemill.api.refs import find_job, job_of_launch
-from tidemill.api.shapes import (
+from tidemill.api.shapes.common import PageOf
+from tidemill.api.shapes.data import (
     AliasIn,
     BlobOut,
     ModelChangeIn,
@@ -21,7 +22,6 @@ from tidemill.api.shapes import (
     ModelPolicyOut,
     ModelVersionIn,
     ModelVersionOut,
-    PageOf,
     StageIn,
 )
 from tidemill.control.identity import administer

@@ -12,7 +12,8 @@ from pydantic.json_schema import models_json_schema
 from tidemill import __version__
 from tidemill.api.guard import GuardedRoute
 from tidemill.api.problems import MEDIA_TYPE
-from tidemill.api.shapes import Problem, SubmitIn
+from tidemill.api.shapes.common import Problem
+from tidemill.api.shapes.work import SubmitIn
 from tidemill.wire import json_schema
 
 _REFERENCE: Final = "#/components/schemas/{model}"

@@ -12,16 +12,8 @@ from tidemill.api.bodies import body_of, checked, json_answer, json_object
 from tidemill.api.guard import Call, Caller, Routes, blocking, durable
 from tidemill.api.once import request_digest
 from tidemill.api.refs import find_workload
-from tidemill.api.shapes import (
-    NothingIn,
-    PromoteIn,
-    RevisionOut,
-    RevisionsOut,
-    RollbackIn,
-    RolloutOut,
-    UpdateIn,
-    WorkloadOut,
-)
+from tidemill.api.shapes.common import NothingIn
+from tidemill.api.shapes.work import PromoteIn, RevisionOut, RevisionsOut, RollbackIn, RolloutOut, UpdateIn, WorkloadOut
 from tidemill.control.revisions import Revision, Standing
 from tidemill.errors import InvalidSpec
 from tidemill.model.job import Workload

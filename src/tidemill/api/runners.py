@@ -11,7 +11,7 @@ from starlette.responses import FileResponse, Response
 from tidemill.api.bodies import body_of, json_answer, octets
 from tidemill.api.guard import Call, Caller, Routes, blocking, durable, missing, unless_gone
 from tidemill.api.refs import job_of_launch
-from tidemill.api.shapes import (
+from tidemill.api.shapes.runners import (
     BeatIn,
     BecameIn,
     CommandsOut,

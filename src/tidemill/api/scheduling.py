@@ -12,14 +12,9 @@ from tidemill.api.answers import node_json, queue_json, queued_json, reservation
 from tidemill.api.bodies import json_answer, json_object
 from tidemill.api.guard import Call, Caller, Routes, blocking
 from tidemill.api.jobs import ProjectName
-from tidemill.api.shapes import (
-    NodeOut,
-    PageOf,
-    QueuedOut,
-    QueueOut,
-    ReservationOut,
-    ShareOut,
-)
+from tidemill.api.shapes.common import PageOf
+from tidemill.api.shapes.fleet import NodeOut
+from tidemill.api.shapes.scheduling import QueuedOut, QueueOut, ReservationOut, ShareOut
 from tidemill.errors import InvalidRequest
 from tidemill.model.ids import ProjectId
 from tidemill.model.queue import Queue

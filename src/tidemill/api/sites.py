@@ -13,19 +13,17 @@ from starlette.responses import Response
 from tidemill.api.answers import node_json
 from tidemill.api.bodies import body_of, json_answer, octets
 from tidemill.api.guard import Caller, Routes, blocking, durable, missing, unless_gone
-from tidemill.api.shapes import (
-    NAME,
+from tidemill.api.shapes.common import NAME, NothingIn, PageOf
+from tidemill.api.shapes.fleet import NodeOut
+from tidemill.api.shapes.sites import (
     JoiningOut,
     JoiningSiteOut,
     LeaveIn,
     LeavingOut,
     LinkIn,
-    NodeOut,
-    NothingIn,
     OutpostCallsOut,
     OutpostIn,
     OutpostOut,
-    PageOf,
     RentingOut,
     ReportTakenOut,
     SiteIn,

@@ -12,7 +12,8 @@ from tidemill.api.bodies import body_of, checked, json_answer, json_object
 from tidemill.api.guard import Call, Caller, Routes, blocking, durable
 from tidemill.api.once import request_digest
 from tidemill.api.refs import find_workload
-from tidemill.api.shapes import BatchIn, NothingIn, QuoteOut, SubmitIn, WorkloadOut, WorkloadsOut
+from tidemill.api.shapes.common import NothingIn
+from tidemill.api.shapes.work import BatchIn, QuoteOut, SubmitIn, WorkloadOut, WorkloadsOut
 from tidemill.errors import InvalidSpec
 from tidemill.model.ids import JobId, job_id
 from tidemill.model.job import Job, Workload

@@ -440,13 +440,14 @@ class QuotaTree:
         )
 
     def _too_many(self, party: Party, cap: int, running: int, jobs: int) -> Reason:
+        verb = "runs" if running == 1 else "run"
         return Reason(
             code="TooManyRunning",
             subject=party.name,
             needed=_jobs(jobs),
             available=f"{max(cap - running, 0)} of {cap}",
             resolvable_by=ResolvableBy.TIME if jobs <= cap else ResolvableBy.POLICY,
-            sentence=f"{self._called(party)} may run {_jobs(cap)} at once, and {running} {'runs' if running == 1 else 'run'}.",
+            sentence=f"{self._called(party)} may run {_jobs(cap)} at once, and {running} {verb}.",
         )
 
     def _classes(self) -> tuple[str, ...]:
