@@ -546,7 +546,7 @@ PROMISES: dict[Keeps, Scope] = {
     the_order_of_nodes_does_not_matter: Scope(),
     nobody_waits_while_there_is_room: Scope(windows=True, owners=True),
     an_elastic_gang_does_not_stay_small_beside_idle_room: Scope(windows=True, owners=True),
-    groups_start_at_one_instant: Scope(faults=True, windows=True, owners=True),
+    groups_start_at_one_instant: Scope(faults=True, windows=True),
     the_sums_match_whatever_is_lost: Scope(faults=True, windows=True, owners=True),
 }
 
