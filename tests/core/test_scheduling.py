@@ -339,6 +339,26 @@ def test_work_that_a_reservation_holds_up_says_so() -> None:
     assert yard.world.reasons[yard.job(overruns).id].code == "BeforeReservation"
 
 
+def test_a_plan_does_not_keep_what_is_reserved_from_its_owner() -> None:
+    """The first blocked job has its plan there, after the window, and the owner does not say how long it takes."""
+    yard = Yard(nodes=(gpu_node("a"), gpu_node("b")))
+    reserve(yard, "a", 100, 200, "p1")
+    yard.submit(spec(8), runs_s=500, project="p1")
+    blocked = yard.submit(spec(8), runs_s=50, at_s=75, project="p2")
+    owner = yard.submit(spec(8, tier=Tier.RESERVED, reservation="r-a"), runs_s=150, project="p1")
+    yard.run(400)
+    assert seconds(yard.started[owner][0]) == 100
+    assert seconds(yard.started[blocked][0]) == 250
+
+
+def test_a_gang_on_a_reserved_node_is_sent_away_once() -> None:
+    yard = Yard(nodes=(gpu_node("a"),))
+    gang = yard.submit(spec(4, nodes=2, tier=Tier.SPOT), runs_s=500)
+    reserve(yard, yard.nodes_of(gang)[0], 100, 200)
+    yard.run(150)
+    assert [job for _, job, _ in yard.events("Preempted")] == [gang]
+
+
 def test_a_recurring_maintenance_window_clears_its_node_each_time() -> None:
     yard = Yard(nodes=(gpu_node("a"),), policy=replace(CALM, assumed_duration_ns=10 * SECOND_NS))
     reserve(yard, "a", 100, 150, every_ns=1000 * SECOND_NS)

@@ -134,8 +134,13 @@ def _grace(world: World, worker: Allocation, out: Outcome, until_ns: int) -> int
 
 
 def displace(world: World, job_id: JobId, out: Outcome, *, by: str, until_ns: int = 0) -> None:
-    """End a job's attempt so that its room can be given to somebody with a better claim; the job queues again."""
+    """End a job's attempt so that its room can be given to somebody with a better claim; the job queues again.
+
+    Nothing when it ends already.
+    """
     attempt = world.attempts[job_id]
+    if not may(ATTEMPT, attempt.state, "ending"):
+        return
     job = world.jobs[job_id]
     lost = out.now - max(attempt.checkpoint_ns, attempt.started_ns) if attempt.started_ns else 0
     out.note("Preempted", job, attempt=attempt.number, by=by, since_checkpoint_s=lost // 1_000_000_000)

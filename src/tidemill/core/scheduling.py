@@ -181,7 +181,7 @@ class _Pass:
         tried = world.blocked.get(line)
         if tried == world.fleet.released:
             return True
-        if tried is None or plan is None or self._has_room(line, plan):
+        if tried is None or plan is None or _is_owner_beside(line, plan) or self._has_room(line, plan):
             return False
         world.blocked[line] = world.fleet.released  # what was released does not help; looked at again with the plan
         return True
@@ -208,7 +208,7 @@ class _Pass:
     def _is_behind_still(self, line: Line) -> bool:
         """Whether a line that was tried before has no room beside the plan now, and what started before it."""
         plan, world = self._claimed, self._world
-        if plan is None or line not in world.blocked:
+        if plan is None or line not in world.blocked or _is_owner_beside(line, plan):
             return False
         return not 0 < line.duration_ns <= plan.at_ns - self._out.now and not has_room(world.fleet, line.gang)
 
@@ -302,15 +302,20 @@ class _Pass:
         return self._world.quota.over_limit(job.project_id, amounts, jobs)
 
     def _place(self, line: Line, mask: NDArray[np.bool_] | None) -> Placed | None:
-        """Places clear of the plan's; or on them, when the job is over before the plan needs them."""
+        """Places clear of the plan's; or on them, when the job is over before the plan needs them, or they are reserved
+        for it."""
         world, out = self._world, self._out
         sites = preferred(world, line, now=out.now, policy=out.policy)
         placed = place_gang(world.fleet, line.gang, score=world.score, mask=mask, sites=sites)
         plan = self._claimed
-        if placed is None and plan is not None and 0 < line.duration_ns <= plan.at_ns - out.now:
-            world.give_plan(plan)
-            placed = place_gang(world.fleet, line.gang, score=world.score, mask=mask, sites=sites)
-            world.take_plan(plan)
+        if placed is None and plan is not None:
+            is_owner, is_over = _is_owner_beside(line, plan), 0 < line.duration_ns <= plan.at_ns - out.now
+            if is_owner or is_over:
+                world.give_plan(plan)
+                placed = place_gang(world.fleet, line.gang, score=world.score, mask=mask, sites=sites)
+                world.take_plan(plan)
+            if placed is not None and not is_over:
+                self._overrule()
         if placed is None and self._is_overruled([line]):
             self._overrule()
             placed = place_gang(world.fleet, line.gang, score=world.score, mask=mask, sites=sites)
@@ -322,11 +327,14 @@ class _Pass:
         placed = place_together(world.fleet, members, opens, score=world.score)
         plan = self._claimed
         if placed is None and plan is not None:
-            longest = max(member.line.duration_ns or NEVER for member in members)
-            if longest <= plan.at_ns - out.now:
+            is_owner = all(_is_owner_beside(member.line, plan) for member in members)
+            is_over = max(member.line.duration_ns or NEVER for member in members) <= plan.at_ns - out.now
+            if is_owner or is_over:
                 world.give_plan(plan)
                 placed = place_together(world.fleet, members, opens, score=world.score)
                 world.take_plan(plan)
+            if placed is not None and not is_over:
+                self._overrule()
         if placed is None and self._is_overruled([member.line for member in members]):
             self._overrule()
             placed = place_together(world.fleet, members, opens, score=world.score)
@@ -422,6 +430,11 @@ class _Pass:
         if plan is not None:
             self._world.take_plan(plan)
         self._claimed = plan
+
+
+def _is_owner_beside(line: Line, plan: HeldBack) -> bool:
+    """Whether a line has a reservation, and the plan is of work that has not: what is reserved is not kept from it."""
+    return bool(line.reservation) and line.reservation != plan.line.reservation
 
 
 def members_of(world: World, first: Job) -> tuple[Member, ...]:
