@@ -7,11 +7,11 @@ What follows from the layout alone (labels, taints, models, memory sizes) is wor
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from tidemill.core.fleetarrays import FleetArrays, Free, Ints
@@ -19,6 +19,7 @@ from tidemill.model.fleet import Level, Node, Site
 from tidemill.model.mig import MEDIA
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import ANYWHERE, Territory
+from tidemill.model.values import replace
 from tidemill.units import MILLI
 
 _SEPARATORS = re.compile(r"[^a-z0-9]+")
@@ -43,8 +44,7 @@ def model_matches(model: str, requested: str) -> bool:
     return not wanted
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(Struct, frozen=True, cache_hash=True, gc=False):
     """What makes two workers interchangeable to placement. Its hash is worked out once."""
 
     resources: Resources
@@ -54,23 +54,9 @@ class Shape:
     where: Territory = ANYWHERE
     machine: str = ""
     """The name of the one machine that has a volume or a data set of it; empty: any."""
-    _hash: int = field(init=False, repr=False, compare=False, default=0)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash(self._values()))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Shape, self._values()  # another process hashes text differently
-
-    def _values(self) -> tuple[Any, ...]:
-        return self.resources, self.image, self.labels, self.tolerations, self.where, self.machine
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Fitting:
+class Fitting(Struct, frozen=True, eq=False, gc=False):
     """What the layout says about a shape: nodes and devices that could ever serve it, free or not.
 
     ``nodes`` (N,) bool; ``devices`` (N, D) bool; ``milli`` (N, D) is how much of each device one worker takes;

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
+
+from msgspec import Struct
 
 from tidemill.model.fleet import Node
 from tidemill.model.ids import AttemptId, JobId, LaunchId, NodeId, ProjectId
@@ -26,7 +28,7 @@ _BLIND_NS: Final = MINUTE_NS
 """Counters are read every few seconds where they are read at all."""
 
 
-class Holder(NamedTuple):
+class Holder(Struct, frozen=True, gc=False):
     """Who holds part of a meter."""
 
     milli: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from tidemill.core.meter import others_on
 from tidemill.core.rating import rate_all
@@ -32,10 +31,19 @@ class Outcome:
 
     def note(self, event: str, job: Job | None = None, **body: str | int | bool | None) -> None:
         """Add a line to the event log."""
-        where: dict[str, Any] = (
-            {"project_id": job.project_id, "workload_id": job.workload_id, "job_id": job.id} if job is not None else {}
+        if job is None:
+            self.log.append(LogEntry(at_ns=self.now, type=event, body=tuple(body.items())))
+            return
+        self.log.append(
+            LogEntry(
+                at_ns=self.now,
+                type=event,
+                project_id=job.project_id,
+                workload_id=job.workload_id,
+                job_id=job.id,
+                body=tuple(body.items()),
+            )
         )
-        self.log.append(LogEntry(at_ns=self.now, type=event, body=tuple(body.items()), **where))
 
     def cut(self, world: World, node_id: NodeId, meters: Iterable[str]) -> None:
         """Close the open stretches of some meters of a node, because what they count is about to change."""
