@@ -133,13 +133,20 @@ def _work_out(fleet: FleetArrays, shape: Shape) -> Fitting:
     devices, milli, starts, size, most = parts
     if request is None:
         return Fitting(nodes, devices, milli, starts, size, ())
-    used = np.flatnonzero(np.bincount(fleet.model[devices & nodes[:, None]], minlength=len(fleet.models)))
+    models: tuple[int, ...] | None = fleet.cache.get(("models", request, allowed))
+    if models is None:
+        models = fleet.cache["models", request, allowed] = _models(fleet, devices & nodes[:, None])
+    has_media = bool(request.profile) and request.profile.endswith("+me")
+    return Fitting(nodes, devices, milli, starts, size, models, most, has_media)
+
+
+def _models(fleet: FleetArrays, devices: NDArray[np.bool_]) -> tuple[int, ...]:
+    """Of which models these devices are; empty when all models that are there are among them."""
+    used = np.flatnonzero(np.bincount(fleet.model[devices], minlength=len(fleet.models)))
     present = list(range(len(fleet.models)))
     if (fleet.model < 0).any():  # the only device of a model may be failing
         present = np.flatnonzero(np.bincount(fleet.model[fleet.model >= 0], minlength=len(fleet.models))).tolist()
-    models = () if used.tolist() == present else tuple(used.tolist()) or (-1,)
-    has_media = bool(request.profile) and request.profile.endswith("+me")
-    return Fitting(nodes, devices, milli, starts, size, models, most, has_media)
+    return () if used.tolist() == present else tuple(used.tolist()) or (-1,)
 
 
 def _allowed_nodes(fleet: FleetArrays, shape: Shape) -> NDArray[np.bool_]:
@@ -249,7 +256,11 @@ def workers_that_fit(
     if resources.memory_bytes:
         fits = np.minimum(fits, np.maximum(free.memory, 0) // resources.memory_bytes)
     if resources.gpus is not None:
-        fits = np.minimum(fits, workers_by_gpu(free, static, resources.gpus))
+        if free is fleet.empty():
+            by_gpu = _workers_by_gpu_at_most(fleet, static, resources.gpus)
+        else:
+            by_gpu = workers_by_gpu(free, static, resources.gpus)
+        fits = np.minimum(fits, by_gpu)
     fits = np.where(static.nodes, fits, 0)
     if mask is not None:
         fits = np.where(mask, fits, 0)
@@ -268,6 +279,14 @@ def workers_that_fit_on(fleet: FleetArrays, shape: Shape, rows: Ints, *, less: F
     if resources.gpus is not None:
         fits = np.minimum(fits, workers_by_gpu(some, static.at(rows), resources.gpus))
     return np.where(static.nodes[rows] & fleet.is_ready[rows], fits, 0)
+
+
+def _workers_by_gpu_at_most(fleet: FleetArrays, static: Fitting, request: GpuRequest) -> Ints:
+    """How many workers each node's GPUs alone would serve if nothing ran, whatever else a worker needs. Shape (N,)."""
+    known: Ints | None = fleet.cache.get(("at most", request))
+    if known is None:
+        known = fleet.cache["at most", request] = workers_by_gpu(fleet.empty(), static, request)
+    return known
 
 
 def workers_by_gpu(free: Free, static: Fitting, request: GpuRequest) -> Ints:

@@ -133,9 +133,12 @@ class FleetArrays:
         return self._free
 
     def empty(self) -> Free:
-        """What would be free if nothing ran."""
-        whole = np.where(self.model >= 0, MILLI, 0)
-        return Free(self.cpu_total, self.memory_total, whole, np.zeros_like(self.mig))
+        """What would be free if nothing ran; read only."""
+        known: Free | None = self.cache.get("empty")
+        if known is None:
+            whole = np.where(self.model >= 0, MILLI, 0)
+            known = self.cache["empty"] = Free(self.cpu_total, self.memory_total, whole, np.zeros_like(self.mig))
+        return known
 
     def touched_since(self, seen: int) -> Ints:
         """The rows that changed after the first ``seen`` changes, each once; all when that is too long ago."""
