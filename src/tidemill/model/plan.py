@@ -12,7 +12,7 @@ from tidemill.model.events import LogEntry
 from tidemill.model.fleet import DeliveryMark, Node
 from tidemill.model.ids import JobId, LaunchId, NodeId, ProjectId
 from tidemill.model.job import Allocation, Attempt, Job, Workload
-from tidemill.model.ledger import LedgerLine
+from tidemill.model.ledger import Ledger
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
@@ -110,7 +110,7 @@ class Plan:
 
     changes: tuple[Change, ...] = ()
     log: tuple[LogEntry, ...] = ()
-    ledger: tuple[LedgerLine, ...] = ()
+    ledger: Ledger = Ledger()
     waiting: tuple[Waiting, ...] = ()
     commands: tuple[Command, ...] = ()
     wake_ns: int = 0
