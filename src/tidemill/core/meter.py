@@ -12,7 +12,7 @@ is not heard of keeps its counters: its stretches stay open until it tells them,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,8 +27,7 @@ from tidemill.units import MILLI, MINUTE_NS, SECOND_NS
 _BLIND_NS: Final = MINUTE_NS
 """Counters are read every few seconds where they are read at all."""
 _MILLI_SECOND: Final = MILLI * SECOND_NS
-"""Milli-units x milliwatts x ns in a mJ. Both ends of a stretch are divided, so that its parts add up the same wherever it
-is cut."""
+"""Milli-units x milliwatts x ns in a millijoule. Both ends of a stretch are divided by it, so that pieces add up."""
 
 
 @dataclass(slots=True)
@@ -86,7 +85,15 @@ class Meter:
         if self.counter_mj is not None and self.latest_mj is not None and self.latest_mj >= self.counter_mj:
             measured = self.latest_mj - self.counter_mj
         self.counter_mj = self.latest_mj
-        return Stretch(self, since, now, measured is not None, self._parts(since, now, measured), counter, latest)
+        parts = self._parts(since, now, measured)
+        return Stretch([self], since, now, measured is not None, parts, counter, latest)
+
+    def _estimates(self) -> tuple[object, ...] | None:
+        """All that its next stretch is estimated from; None when a counter has a say."""
+        if self.latest_mj is not None or self.counter_mj is not None:
+            return None
+        power, holders = (self.capacity_milli, self.idle_mw, self.busy_mw), tuple(self.holders.values())
+        return self.since_ns, holders, self.others_milli, self.resource, power
 
     def _parts(self, since: int, now: int, measured: int | None) -> list[Part]:
         parts: list[Part] = []
@@ -119,25 +126,43 @@ class Meter:
 
 
 class Stretch(Struct, frozen=True, gc=False):
-    """What a meter counted between two cuts, in parts that are all of it."""
+    """What a meter counted between two cuts, in parts that are all of it. Several ``meters`` counted the same, each."""
 
-    meter: Meter
+    meters: list[Meter]
     from_ns: int
     to_ns: int
     is_measured: bool
     parts: list[Part]
     counter_mj: int | None
-    """The meter's ``counter_mj`` and ``latest_mj`` before it was cut."""
+    """What ``counter_mj`` and ``latest_mj`` were before the cut."""
     latest_mj: int | None
 
     def join(self) -> None:
-        """Have the meter open as it was before the cut."""
-        self.meter.since_ns = self.from_ns
-        self.meter.counter_mj, self.meter.latest_mj = self.counter_mj, self.latest_mj
+        """Have the meters open as they were before the cut."""
+        for meter in self.meters:
+            meter.since_ns, meter.counter_mj, meter.latest_mj = self.from_ns, self.counter_mj, self.latest_mj
 
 
 Part = tuple[Holder | None, int, int, bool]
 """Who held it (None: none of ours), how much of the meter in thousandths, its energy in mJ, whether others held it."""
+
+
+def cut_together(meters: Iterable[Meter], now: int) -> list[Stretch]:
+    """The stretches of some meters of a node until ``now``; meters next to each other that counted the same have one.
+
+    The devices of a gang's worker are most often alike, so what follows is worked out once for all of them.
+    """
+    stretches: list[Stretch] = []
+    before: tuple[object, ...] | None = None
+    for meter in meters:
+        estimates = meter._estimates()
+        if estimates is not None and estimates == before:
+            meter.since_ns = now
+            stretches[-1].meters.append(meter)
+        elif (stretch := meter.cut(now)) is not None:
+            stretches.append(stretch)
+            before = estimates
+    return stretches
 
 
 def meters_of(node: Node, *, now: int) -> tuple[Meter, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tidemill.core.meter import Stretch, others_on
+from tidemill.core.meter import Stretch, cut_together, others_on
 from tidemill.core.rating import rate_all
 from tidemill.core.world import World
 from tidemill.model.events import LogEntry
@@ -40,10 +40,9 @@ class Outcome:
 
     def cut(self, world: World, node_id: NodeId, meters: Iterable[str]) -> None:
         """Close the open stretches of some meters of a node, because what they count is about to change."""
-        now, known = self.now, world.meters
-        found = (meter.cut(now) for name in meters if (meter := known.get((node_id, name))) is not None)
-        stretches = [stretch for stretch in found if stretch is not None]
-        if stretches:
+        known = world.meters
+        found = [meter for name in meters if (meter := known.get((node_id, name))) is not None]
+        if stretches := cut_together(found, self.now):
             world.on_undo(partial(_join, stretches))
             self.usage += stretches
 

@@ -39,13 +39,13 @@ def rate_all(
     """
     entries: list[Entry] = []
     for stretch in stretches:
-        meter = stretch.meter
+        meter = stretch.meters[0]
         site = site_of(meter.node_id)
         card_id, prices = prices_of(site)
         entries.append(
             Entry(
                 node_id=meter.node_id,
-                meter=meter.name,
+                meters=tuple([each.name for each in stretch.meters]),
                 resource=meter.resource,
                 from_ns=stretch.from_ns,
                 to_ns=stretch.to_ns,

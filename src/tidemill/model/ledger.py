@@ -126,10 +126,13 @@ class Share(Struct, frozen=True, gc=False):
 
 
 class Entry(Struct, frozen=True, kw_only=True, gc=False):
-    """One stretch of one meter in the books: a ledger line for each share, which together are all of the meter."""
+    """One stretch of one meter, or of several that counted the same: for each a ledger line of every share.
+
+    The shares are together all of a meter.
+    """
 
     node_id: NodeId
-    meter: str
+    meters: tuple[str, ...]
     resource: str
     from_ns: int
     to_ns: int
@@ -138,33 +141,37 @@ class Entry(Struct, frozen=True, kw_only=True, gc=False):
     shares: tuple[Share, ...]
 
     def lines(self) -> Iterator[LedgerLine]:
-        """The line of each share."""
-        for share in self.shares:
-            holder = share.holder
-            usage = UsageInterval(
-                node_id=self.node_id,
-                meter=self.meter,
-                resource=self.resource,
-                from_ns=self.from_ns,
-                to_ns=self.to_ns,
-                milli=share.milli,
-                energy_mj=share.used_mj,
-                evidence=self.evidence,
-                launch_id=holder.launch_id if holder else LaunchId(""),
-                attempt_id=holder.attempt_id if holder else AttemptId(""),
-                job_id=holder.job_id if holder else JobId(""),
-                project_id=holder.project_id if holder else ProjectId(""),
-                included=holder.included if holder else False,
-                others=share.others,
-            )
-            yield LedgerLine(
-                id=usage.id,
-                usage=usage,
-                rate_card=self.rate_card,
-                amount_micro=share.amount_micro,
-                energy_mj=share.energy_mj,
-                carbon_mg=share.carbon_mg,
-            )
+        """For each meter the line of each share."""
+        for meter in self.meters:
+            for share in self.shares:
+                yield self._line(meter, share)
+
+    def _line(self, meter: str, share: Share) -> LedgerLine:
+        holder = share.holder
+        usage = UsageInterval(
+            node_id=self.node_id,
+            meter=meter,
+            resource=self.resource,
+            from_ns=self.from_ns,
+            to_ns=self.to_ns,
+            milli=share.milli,
+            energy_mj=share.used_mj,
+            evidence=self.evidence,
+            launch_id=holder.launch_id if holder else LaunchId(""),
+            attempt_id=holder.attempt_id if holder else AttemptId(""),
+            job_id=holder.job_id if holder else JobId(""),
+            project_id=holder.project_id if holder else ProjectId(""),
+            included=holder.included if holder else False,
+            others=share.others,
+        )
+        return LedgerLine(
+            id=usage.id,
+            usage=usage,
+            rate_card=self.rate_card,
+            amount_micro=share.amount_micro,
+            energy_mj=share.energy_mj,
+            carbon_mg=share.carbon_mg,
+        )
 
 
 class Sums(Struct):
@@ -183,7 +190,7 @@ class Ledger(Sequence[LedgerLine]):
     entries: tuple[Entry, ...] = ()
 
     def __len__(self) -> int:
-        return sum(len(entry.shares) for entry in self.entries)
+        return sum(len(entry.meters) * len(entry.shares) for entry in self.entries)
 
     def __iter__(self) -> Iterator[LedgerLine]:
         for entry in self.entries:
@@ -200,15 +207,16 @@ class Ledger(Sequence[LedgerLine]):
         """What the lines of each project add up to; what none of ours held is under the empty id."""
         found: dict[ProjectId, Sums] = {}
         for entry in self.entries:
+            lines = len(entry.meters)
             for share in entry.shares:
                 project = share.holder.project_id if share.holder else ProjectId("")
                 sums = found.get(project)
                 if sums is None:
                     sums = found[project] = Sums()
-                sums.lines += 1
-                sums.amount_micro += share.amount_micro
-                sums.energy_mj += share.energy_mj
-                sums.carbon_mg += share.carbon_mg
+                sums.lines += lines
+                sums.amount_micro += lines * share.amount_micro
+                sums.energy_mj += lines * share.energy_mj
+                sums.carbon_mg += lines * share.carbon_mg
         return found
 
 

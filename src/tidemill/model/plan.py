@@ -101,8 +101,7 @@ class Waiting(Struct, frozen=True, kw_only=True, gc=False):
     reason: Reason
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(Struct, frozen=True, kw_only=True, gc=False):
     """All that one turn decided. ``wake_ns`` is when something could change by itself; zero: never.
 
     ``waiting`` lists only jobs whose reason changed; jobs that stopped waiting are not in it.

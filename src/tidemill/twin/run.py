@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from tidemill.model.events import Fact, NodeJoined, NodeMarked, NodeWentAway, ProjectOpened, QueueSet, Submitted
@@ -12,6 +12,7 @@ from tidemill.model.ids import JobId, PrincipalId, ProjectId, WorkloadId, job_id
 from tidemill.model.job import Workload
 from tidemill.model.plan import Plan
 from tidemill.model.tenant import Project
+from tidemill.model.values import replace
 from tidemill.twin.arrivals import Arrival, Outside, Stream
 from tidemill.twin.cloud import ORGANIZATION, Cloud, Conditions, beginning_of
 from tidemill.twin.machines import Machines, Work
@@ -144,8 +145,9 @@ class _Run:
 
     def _submit(self, item: Arrival, now: int) -> Iterator[Fact]:
         tenant = ProjectId(item.tenant)
-        project = Project(id=tenant, organization_id=ORGANIZATION, name=item.tenant, created_ns=now)
-        yield from self.cloud.open_project(project, now)
+        if not self.cloud.knows(tenant):
+            project = Project(id=tenant, organization_id=ORGANIZATION, name=item.tenant, created_ns=now)
+            yield from self.cloud.open_project(project, now)
         self._count += 1
         workload = Workload(
             id=WorkloadId(item.name or f"wl_{self._count:09x}"),
