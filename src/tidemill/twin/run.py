@@ -20,6 +20,7 @@ from tidemill.twin.measure import Measures, weights_in
 from tidemill.units import DAY_NS
 
 _RARELY: Final = (100_000, 50, 100)
+_OF_THE_FLEET: Final = (NodeJoined, NodeWentAway, NodeMarked)
 GIVE_UP_NS: Final = 30 * DAY_NS
 """How long nothing may start while nothing runs and nothing is to come, before a run is taken to be over."""
 
@@ -74,11 +75,10 @@ class _Run:
         self._advance()
         quiet_since = now
         while True:
-            instants = [self.machines.next_ns(), wake]
-            if self._next is not None:
-                instants.append(self.start_ns + self._next.at_ns)
-            instants = [at for at in instants if at]
-            has_work = self._next is not None or self.machines.next_ns() != 0
+            by_itself = self.machines.next_ns()
+            arrives = self.start_ns + self._next.at_ns if self._next is not None else 0
+            instants = [at for at in (by_itself, arrives, wake) if at]
+            has_work = bool(by_itself) or self._next is not None
             if not instants or not (has_work or self.measures.live_jobs):
                 break
             now = max(min(instants), now)
@@ -113,7 +113,7 @@ class _Run:
             if work is not None and work.lost_ns:
                 self.measures.lost(tenant, work.lost_ns * milli)
         self.machines.obey(plan.commands, now)
-        if any(isinstance(fact, NodeJoined | NodeWentAway | NodeMarked) for fact in inbox):
+        if any(isinstance(fact, _OF_THE_FLEET) for fact in inbox):
             self.measures.fleet_changed()
         if self._watch is not None:
             self._watch(inbox, now, plan)
