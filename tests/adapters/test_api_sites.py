@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.adapters.api_peer import Peer
-from tidemill.model.events import NodeFellSilent, NodeJoined
+from tidemill.core.facts import LEFT
+from tidemill.model.events import NodeFellSilent, NodeJoined, NodeWentAway
 from tidemill.model.fleet import Node, NodeState
 from tidemill.model.ids import NodeId, SiteId
 
@@ -52,6 +53,20 @@ def quoted(peer: Peer, **spec: Any) -> dict[str, Any]:
 def told(answer: dict[str, Any]) -> dict[str, tuple[int, str]]:
     """Rank and reason by site."""
     return {one["site"]: (one["rank"], (one["reason"] or {"code": ""})["code"]) for one in answer["sites"]}
+
+
+def test_a_machine_that_left_is_not_counted(peer: Peer) -> None:
+    def seen() -> tuple[int, int]:
+        status = peer.call("GET", "/v1/status")[1]
+        return status["nodes"], status["cpu_milli"]
+
+    nodes, cpu_milli = seen()
+    node = with_north(peer)
+    assert seen() == (nodes + 1, cpu_milli + node.cpu_milli)
+    peer.plane.tell([NodeWentAway(at_ns=time.time_ns(), node_id=node.id, detail=LEFT)]).result(timeout=30)
+    assert seen() == (nodes, cpu_milli)
+    more = {"guaranteed": {"cpu": cpu_milli / 1000 + 1}}
+    assert peer.call("PUT", "/v1/queues/all", more)[1]["field"] == "queues.all.guaranteed.cpu"
 
 
 def test_a_site_is_described_piece_by_piece(peer: Peer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from tidemill.sdk.results import NodeInfo, Status
 from tidemill.units import MILLI, format_size
 
 NO_GPU = "no GPU found: jobs run on CPU slots"
+_JOINING_S = 20
+HOW_TO_JOIN = "tidemill site token local   says how a machine joins"
 
 
 def up_command(
@@ -76,7 +79,8 @@ def up_command(
     with Ticker("starting the cloud", is_silent=json):
         endpoint = bootstrap.start_daemon(home, given) if is_new else bootstrap.read_endpoint(home)
         with Client(str(endpoint["api_url"]), _own_token(home), retry_for_s=20) as client:
-            status, nodes = client.status(), client.nodes()
+            nodes = _machines(client, wait_s=_JOINING_S if is_new else 0)
+            status = client.status()
     if json:
         emit({**endpoint, "home": str(home), "started": is_new, "status": status.to_json()})
         return
@@ -89,7 +93,18 @@ def up_command(
             ("token", f"{home / 'admin.token'}  {paint('an administrator; keep it to yourself', 'muted')}"),
         ]
     )
-    note("  tidemill run -- echo hello   tidemill quickstart   tidemill doctor")
+    note("  tidemill run -- echo hello   tidemill quickstart   tidemill doctor" if nodes else f"  {HOW_TO_JOIN}")
+
+
+def _machines(client: Client, *, wait_s: float) -> tuple[NodeInfo, ...]:
+    """The machines that there are. With Ray this one joins as any other does, which is waited for."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        nodes = client.nodes()
+        is_joining = all(node.state in ("lost", "silent") for node in nodes)
+        if not is_joining or time.monotonic() >= deadline or not any(site.outposts for site in client.sites()):
+            return nodes
+        time.sleep(0.1)
 
 
 def _own_token(home: Path) -> str | None:
@@ -99,6 +114,8 @@ def _own_token(home: Path) -> str | None:
 
 def machine_rows(nodes: tuple[NodeInfo, ...], status: Status) -> list[tuple[str, str]]:
     """What there is to run on, as names and values."""
+    if not nodes:
+        return [("machines", paint("none has joined yet", "yellow"))]
     devices = Counter(str(device.get("model", "GPU")) for node in nodes for device in node.devices)
     listed = ", ".join(f"{number} × {model}" for model, number in devices.items())
     memory = sum(node.memory_bytes for node in nodes)
@@ -182,10 +199,14 @@ def nodes_command(json: Json = False) -> None:
     if json:
         emit([node.to_json() for node in nodes])
         return
+    if not nodes:
+        say("no machine has joined yet")
+        note(f"  {HOW_TO_JOIN}")
+        return
     headings = ("name", "state", "gpus", "cpu", "memory", "processor", "where", "labels", "taints", "trouble")
     has_sites = len({node.site for node in nodes}) > 1
     table(headings, [(*node_row(node), *_node_notes(node, has_sites)) for node in nodes], flexible=9)
-    if nodes and not any(node.devices for node in nodes):
+    if not any(node.devices for node in nodes):
         note(NO_GPU)
 
 

@@ -446,7 +446,7 @@ def _suggestions(reasons: tuple[Reason, ...]) -> tuple[str, ...]:
         "NoSiteAllowed": "Widen placement.sites, countries or kinds; see tidemill site list.",
         "QueueLimit": "Ask for less, or have the queue's limit raised: tidemill share set.",
         "NoContainerRuntime": "Use env: {python, packages} instead of image, or install podman on a machine.",
-        "NoNodes": "Start a machine: tidemill up.",
+        "NoNodes": "Have a machine join: tidemill site token local says how.",
     }
     return tuple(mends[reason.code] for reason in reasons if reason.code in mends)
 

@@ -18,6 +18,7 @@ from tidemill.control.settings import Settings
 from tidemill.control.siteoptions import sites_open_to
 from tidemill.control.sites import Sites
 from tidemill.control.turns import TurnLoop
+from tidemill.core.facts import has_left
 from tidemill.core.world import World
 from tidemill.errors import NotFound
 from tidemill.model.events import MetersRead
@@ -139,7 +140,7 @@ class Questions:
         for job in world.jobs.copy().values():
             counts[job.state.value] = counts.get(job.state.value, 0) + 1
         fleet = world.fleet
-        nodes = tuple(world.nodes.copy().values())
+        nodes = tuple(node for node in world.nodes.copy().values() if not has_left(node))
         runs = [one.id for one in world.allocations.copy().values() if one.state is AllocationState.ACTIVE]
         has_runners = self._engine is None or self._engine.capabilities.name != "simulated"
         free_gpu = int(fleet.gpu_free.clip(min=0).sum()) if fleet.gpu_free.size else 0

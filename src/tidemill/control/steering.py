@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from tidemill.core.admission import why_never_together
+from tidemill.core.facts import has_left
 from tidemill.core.feasible import model_matches
 from tidemill.core.quota import why_not_tree
 from tidemill.core.world import World
@@ -501,9 +502,11 @@ def check_tree(
 
 
 def capacity_of(nodes: Iterable[Node]) -> dict[str, int]:
-    """What machines have together, by device model, ``cpu`` and ``memory``."""
+    """What machines have together, by device model, ``cpu`` and ``memory``; those that left the cloud have nothing."""
     found: dict[str, int] = {}
     for node in nodes:
+        if has_left(node):
+            continue
         found[CPU] = found.get(CPU, 0) + node.cpu_milli
         found[MEMORY] = found.get(MEMORY, 0) + node.memory_bytes
         for device in node.devices:

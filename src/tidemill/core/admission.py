@@ -158,9 +158,10 @@ def _nowhere_allowed(fleet: FleetArrays, shape: Shape) -> Reason | None:
     for key, value in shape.labels:
         known = sorted({found for node in fleet.nodes for name, found in node.labels if name == key})
         if not any(is_met(has, value) for has in known):
-            have = ", ".join(sorted({one for has in known for one in has.split("|")})) or "no node has that label"
-            sentence = f"No machine has the label {key}={value}; there is {have}."
-            return _never("NoNodeWithLabel", f"placement.labels.{key}", value, have, sentence)
+            have = ", ".join(sorted({one for has in known for one in has.split("|")}))
+            instead = f"there is {have}" if have else f"none has a label {key}"
+            sentence = f"No machine has the label {key}={value}; {instead}."
+            return _never("NoNodeWithLabel", f"placement.labels.{key}", value, have or "no such label", sentence)
     if shape.machine and not fitting(fleet, shape).nodes.any():
         sentence = f"What it mounts is on {shape.machine}, which is not there or may not have it."
         return _never("NoNodeWithVolume", "volumes", shape.machine, "none", sentence)

@@ -5,10 +5,11 @@ written, its value and the mend. ``spec_to_json`` is its inverse. Types are stri
 """
 
 from tidemill.wire.checks import MAX_BYTES, MAX_DURATION_NS, Refusal
+from tidemill.wire.parts import default_retry
 from tidemill.wire.reading import read_request, read_spec
 from tidemill.wire.scheduling import Moment, instant_text, length_of, moment_of
 from tidemill.wire.schema import json_schema, spec_reference_markdown
-from tidemill.wire.sections import WorkloadSpecIn, default_retry
+from tidemill.wire.workload import WorkloadSpecIn
 from tidemill.wire.writing import gpus_text, resources_json, spec_to_json
 
 __all__ = [

@@ -13,35 +13,35 @@ from pydantic import BaseModel, ValidationError
 from tidemill.errors import InvalidSpec
 from tidemill.model.spec import WorkloadSpec
 from tidemill.wire.checks import MAX_ERRORS, shown
-from tidemill.wire.sections import (
+from tidemill.wire.contradictions import contradictions
+from tidemill.wire.parts import (
     AlternativeIn,
     ArrayIn,
-    CanaryIn,
     CheckpointIn,
     DataIn,
     EnvironmentIn,
     GroupIn,
-    HoursIn,
-    LivenessIn,
     ModelIn,
-    PlacementIn,
-    PriceIn,
-    ReadinessIn,
     ResourcesIn,
     RetryIn,
+    SlurmIn,
+    VolumeIn,
+)
+from tidemill.wire.placement import PlacementIn
+from tidemill.wire.section import fields_of, invalid, problem
+from tidemill.wire.service import (
+    CanaryIn,
+    HoursIn,
+    LivenessIn,
+    PriceIn,
+    ReadinessIn,
     RollbackIn,
     RolloutIn,
     ScalingIn,
     ServiceIn,
-    SlurmIn,
     TimeoutsIn,
-    VolumeIn,
-    WorkloadSpecIn,
-    contradictions,
-    fields_of,
-    invalid,
-    problem,
 )
+from tidemill.wire.workload import WorkloadSpecIn
 
 
 def read_spec(given: object, default_name: str, *, now: int | None = None) -> WorkloadSpec:

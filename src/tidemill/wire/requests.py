@@ -30,7 +30,7 @@ from tidemill.wire.checks import (
 from tidemill.wire.fields import check_model, gpus_of
 from tidemill.wire.reading import plain
 from tidemill.wire.scheduling import Moment, flag_of, length_of, moment_of
-from tidemill.wire.sections import TEXT, StrictSection, counted, problem, taking
+from tidemill.wire.section import TEXT, StrictSection, counted, problem, taking
 from tidemill.wire.writing import milli_json, size_json
 
 Request = TypeVar("Request", bound=BaseModel)

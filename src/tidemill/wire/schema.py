@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from tidemill.wire.reading import SECTIONS
-from tidemill.wire.sections import WorkloadSpecIn, fields_of
+from tidemill.wire.section import fields_of
+from tidemill.wire.workload import WorkloadSpecIn
 
 
 def json_schema() -> dict[str, Any]:

@@ -10,10 +10,10 @@ from tidemill.guards import reading as guards
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Dependency, DependsOn, Kind, Pace, Placement, Port, Service, Tier, WorkloadSpec
 from tidemill.units import MILLI, SECOND_NS, USD_MICRO
+from tidemill.wire.parts import default_retry
 from tidemill.wire.rolling import rolling_json
 from tidemill.wire.scaling import scaling_json
 from tidemill.wire.scheduling import instant_text
-from tidemill.wire.sections import default_retry
 
 _DEFAULT_RESOURCES: Final = Resources()
 _DEFAULT_GRACE_NS: Final = 10 * SECOND_NS
