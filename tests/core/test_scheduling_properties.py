@@ -365,7 +365,7 @@ def a_reservation_is_free_for_its_owner(setting: Setting) -> None:
     owner = yard.submit(
         spec(8, nodes=len(nodes), tier=Tier.RESERVED, reservation="own"), runs_s=lasts + 30, project="p0"
     )
-    ask_all(yard, setting.history)
+    ask_all(yard, tuple(ask for ask in setting.history if ask.tier is not Tier.RESERVED))  # those may come before it
     yard.run()
     opens = START + begins * SECOND_NS
     assert opens <= yard.started[owner][0] <= opens + 5 * SECOND_NS
@@ -851,3 +851,11 @@ def test_lines_passed_over_under_an_old_plan_are_tried_under_the_new_one() -> No
         ask(8, 0, runs_s=7),
     ]
     nobody_waits_while_there_is_room(Setting(("large",) * 2, tree, tuple(history)))
+
+
+def test_whoever_waited_for_the_last_window_is_tried_when_it_is_over() -> None:
+    known: dict[str, Any] = {"priority": 0, "user": "u"}
+    waits = Ask(gpus=1, nodes=2, nodes_min=0, runs_s=38, limit_s=0, tier=Tier.ON_DEMAND, project="p0", at_s=25, **known)
+    late = Ask(gpus=8, nodes=3, nodes_min=1, runs_s=92, limit_s=130, tier=Tier.SPOT, project="p1", at_s=138, **known)
+    setting = Setting(("large",), (), (waits, late), order="least-attained", window=(0, 84, 55, 0))
+    nobody_waits_while_there_is_room(setting)

@@ -90,10 +90,14 @@ def _release_suspect(world: World, node_id: NodeId, out: Outcome) -> None:
 
 
 def _open_window(world: World, reservation_id: ReservationId, out: Outcome) -> None:
-    """A reservation's window opens: what is on its nodes and not of it has to go. Then its next edge is awaited."""
+    """A reservation's window opens: what is on its nodes and not of it has to go; or it is over, and they are open to
+    all. Then its next edge is awaited."""
     reservation = world.reservations.get(reservation_id)
-    window = reservation.window(after=out.now) if reservation is not None else None
-    if reservation is None or window is None:
+    if reservation is None:
+        return
+    world.reopen()
+    window = reservation.window(after=out.now)
+    if window is None:
         return
     if window[0] <= out.now:
         for node in reservation.node_ids:
@@ -105,7 +109,6 @@ def _open_window(world: World, reservation_id: ReservationId, out: Outcome) -> N
         world.set_timer(window[1], "window", reservation.id)
     else:
         world.set_timer(window[0], "window", reservation.id)
-    world.reopen()
 
 
 def _cut_long_stretches(world: World, out: Outcome) -> None:
