@@ -19,7 +19,7 @@ from tidemill.core.copying import Copies, data_key
 from tidemill.core.feasible import Shape, fitting
 from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.held import HeldArrays
-from tidemill.core.meter import Holder, Meter, meters_held, meters_of, shares_of
+from tidemill.core.meter import Meter, meters_held, meters_of, shares_of
 from tidemill.core.ordering import Forgets, JobFacts, Learns, OrderPolicy
 from tidemill.core.place import Kept, Placed, gang_of, want_of
 from tidemill.core.plugins import FAIR, order_named, score_named
@@ -46,7 +46,7 @@ from tidemill.model.ids import (
     WorkloadId,
 )
 from tidemill.model.job import Allocation, AllocationState, Attempt, AttemptState, Job, JobState, Workload
-from tidemill.model.ledger import RateCard
+from tidemill.model.ledger import Holder, RateCard
 from tidemill.model.plan import Change, Reason
 from tidemill.model.policy import Policy
 from tidemill.model.queue import CPU, GPU, MEMORY, Queue, QueueUsage
@@ -789,7 +789,7 @@ class World:
         self.metered_ns = now
 
     def watch_meters(self, meters: list[Meter]) -> None:
-        """Remember some meters as they are before they are cut, read or noted on."""
+        """Remember some meters as they are before they are read or noted on."""
         readings = [
             (meter, meter.since_ns, meter.counter_mj, meter.latest_mj, meter.read_ns, meter.others_milli)
             for meter in meters
