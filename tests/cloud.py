@@ -51,6 +51,8 @@ class Cloud:
         """Is called with method, path, body, status and answer of each request that was answered."""
         self.gpus = ""
         """What services of the fault cases ask for of its GPUs, where it has some."""
+        self.environment: dict[str, str] = {}
+        """What the daemon is started with besides the environment of the tests, each time."""
 
     def up(self, *, under: tuple[str, ...] = ()) -> None:
         """Start the daemon, under another program when given, and wait until it answers or ended."""
@@ -67,8 +69,9 @@ class Cloud:
         self.home.mkdir(exist_ok=True, mode=0o700)
         with (self.home / "control.log").open("ab") as output:
             self.process = subprocess.Popen(
-                command, stdout=output, stderr=output, pass_fds=(writing,), start_new_session=True
-            )
+                command, stdout=output, stderr=output, pass_fds=(writing,), start_new_session=True,
+                env=os.environ | self.environment,
+            )  # fmt: skip
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
             pipe.read()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tidemill.engines.slurmcommands import SlurmCommands
 from tidemill.engines.slurmending import Ending, of_sacct, of_scontrol
+from tidemill.errors import EngineLost
 from tidemill.model.job import Cause
 
 LINE = (
@@ -55,3 +59,38 @@ def test_what_the_accounting_says_is_read() -> None:
     never = of_sacct("work|CANCELLED by 0|0:0|0|00:00:00|None assigned", "7", "work")
     assert never is not None
     assert never.nodes == ""
+
+
+def scancel(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have that be found as scancel from now on."""
+    program = folder / "scancel"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o700)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["exit 229", "echo 'scancel: error: Kill job error on job id 7: Invalid job id specified' >&2; exit 1"],
+    ids=["while Slurm clears up after it", "when it is known no more"],
+)
+def test_a_job_that_is_over_may_be_ended_again(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What scancel 22.05 says when a job ended between the list and the signal."""
+    scancel(tmp_path, script, monkeypatch)
+    SlurmCommands().terminate("7")
+    SlurmCommands().cancel("7")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "echo 'scancel: error: Kill job error on job id 7: Job can not be altered now, try again later' >&2; exit 228",
+        "echo 'scancel: error: Kill job error on job id 7: Unable to contact slurm controller' >&2; exit 1",
+        "kill -9 $$",
+    ],
+    ids=["it is between two states", "nobody answers", "scancel itself was killed"],
+)
+def test_a_signal_that_did_not_arrive_is_told(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scancel(tmp_path, script, monkeypatch)
+    with pytest.raises(EngineLost):
+        SlurmCommands().terminate("7")

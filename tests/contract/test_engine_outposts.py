@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,9 +17,10 @@ import pytest
 
 from tests.adapters.local_bench import local_bench
 from tidemill.control.outposts import Mailbox, SiteEngine
-from tidemill.errors import EngineLost
+from tidemill.errors import EngineLost, EngineRefused
 from tidemill.model.fleet import Outpost
 from tidemill.model.ids import NodeId, OutpostId, SiteId
+from tidemill.model.plan import LaunchSpec
 from tidemill.outpost.carrying import carry_out
 from tidemill.outpost.link import Link
 from tidemill.ports import Engine
@@ -102,6 +105,28 @@ def test_nothing_is_said_of_an_outpost_that_does_not_answer(tmp_path: Path) -> N
 
 def bench_launch() -> Any:
     return "run_a-0-1-0"
+
+
+class FullDisk:
+    """An engine whose machine has no room to write a launch down; nothing else is asked of it."""
+
+    def launch(self, spec: LaunchSpec) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"/launches/{spec.launch_id}")
+
+
+def test_a_launch_that_a_full_disk_stops_may_be_tried_again_and_a_file_that_is_not_there_is_refused(
+    tmp_path: Path,
+) -> None:
+    engine: Any = FullDisk()
+    with local_bench(tmp_path) as bench:
+        launched = carry_out(engine, EngineCall(number=1, method="launch", spec=bench.spec("true")))
+    assert launched.outcome == EngineLost.code, launched
+    assert "No space left" in launched.detail
+    missing = tmp_path / "missing"
+    read = carry_out(engine, EngineCall(number=2, method="read", path=str(missing), size=1))
+    assert (read.outcome, read.detail) == (
+        EngineRefused.code, f"{missing} cannot be read: No such file or directory",
+    )  # fmt: skip
 
 
 def test_an_outpost_speaks_for_its_own_machines_only() -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -98,6 +99,10 @@ def _there(cluster: Cluster) -> frozenset[NodeId]:
         return frozenset()
 
 
+def _is_over(engine: RayEngine, launch_id: LaunchId) -> bool:
+    return state(engine, launch_id) is not ObservedState.ALIVE
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_contract(check: Callable[[EngineBench], None], cluster: Cluster) -> None:
     check(cluster.bench())
@@ -154,7 +159,7 @@ def test_a_gang_holds_room_in_ray_until_it_is_forgotten(cluster: Cluster) -> Non
     ]  # fmt: skip
     for spec in specs:
         engine.stop(spec.launch_id, node_id=spec.node_id, grace_ns=0)
-        eventually(lambda: state(engine, spec.launch_id) is not ObservedState.ALIVE, what="it is over")  # noqa: B023
+        eventually(partial(_is_over, engine, spec.launch_id), what="it is over")
         engine.forget(spec.launch_id, node_id=spec.node_id)
     left = [group for group in placement_group_table().values() if group["name"] == "gang-run_gang-0-1"]
     assert all(group["state"] == "REMOVED" for group in left)
@@ -176,7 +181,7 @@ def test_what_runs_outlives_its_agent_and_its_raylet(cluster: Cluster) -> None:
     time.sleep(0.3)
     assert bench.starts(spec) == 1
     engine.stop(spec.launch_id, node_id=B, grace_ns=0)
-    eventually(lambda: state(engine, spec.launch_id) is not ObservedState.ALIVE, what="it is over")
+    eventually(partial(_is_over, engine, spec.launch_id), what="it is over")
 
 
 def test_a_machine_that_is_not_there_is_no_failure(cluster: Cluster) -> None:

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from hypothesis.errors import HypothesisException
 
 from tests.core.history import OPS, History, Op
-from tidemill.core import ending, facts, rating, scheduling, starting
+from tidemill.core import ending, facts, rating, scheduling, starting, world
 from tidemill.core.fleetarrays import FleetArrays
-from tidemill.core.meter import Meter
+from tidemill.core.meter import Meter, Part, Stretch
 from tidemill.core.queueing import WaitingLines
 from tidemill.core.quota import QuotaTree
 from tidemill.core.world import World
 from tidemill.model.fleet import Site
-from tidemill.model.ledger import RateCard, UsageInterval
+from tidemill.model.ledger import Holder, Ledger, RateCard
 from tidemill.model.values import replace
 
 
@@ -71,17 +71,20 @@ def starts_half_gangs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leaves_idle_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = Meter.cut
-    monkeypatch.setattr(Meter, "cut", lambda self, now: tuple(i for i in cut(self, now) if not i.is_idle))
+    def parts(self: Meter, since: int, now: int, measured: int | None) -> list[Part]:
+        return [part for part in original(self, since, now, measured) if part[0] is not None or part[3]]
+
+    original = Meter._parts
+    monkeypatch.setattr(Meter, "_parts", parts)
 
 
 def counts_a_stretch_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut(self: Meter, now: int) -> tuple[UsageInterval, ...]:
+    def cut(self: Meter, now: int) -> Stretch | None:
         before = self.since_ns
-        intervals = original(self, now)
+        stretch = original(self, now)
         if self.holders:
             self.since_ns = before
-        return intervals
+        return stretch
 
     original = Meter.cut
     monkeypatch.setattr(Meter, "cut", cut)
@@ -141,7 +144,10 @@ def forgets_the_fleet_when_undoing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def does_not_bump_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(World, "_next_version", lambda self, entity: entity.version)
+    def keeps_version(value: Any, **changes: Any) -> Any:
+        return replace(value, **{name: change for name, change in changes.items() if name != "version"})
+
+    monkeypatch.setattr(world, "replace", keeps_version)
 
 
 def starts_without_cutting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,20 +242,24 @@ def test_measured_energy_is_shared_out_to_the_last_millijoule(energy: int, share
     for index, milli in enumerate(shares):
         meter.holders[f"l{index}"] = _holder(milli)  # type: ignore[index]
     meter.read(5 + energy, now=start + 10)
-    assert sum(interval.energy_mj for interval in meter.cut(start + 10)) == energy
+    stretch = meter.cut(start + 10)
+    assert stretch is not None
+    assert sum(used for _, _, used, _ in stretch.parts) == energy
 
 
 def _holder(milli: int) -> Any:
-    from tidemill.core.meter import Holder
-
-    return Holder(milli, "a", "j", "p", False)  # type: ignore[arg-type]
+    return Holder(milli, "l", "a", "j", "p")  # type: ignore[arg-type]
 
 
 def test_the_books_price_pue_and_carbon() -> None:
     site = Site(id="s", name="s", kind="onprem", engine="local", pue_milli=1500, carbon_mg_per_kwh=400_000)  # type: ignore[arg-type]
-    usage = UsageInterval(node_id="n", meter="cpu", resource="cpu", from_ns=0, to_ns=3600 * 10**9, milli=2000, energy_mj=3_600_000_000, evidence="estimated", launch_id="l")  # type: ignore[arg-type]  # fmt: skip
+    meter = Meter("n", "cpu", "cpu", 2_000, 0, 500_000, 0)  # type: ignore[arg-type]
+    meter.holders["l"] = _holder(2_000)  # type: ignore[index]
+    stretch = meter.cut(3_600 * 10**9)
+    assert stretch is not None
     from tidemill.model.ledger import Rate
 
     card = RateCard(id="r", rates=(Rate(resource="cpu", micro_per_hour=44_625, source=""),))
-    [line] = rating.rate_all([usage], lambda _site: (card.id, card.by_resource()), lambda _node: site)
+    entries = rating.rate_all([stretch], lambda _site: (card.id, card.by_resource()), lambda _node: site)
+    [line] = Ledger(tuple(entries))
     assert (line.amount_micro, line.energy_mj, line.carbon_mg) == (89_250, 5_400_000_000, 600_000)

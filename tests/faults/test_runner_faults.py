@@ -408,6 +408,7 @@ def test_a_full_disk_is_named_and_heals(tmp_path: Path) -> None:
             exited = bench.control.wait_for_event(spec.launch_id, "exited")
             assert exited["cause"] == "storage_full", exited
             assert bench.control.record(spec.launch_id).complete
+            eventually(lambda: state(engine, spec.launch_id) in OVER, what="its runner is gone and frees nothing more")
             with suppress(OSError):
                 filler.write_bytes(bytes(10_000_000))
             late = bench.spec(BEGIN)

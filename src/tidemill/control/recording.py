@@ -107,8 +107,8 @@ def decisions(plan: Plan) -> Iterator[Decision]:
     for waiting in plan.waiting:
         yield Decision(waiting.job_id, "waits", waiting.reason.code)
     if plan.ledger:
-        amount = sum(line.amount_micro for line in plan.ledger)
-        energy = sum(line.energy_mj for line in plan.ledger)
+        sums = plan.ledger.sums().values()
+        amount, energy = sum(one.amount_micro for one in sums), sum(one.energy_mj for one in sums)
         yield Decision(JobId(""), "books", f"{amount} micro-USD, {energy} mJ, {len(plan.ledger)} lines")
 
 

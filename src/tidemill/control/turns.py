@@ -289,7 +289,7 @@ class TurnLoop:
                     epoch=self._epoch,
                     changes=plan.changes,
                     log=plan.log,
-                    ledger=plan.ledger,
+                    ledger=tuple(plan.ledger),
                     waiting=plan.waiting,
                     idempotency=idempotency,
                 )

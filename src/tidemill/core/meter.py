@@ -12,28 +12,22 @@ is not heard of keeps its counters: its stretches stay open until it tells them,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
+
+from msgspec import Struct
 
 from tidemill.model.fleet import Node
-from tidemill.model.ids import AttemptId, JobId, LaunchId, NodeId, ProjectId
+from tidemill.model.ids import LaunchId, NodeId
 from tidemill.model.job import Allocation
-from tidemill.model.ledger import CPU_METER, Evidence, UsageInterval
+from tidemill.model.ledger import CPU_METER, Holder
 from tidemill.units import MILLI, MINUTE_NS, SECOND_NS
 
 _BLIND_NS: Final = MINUTE_NS
 """Counters are read every few seconds where they are read at all."""
-
-
-class Holder(NamedTuple):
-    """Who holds part of a meter."""
-
-    milli: int
-    attempt_id: AttemptId
-    job_id: JobId
-    project_id: ProjectId
-    included: bool
+_MILLI_SECOND: Final = MILLI * SECOND_NS
+"""Milli-units x milliwatts x ns in a millijoule. Both ends of a stretch are divided by it, so that pieces add up."""
 
 
 @dataclass(slots=True)
@@ -75,77 +69,100 @@ class Meter:
         """Whether its counter was read before, and not for so long that nothing follows for the time since."""
         return self.counter_mj is not None and now - self.read_ns > _BLIND_NS
 
-    def cut(self, now: int) -> list[UsageInterval]:
-        """The intervals from ``since_ns`` until ``now``, after which the meter is open from ``now``.
+    def cut(self, now: int) -> Stretch | None:
+        """The stretch from ``since_ns`` until ``now``, after which the meter is open from ``now``.
 
-        Nothing when no time has passed. What a counter that was not read for long says later is of this stretch and of
+        None when no time has passed. What a counter that was not read for long says later is of this stretch and of
         the next one, nobody knows how much of which: both are estimated.
         """
-        since = self.since_ns
+        since, counter, latest = self.since_ns, self.counter_mj, self.latest_mj
         if now <= since:
-            return []
+            return None
         if self.awaits_reading(now):
             self.counter_mj = self.latest_mj = None
+        self.since_ns = now
         measured = None
         if self.counter_mj is not None and self.latest_mj is not None and self.latest_mj >= self.counter_mj:
             measured = self.latest_mj - self.counter_mj
-        evidence = Evidence.ESTIMATED if measured is None else Evidence.MEASURED
-        intervals, left_mj, left_milli = [], measured or 0, self.capacity_milli
-        for launch, holder in self.holders.items():
+        self.counter_mj = self.latest_mj
+        parts = self._parts(since, now, measured)
+        return Stretch([self], since, now, measured is not None, parts, counter, latest)
+
+    def _estimates(self) -> tuple[object, ...] | None:
+        """All that its next stretch is estimated from; None when a counter has a say."""
+        if self.latest_mj is not None or self.counter_mj is not None:
+            return None
+        power, holders = (self.capacity_milli, self.idle_mw, self.busy_mw), tuple(self.holders.values())
+        return self.since_ns, holders, self.others_milli, self.resource, power
+
+    def _parts(self, since: int, now: int, measured: int | None) -> list[Part]:
+        parts: list[Part] = []
+        left_mj, left_milli = measured or 0, self.capacity_milli
+        for holder in self.holders.values():
+            milli = holder.milli
             if measured is None:
-                energy = _telescoped(self.busy_mw * holder.milli, MILLI * SECOND_NS, since, now)
+                rate = self.busy_mw * milli
+                energy = rate * now // _MILLI_SECOND - rate * since // _MILLI_SECOND
             else:
-                energy = left_mj * holder.milli // max(left_milli, 1)
+                energy = left_mj * milli // max(left_milli, 1)
                 left_mj -= energy
-            left_milli -= holder.milli
-            intervals.append(
-                UsageInterval(
-                    node_id=self.node_id,
-                    meter=self.name,
-                    resource=self.resource,
-                    from_ns=since,
-                    to_ns=now,
-                    milli=holder.milli,
-                    energy_mj=energy,
-                    evidence=evidence,
-                    launch_id=launch,
-                    attempt_id=holder.attempt_id,
-                    job_id=holder.job_id,
-                    project_id=holder.project_id,
-                    included=holder.included,
-                )
-            )
+            left_milli -= milli
+            parts.append((holder, milli, energy, False))
+        if left_milli <= 0:
+            return parts
         theirs = max(0, min(self.others_milli, left_milli))
         for milli, is_others, power in ((theirs, True, self.busy_mw), (left_milli - theirs, False, self.idle_mw)):
             if milli <= 0:
                 continue
             if measured is None:
-                energy = _telescoped(power * milli, MILLI * SECOND_NS, since, now)
+                rate = power * milli
+                energy = rate * now // _MILLI_SECOND - rate * since // _MILLI_SECOND
             else:
                 energy = left_mj * milli // left_milli
                 left_mj -= energy
             left_milli -= milli
-            intervals.append(
-                UsageInterval(
-                    node_id=self.node_id,
-                    meter=self.name,
-                    resource=self.resource,
-                    from_ns=since,
-                    to_ns=now,
-                    milli=milli,
-                    energy_mj=energy,
-                    evidence=evidence,
-                    others=is_others,
-                )
-            )
-        self.since_ns = now
-        self.counter_mj = self.latest_mj
-        return intervals
+            parts.append((None, milli, energy, is_others))
+        return parts
 
 
-def _telescoped(rate: int, divisor: int, from_ns: int, to_ns: int) -> int:
-    """``rate * (to - from) / divisor`` in integers that add up the same wherever a stretch is cut."""
-    return rate * to_ns // divisor - rate * from_ns // divisor
+class Stretch(Struct, frozen=True, gc=False):
+    """What a meter counted between two cuts, in parts that are all of it. Several ``meters`` counted the same, each."""
+
+    meters: list[Meter]
+    from_ns: int
+    to_ns: int
+    is_measured: bool
+    parts: list[Part]
+    counter_mj: int | None
+    """What ``counter_mj`` and ``latest_mj`` were before the cut."""
+    latest_mj: int | None
+
+    def join(self) -> None:
+        """Have the meters open as they were before the cut."""
+        for meter in self.meters:
+            meter.since_ns, meter.counter_mj, meter.latest_mj = self.from_ns, self.counter_mj, self.latest_mj
+
+
+Part = tuple[Holder | None, int, int, bool]
+"""Who held it (None: none of ours), how much of the meter in thousandths, its energy in mJ, whether others held it."""
+
+
+def cut_together(meters: Iterable[Meter], now: int) -> list[Stretch]:
+    """The stretches of some meters of a node until ``now``; meters next to each other that counted the same have one.
+
+    The devices of a gang's worker are most often alike, so what follows is worked out once for all of them.
+    """
+    stretches: list[Stretch] = []
+    before: tuple[object, ...] | None = None
+    for meter in meters:
+        estimates = meter._estimates()
+        if estimates is not None and estimates == before:
+            meter.since_ns = now
+            stretches[-1].meters.append(meter)
+        elif (stretch := meter.cut(now)) is not None:
+            stretches.append(stretch)
+            before = estimates
+    return stretches
 
 
 def meters_of(node: Node, *, now: int) -> tuple[Meter, ...]:
@@ -184,10 +201,11 @@ def shares_of(allocation: Allocation) -> list[tuple[str, Holder]]:
 
     The processors that come with a GPU are included in the GPU's price; alone, they are paid for.
     """
-    attempt, job, project = allocation.attempt_id, allocation.job_id, allocation.project_id
+    launch, attempt, job, project = allocation.id, allocation.attempt_id, allocation.job_id, allocation.project_id
     of_device: dict[str, int] = {}
     for share in allocation.devices:
         of_device[share.device_id] = of_device.get(share.device_id, 0) + share.milli
-    shares = [(CPU_METER, Holder(allocation.cpu_milli, attempt, job, project, bool(of_device)))]
-    shares += [(device, Holder(milli, attempt, job, project, False)) for device, milli in of_device.items()]
+    shares = [(CPU_METER, Holder(allocation.cpu_milli, launch, attempt, job, project, bool(of_device)))]
+    alike = {milli: Holder(milli, launch, attempt, job, project) for milli in set(of_device.values())}
+    shares += [(device, alike[milli]) for device, milli in of_device.items()]
     return shares

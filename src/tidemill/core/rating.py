@@ -9,11 +9,12 @@ rate card of its own, and one with a tariff charges the electricity that work to
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
+from tidemill.core.meter import Stretch
 from tidemill.model.fleet import HOURS_OF_DAY, Site
 from tidemill.model.ids import NodeId
-from tidemill.model.ledger import LedgerLine, Rate, RateCard, UsageInterval
+from tidemill.model.ledger import Entry, Evidence, Rate, RateCard, Share
 from tidemill.units import HOUR_NS, KILOWATT_HOUR_MJ, MILLI
 
 
@@ -28,35 +29,47 @@ def card_of(card: RateCard, site: Site) -> RateCard:
 
 
 def rate_all(
-    usages: Sequence[UsageInterval],
+    stretches: Iterable[Stretch],
     prices_of: Callable[[Site], tuple[str, Mapping[str, int]]],
     site_of: Callable[[NodeId], Site],
-) -> list[LedgerLine]:
-    """The priced line of each interval. Idle time costs nothing, and what another line includes its electricity only.
+) -> list[Entry]:
+    """Each stretch priced. Idle time costs nothing, and what another line includes its electricity only.
 
     ``prices_of`` gives a site's rate card: its id, and the price of a unit-hour of each resource.
     """
-    lines: list[LedgerLine] = []
-    for usage in usages:
-        site = site_of(usage.node_id)
+    entries: list[Entry] = []
+    for stretch in stretches:
+        meter = stretch.meters[0]
+        site = site_of(meter.node_id)
         card_id, prices = prices_of(site)
-        energy = usage.energy_mj * site.pue_milli // MILLI
-        is_free = not usage.launch_id or usage.included
-        price = 0 if is_free else prices.get(usage.resource, 0)
-        amount = price and amount_micro(price, usage.milli, usage.from_ns, usage.to_ns)
-        if site.tariff_micro_per_kwh and usage.launch_id:
-            amount += electricity_micro(energy, site)
-        lines.append(
-            LedgerLine(
-                id=usage.id,
-                usage=usage,
+        entries.append(
+            Entry(
+                node_id=meter.node_id,
+                meters=tuple([each.name for each in stretch.meters]),
+                resource=meter.resource,
+                from_ns=stretch.from_ns,
+                to_ns=stretch.to_ns,
+                evidence=Evidence.MEASURED if stretch.is_measured else Evidence.ESTIMATED,
                 rate_card=card_id,
-                amount_micro=amount,
-                energy_mj=energy,
-                carbon_mg=carbon_over(energy, site, usage.from_ns, usage.to_ns),
+                shares=_shares(stretch, site, prices.get(meter.resource, 0)),
             )
         )
-    return lines
+    return entries
+
+
+def _shares(stretch: Stretch, site: Site, price: int) -> tuple[Share, ...]:
+    from_ns, to_ns = stretch.from_ns, stretch.to_ns
+    pue, tariff = site.pue_milli, site.tariff_micro_per_kwh
+    shares: list[Share] = []
+    for holder, milli, used, others in stretch.parts:
+        energy, amount = used * pue // MILLI, 0
+        if holder is not None:
+            if price and not holder.included:
+                amount = amount_micro(price, milli, from_ns, to_ns)
+            if tariff:
+                amount += electricity_micro(energy, site)
+        shares.append(Share(holder, milli, others, used, amount, energy, carbon_over(energy, site, from_ns, to_ns)))
+    return tuple(shares)
 
 
 def amount_micro(micro_per_hour: int, milli: int, from_ns: int, to_ns: int) -> int:

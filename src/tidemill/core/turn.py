@@ -20,6 +20,7 @@ from tidemill.model.events import Fact
 from tidemill.model.fleet import NodeState
 from tidemill.model.ids import JobId, LaunchId, NodeId, ReservationId
 from tidemill.model.job import AllocationState, Cause, JobState
+from tidemill.model.ledger import Ledger
 from tidemill.model.plan import Plan, Stop
 from tidemill.model.policy import Policy
 
@@ -41,7 +42,7 @@ def turn(world: World, inbox: Sequence[Fact], *, now: int, policy: Policy) -> Pl
     return Plan(
         changes=world.changes(),
         log=tuple(out.log),
-        ledger=tuple(out.ledger),
+        ledger=Ledger(tuple(out.ledger)),
         waiting=tuple(out.waiting),
         commands=tuple(out.commands),  # ⑤ launch, stop, forget
         wake_ns=_next_wake(world, policy),

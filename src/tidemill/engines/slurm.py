@@ -142,13 +142,13 @@ class SlurmEngine:
                 return
             if read_json(folder.spec) is None:
                 folder.write_spec({**dataclasses.asdict(spec), "runner": self._runner_settings(spec)})
+            ranks = range(len(spec.gang))
+            gang = [self._folder(_sibling(spec.launch_id, rank)) for rank in ranks] or [folder]
+            if all(one.spec.exists() for one in gang):
+                with self._submitting[crc32(gang[0].path.name.encode()) % len(self._submitting)]:
+                    self._submit(spec, gang)
         except OSError as error:
             raise EngineLost(f"the launch could not be written down: {error.strerror}: {error.filename}") from error
-        ranks = range(len(spec.gang))
-        gang = [self._folder(_sibling(spec.launch_id, rank)) for rank in ranks] or [folder]
-        if all(one.spec.exists() for one in gang):
-            with self._submitting[crc32(gang[0].path.name.encode()) % len(self._submitting)]:
-                self._submit(spec, gang)
 
     def stop(self, launch_id: LaunchId, *, node_id: NodeId, grace_ns: int) -> None:  # noqa: ARG002 - ids are enough
         """Have a worker signalled, and killed with all it started after the grace; remembered when unknown."""

@@ -18,6 +18,8 @@ from tidemill.errors import EngineLost, EngineRefused
 _FORM: Final = "%A|%T|%N|%C|%D|%m|%b|%r|%j"
 _ASKED_S: Final = 30.0
 _UNKNOWN_JOB: Final = "Invalid job id specified"
+_OVER: Final = ("", _UNKNOWN_JOB)
+"""What scancel says of a job that has ended: nothing while Slurm clears up after it, later that it knows none."""
 _UNREACHABLE: Final = ("Unable to contact slurm controller", "Connection refused", "timed out", "Socket timed out")
 
 
@@ -31,10 +33,10 @@ class SlurmCommands:
         return answer.strip().partition(";")[0]
 
     def cancel(self, job: str) -> None:
-        self._ask("scancel", job)
+        self._ask("scancel", job, ignored=_OVER)
 
     def terminate(self, job: str) -> None:
-        self._ask("scancel", "--batch", "--signal=TERM", job)
+        self._ask("scancel", "--batch", "--signal=TERM", job, ignored=_OVER)
 
     def jobs(self, name: str = "") -> tuple[SlurmJob, ...]:
         options = [f"--name={name}"] if name else []
@@ -63,8 +65,8 @@ class SlurmCommands:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _ask(self, *command: str, input_text: str | None = None) -> str:
-        """What the command printed. Raises: EngineLost, EngineRefused as Slurm says."""
+    def _ask(self, *command: str, input_text: str | None = None, ignored: tuple[str, ...] = ()) -> str:
+        """What the command printed. Raises: EngineLost, EngineRefused as Slurm says, but for reasons ``ignored``."""
         try:
             done = subprocess.run(
                 command, input=input_text, env=surroundings(), capture_output=True, text=True,
@@ -78,7 +80,7 @@ class SlurmCommands:
         except subprocess.TimeoutExpired:
             raise EngineLost(f"{command[0]} did not answer within {_ASKED_S:g} s") from None
         said = done.stderr.strip().removeprefix(f"{command[0]}: error: ")
-        if not done.returncode:
+        if not done.returncode or (done.returncode > 0 and said.rpartition(": ")[2] in ignored):
             return done.stdout
         if command[0] != "sbatch" or any(sign in said for sign in _UNREACHABLE):
             raise EngineLost(f"{command[0]}: {said}")

@@ -20,8 +20,7 @@ from tidemill.model.rollout import Rollout, RolloutState
 from tidemill.model.tenant import Project
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submitted:
+class Submitted(Struct, frozen=True, kw_only=True, gc=False):
     """A workload was submitted; its jobs follow from its spec."""
 
     at_ns: int
@@ -73,8 +72,7 @@ class RolloutMoved:
     by: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class Prepared(Struct, frozen=True, kw_only=True, gc=False):
     """A launch's runner is there and prepares the worker's environment."""
 
     at_ns: int
@@ -82,8 +80,7 @@ class Prepared:
     fence: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Started:
+class Started(Struct, frozen=True, kw_only=True, gc=False):
     """A worker's process runs. ``isolation`` lists what it really has, as ``name=value``."""
 
     at_ns: int
@@ -103,8 +100,7 @@ class Became:
     endpoint: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exited:
+class Exited(Struct, frozen=True, kw_only=True, gc=False):
     """A worker ended and is gone. ``cause`` says why when it is not its own exit status.
 
     ``cpu_used_ns`` is the CPU time it used in all.
@@ -224,8 +220,7 @@ class SiteSet:
     site: Site
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpointed:
+class Checkpointed(Struct, frozen=True, kw_only=True, gc=False):
     """A worker's job wrote a checkpoint: what it did until ``at_ns`` is not lost if it is displaced now."""
 
     at_ns: int

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, overload
 
 from msgspec import Struct
 
@@ -95,6 +96,128 @@ class LedgerLine(Struct, frozen=True, kw_only=True, gc=False):
     amount_micro: int
     energy_mj: int
     carbon_mg: int
+
+
+class Holder(Struct, frozen=True, gc=False):
+    """Which worker holds ``milli`` thousandths of a meter, and for whom."""
+
+    milli: int
+    launch_id: LaunchId
+    attempt_id: AttemptId
+    job_id: JobId
+    project_id: ProjectId
+    included: bool = False
+    """The price is part of another line of the same worker (the CPUs that come with a GPU)."""
+
+
+class Share(Struct, frozen=True, gc=False):
+    """What one holder had of a stretch of a meter, priced. Without a ``holder`` nobody had it, or ``others`` had.
+
+    ``used_mj`` is the meter's energy, ``energy_mj`` that with the site's PUE.
+    """
+
+    holder: Holder | None
+    milli: int
+    others: bool
+    used_mj: int
+    amount_micro: int
+    energy_mj: int
+    carbon_mg: int
+
+
+class Entry(Struct, frozen=True, kw_only=True, gc=False):
+    """One stretch of one meter, or of several that counted the same: for each a ledger line of every share.
+
+    The shares are together all of a meter.
+    """
+
+    node_id: NodeId
+    meters: tuple[str, ...]
+    resource: str
+    from_ns: int
+    to_ns: int
+    evidence: Evidence
+    rate_card: str
+    shares: tuple[Share, ...]
+
+    def lines(self) -> Iterator[LedgerLine]:
+        """For each meter the line of each share."""
+        for meter in self.meters:
+            for share in self.shares:
+                yield self._line(meter, share)
+
+    def _line(self, meter: str, share: Share) -> LedgerLine:
+        holder = share.holder
+        usage = UsageInterval(
+            node_id=self.node_id,
+            meter=meter,
+            resource=self.resource,
+            from_ns=self.from_ns,
+            to_ns=self.to_ns,
+            milli=share.milli,
+            energy_mj=share.used_mj,
+            evidence=self.evidence,
+            launch_id=holder.launch_id if holder else LaunchId(""),
+            attempt_id=holder.attempt_id if holder else AttemptId(""),
+            job_id=holder.job_id if holder else JobId(""),
+            project_id=holder.project_id if holder else ProjectId(""),
+            included=holder.included if holder else False,
+            others=share.others,
+        )
+        return LedgerLine(
+            id=usage.id,
+            usage=usage,
+            rate_card=self.rate_card,
+            amount_micro=share.amount_micro,
+            energy_mj=share.energy_mj,
+            carbon_mg=share.carbon_mg,
+        )
+
+
+class Sums(Struct):
+    """What some ledger lines add up to."""
+
+    lines: int = 0
+    amount_micro: int = 0
+    energy_mj: int = 0
+    carbon_mg: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger(Sequence[LedgerLine]):
+    """The lines that a turn adds to the books, each made when it is looked at: who wants sums only has them without."""
+
+    entries: tuple[Entry, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(len(entry.meters) * len(entry.shares) for entry in self.entries)
+
+    def __iter__(self) -> Iterator[LedgerLine]:
+        for entry in self.entries:
+            yield from entry.lines()
+
+    @overload
+    def __getitem__(self, index: int) -> LedgerLine: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[LedgerLine, ...]: ...
+    def __getitem__(self, index: int | slice) -> LedgerLine | tuple[LedgerLine, ...]:
+        return tuple(self)[index]
+
+    def sums(self) -> dict[ProjectId, Sums]:
+        """What the lines of each project add up to; what none of ours held is under the empty id."""
+        found: dict[ProjectId, Sums] = {}
+        for entry in self.entries:
+            lines = len(entry.meters)
+            for share in entry.shares:
+                project = share.holder.project_id if share.holder else ProjectId("")
+                sums = found.get(project)
+                if sums is None:
+                    sums = found[project] = Sums()
+                sums.lines += lines
+                sums.amount_micro += lines * share.amount_micro
+                sums.energy_mj += lines * share.energy_mj
+                sums.carbon_mg += lines * share.carbon_mg
+        return found
 
 
 class TokenUsage(Struct, frozen=True, kw_only=True, gc=False):

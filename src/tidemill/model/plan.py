@@ -12,7 +12,7 @@ from tidemill.model.events import LogEntry
 from tidemill.model.fleet import DeliveryMark, Node
 from tidemill.model.ids import JobId, LaunchId, NodeId, ProjectId
 from tidemill.model.job import Allocation, Attempt, Job, Workload
-from tidemill.model.ledger import LedgerLine
+from tidemill.model.ledger import Ledger
 from tidemill.model.queue import Queue, QueueUsage
 from tidemill.model.registry import Model, ModelVersion
 from tidemill.model.reservation import Reservation
@@ -101,8 +101,7 @@ class Waiting(Struct, frozen=True, kw_only=True, gc=False):
     reason: Reason
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(Struct, frozen=True, kw_only=True, gc=False):
     """All that one turn decided. ``wake_ns`` is when something could change by itself; zero: never.
 
     ``waiting`` lists only jobs whose reason changed; jobs that stopped waiting are not in it.
@@ -110,7 +109,7 @@ class Plan:
 
     changes: tuple[Change, ...] = ()
     log: tuple[LogEntry, ...] = ()
-    ledger: tuple[LedgerLine, ...] = ()
+    ledger: Ledger = Ledger()
     waiting: tuple[Waiting, ...] = ()
     commands: tuple[Command, ...] = ()
     wake_ns: int = 0

@@ -1,8 +1,8 @@
 """One way to make a changed copy of any value of the model.
 
 Most values are frozen dataclasses. Those that are made by the million (jobs, attempts, allocations, usage, ledger
-lines, log entries, changes, commands) are msgspec structs: just as frozen, compared and printed the same, five times
-cheaper to make and thirty times cheaper to copy with a change.
+lines, log entries, changes, commands, what workers report) are msgspec structs: just as frozen, compared and printed
+the same, five times cheaper to make and thirty times cheaper to copy with a change.
 """
 
 from __future__ import annotations

@@ -40,9 +40,6 @@ def carry_out(engine: Engine, call: EngineCall) -> EngineAnswer:
         return EngineAnswer(
             number=call.number, outcome=error.code, detail=error.detail, field=error.field, mend=error.mend
         )
-    except OSError as error:
-        detail = f"{call.path} cannot be read: {error.strerror or error}"
-        return EngineAnswer(number=call.number, outcome=EngineRefused.code, detail=detail)
     except Exception as error:
         log.exception("%s failed", call.method)
         detail = f"{type(error).__name__}: {error}"
@@ -51,7 +48,10 @@ def carry_out(engine: Engine, call: EngineCall) -> EngineAnswer:
 
 
 def _read(call: EngineCall) -> bytes:
-    """Part of a file of a data set that this machine has."""
-    with Path(call.path).open("rb") as file:
-        file.seek(call.offset)
-        return file.read(min(call.size, MOST_READ))
+    """Part of a file of a data set that this machine has. Raises: EngineRefused when it cannot be read."""
+    try:
+        with Path(call.path).open("rb") as file:
+            file.seek(call.offset)
+            return file.read(min(call.size, MOST_READ))
+    except OSError as error:
+        raise EngineRefused(f"{call.path} cannot be read: {error.strerror or error}") from error

@@ -43,7 +43,7 @@ def deliver(folder: LaunchFolder, spec: Mapping[str, Any]) -> None:
     """Nothing, when everything was told, or is not wanted any more; the launch's lock is held meanwhile."""
     try:
         _Delivery(folder, spec).run()
-    except Exception:  # noqa: BLE001 - it would be so each time
+    except (OSError, ValueError, LookupError, TypeError):  # its files are not as they should be, and never will be
         traceback.print_exc()
     with contextlib.suppress(OSError):
         folder.reports.unlink(missing_ok=True)

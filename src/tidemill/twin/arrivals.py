@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from tidemill.model.events import Fact
 from tidemill.model.spec import WorkloadSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(Struct, frozen=True, gc=False):
     """A workload at the door. Times in ns, ``at_ns`` since the run began.
 
     ``duration_ns`` is how long each of its jobs truly runs with all its workers, at the speed of its first choice;

@@ -104,9 +104,13 @@ class Cloud:
         self._fleet_size = len(world.nodes)
         self._organizations = {project.id: project.organization_id for project in beginning.projects}
 
+    def knows(self, tenant: ProjectId) -> bool:
+        """Whether a tenant was there at the start or became known since."""
+        return tenant in self._organizations
+
     def open_project(self, project: Project, now: int) -> list[Fact]:
         """The facts that make a tenant known; none when it is already."""
-        if project.id in self._organizations:
+        if self.knows(project.id):
             return []
         self._organizations[project.id] = project.organization_id
         return [ProjectOpened(at_ns=now, project=project)]

@@ -200,19 +200,18 @@ class Measures:
             elif kind is Attempt and after.state is AttemptState.ENDING and after.cause is Cause.PREEMPTED:  # type: ignore[union-attr]
                 self.preemptions += 1
                 self._jobs[after.job_id].tenant.preempted += 1  # type: ignore[union-attr]
-        for line in plan.ledger:
-            self.ledger_lines += 1
-            self.energy_mj += line.energy_mj
-            self.carbon_mg += line.carbon_mg
-            project = line.usage.project_id
+        for project, sums in plan.ledger.sums().items():
+            self.ledger_lines += sums.lines
+            self.energy_mj += sums.energy_mj
+            self.carbon_mg += sums.carbon_mg
             if not project:
-                self.idle_energy_mj += line.energy_mj
+                self.idle_energy_mj += sums.energy_mj
                 continue
-            self.amount_micro += line.amount_micro
+            self.amount_micro += sums.amount_micro
             who = self.tenant(project)
-            who.amount_micro += line.amount_micro
-            who.energy_mj += line.energy_mj
-            who.carbon_mg += line.carbon_mg
+            who.amount_micro += sums.amount_micro
+            who.energy_mj += sums.energy_mj
+            who.carbon_mg += sums.carbon_mg
         return ended
 
     def fleet_changed(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from tidemill.model.events import Fact, NodeJoined, NodeMarked, NodeWentAway, ProjectOpened, QueueSet, Submitted
@@ -12,6 +12,7 @@ from tidemill.model.ids import JobId, PrincipalId, ProjectId, WorkloadId, job_id
 from tidemill.model.job import Workload
 from tidemill.model.plan import Plan
 from tidemill.model.tenant import Project
+from tidemill.model.values import replace
 from tidemill.twin.arrivals import Arrival, Outside, Stream
 from tidemill.twin.cloud import ORGANIZATION, Cloud, Conditions, beginning_of
 from tidemill.twin.machines import Machines, Work
@@ -19,6 +20,7 @@ from tidemill.twin.measure import Measures, weights_in
 from tidemill.units import DAY_NS
 
 _RARELY: Final = (100_000, 50, 100)
+_OF_THE_FLEET: Final = (NodeJoined, NodeWentAway, NodeMarked)
 GIVE_UP_NS: Final = 30 * DAY_NS
 """How long nothing may start while nothing runs and nothing is to come, before a run is taken to be over."""
 
@@ -73,11 +75,10 @@ class _Run:
         self._advance()
         quiet_since = now
         while True:
-            instants = [self.machines.next_ns(), wake]
-            if self._next is not None:
-                instants.append(self.start_ns + self._next.at_ns)
-            instants = [at for at in instants if at]
-            has_work = self._next is not None or self.machines.next_ns() != 0
+            by_itself = self.machines.next_ns()
+            arrives = self.start_ns + self._next.at_ns if self._next is not None else 0
+            instants = [at for at in (by_itself, arrives, wake) if at]
+            has_work = bool(by_itself) or self._next is not None
             if not instants or not (has_work or self.measures.live_jobs):
                 break
             now = max(min(instants), now)
@@ -112,7 +113,7 @@ class _Run:
             if work is not None and work.lost_ns:
                 self.measures.lost(tenant, work.lost_ns * milli)
         self.machines.obey(plan.commands, now)
-        if any(isinstance(fact, NodeJoined | NodeWentAway | NodeMarked) for fact in inbox):
+        if any(isinstance(fact, _OF_THE_FLEET) for fact in inbox):
             self.measures.fleet_changed()
         if self._watch is not None:
             self._watch(inbox, now, plan)
@@ -144,8 +145,9 @@ class _Run:
 
     def _submit(self, item: Arrival, now: int) -> Iterator[Fact]:
         tenant = ProjectId(item.tenant)
-        project = Project(id=tenant, organization_id=ORGANIZATION, name=item.tenant, created_ns=now)
-        yield from self.cloud.open_project(project, now)
+        if not self.cloud.knows(tenant):
+            project = Project(id=tenant, organization_id=ORGANIZATION, name=item.tenant, created_ns=now)
+            yield from self.cloud.open_project(project, now)
         self._count += 1
         workload = Workload(
             id=WorkloadId(item.name or f"wl_{self._count:09x}"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from tidemill.catalog import carbon_intensity, country_codes, own_prices, rate_card
@@ -16,6 +16,7 @@ from tidemill.model.ids import ProjectId, QueueId, SiteId, queue_id
 from tidemill.model.policy import Policy
 from tidemill.model.queue import Queue
 from tidemill.model.tenant import Project
+from tidemill.model.values import replace
 from tidemill.twin.arrivals import Arrival, Outside, Stream
 from tidemill.twin.cloud import ORGANIZATION, Conditions
 from tidemill.twin.fleet import parse_fleet

@@ -149,7 +149,8 @@ def _never_restarted_by_us(found: Evidence) -> Iterable[str]:
     """I5: no job is tried again of which nothing was killed, nor without saying so."""
     for job_id, job in found.jobs.items():
         if job_id not in found.may_restart and job["attempts"] > 1:
-            yield f"I5: {job_id} was healthy and was started {job['attempts']} times"
+            ends = [f"{one['cause']} ({one['detail']})" for one in job.get("attempt_list", ()) if one.get("cause")]
+            yield f"I5: {job_id} was healthy and was started {job['attempts']} times: {'; '.join(ends)}"
     attempts: dict[str, set[int]] = defaultdict(set)
     for life in found.lives:
         attempts[life.job].add(life.fence)

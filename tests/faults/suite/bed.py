@@ -40,6 +40,7 @@ class Bed:
         self.cloud.heard = lambda *told: self.record.heard(*told)
         self._driver = namespaces.standin_driver(folder / "driver")
         self.cloud.gpus = "0.1" if self._driver else ""
+        self.cloud.environment = self.devices("head")
         self.machines: dict[str, Path] = {}
         self.killed: set[str] = set()
         """Jobs of which something was killed on purpose, which so may be tried again."""
@@ -63,7 +64,7 @@ class Bed:
     def up(self, *, env: dict[str, str] | None = None, under: tuple[str, ...] = ()) -> float:
         """Start the control plane; how many seconds that took."""
         began = time.monotonic()
-        with environment(self.devices("head") | (env or {})):
+        with environment(env or {}):
             self.cloud.up(under=under)
         return time.monotonic() - began
 
@@ -164,7 +165,7 @@ class Bed:
         joining.join(home, made["token"], asked)
         self.start_agent(home, env=env)
         self.machines[name] = home
-        eventually(lambda: self.node(name).get("state") == "ready", within_s=60, what=f"{name} is ready")
+        self.await_ready(name, within_s=60)
         self.record.add("node", self.node(name))
         return home
 
@@ -183,6 +184,21 @@ class Bed:
         """What workers wrote down, of one job or of all."""
         found = journal.lives([self.cloud.home, *self.machines.values()])
         return [life for life in found if life.job == job_id or not job_id]
+
+    def begun(self, job_id: str, *, times: int = 1, within_s: float = 20) -> list[journal.Life]:
+        """What workers wrote down of a job, once it began so many times."""
+        found: list[journal.Life] = []
+
+        def look() -> bool:
+            found[:] = self.lives(job_id)
+            return len(found) >= times
+
+        eventually(look, within_s=within_s, what=f"{job_id} began {times} times")
+        return found
+
+    def await_ready(self, name: str, *, within_s: float = 40) -> None:
+        """Wait until that machine is ready."""
+        eventually(lambda: self.node(name).get("state") == "ready", within_s=within_s, what=f"{name} is ready")
 
     def finish(self, *job_ids: str, within_s: float = 60) -> None:
         """Wait until those jobs are over."""

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from tests.cloud import eventually
@@ -26,7 +27,7 @@ def _runs_after_restart(bed: Bed, job_id: str) -> float:
     """Seconds from the restart until the job's worker was started, by its own journal."""
     began_ns = time.monotonic_ns()
     bed.up()
-    lives = eventually(lambda: bed.lives(job_id), within_s=READY_S + 20, what="its worker began")
+    lives = bed.begun(job_id, within_s=READY_S + 20)
     return max(0.0, (lives[0].began_ns - began_ns) / 1e9)
 
 
@@ -72,7 +73,7 @@ def allocated(beds: Beds) -> str:
         began = time.monotonic()
         bed.up()
         job_id = job_id or bed.submit(bed.witness(f"w{nth}", gpus=GPUS), key=f"k{nth}")
-        eventually(lambda: bed.lives(job_id), within_s=READY_S + 20, what="its worker began")  # noqa: B023
+        bed.begun(job_id, within_s=READY_S + 20)
         took.append(time.monotonic() - began)
         bed.finish(job_id)
         assert [life.fence for life in bed.lives(job_id)] == [1]
@@ -97,7 +98,7 @@ def sent(beds: Beds) -> str:
         killer.arm(nth)
         spec, key = bed.witness(f"w{nth}", lines=60, gpus=GPUS), f"k{nth}"
         job_id = bed.submit_surely(spec, key=key)
-        eventually(lambda: bed.revive() or bed.lives(job_id), within_s=30, what="it died, or the job began")  # noqa: B023
+        eventually(partial(_died_or_began, bed, job_id), within_s=30, what="it died, or the job began")
         killer.disarm()
         bed.revive()
         bed.govern(f"w{-nth}")
@@ -119,6 +120,11 @@ STEPS: tuple[tuple[Role, Call, int], ...] = (
     ("runner", "send", 5),
 )
 """Who is killed at what, and how many of the places are taken in a round that does not take all. A runner syncs nothing."""
+
+
+def _died_or_began(bed: Bed, job_id: str) -> bool:
+    """Whether the control plane died, and was started again, or the job began."""
+    return bed.revive() or bool(bed.lives(job_id))
 
 
 @case(

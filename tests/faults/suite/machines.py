@@ -76,7 +76,7 @@ def stopped_runner(beds: Beds) -> str:
     for with_agent in (False, True):
         job_id = bed.submit(bed.witness(f"held{with_agent:d}", lines=1600, gpus=GPUS, retry=3))
         bed.cloud.wait(job_id, "running")
-        eventually(lambda: bed.lives(job_id), within_s=20, what="it began")  # noqa: B023
+        bed.begun(job_id)
         home = homes[bed.cloud.job(job_id)["workers"][0]["node"]]
         spec = json.loads((home / "local" / "launches" / _launch(job_id) / "spec.json").read_text())
         stood = [runner_of(home, job_id), *([running_pid(home), running_pid(alone)] if with_agent else [])]
@@ -84,7 +84,7 @@ def stopped_runner(beds: Beds) -> str:
         began = time.monotonic()
         for pid in stood:
             os.kill(pid, signal.SIGSTOP)
-        eventually(lambda: len(bed.lives(job_id)) == 2, within_s=90, what="it was started again")  # noqa: B023
+        bed.begun(job_id, times=2, within_s=90)
         took = time.monotonic() - began
         late = _say_late(bed, spec)
         for pid in stood:
@@ -94,7 +94,7 @@ def stopped_runner(beds: Beds) -> str:
         gap = (second.began_ns - first.last_ns) / 1e9
         assert gap > 0, gap
         assert late == [(409, "fenced")] * 2, late
-        eventually(lambda: bed.node(home.name)["state"] == "ready", within_s=40, what="it is back")  # noqa: B023
+        bed.await_ready(home.name)
         assert first.launch not in bed.running()
         job = bed.cloud.job(job_id)
         assert (job["state"], job["attempts"]) == ("running", 2), job
@@ -104,7 +104,7 @@ def stopped_runner(beds: Beds) -> str:
         )
         bed.stop(job_id)
         bed.finish(job_id)
-    eventually(lambda: bed.node(alone.name)["state"] == "ready", within_s=40, what="the agent alone is back")
+    bed.await_ready(alone.name)
     job = bed.cloud.job(kept)
     assert (job["state"], job["attempts"]) == ("running", 1), job
     bed.stop(kept)
@@ -182,7 +182,8 @@ def long_cut(beds: Beds) -> str:
     jobs.append(bed.submit(stubborn | {"run": f"trap '' TERM\n{stubborn['run']}"}))
     for job_id in jobs:
         bed.cloud.wait(job_id, "running")
-    eventually(lambda: all(bed.lives(job_id) for job_id in jobs), within_s=20, what="they began")
+    for job_id in jobs:
+        bed.begun(job_id)
     bed.join("near", site="edge")
     bed.killed |= set(jobs)
     cut_ns = time.monotonic_ns()
@@ -200,7 +201,7 @@ def long_cut(beds: Beds) -> str:
     link.reset()
     healed = time.monotonic()
     old = {first.launch for first, _ in pairs}
-    eventually(lambda: bed.node("far")["state"] == "ready", within_s=10, what="it is back")
+    bed.await_ready("far", within_s=10)
     eventually(lambda: not old & set(bed.running()), within_s=10, what="nothing of the first ones lives")
     eventually(lambda: not _launches(far), within_s=10, what="their machine has nothing of them any more")
     back = time.monotonic() - healed
@@ -250,7 +251,7 @@ def one_way(beds: Beds) -> str:
     link.heal()
     link.reset()
     healed = time.monotonic()
-    eventually(lambda: bed.node("far")["state"] == "ready", within_s=40, what="it is back")
+    bed.await_ready("far")
     back = time.monotonic() - healed
     bed.finish(waiting)
     changes = _changes(bed, "far")[before:]
@@ -312,7 +313,7 @@ def cancelled(beds: Beds) -> str:
         job_id = bed.submit(bed.witness(f"again{delay_ms}", lines=600, gpus=GPUS, retry=5, checkpoint={"grace": "1s"}))
         bed.cloud.wait(job_id, "running")
         bed.killed.add(job_id)
-        eventually(lambda: bed.lives(job_id), within_s=20, what="it began")  # noqa: B023
+        bed.begun(job_id)
         os.kill(runner_of(home, job_id), signal.SIGKILL)
         time.sleep(delay_ms / 1000)
         if delay_ms == 60:

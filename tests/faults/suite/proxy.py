@@ -75,7 +75,7 @@ class Link:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open.add(writer)
         there_writer: asyncio.StreamWriter | None = None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, asyncio.CancelledError):  # only the end of the link cancels it
             await self._up.wait()
             there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._target)
             self._open.add(there_writer)
