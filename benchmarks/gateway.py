@@ -44,13 +44,14 @@ _MOST_SLOTS: Final = 65_536
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """How much of each part: rounds and seconds of load, streams at once, clients that leave, seconds of overload,
-    requests that are metered, streams open at once, starts from nothing.
+    """How much of each part: rounds and seconds of load, streams at once and turns of these, clients that leave,
+    seconds of overload, requests that are metered, streams open at once, starts from nothing.
     """
 
     rounds: int = 5
     seconds: float = 4.0
     streams: int = 256
+    turns: int = 5
     trials: int = 200
     overload: float = 15.0
     requests: int = 10_000
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="cpu: rounds")
     parser.add_argument("--seconds", type=float, help="cpu: of load, each")
     parser.add_argument("--streams", type=int, help="paced: at once")
+    parser.add_argument("--turns", type=int, help="paced: of each contender")
     parser.add_argument("--trials", type=int, help="gone: clients, in all phases together")
     parser.add_argument("--overload", type=float, help="overload: seconds")
     parser.add_argument("--requests", type=int, help="metering: requests")
@@ -111,7 +113,7 @@ def _measured(part: str, cloud: Ours, wide: Service, sizes: Sizes, rivals: str) 
             quick = ",".join(name for name in rivals.split(",") if name != "litellm")
             with _contenders(cloud, wide, quick) as all_of_them:
                 direct = replace(wide.contender(), name="direct", pid=0)
-                return paced.measure(direct, all_of_them, streams=sizes.streams, rounds=6)
+                return paced.measure(direct, all_of_them, streams=sizes.streams, turns=sizes.turns)
         case "gone":
             with cloud.service("narrow", concurrency=_SLOTS) as narrow:
                 return gone.measure(cloud, wide, narrow, slots=_SLOTS, trials=sizes.trials)

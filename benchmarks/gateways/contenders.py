@@ -70,11 +70,15 @@ def started(command: list[str], log: Path, **environment: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def nginx(folder: Path, upstream: int) -> Iterator[Contender]:
-    """nginx as a reverse proxy that passes streams on as they come."""
+    """nginx as a reverse proxy that passes streams on as they come.
+
+    It has a folder of its own: what it keeps bodies in is given to its worker's user, and closed to all others.
+    """
     program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
         raise FileNotFoundError("nginx is not installed: apt-get install nginx-light")
-    port = free_port()
+    port, folder = free_port(), folder / "nginx"
+    folder.mkdir(exist_ok=True)
     (folder / "nginx.conf").write_text(f"""
         daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/nginx.err;
         events {{ worker_connections 4096; }}
@@ -98,31 +102,28 @@ def nginx(folder: Path, upstream: int) -> Iterator[Contender]:
 
 
 @contextlib.contextmanager
-def vllm_router(folder: Path, upstream: int) -> Iterator[Contender]:
-    """vLLM's router, round robin."""
+def _router(name: str, folder: Path, *command: str, upstream: int, level: str) -> Iterator[Contender]:
+    """A router in Rust, round robin: both have the same options."""
     port = free_port()
-    command = [
-        str(installed("routers", *ROUTERS) / "vllm-router"), "--worker-urls", f"http://127.0.0.1:{upstream}",
-        "--policy", "round_robin", "--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port()),
-        "--log-level", "warning",
+    options = [
+        "--worker-urls", f"http://127.0.0.1:{upstream}", "--policy", "round_robin", "--host", "127.0.0.1",
+        "--port", str(port), "--prometheus-port", str(free_port()), "--log-level", level,
     ]  # fmt: skip
-    with started(command, folder / "vllm.log") as pid:
-        until_answers(port, "", "vllm-router", folder / "vllm.log", pid=pid)
-        yield Contender("vllm_router", port, "", pid)
+    log = folder / f"{name}.log"
+    with started([str(installed("routers", *ROUTERS) / command[0]), *command[1:], *options], log) as pid:
+        until_answers(port, "", name, log, pid=pid)
+        yield Contender(name, port, "", pid)
 
 
-@contextlib.contextmanager
-def sglang_router(folder: Path, upstream: int) -> Iterator[Contender]:
-    """SGLang's router, round robin."""
-    port = free_port()
-    command = [
-        str(installed("routers", *ROUTERS) / "python"), "-m", "sglang_router.launch_router", "--worker-urls",
-        f"http://127.0.0.1:{upstream}", "--policy", "round_robin", "--host", "127.0.0.1", "--port", str(port),
-        "--prometheus-port", str(free_port()), "--log-level", "warn",
-    ]  # fmt: skip
-    with started(command, folder / "sglang.log") as pid:
-        until_answers(port, "", "sglang-router", folder / "sglang.log", pid=pid)
-        yield Contender("sglang_router", port, "", pid)
+def vllm_router(folder: Path, upstream: int) -> contextlib.AbstractContextManager[Contender]:
+    """vLLM's router."""
+    return _router("vllm_router", folder, "vllm-router", upstream=upstream, level="warning")
+
+
+def sglang_router(folder: Path, upstream: int) -> contextlib.AbstractContextManager[Contender]:
+    """SGLang's router."""
+    command = ("python", "-m", "sglang_router.launch_router")
+    return _router("sglang_router", folder, *command, upstream=upstream, level="warn")
 
 
 @contextlib.contextmanager

@@ -58,6 +58,9 @@ def run_foreground(home: Path, overrides: Mapping[str, Any], *, ready: Any = Non
         settings = load_settings(home, overrides)
         api_socket = stack.enter_context(_listening(settings.host, settings.port, "--port"))
         settings = replace(settings, port=api_socket.getsockname()[1])
+        if not settings.gateway_port:  # any: chosen here, so that all its workers have it and everybody is told
+            with _listening(settings.host, 0, "--gateway-port") as free:
+                settings = replace(settings, gateway_port=free.getsockname()[1])
         gateway = _Gateway(settings)
         stack.callback(gateway.close)
         if not gateway.is_adopted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,11 +16,16 @@ from pathlib import Path
 import msgspec
 import orjson
 import pytest
+import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidemill.gateway.books import Books, Refused
-from tidemill.gateway.metering import StreamMeter, Usage, WholeMeter, prepared, tokens_in, tokens_of
+from tidemill.gateway.metering import StreamMeter, Usage, WholeMeter, prepared, tokens_in, told_in
+from tidemill.gateway.server import Gateway
+from tidemill.gateway.table import read_feed
+
+from .test_gateway import PEPPER, feed_of, request
 
 USAGE = '"usage":{"prompt_tokens":7,"completion_tokens":%d,"prompt_tokens_details":{"cached_tokens":4}}'
 
@@ -123,12 +129,51 @@ def test_tokens_are_read_from_every_shape_and_from_both_ends_of_long_answers() -
         assert tokens_in(wrong) is None
     usage = (USAGE % 5).encode()
     text = b'{"choices":[{"text":"' + b'\\"usage\\":{}' * 10 + b'"}],%b}'
-    assert tokens_of(text % usage) == (7, 5)
+    assert told_in(text % usage) == (7, 5, 4)
     for filled in (b"{%b," % usage + b'"x":"' + b"y" * 90_000 + b'"}', b'{"x":"' + b"y" * 90_000 + b'",%b}' % usage):
         for size in (1_000, 16_384, 50_000):
             meter = WholeMeter()
             assert b"".join(meter.feed(filled[at : at + size]) for at in range(0, len(filled), size)) == filled
             assert meter.reported == (7, 5)
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_what_a_replica_has_sent_is_metered_when_the_client_goes_also_what_nobody_has_read(
+    tmp_path: Path, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    event = b'data: {"choices":[{"delta":{"content":"w"}}]}\n\n'
+    piece = b"%x\r\n%b\r\n" % (len(event), event)
+
+    async def scene() -> list[Usage]:
+        loop, entered = asyncio.get_running_loop(), list[Usage]()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setblocking(False)
+            books = Books(tmp_path)
+            gateway = Gateway(pepper=PEPPER, own_token=str, hosts=frozenset({b"localhost"}), books=books)
+            gateway.adopt(read_feed(feed_of({"m": [f"http://127.0.0.1:{listener.getsockname()[1]}"]})))
+            server = await loop.create_server(gateway.connection, "127.0.0.1", 0)
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.write(request({"model": "m", "stream": True}))
+            replica, _ = await loop.sock_accept(listener)
+            with replica:
+                replica.setblocking(False)
+                await loop.sock_recv(replica, 65536)
+                head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+                await loop.sock_sendall(replica, head + piece)
+                await reader.readuntil(event)
+                replica.send(piece * 3)  # it is in the gateway's socket now, and no turn of the loop has come since
+                next(iter(gateway.connections)).abort()
+            writer.close()
+            server.close()
+            books.write()
+            books.on_entered = entered.extend
+            ledger = Ledger()
+            await ledger.take_all(books)
+        return entered
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        (usage,) = runner.run(scene())
+    assert (usage.completion_tokens, usage.is_estimated) == (4, True)
 
 
 # The books

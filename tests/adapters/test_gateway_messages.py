@@ -14,9 +14,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tidemill.core import tokens
-from tidemill.gateway import messages, server
-from tidemill.gateway.messages import ChunkedBody, Malformed, chunk, cut_head, end_to_end, read_request, read_response
-from tidemill.gateway.server import Connection, Gateway
+from tidemill.gateway import connection, messages
+from tidemill.gateway.connection import Connection
+from tidemill.gateway.messages import (
+    ChunkedBody,
+    Malformed,
+    Repeated,
+    chunk,
+    cut_head,
+    end_to_end,
+    read_request,
+    read_response,
+    take_response,
+)
+from tidemill.gateway.server import Gateway
 from tidemill.gateway.table import read_feed
 
 PEPPER = bytes(32)
@@ -92,6 +103,55 @@ def answers(pieces: list[bytes]) -> bytes:
     return asyncio.run(scene())
 
 
+_SAID = (
+    b"POST /v1/x HTTP/1.1\r\nHost: h\r\nContent-LENGTH: \t17\r\nX-Request-Id: a\r\nCookie: content-length: 5\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _SAID + b"body",
+        _SAID.replace(b"17", b"5") + b"body",
+        _SAID.replace(b"17", b"999999999999999"),
+        _SAID.replace(b"17", b"1234567890123456"),
+        _SAID.replace(b"17", b"1x"),
+        _SAID.replace(b"17", b"-1"),
+        _SAID.replace(b"17", b""),
+        _SAID.replace(b"17", b"17\r\nContent-Length: 18"),
+        _SAID.replace(b"17", b"17,18"),
+        _SAID.replace(b"h\r", b"g\r"),
+        _SAID[:-2],
+        _SAID[:30],
+        b"",
+    ],
+)
+def test_a_head_that_comes_again_is_read_as_if_it_was_new_or_not_known(data: bytes) -> None:
+    again = Repeated(_SAID, read_request(_SAID))
+    end = again.end_in(data)
+    if end:
+        head, rest = cut_head(data) or (b"", b"")
+        assert data[end:] == rest
+        assert again.head == read_request(head)
+    else:
+        assert not re.fullmatch(re.escape(_SAID).replace(b"17", rb"[0-9]{1,15}") + b"body", data), "it is the same"
+
+
+def test_heads_of_answers_are_read_once_unless_they_hold_what_is_one_clients_own() -> None:
+    for header, is_kept in (
+        (b"Content-Type: text/plain", True),
+        (b"Set-Cookie: a=b", False),
+        (b"X: " + b"y" * 4000, False),
+    ):
+        said = b"HTTP/1.1 200 OK\r\n%b\r\nContent-Length: 2\r\n\r\nok" % header
+        one, other = take_response(said), take_response(said)
+        assert one is not None
+        assert other is not None
+        assert one == other
+        assert one[1] == b"ok"
+        assert (one[0] is other[0]) is is_kept
+
+
 def split(data: bytes, places: list[int]) -> list[bytes]:
     cuts = sorted({place % (len(data) + 1) for place in places})
     return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
@@ -136,7 +196,7 @@ def test_the_property_above_notices_a_reader_that_depends_on_packets(monkeypatch
             raise Malformed(431, "The header is too large.")
         return (head + ending, rest) if ending else None
 
-    monkeypatch.setattr(server, "cut_head", careless)
+    monkeypatch.setattr(connection, "cut_head", careless)
     with pytest.raises(AssertionError):
         test_the_answers_do_not_depend_on_how_the_bytes_arrive()
 

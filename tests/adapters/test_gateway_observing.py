@@ -6,17 +6,15 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.adapters.test_gateway import GATEWAY, USER, Rig, eventually, get, live, parse, request
 from tidemill.gateway.books import Books
-from tidemill.gateway.metrics import Histogram, Metrics, merged
+from tidemill.gateway.metrics import Histogram
 from tidemill.gateway.tracing import Tracer, _head, parent_of
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -69,37 +67,6 @@ def test_latencies_and_tokens_are_told_by_model_and_operation(tmp_path: Path) ->
         rig.gateway.books.close()
 
     scene()
-
-
-@given(st.lists(st.lists(st.floats(0, 100), max_size=20), min_size=1, max_size=4))
-@settings(max_examples=50, deadline=None)
-def test_what_several_processes_tell_is_what_one_would_have_told(shares: list[list[float]]) -> None:
-    assert _same(shares, merged)
-
-
-def test_the_check_above_notices_sums_of_what_is_no_sum() -> None:
-    def naive(texts: Iterable[bytes]) -> bytes:
-        found: dict[str, float] = {}
-        for text in texts:
-            for key, value in series(text).items():
-                found[key] = found.get(key, 0) + value
-        return "".join(f"{key} {value}\n" for key, value in found.items()).encode()
-
-    assert not _same([[1.0], [2.0]], naive)
-
-
-def _same(shares: list[list[float]], merge: Any) -> bool:
-    def told(values: list[float]) -> bytes:
-        metrics = Metrics()
-        for value in values:
-            metrics.of("m").of("chat").first.note(value)
-            metrics.of("m").requests += 1
-        return metrics.text(connections=1, feed_version=7, feed_age_s=1.5, replicas={("m", "closed"): 2})
-
-    one, whole = series(merge([told(share) for share in shares])), series(told([v for share in shares for v in share]))
-    whole["tidemill_gateway_connections"] = len(shares)
-    assert set(one) == set(whole)
-    return all(one[key] == pytest.approx(whole[key], abs=1e-5) for key in whole)
 
 
 def test_a_histogram_counts_up_to_and_with_its_bounds() -> None:

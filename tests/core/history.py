@@ -217,6 +217,7 @@ class History:
             key = (type(thing).__name__, str(thing.id))
             before = self.stored.get(key)
             assert getattr(before, "version", None) == change.assumed, f"{key}: wrong assumed version"
+            assert getattr(change.after, "version", 1) == (change.assumed or 0) + 1, f"{key}: its version does not grow"
             if before is not None and hasattr(before, "state"):
                 assert not is_terminal(before.state), f"{key} changed after its end"
             self.stored[key] = thing

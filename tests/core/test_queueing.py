@@ -737,7 +737,8 @@ def test_lines_without_jobs_are_forgotten() -> None:
 
 def test_a_line_is_equal_to_its_copies_wherever_they_are_made() -> None:
     line = Line(ProjectId("p"), gang=("g", 1), principal_id=PrincipalId("ann"))
-    for other in (copy.deepcopy(line), pickle.loads(pickle.dumps(line)), Line(*line._values())):
+    again = Line(ProjectId("p"), gang=("g", 1), principal_id=PrincipalId("ann"))
+    for other in (copy.deepcopy(line), pickle.loads(pickle.dumps(line)), again):
         assert other == line
         assert hash(other) == hash(line)
     assert line != Line(ProjectId("p"), gang=("g", 2), principal_id=PrincipalId("ann"))

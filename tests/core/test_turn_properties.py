@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import HypothesisException
 
 from tests.core.history import OPS, History, Op
-from tidemill.core import ending, facts, rating, scheduling, starting
+from tidemill.core import ending, facts, rating, scheduling, starting, world
 from tidemill.core.fleetarrays import FleetArrays
 from tidemill.core.meter import Meter, Part, Stretch
 from tidemill.core.queueing import WaitingLines
@@ -144,7 +144,10 @@ def forgets_the_fleet_when_undoing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def does_not_bump_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(World, "_next_version", lambda self, entity: entity.version)
+    def keeps_version(value: Any, **changes: Any) -> Any:
+        return replace(value, **{name: change for name, change in changes.items() if name != "version"})
+
+    monkeypatch.setattr(world, "replace", keeps_version)
 
 
 def starts_without_cutting(monkeypatch: pytest.MonkeyPatch) -> None:

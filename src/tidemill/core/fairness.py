@@ -65,6 +65,7 @@ class Party:
     __slots__ = (
         "_classes_of",
         "_in_class",
+        "_is_limited",
         "at_ns",
         "children",
         "guaranteed",
@@ -97,6 +98,7 @@ class Party:
         self.at_ns = at_ns
         self._in_class: dict[str, int] = {}
         self._classes_of: dict[str, tuple[str, ...]] = {}
+        self._is_limited: bool | None = None
         self.version = 0
         """Of the stored average of a user; 0 while none is stored."""
 
@@ -174,6 +176,13 @@ class Party:
             self._classes_of[resource] = classes
         for name in classes:
             self._in_class[name] += amount
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether anything bounds what it may hold; found out once, for limits change only with the whole tree."""
+        if self._is_limited is None:
+            self._is_limited = any(party.limit or party.max_running for party in self.upwards())
+        return self._is_limited
 
     def upwards(self) -> Iterator[Party]:
         """This party and those above it, the root last."""

@@ -7,11 +7,11 @@ What follows from the layout alone (labels, taints, models, memory sizes) is wor
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from tidemill.core.fleetarrays import FleetArrays, Free, Ints
@@ -19,6 +19,7 @@ from tidemill.model.fleet import Level, Node, Site
 from tidemill.model.mig import MEDIA
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import ANYWHERE, Territory
+from tidemill.model.values import replace
 from tidemill.units import MILLI
 
 _SEPARATORS = re.compile(r"[^a-z0-9]+")
@@ -43,8 +44,7 @@ def model_matches(model: str, requested: str) -> bool:
     return not wanted
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(Struct, frozen=True, cache_hash=True, gc=False):
     """What makes two workers interchangeable to placement. Its hash is worked out once."""
 
     resources: Resources
@@ -54,23 +54,9 @@ class Shape:
     where: Territory = ANYWHERE
     machine: str = ""
     """The name of the one machine that has a volume or a data set of it; empty: any."""
-    _hash: int = field(init=False, repr=False, compare=False, default=0)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash(self._values()))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Shape, self._values()  # another process hashes text differently
-
-    def _values(self) -> tuple[Any, ...]:
-        return self.resources, self.image, self.labels, self.tolerations, self.where, self.machine
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Fitting:
+class Fitting(Struct, frozen=True, eq=False, gc=False):
     """What the layout says about a shape: nodes and devices that could ever serve it, free or not.
 
     ``nodes`` (N,) bool; ``devices`` (N, D) bool; ``milli`` (N, D) is how much of each device one worker takes;
@@ -147,13 +133,20 @@ def _work_out(fleet: FleetArrays, shape: Shape) -> Fitting:
     devices, milli, starts, size, most = parts
     if request is None:
         return Fitting(nodes, devices, milli, starts, size, ())
-    used = np.flatnonzero(np.bincount(fleet.model[devices & nodes[:, None]], minlength=len(fleet.models)))
+    models: tuple[int, ...] | None = fleet.cache.get(("models", request, allowed))
+    if models is None:
+        models = fleet.cache["models", request, allowed] = _models(fleet, devices & nodes[:, None])
+    has_media = bool(request.profile) and request.profile.endswith("+me")
+    return Fitting(nodes, devices, milli, starts, size, models, most, has_media)
+
+
+def _models(fleet: FleetArrays, devices: NDArray[np.bool_]) -> tuple[int, ...]:
+    """Of which models these devices are; empty when all models that are there are among them."""
+    used = np.flatnonzero(np.bincount(fleet.model[devices], minlength=len(fleet.models)))
     present = list(range(len(fleet.models)))
     if (fleet.model < 0).any():  # the only device of a model may be failing
         present = np.flatnonzero(np.bincount(fleet.model[fleet.model >= 0], minlength=len(fleet.models))).tolist()
-    models = () if used.tolist() == present else tuple(used.tolist()) or (-1,)
-    has_media = bool(request.profile) and request.profile.endswith("+me")
-    return Fitting(nodes, devices, milli, starts, size, models, most, has_media)
+    return () if used.tolist() == present else tuple(used.tolist()) or (-1,)
 
 
 def _allowed_nodes(fleet: FleetArrays, shape: Shape) -> NDArray[np.bool_]:
@@ -263,7 +256,11 @@ def workers_that_fit(
     if resources.memory_bytes:
         fits = np.minimum(fits, np.maximum(free.memory, 0) // resources.memory_bytes)
     if resources.gpus is not None:
-        fits = np.minimum(fits, workers_by_gpu(free, static, resources.gpus))
+        if free is fleet.empty():
+            by_gpu = _workers_by_gpu_at_most(fleet, static, resources.gpus)
+        else:
+            by_gpu = workers_by_gpu(free, static, resources.gpus)
+        fits = np.minimum(fits, by_gpu)
     fits = np.where(static.nodes, fits, 0)
     if mask is not None:
         fits = np.where(mask, fits, 0)
@@ -282,6 +279,14 @@ def workers_that_fit_on(fleet: FleetArrays, shape: Shape, rows: Ints, *, less: F
     if resources.gpus is not None:
         fits = np.minimum(fits, workers_by_gpu(some, static.at(rows), resources.gpus))
     return np.where(static.nodes[rows] & fleet.is_ready[rows], fits, 0)
+
+
+def _workers_by_gpu_at_most(fleet: FleetArrays, static: Fitting, request: GpuRequest) -> Ints:
+    """How many workers each node's GPUs alone would serve if nothing ran, whatever else a worker needs. Shape (N,)."""
+    known: Ints | None = fleet.cache.get(("at most", request))
+    if known is None:
+        known = fleet.cache["at most", request] = workers_by_gpu(fleet.empty(), static, request)
+    return known
 
 
 def workers_by_gpu(free: Free, static: Fitting, request: GpuRequest) -> Ints:

@@ -63,7 +63,7 @@ class FleetArrays:
         """What was worked out of the present layout; emptied by a rebuild."""
         self.sites: Mapping[SiteId, Site] = {}
         """What is known of the nodes' sites."""
-        self._undo: list[tuple[int, int, int, tuple[tuple[int, int, int], ...]]] = []
+        self._undo: list[tuple[int, int, int, list[tuple[int, int, int]], int]] = []
         self._lay([])
 
     def rebuild(self, nodes: list[Node], sites: Mapping[SiteId, Site] | None = None) -> None:
@@ -100,11 +100,12 @@ class FleetArrays:
         self.is_cut: NDArray[np.bool_] = np.zeros(shape, np.bool_)
         """Devices in MIG mode: slices of them are given, never shares, never the whole."""
         self.geometry: dict[tuple[int, int], Geometry] = {}
-        self._column: dict[tuple[int, DeviceId], int] = {}
+        self._columns: list[dict[DeviceId, int]] = []
+        """Of each row, which device is in which column."""
         for row, node in enumerate(self.nodes):
             failing = dict(node.failing)
+            self._columns.append({device.id: column for column, device in enumerate(node.devices)})
             for column, device in enumerate(node.devices):
-                self._column[row, device.id] = column
                 if device.id in failing:
                     continue
                 self.gpu_free[row, column] = MILLI
@@ -116,6 +117,7 @@ class FleetArrays:
                     if (geometry := geometry_of(device.model, device.memory_bytes)) is not None:
                         self.geometry[row, column] = geometry
         self.mig: Ints = np.zeros((*shape, POSITIONS if self.is_cut.any() else 0), np.int64)
+        self._free = Free(self.cpu_free, self.memory_free, self.gpu_free, self.mig)
         shuffled = sorted(range(len(self.nodes)), key=lambda at: (crc32(self.nodes[at].id.encode()), at))
         self.seed_order: Ints = np.zeros(len(self.nodes), np.int64)
         self.seed_order[shuffled] = np.arange(len(self.nodes))
@@ -128,12 +130,15 @@ class FleetArrays:
 
     def free(self) -> Free:
         """What is free now; not a copy."""
-        return Free(self.cpu_free, self.memory_free, self.gpu_free, self.mig)
+        return self._free
 
     def empty(self) -> Free:
-        """What would be free if nothing ran."""
-        whole = np.where(self.model >= 0, MILLI, 0)
-        return Free(self.cpu_total, self.memory_total, whole, np.zeros_like(self.mig))
+        """What would be free if nothing ran; read only."""
+        known: Free | None = self.cache.get("empty")
+        if known is None:
+            whole = np.where(self.model >= 0, MILLI, 0)
+            known = self.cache["empty"] = Free(self.cpu_total, self.memory_total, whole, np.zeros_like(self.mig))
+        return known
 
     def touched_since(self, seen: int) -> Ints:
         """The rows that changed after the first ``seen`` changes, each once; all when that is too long ago."""
@@ -156,26 +161,18 @@ class FleetArrays:
     def take(self, node: NodeId, *, cpu_milli: int, memory_bytes: int, devices: tuple[DeviceShare, ...]) -> None:
         """Take that much of a node. Whether it is free is the caller's to know."""
         row = self.row[node]
-        columns = tuple(
-            (column, share.milli, self.slice_bits(row, column, share))
-            for share in devices
-            if (column := self._column.get((row, share.device_id), -1)) >= 0
-        )
-        self._move(row, cpu_milli, memory_bytes, columns)
-        self._undo.append((row, -cpu_milli, -memory_bytes, tuple((at, -milli, bits) for at, milli, bits in columns)))
+        columns = self.columns_of(row, devices)
+        self._move(row, cpu_milli, memory_bytes, columns, 1)
+        self._undo.append((row, cpu_milli, memory_bytes, columns, -1))
 
     def give(self, node: NodeId, *, cpu_milli: int, memory_bytes: int, devices: tuple[DeviceShare, ...]) -> None:
         """Give back what was taken. A device that is no longer there is passed over."""
         row = self.row.get(node)
         if row is None:
             return
-        columns = tuple(
-            (column, -share.milli, self.slice_bits(row, column, share))
-            for share in devices
-            if (column := self._column.get((row, share.device_id), -1)) >= 0
-        )
-        self._move(row, -cpu_milli, -memory_bytes, columns)
-        self._undo.append((row, cpu_milli, memory_bytes, tuple((at, -milli, bits) for at, milli, bits in columns)))
+        columns = self.columns_of(row, devices)
+        self._move(row, cpu_milli, memory_bytes, columns, -1)
+        self._undo.append((row, cpu_milli, memory_bytes, columns, 1))
         self.released += 1
 
     def leave_to_others(self, node: Node) -> None:
@@ -197,7 +194,7 @@ class FleetArrays:
         free.cpu[row] -= cpu_milli
         free.memory[row] -= memory_bytes
         for share in devices:
-            column = self._column[row, share.device_id]
+            column = self._columns[row][share.device_id]
             free.gpu[row, column] -= share.milli
             if bits := self.slice_bits(row, column, share):
                 free.mig[row, column] += np.where(BITS & bits, 1, 0)
@@ -221,7 +218,7 @@ class FleetArrays:
 
     def column(self, row: int, device: DeviceId) -> int:
         """The device's column; -1 when the node does not have it."""
-        return self._column.get((row, device), -1)
+        return self._columns[row].get(device, -1) if row >= 0 else -1
 
     def model_of(self, node: NodeId, device: DeviceId) -> str:
         """A device's model; empty when it is not there."""
@@ -247,14 +244,26 @@ class FleetArrays:
         columns = [self.column(row, share.device_id) for share in devices]
         return bool(self.is_ready[row]) and all(at >= 0 and self.model[row, at] >= 0 for at in columns)
 
-    def _move(self, row: int, cpu_milli: int, memory_bytes: int, columns: tuple[tuple[int, int, int], ...]) -> None:
-        """Take (or, below zero, give)."""
-        self.cpu_free[row] -= cpu_milli
-        self.memory_free[row] -= memory_bytes
+    def columns_of(self, row: int, devices: tuple[DeviceShare, ...]) -> list[tuple[int, int, int]]:
+        """Which columns these devices are, and of each how much is meant and which slices."""
+        columns, known = [], self._columns[row]
+        for share in devices:
+            column = known.get(share.device_id)
+            if column is not None:
+                bits = self.slice_bits(row, column, share) if share.profile else 0
+                columns.append((column, share.milli, bits))
+        return columns
+
+    def _move(
+        self, row: int, cpu_milli: int, memory_bytes: int, columns: list[tuple[int, int, int]], sign: int
+    ) -> None:
+        """Take, or with a ``sign`` below zero give."""
+        self.cpu_free[row] -= sign * cpu_milli
+        self.memory_free[row] -= sign * memory_bytes
         for column, milli, bits in columns:
-            self.gpu_free[row, column] -= milli
+            self.gpu_free[row, column] -= sign * milli
             if bits:
-                self.mig[row, column] += np.where(BITS & bits, 1 if milli > 0 else -1, 0)
+                self.mig[row, column] += np.where(BITS & bits, sign, 0)
         self.recent[self.touches & (len(self.recent) - 1)] = row
         self.last[row] = self.touches
         self.touches += 1

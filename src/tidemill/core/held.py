@@ -9,7 +9,7 @@ Shapes: S rows, D the fleet's device columns. Rows are reused; ``gang`` is -1 wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,8 @@ class HeldArrays:
     how long it may run at most, 0 when nothing bounds it; ``gone`` when a worker that drains is gone at the latest, 0
     when it does not; ``saved`` until when its work is safe in a checkpoint; ``tier`` and ``priority`` of its job;
     ``surplus`` 1 for a worker that an elastic gang can do without.
+
+    Most turns add rows and look at none, so they are written when somebody looks: ``settle`` comes before that.
     """
 
     def __init__(self) -> None:
@@ -49,10 +51,17 @@ class HeldArrays:
         self._gang_of: dict[JobId, int] = {}
         self._free_gangs: list[int] = []
         self._members: list[int] = []
-        for name in _COLUMNS:
-            setattr(self, name, np.zeros(0, np.int64))
+        self._unwritten: list[tuple[int, tuple[int, ...], list[tuple[int, int, int]]]] = []
+        """Rows that were given away and are not written yet: the slot, its columns, its devices."""
+        self._set_table(np.zeros((len(_COLUMNS), 0), np.int64))
         self.gpu: NDArray[np.int64] = np.zeros((0, 0), np.int64)
         self.slices: NDArray[np.int64] = np.zeros((0, 0), np.int64)
+
+    def _set_table(self, table: NDArray[np.int64]) -> None:
+        """Have the columns be those of the table, which writes a whole row at once."""
+        self._table = table
+        for name, column in zip(_COLUMNS, table, strict=True):
+            setattr(self, name, column)
 
     node: NDArray[np.int64]
     cpu: NDArray[np.int64]
@@ -66,8 +75,20 @@ class HeldArrays:
     priority: NDArray[np.int64]
     surplus: NDArray[np.int64]
 
-    def add(self, held: Allocation, fleet: FleetArrays, **values: int) -> int:
-        """The row of a worker that begins to hold; ``values`` for the columns that the allocation does not know."""
+    def add(
+        self,
+        held: Allocation,
+        fleet: FleetArrays,
+        *,
+        since: int = 0,
+        limit: int = 0,
+        gone: int = 0,
+        saved: int = 0,
+        tier: int = 0,
+        priority: int = 0,
+        surplus: int = 0,
+    ) -> int:
+        """The row of a worker that begins to hold; the columns that the allocation does not know are told."""
         if not self._free:
             self._grow(max(64, 2 * len(self.launch)), fleet.gpu_free.shape[1] if fleet.gpu_free.ndim == 2 else 0)
         slot = self._free.pop()
@@ -76,33 +97,37 @@ class HeldArrays:
             gang = self._new_gang(held.job_id)
         self._members[gang] += 1
         row = fleet.row.get(held.node_id, -1)
-        self.node[slot], self.cpu[slot], self.memory[slot], self.gang[slot] = (
-            row,
-            held.cpu_milli,
-            held.memory_bytes,
-            gang,
-        )
-        for name in ("since", "limit", "gone", "saved", "tier", "priority", "surplus"):
-            getattr(self, name)[slot] = values.get(name, 0)
-        self.gpu[slot] = 0
-        self.slices[slot] = 0
-        for share in held.devices:
-            column = fleet.column(row, share.device_id)
-            if column >= 0:
-                self.gpu[slot, column] += share.milli
-                self.slices[slot, column] |= fleet.slice_bits(row, column, share)
+        own = (row, held.cpu_milli, held.memory_bytes, gang)
+        values = (*own, since, limit, gone, saved, tier, priority, surplus)
+        self._unwritten.append((slot, values, fleet.columns_of(row, held.devices) if row >= 0 else []))
         self.slot[held.id] = slot
         self.launch[slot] = held.id
         return slot
 
+    def settle(self) -> None:
+        """Write the rows of those that were added, all at once; to be called before columns are looked at."""
+        if not self._unwritten:
+            return
+        slots = [slot for slot, _, _ in self._unwritten]
+        self._table[:, slots] = np.array([values for _, values, _ in self._unwritten], np.int64).T
+        self.gpu[slots] = 0
+        self.slices[slots] = 0
+        for slot, _, columns in self._unwritten:
+            for column, milli, bits in columns:
+                self.gpu[slot, column] += milli
+                if bits:
+                    self.slices[slot, column] |= bits
+        self._unwritten.clear()
+
     def remove(self, launch: LaunchId) -> Callable[[], object] | None:
         """Take a worker's row away; returns how to put it back, None when it has none."""
+        self.settle()
         slot = self.slot.pop(launch, None)
         if slot is None:
             return None
         gang = int(self.gang[slot])
         job = self.jobs[gang]
-        values = [int(getattr(self, name)[slot]) for name in _COLUMNS]
+        values = self._table[:, slot].copy()
         gpu, slices = self.gpu[slot].copy(), self.slices[slot].copy()
         self.gang[slot] = -1
         self._free.append(slot)
@@ -122,8 +147,7 @@ class HeldArrays:
                 self._gang_of[job] = gang
                 self.jobs[gang] = job
             self._members[gang] += 1
-            for name, value in zip(_COLUMNS, values, strict=True):
-                getattr(self, name)[slot] = value
+            self._table[:, slot] = values
             self.gpu[slot], self.slices[slot] = gpu, slices
             self.slot[launch] = slot
             self.launch[slot] = launch
@@ -136,6 +160,7 @@ class HeldArrays:
 
     def mark(self, launch: LaunchId, column: str, value: int) -> Callable[[], object] | None:
         """Set one value of a worker's row; returns how to take it back."""
+        self.settle()
         slot = self.slot.get(launch)
         if slot is None:
             return None
@@ -203,12 +228,13 @@ class HeldArrays:
 
     def _grow(self, size: int, width: int) -> None:
         old = len(self.launch)
-        for name in _COLUMNS:
-            column: NDArray[Any] = getattr(self, name)
-            setattr(self, name, np.concatenate([column, np.full(size - old, -1 if name == "gang" else 0, np.int64)]))
+        table = np.zeros((len(_COLUMNS), size), np.int64)
+        table[:, :old] = self._table
+        table[_COLUMNS.index("gang"), old:] = -1
+        self._set_table(table)
         for name in ("gpu", "slices"):
-            table = np.zeros((size, width), np.int64)
-            table[:old] = getattr(self, name)[:, :width] if old else 0
-            setattr(self, name, table)
+            wide = np.zeros((size, width), np.int64)
+            wide[:old] = getattr(self, name)[:, :width] if old else 0
+            setattr(self, name, wide)
         self.launch.extend([LaunchId("")] * (size - old))
         self._free.extend(range(size - 1, old - 1, -1))

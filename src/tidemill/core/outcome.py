@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from tidemill.core.meter import Stretch, cut_together, others_on
 from tidemill.core.rating import rate_all
@@ -33,10 +32,19 @@ class Outcome:
 
     def note(self, event: str, job: Job | None = None, **body: str | int | bool | None) -> None:
         """Add a line to the event log."""
-        where: dict[str, Any] = (
-            {"project_id": job.project_id, "workload_id": job.workload_id, "job_id": job.id} if job is not None else {}
+        if job is None:
+            self.log.append(LogEntry(at_ns=self.now, type=event, body=tuple(body.items())))
+            return
+        self.log.append(
+            LogEntry(
+                at_ns=self.now,
+                type=event,
+                project_id=job.project_id,
+                workload_id=job.workload_id,
+                job_id=job.id,
+                body=tuple(body.items()),
+            )
         )
-        self.log.append(LogEntry(at_ns=self.now, type=event, body=tuple(body.items()), **where))
 
     def cut(self, world: World, node_id: NodeId, meters: Iterable[str]) -> None:
         """Close the open stretches of some meters of a node, because what they count is about to change."""

@@ -11,10 +11,11 @@ of nodes that changed since are worked out again, and the best is one ``argmax``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from tidemill.core.feasible import (
@@ -34,6 +35,7 @@ from tidemill.model.ids import NodeId
 from tidemill.model.job import DeviceShare
 from tidemill.model.resources import GpuRequest, Resources
 from tidemill.model.spec import Tier, WorkloadSpec
+from tidemill.model.values import replace
 from tidemill.units import MILLI
 
 Masks = Sequence[NDArray[np.bool_] | None]
@@ -41,8 +43,7 @@ _ALL_AT_ONCE: Final[Masks] = (None,)
 _WIDER: Final = (Level.NVLINK, Level.HOST, Level.RACK, Level.BLOCK, Level.SITE)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gang:
+class Gang(Struct, frozen=True, kw_only=True, cache_hash=True, gc=False):
     """What has to be placed together: ``workers`` of one of the shapes, or at least ``smallest`` of them.
 
     Its hash is worked out once: it is part of what waiting jobs are grouped by.
@@ -56,19 +57,6 @@ class Gang:
     spread: Level | None = None
     across: bool = False
     """Whether its workers may lie at several sites."""
-    _hash: int = field(init=False, repr=False, compare=False, default=0)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash(self._values()))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _gang, self._values()
-
-    def _values(self) -> tuple[Any, ...]:
-        return self.choices, self.workers, self.smallest, self.within, self.prefer, self.spread, self.across
 
     def part(self, choice: int, workers: int) -> Gang:
         """Up to so many workers of one of the choices, content with one; where they may be is for a mask to say."""
@@ -83,36 +71,14 @@ class Gang:
         )
 
 
-def _gang(
-    choices: tuple[Shape, ...],
-    workers: int,
-    smallest: int,
-    within: Level | None,
-    prefer: Level | None,
-    spread: Level | None,
-    across: bool,
-) -> Gang:
-    return Gang(
-        choices=choices,
-        workers=workers,
-        smallest=smallest,
-        within=within,
-        prefer=prefer,
-        spread=spread,
-        across=across,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Place(Struct, frozen=True, kw_only=True, gc=False):
     """Where one worker goes."""
 
     node_id: NodeId
     devices: tuple[DeviceShare, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
+class Placed(Struct, frozen=True, kw_only=True, gc=False):
     """Places for a gang, by rank, and which of its choices they are for."""
 
     choice: int
@@ -617,10 +583,10 @@ def _choose_devices(
         return _choose_slices(fleet, view, row, request, static)
     free = view.gpu[row]
     if request.is_whole:
-        whole = np.flatnonzero(static.devices[row] & (free == MILLI))
+        whole = (static.devices[row] & (free == MILLI)).nonzero()[0]
         columns = _whole_devices(fleet.island[row], whole, request.count)
         nodes = fleet.nodes[row].devices
-        return tuple(DeviceShare(device_id=nodes[at].id, milli=MILLI) for at in columns)
+        return tuple([DeviceShare(device_id=nodes[at].id, milli=MILLI) for at in columns])
     if column < 0 or free[column] < static.milli[row, column]:
         fitting_columns = np.flatnonzero(free >= static.milli[row])
         column = int(fitting_columns[int(np.argmin(free[fitting_columns]))])

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from msgspec import Struct
 
 from tidemill.core.fairness import Party, covers
 from tidemill.core.place import Gang
@@ -31,8 +32,7 @@ from tidemill.model.queue import CPU, MEMORY
 from tidemill.model.spec import Tier, Weight
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(Struct, frozen=True, cache_hash=True, gc=False):
     """What makes waiting jobs interchangeable. Its hash is worked out once."""
 
     project_id: ProjectId
@@ -48,31 +48,6 @@ class Line:
     """What tells apart jobs that need different data."""
     weigh: tuple[tuple[Weight, int], ...] = ()
     near: str = ""
-    _hash: int = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash(self._values()))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __reduce__(self) -> tuple[type[Line], tuple[Any, ...]]:
-        return Line, self._values()  # another process hashes text differently
-
-    def _values(self) -> tuple[Any, ...]:
-        return (
-            self.project_id,
-            self.gang,
-            self.principal_id,
-            self.tier,
-            self.duration_ns,
-            self.reservation,
-            self.apart,
-            self.group,
-            self.data,
-            self.weigh,
-            self.near,
-        )
 
 
 class _Entry(NamedTuple):

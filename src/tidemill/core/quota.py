@@ -143,7 +143,7 @@ class QuotaTree:
 
     def is_limited(self, project_id: ProjectId) -> bool:
         """Whether anything bounds what the project may hold; else ``over_limit`` need not be asked."""
-        return any(party.limit or party.max_running for party in self._leaf(project_id).upwards())
+        return self._leaf(project_id).is_limited
 
     def too_many_queued(self, project_id: ProjectId, jobs: int = 1) -> Reason | None:
         """The first cap on waiting jobs, from the project upwards, that ``jobs`` more would pass."""
@@ -334,8 +334,10 @@ class QuotaTree:
         return found
 
     def _leaf(self, project_id: ProjectId) -> Party:
-        self._settle()
-        return self._leaves.get(project_id) or self._implicit_leaf(project_id)
+        if self._is_stale:
+            self._settle()
+        leaf = self._leaves.get(project_id)
+        return leaf if leaf is not None else self._implicit_leaf(project_id)
 
     def _user(self, leaf: Party, principal_id: PrincipalId) -> Party:
         user = leaf.children.get(principal_id)

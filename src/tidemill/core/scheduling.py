@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -30,6 +29,7 @@ from tidemill.model.ids import JobId
 from tidemill.model.job import Attempt, AttemptState, Job
 from tidemill.model.plan import Reason, ResolvableBy
 from tidemill.model.spec import Tier
+from tidemill.model.values import replace
 from tidemill.units import SECOND_NS
 
 _AFRESH: Final = 8

@@ -35,7 +35,6 @@ def start(world: World, job: Job, placed: Placed, out: Outcome) -> None:
         next_rank=len(places),
     )
     world.add(world.attempts, job.id, attempt)
-    world.set(world.workers, attempt.id, ())
     _lease(world, job, attempt, places, 0, out)
     world.update(world.jobs, job.id, job, state=apply(JOB, job.state, "placed"), attempts=attempts)
     world.drop(world.reasons, job.id)
@@ -68,7 +67,7 @@ def _remember_growable(world: World, job: Job, workers: int) -> None:
 def _lease(world: World, job: Job, attempt: Attempt, places: tuple[Place, ...], first_rank: int, out: Outcome) -> None:
     spec = world.workloads[job.workload_id].spec
     resources = spec.choices[attempt.choice]
-    launches = list(world.workers[attempt.id])
+    launches = list(world.workers.get(attempt.id, ()))
     for rank, place in enumerate(places, first_rank):
         launch = launch_id(attempt.id, rank)
         ports = tuple(
@@ -109,4 +108,6 @@ def _free_port(world: World, node: NodeId, key: str, ports: range) -> int:
     """
     taken = world.ports.get(node, {})
     first = crc32(key.encode()) % len(ports)
+    if ports[first] not in taken:
+        return ports[first]
     return next(port for step in range(len(ports)) if (port := ports[(first + step) % len(ports)]) not in taken)

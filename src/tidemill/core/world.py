@@ -144,7 +144,7 @@ class World:
         self.meters: dict[tuple[NodeId, str], Meter] = {}
         self.fleet = FleetArrays()
         self._is_laid = True
-        self.rows = HeldArrays()
+        self._rows = HeldArrays()
         self.queue = WaitingLines(
             self.is_waiting,
             self.quota if self.order is FAIR else None,  # an order plug-in ranks all together
@@ -224,12 +224,18 @@ class World:
         self._mix: dict[Shape, float] = {}
         self._mix_count = 0
         self._mix_due = _MIX_FIRST
-        self._touched: dict[tuple[str, str], int | None] = {}
-        self._latest: dict[tuple[str, str], Any] = {}
+        self._changed: dict[tuple[type, str], tuple[int | None, Any]] = {}
+        """What changed in this turn: the version that the change assumes, None of something new, and what it is now."""
         self._fleet_mark = 0
         self._fleet_rebuilt = False
 
     # -- reading ------------------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> HeldArrays:
+        """Who holds what, as columns."""
+        self._rows.settle()
+        return self._rows
 
     def is_waiting(self, job_id: JobId) -> bool:
         """Whether a job is queued and may start now."""
@@ -281,7 +287,7 @@ class World:
 
     def has_workers(self, job: Job) -> bool:
         """Whether a worker of the job's attempt is not confirmed gone."""
-        return self.rows.has(job.id)
+        return self._rows.has(job.id)
 
     def all_started(self, attempt: Attempt) -> bool:
         """Whether no worker of an attempt is still to start; each is looked at once while they start in any order."""
@@ -411,20 +417,25 @@ class World:
 
     def update(self, table: dict[Any, Entity], key: Any, entity: Entity, **values: Any) -> Entity:
         """The entity with new values and version, in the world."""
-        after = replace(entity, version=self._next_version(entity), **values)
-        self._put(table, key, after)
+        mark = (type(entity), entity.id)
+        changed = self._changed.get(mark)
+        assumed = changed[0] if changed is not None else entity.version
+        after = replace(entity, version=1 if assumed is None else assumed + 1, **values)
+        self._changed[mark] = (assumed, after)
+        self.set(table, key, after)
         return after
 
     def add(self, table: dict[Any, Any], key: Any, entity: Any) -> None:
         """A new entity in the world."""
-        mark = (type(entity).__name__, str(entity.id))
-        if mark not in self._touched:
-            self._touched[mark] = None
-        self._put(table, key, entity)
+        mark = (type(entity), entity.id)
+        changed = self._changed.get(mark)
+        self._changed[mark] = (changed[0] if changed is not None else None, entity)
+        self.set(table, key, entity)
 
     def set(self, table: dict[Any, Any], key: Any, value: Any) -> None:
         """A value that is not stored by itself, undoable."""
-        self._put(table, key, value)
+        self._undo.append((table, key, table.get(key, _ABSENT)))
+        table[key] = value
 
     def drop(self, table: dict[Any, Any], key: Any) -> None:
         """Take something out of the world, undoable; harmless when it is not there."""
@@ -511,15 +522,14 @@ class World:
         self._ranks.clear()
         self._gang_ranks = np.zeros(0)
         self._asked.clear()
-        self._touched.clear()
-        self._latest.clear()
+        self._changed.clear()
         self._fleet_mark = self.fleet.checkpoint()
         self._fleet_rebuilt = False
         self.queue.commit()
 
     def changes(self) -> tuple[Change, ...]:
         """Everything that changed since ``begin``, with the versions assumed, in the order of first change."""
-        return tuple(Change(assumed=assumed, after=self._latest[mark]) for mark, assumed in self._touched.items())
+        return tuple([Change(assumed=assumed, after=after) for assumed, after in self._changed.values()])
 
     def commit(self) -> None:
         """Keep what changed since ``begin``, and let an order plug-in that learns know of it."""
@@ -535,7 +545,7 @@ class World:
         if self._mix_count >= self._mix_due:
             self._learn_mix()
         self._undo.clear()
-        self._touched.clear()
+        self._changed.clear()
         self.fleet.commit()
         self.queue.commit()
 
@@ -551,7 +561,7 @@ class World:
                 table.pop(key, None)
             else:
                 table[key] = before
-        self._touched.clear()
+        self._changed.clear()
         self.queue.rollback()
         if self._fleet_rebuilt:
             self.rebuild_fleet()
@@ -567,7 +577,7 @@ class World:
     def hold(self, allocation: Allocation) -> None:
         """Count an allocation whose room is taken from the fleet already, against its queue and on its meters."""
         self.account(allocation)
-        self.rows.add(allocation, self.fleet, **self._row_values(allocation))
+        self._rows.add(allocation, self.fleet, **self._row_values(allocation))
         self._undo.append(partial(self._unhold, allocation))
 
     def account(self, allocation: Allocation) -> None:
@@ -580,7 +590,7 @@ class World:
                 meter.holders[launch] = holder
 
     def _unhold(self, allocation: Allocation) -> None:
-        self.rows.remove(allocation.id)
+        self._rows.remove(allocation.id)
         for name in meters_held(allocation):
             meter = self.meters.get((allocation.node_id, name))
             if meter is not None:
@@ -596,7 +606,7 @@ class World:
             meter = self.meters.get((node_id, name))
             if meter is not None and (holder := meter.holders.pop(launch, None)) is not None:
                 let_go.append((meter.holders, holder))
-        self._undo.append(partial(self._hold_again, allocation, let_go, self.rows.remove(launch)))
+        self._undo.append(partial(self._hold_again, allocation, let_go, self._rows.remove(launch)))
         self.fleet.give(
             allocation.node_id,
             cpu_milli=allocation.cpu_milli,
@@ -621,7 +631,7 @@ class World:
         self.take(promise.line, promise.placed)
         self._count_promise(promise, 1)
         self._undo.append(partial(self._count_promise, promise, -1))
-        self._put(self.promises, promise.job_id, promise)
+        self.set(self.promises, promise.job_id, promise)
 
     def unpromise(self, promise: Promise, *, give: bool) -> None:
         """The reverse of ``promise``; without ``give`` the room stays taken, for who it was promised to starts."""
@@ -643,7 +653,7 @@ class World:
 
     def mark_row(self, launch: LaunchId, column: str, value: int) -> None:
         """Note something about a worker that holds, undoable."""
-        if (unmark := self.rows.mark(launch, column, value)) is not None:
+        if (unmark := self._rows.mark(launch, column, value)) is not None:
             self._undo.append(unmark)
 
     def take(self, line: Line, placed: Placed) -> None:
@@ -758,8 +768,8 @@ class World:
         else:
             self.quota.release(allocation.project_id, principal, amounts, jobs)
             self.by_node[allocation.node_id].pop(allocation.id, None)
-        ports = self.ports.setdefault(allocation.node_id, {})
         for _, port in allocation.ports:
+            ports = self.ports.setdefault(allocation.node_id, {})
             ports[port] = ports.get(port, 0) + sign
             if not ports[port]:
                 del ports[port]
@@ -828,9 +838,9 @@ class World:
             if node.has_others:
                 fleet.leave_to_others(node)
         self.fleet = fleet
-        self.rows.clear()
+        self._rows.clear()
         for allocation in self.allocations.values():
-            self.rows.add(allocation, self.fleet, **self._row_values(allocation))
+            self._rows.add(allocation, self.fleet, **self._row_values(allocation))
         for promise in self.promises.values():
             self.take(promise.line, promise.placed)
         plan = self.held_back
@@ -846,7 +856,7 @@ class World:
         for meter in meters_of(node, now=now):
             key = (node.id, meter.name)
             if key not in self.meters:
-                self._put(self.meters, key, meter)
+                self.set(self.meters, key, meter)
         for launch in self.by_node.get(node.id, ()):
             allocation = self.allocations.get(launch)
             if allocation is not None:
@@ -856,24 +866,6 @@ class World:
                         existing.holders[allocation.id] = holder
 
     # -- inside -------------------------------------------------------------------------------------------------
-
-    def _next_version(
-        self, entity: Job | Attempt | Allocation | Node | DeliveryMark | Queue | QueueUsage | Reservation | Rollout
-    ) -> int:
-        mark = (type(entity).__name__, str(entity.id))
-        if mark not in self._touched:
-            self._touched[mark] = entity.version
-        assumed = self._touched[mark]
-        return 1 if assumed is None else assumed + 1
-
-    def _put(self, table: dict[Any, Any], key: Any, value: Any) -> None:
-        self._undo.append((table, key, table.get(key, _ABSENT)))
-        table[key] = value
-        identity = getattr(value, "id", None)
-        if isinstance(identity, str):
-            mark = (type(value).__name__, identity)
-            if mark in self._touched:
-                self._latest[mark] = value
 
     def _set_again(self, timers: list[tuple[int, str, str]]) -> None:
         for at_ns, what, identity in timers:

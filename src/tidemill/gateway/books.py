@@ -37,6 +37,7 @@ _BATCH: Final = 512 * 1024
 _MOST_HELD: Final = 64 * 1024 * 1024
 """Bytes that wait for a disk that takes none."""
 _NAME: Final = re.compile(r"([0-9a-f]+)-([0-9]{8})\.usage")
+_encode: Final = msgspec.json.Encoder().encode
 _log = logging.getLogger("tidemill.gateway")
 
 
@@ -108,10 +109,10 @@ class Books:
 
     def settle(self, usage: Entry) -> None:
         """It is over, and this is what it took."""
-        self._open.pop(usage.id, None)
-        self._fresh.discard(usage.id)
-        self._counts.pop(usage.id, None)
-        self._settled.append(b"s " + msgspec.json.encode(usage) + b"\n")
+        if self._open.pop(usage.id, None) is not None:
+            self._fresh.discard(usage.id)
+            self._counts.pop(usage.id, None)
+        self._settled.append(b"s %b\n" % _encode(usage))
 
     async def keep(self, *, every_s: float = WRITE_EVERY_S) -> None:
         """Write for ever."""

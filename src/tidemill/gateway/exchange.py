@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from tidemill.gateway import answers
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _NOT_FORWARDED: Final = frozenset({b"authorization", b"content-length", b"cookie", b"expect", b"host", b"x-request-id"})
 
 
+_HEAD: Final = b"POST %b%b HTTP/1.1\r\nhost: %b\r\n%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n"
+_ANSWERED: Final = b"HTTP/1.1 %d %b\r\n%bx-request-id: %b\r\n%b\r\n"
 _PLAIN: Final = _NOT_FORWARDED | {b"accept-encoding"}
 _NOT_PASSED_BACK: Final = frozenset({b"content-length", b"x-request-id", b"x-tidemill-model"})
 
@@ -39,35 +41,33 @@ class Exchange(Journey):
     middle of it is an honest 502.
     """
 
+    _held_size = 0
+    _is_committed = False
+    _is_chunked = False
+    _is_whole = False
+    _meter: StreamMeter | WholeMeter | None = None
+    _usage: Usage | None = None
+    _screen: Screen | None = None
+    """What looks at the response before it is passed on."""
+    _tokens = 0
+    """Of its answer, as they were counted for what the model gives a second."""
+
     def __init__(
         self, gateway: Gateway, client: Client, head: RequestHead, asking: Asking, *, head_at: float = 0.0
     ) -> None:
         super().__init__(gateway, client, head, asking, head_at=head_at)
         self._http_1_0 = head.http_1_0
         self._target = head.target
-        is_looked_at = self._guards is not None and bool(self._guards.on_response)
-        without = _PLAIN if is_looked_at else _NOT_FORWARDED
-        traced = self._trace is not None
-        self._given = write_lines(self._headers_for(head, without=without)) if traced else head.lines(without=without)
+        guards = self._guards
+        without = _PLAIN if guards is not None and guards.on_response else _NOT_FORWARDED
+        if self._trace is None:
+            self._given = head.lines(without=without)
+        else:
+            self._given = write_lines(self._headers_for(head, without=without))
         self._body = asking.body
-        self._write_headers()
         self._size = len(asking.body)
         self._counts.request_bytes += self._size
         self._held: list[bytes] = []
-        self._held_size = 0
-        self._is_committed = False
-        self._is_chunked = False
-        self._meter: StreamMeter | WholeMeter | None = None
-        self._usage: Usage | None = None
-        self._is_whole = False
-        self._screen: Screen | None = None
-        """What looks at the response before it is passed on."""
-        self._tokens = 0
-        """Of its answer, as they were counted for what the model gives a second."""
-
-    def _write_headers(self) -> None:
-        own = (self._given, len(self._body), self._request_id)
-        self._headers = b"\r\n%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n" % own
 
     def response_started(self, head: ResponseHead) -> None:
         self._begin(head)
@@ -87,19 +87,23 @@ class Exchange(Journey):
     def response_data(self, data: bytes) -> None:
         if not data or self._is_over:
             return
-        self._hear()
+        now = monotonic()
+        self._hear(now)
         if not self._first_at:
-            self._first_at = self._heard_at
+            self._first_at = now
             if self._response is not None and self._response.is_event_stream and self._response.status == 200:
-                self._felt.began(self._heard_at - self._asked_at)
-        if self._meter is not None:
-            data = self._meter.feed(data)
-            if self._usage is not None:
-                self._usage.completion_tokens = self._meter.counted
-                self._count_tokens(self._meter.counted)
+                self._felt.began(now - self._asked_at)
+        meter = self._meter
+        if meter is not None:
+            data = meter.feed(data)
+            if self._usage is not None and isinstance(meter, StreamMeter):
+                self._usage.completion_tokens = counted = meter.counted
+                self._count_tokens(counted)
+        if not data:
+            return
         if self._screen is None:
             self._pass_on(data)
-        elif data:
+        else:
             self._screen.feed(data)
 
     def response_ended(self) -> None:
@@ -108,12 +112,35 @@ class Exchange(Journey):
         self._upstream = None  # it is the pool's again
         rest = self._meter.finish() if self._meter is not None else b""
         if self._screen is None:
-            self._pass_on(rest)
+            if rest:
+                self._pass_on(rest)
             self._complete()
             return
         if rest:
             self._screen.feed(rest)
         self._screen.finish(self._complete)
+
+    def _response_whole(self, head: ResponseHead, body: bytes) -> None:
+        """The response came in one piece, as most do that are no streams."""
+        if self._is_over:
+            return
+        self._upstream = None  # it is the pool's again
+        if head.is_event_stream or self._guards is not None:
+            self.response_started(head)
+            self.response_data(body)
+            self.response_ended()
+            return
+        self._begin(head)
+        self._first_at = self._heard_at
+        self._body = b""
+        self._client.release()
+        self._counts.response_bytes += len(body)
+        if self._asking.is_metered and head.status == 200:
+            self._begin_metering(head)
+            if self._meter is not None:
+                self._meter.feed(body)
+        self._held, self._held_size = [body], len(body)
+        self._complete()
 
     def _complete(self) -> None:
         """All that the replica sent was passed on."""
@@ -123,27 +150,26 @@ class Exchange(Journey):
             self._commit(self._held_size)
         if self._is_chunked:
             self._client.write(LAST_CHUNK)
-        is_failure = False
-        if self._response is not None and self._response.status >= 400:
-            self._error = str(self._response.status)
-            is_failure = self._response.status >= 500
+        status = self._response.status if self._response is not None else 0
+        is_failure = status >= 500
+        if status >= 400:
+            self._error = str(status)
             self._counts.errors += is_failure
-        self._note_variant(is_answered=not is_failure)
-        close = self._http_1_0
+        if self._replica is not None and self._replica.variant:
+            self._note_variant(is_answered=not is_failure)
         self._is_whole = True
-        line = self._gateway.line(self._asking.route.model)
-        now = asyncio.get_running_loop().time()
-        line.served_in(now - self._taken_at)
-        if self._response is not None and self._response.status == 200:
+        now = monotonic()
+        self._desk.line.served_in(now - self._taken_at)
+        if status == 200:
             self._felt.ended(now - self._asked_at)
         self._over()
-        self._client.ended(close=close)
+        self._client.ended(close=self._http_1_0)
 
     # Ways there
 
     def transmit(self, receiver: Receiver, upstream: UpstreamConnection, replica: Replica) -> None:
-        first = b"POST %b%b HTTP/1.1\r\nhost: %b" % (replica.prefix, self._target, replica.authority)
-        upstream.send(receiver, first + self._headers, self._body)
+        own = (replica.prefix, self._target, replica.authority, self._given, len(self._body), self._request_id)
+        upstream.send(receiver, _HEAD % own, self._body, whole=self._response_whole if receiver is self else None)
 
     def _moved(self, route: Route) -> None:
         self._body = ask_model(
@@ -151,13 +177,10 @@ class Exchange(Journey):
             route.model,
             salt=self._gateway.salt(route, self._target.partition(b"?")[0], self._asking.tenant),
         )
-        self._write_headers()
 
     # Ways back
 
     def _pass_on(self, data: bytes) -> None:
-        if not data:
-            return
         self._counts.response_bytes += len(data)
         if self._is_committed:
             self._client.write(chunk(data) if self._is_chunked else data)
@@ -173,25 +196,25 @@ class Exchange(Journey):
         if response is None:
             return
         self._is_committed = True
-        headers = [(b"x-request-id", self._request_id)]
+        more = b""
         if self._asking.charge is not None:
-            headers += self._asking.charge.headers()
+            more = write_lines(self._asking.charge.headers())
         if self._asking.flags:
-            headers.append((b"x-tidemill-guard", ", ".join(self._asking.flags).encode()))
+            more += b"x-tidemill-guard: %b\r\n" % ", ".join(self._asking.flags).encode()
         if self._left is not None:
-            headers.append((b"x-tidemill-model", header_value(self._asking.route.model)))
+            more += b"x-tidemill-model: %b\r\n" % header_value(self._asking.route.model)
         if response.status in (204, 304):
             pass
         elif length is not None:
-            headers.append((b"content-length", b"%d" % length))
+            more += b"content-length: %d\r\n" % length
         elif not self._http_1_0:
             self._is_chunked = True
-            headers.append((b"transfer-encoding", b"chunked"))
+            more += b"transfer-encoding: chunked\r\n"
         if self._http_1_0 or self._client.closes:
-            headers.append((b"connection", b"close"))
-        line = b"HTTP/1.1 %d %b\r\n" % (response.status, response.reason)
-        first = line + response.lines(without=_NOT_PASSED_BACK) + write_lines(headers) + b"\r\n"
-        held = b"".join(self._held)
+            more += b"connection: close\r\n"
+        passed = response.lines(without=_NOT_PASSED_BACK)
+        first = _ANSWERED % (response.status, response.reason, passed, self._request_id, more)
+        held = self._held[0] if len(self._held) == 1 else b"".join(self._held)
         self._held = []
         self._client.write(first + (chunk(held) if held and self._is_chunked else held))
 

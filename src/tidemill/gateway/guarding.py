@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -358,7 +359,7 @@ class Passing:
     """It ends here; a stream with those bytes."""
 
 
-class Screen:
+class Screen(ABC):
     """One response as rules see it. What is fed comes out at the other side in order, at once or a little later."""
 
     def __init__(self, guarding: Guarding, passing: Passing, threads: Threads, *, path: bytes) -> None:
@@ -420,11 +421,13 @@ class Screen:
         if not self._is_closed and self._is_slow:
             self._passing.resume()
 
+    @abstractmethod
     async def _take(self, data: bytes) -> bytes:
-        raise NotImplementedError
+        """What can be passed on once this part has come. Raises: Refusal."""
 
+    @abstractmethod
     async def _last(self) -> bytes:
-        raise NotImplementedError
+        """What is left to be passed on now that all has come. Raises: Refusal."""
 
     def _ending(self) -> bytes:
         """How a stream ends that is refused."""

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from time import monotonic
 from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 from tidemill.core import routing
@@ -28,7 +29,9 @@ from tidemill.gateway.waiting import Line, retry_after_s
 if TYPE_CHECKING:
     from tidemill.gateway.rations import Charge
     from tidemill.gateway.server import Gateway
+    from tidemill.gateway.tracing import Trace
 
+_CLOSED: Final = State.CLOSED
 CAUTION: Final = 1.25
 """A request that is refused at once is of more use than one that is refused when its time is over."""
 _USUAL_START_S: Final = 5.0
@@ -96,6 +99,26 @@ class Client(Protocol):
         """The answer cannot be completed; the client must not take it for whole."""
 
 
+class _Nobody:
+    """The client that has gone: an answer to it goes nowhere."""
+
+    is_writable = True
+    closes = True
+
+    def write(self, data: bytes) -> None: ...
+
+    def release(self) -> None: ...
+
+    def answer(self, answer: Answer, request_id: bytes) -> None: ...
+
+    def ended(self, *, close: bool) -> None: ...
+
+    def broke(self) -> None: ...
+
+
+_NOBODY: Final = _Nobody()
+
+
 class Journey(ABC):
     """One request until its response has begun, and what it holds until it is over.
 
@@ -105,6 +128,46 @@ class Journey(ABC):
     needs_open: ClassVar[bool] = False
     """Whether only services take it of which all paths are reached."""
 
+    # What most requests never need
+
+    _variant: str | None = None
+    """Of which replica, since it was drawn; None: not drawn, or there is nothing to draw."""
+    _left: Route | None = None
+    """The route that it came by, when another model answers."""
+    _hedging: asyncio.TimerHandle | None = None
+    _hedge: Hedge | None = None
+    _tried: tuple[Replica, ...] = ()
+    """Those that it was sent to, and that broke off without an answer."""
+    _why_refused = ""
+    """Why a replica could not be reached."""
+    _connecting: asyncio.Task[None] | None = None
+    _line: Line | None = None
+    """That in which it waits."""
+    _deadline: asyncio.TimerHandle | None = None
+    _until: float | None = None
+    _is_cold = False
+    """Whether it came when there was no replica."""
+    _trace: Trace | None = None
+
+    # How far it is
+
+    _sent = 0
+    """How often it was sent: a replica may have begun to work on each."""
+    _had_a_turn = False
+    _was_reused = False
+    _replica: Replica | None = None
+    _upstream: UpstreamConnection | None = None
+    _response: ResponseHead | None = None
+    _sent_at = 0.0
+    """When it was sent last, where that is traced; zero: not yet."""
+    _first_at = 0.0
+    """When the first byte of the response's body came; zero: not yet."""
+    _error = ""
+    """What went wrong, as a code; empty: nothing."""
+    _entered: Usage | None = None
+    """What it took, once that is in the books."""
+    _is_over = False
+
     def __init__(
         self, gateway: Gateway, client: Client, head: RequestHead, asking: Asking, *, head_at: float = 0.0
     ) -> None:
@@ -113,51 +176,27 @@ class Journey(ABC):
         self._gateway = gateway
         self._asking = asking
         self._request_id = gateway.request_id(head)
-        self._variant: str | None = None
-        """Of which replica, since it was drawn; None: not drawn, or there is nothing to draw."""
-        self._fallbacks = list(asking.route.fallback)
-        self._guards = asking.route.guards
-        """Those of the model that was asked for, also when another answers."""
+        route = asking.route
+        self._fallbacks = route.fallback
         """Other models that have not been asked yet."""
-        self._left: Route | None = None
-        """The route that it came by, when another model answers."""
-        self._hedging: asyncio.TimerHandle | None = None
-        self._hedge: Hedge | None = None
-        self.is_picky = bool(asking.route.weights) or (asking.wish is not None and bool(asking.wish.countries))
-        self._tried: list[Replica] = []
-        """Those that it was sent to, and that broke off without an answer."""
-        self._sent = 0
-        """How often it was sent: a replica may have begun to work on each."""
-        self._why_refused = ""
-        """Why a replica could not be reached."""
-        self._had_a_turn = False
-        self._replica: Replica | None = None
-        self._upstream: UpstreamConnection | None = None
-        self._connecting: asyncio.Task[None] | None = None
-        self._was_reused = False
-        self._line: Line | None = None
-        self._deadline: asyncio.TimerHandle | None = None
-        self._until: float | None = None
-        self._response: ResponseHead | None = None
-        self._is_over = False
-        self._entered: Usage | None = None
-        """What it took, once that is in the books."""
-        self._began_at = self._heard_at = self._taken_at = asyncio.get_running_loop().time()
-        self._asked_at = self._began_at
-        """The same, but for a request that came when there was no replica: when it was sent to one."""
-        self._is_cold = False
-        self._felt = gateway.felt_of(asking.route.model)
-        self._sent_at = self._first_at = 0.0
-        """When it was sent last, and when the first byte of the response's body came; zero: not yet."""
-        self._error = ""
-        """What went wrong, as a code; empty: nothing."""
-        self._counts = gateway.metrics.of(asking.route.model)
-        self._counts.requests += 1
-        self._counts.in_flight += 1
-        asking.route.course.budget.earn()
-        self._timings = self._counts.of(asking.operation)
-        tracer = gateway.tracer
-        self._trace = tracer.begin(head, head_at or self._began_at) if tracer is not None else None
+        self._guards = route.guards
+        """Those of the model that was asked for, also when another answers."""
+        self._began_at = self._asked_at = self._heard_at = self._taken_at = now = monotonic()
+        self._desk = desk = gateway.desk(route.model)
+        self._felt = desk.felt
+        self._counts = counts = desk.counts
+        self._timings = desk.timings(asking.operation)
+        counts.requests += 1
+        counts.in_flight += 1
+        route.course.budget.earn()
+        if gateway.tracer is not None:
+            self._trace = gateway.tracer.begin(head, head_at or now)
+
+    @property
+    def is_picky(self) -> bool:
+        """Whether some replicas are not for it, that others could have meanwhile."""
+        wish = self._asking.wish
+        return bool(self._asking.route.weights) or (wish is not None and bool(wish.countries))
 
     def start(self) -> None:
         """Send it to the best replica, or wait in line for one, or say why not."""
@@ -165,7 +204,7 @@ class Journey(ABC):
         if charge is not None and not charge.is_admitted:
             charge.admit(self._admitted)
             return
-        line = self._gateway.line(self._asking.route.model)
+        line = self._desk.line
         if (line.count and not self._had_a_turn) or not self.go():
             self._wait(line)
 
@@ -178,7 +217,10 @@ class Journey(ABC):
 
     def go(self) -> bool:
         """Whether it does not wait any more."""
-        route, wish = self._route, self._asking.wish
+        asking, table = self._asking, self._gateway.table
+        wish, route = asking.wish, asking.route
+        if table is not None:
+            route = table.routes.get(route.model, route)
         replica = self._choose_variant(route) if route.weights else route.choose(wish=wish, tried=self._tried)
         if replica is None and self._fallbacks and not route.takers(wish or routing.ANY, tried=self._tried):
             replica = self._fall_back()
@@ -194,8 +236,9 @@ class Journey(ABC):
         """Whether there is a replica; then it is sent there."""
         if replica is None:
             return False
-        self._leave_line()
-        self._taken_at = self._heard_at = asyncio.get_running_loop().time()
+        if self._line is not None:
+            self._leave_line()
+        self._taken_at = self._heard_at = monotonic()
         if self._had_a_turn:
             self._counts.retries += 1
         else:
@@ -206,8 +249,9 @@ class Journey(ABC):
                 self._felt.waited(self._taken_at - self._asked_at)
         self._had_a_turn = True
         self._assign(replica)
-        may_reuse = not self._sent and self._may_send_again
-        upstream = self._gateway.pool.take(replica.address) if may_reuse else None
+        upstream = None
+        if not self._sent and self._may_send_again:
+            upstream = self._gateway.pool.take(replica.address)
         if upstream is not None:
             self._send(upstream, replica)
         else:
@@ -216,9 +260,14 @@ class Journey(ABC):
 
     def abandon(self) -> None:
         """The client went away: stop the replica's work at once."""
+        if self._is_over:
+            return
+        self._counts.aborted += 1
+        self._error = ABORTED
+        self._client = _NOBODY
+        if self._upstream is not None and self._asking.is_metered:  # what it has sent by now counts
+            self._upstream.take_what_came()
         if not self._is_over:
-            self._counts.aborted += 1
-            self._error = ABORTED
             self._over()
 
     def ejected(self, why: str) -> None:
@@ -264,7 +313,7 @@ class Journey(ABC):
 
     def resume(self) -> None:
         """Read on."""
-        self._heard_at = asyncio.get_running_loop().time()
+        self._heard_at = monotonic()
         if self._upstream is not None:
             self._upstream.resume()
 
@@ -357,7 +406,7 @@ class Journey(ABC):
     def _fall_back(self) -> Replica | None:
         """A replica of the next model that can take it now; then it is for that one. None: no other can."""
         gateway, asking = self._gateway, self._asking
-        for name in list(self._fallbacks):
+        for name in self._fallbacks:
             route = gateway.fallback(name, asking.key)
             if route is None or gateway.line(name).count or (self.needs_open and not route.is_open):
                 continue
@@ -370,9 +419,9 @@ class Journey(ABC):
             if replica is None:
                 continue
             self._leave_line()
-            del self._fallbacks[: self._fallbacks.index(name) + 1]
+            self._fallbacks = self._fallbacks[self._fallbacks.index(name) + 1 :]
             self._move(route)
-            self._variant, self._tried, self._sent = variant, [], 0
+            self._variant, self._tried, self._sent = variant, (), 0
             return replica
         return None
 
@@ -382,20 +431,21 @@ class Journey(ABC):
         if self._left is None:
             self._left = self._asking.route
             self._left.course.diverted += 1
-        self._counts = self._gateway.metrics.of(route.model)
+        self._desk = self._gateway.desk(route.model)
+        self._counts = self._desk.counts
         self._counts.requests += 1
         self._counts.in_flight += 1
-        self._timings = self._counts.of(self._asking.operation)
+        self._timings = self._desk.timings(self._asking.operation)
         self._asking = replace(self._asking, route=route)
         self._moved(route)
 
     def _wait(self, line: Line) -> None:
         """Wait in line for a replica, unless that would take too long."""
         route, asking = self._route, self._asking
-        loop = asyncio.get_running_loop()
+        now = monotonic()
         if self._until is None:
-            self._until = loop.time() + (route.wait_s if asking.wait_s is None else asking.wait_s)
-        left = self._until - loop.time()
+            self._until = now + (route.wait_s if asking.wait_s is None else asking.wait_s)
+        left = self._until - now
         if left <= 0:
             self._give_up()
             return
@@ -412,7 +462,7 @@ class Journey(ABC):
             )
             line.join(self, asking.tenant, band=asking.band, is_first=self._had_a_turn)
             self._counts.waiting += 1
-            self._deadline = loop.call_later(left, self._run_out)
+            self._deadline = asyncio.get_running_loop().call_later(left, self._run_out)
             if line.picky and line.count > 1:  # those before may wait for what this one does not need
                 line.advance()
 
@@ -432,7 +482,6 @@ class Journey(ABC):
             self._give_up()
 
     async def _connect(self, replica: Replica) -> None:
-        loop = asyncio.get_running_loop()
         try:
             upstream = await self._gateway.pool.connect(replica.address, within_s=self._asking.route.timeouts.connect)
         except (OSError, ValueError) as error:
@@ -452,7 +501,7 @@ class Journey(ABC):
         if self._is_over:
             self._gateway.pool.give(upstream, replica.address)
         elif upstream.is_usable:
-            replica.heard_at = self._heard_at = loop.time()
+            replica.heard_at = self._heard_at = monotonic()
             self._send(upstream, replica)
         else:
             self._unassign()
@@ -463,7 +512,7 @@ class Journey(ABC):
         self._was_reused = upstream.served > 0
         self._sent += 1
         if self._trace is not None:
-            self._sent_at = asyncio.get_running_loop().time()
+            self._sent_at = monotonic()
             self._trace.step("connect", self._taken_at, self._sent_at)
         self.transmit(self, upstream, replica)
         if not self._client.is_writable:
@@ -480,7 +529,7 @@ class Journey(ABC):
         """
         replica = self._replica
         if replica is not None and not self._was_reused:  # else it may only have closed an idle connection meanwhile
-            self._tried.append(replica)
+            self._tried += (replica,)
         self._unassign()
         if self._hedge is not None:
             return  # it is with another one already
@@ -502,7 +551,8 @@ class Journey(ABC):
 
     def _assign(self, replica: Replica) -> None:
         self._replica = replica
-        replica.circuit.begin()
+        if replica.circuit.state is not _CLOSED:
+            replica.circuit.begin()
         replica.under_way.add(self)
         replica.turn = self._gateway.next_turn()
 
@@ -518,7 +568,7 @@ class Journey(ABC):
         self._response = head
         if self._hedging is not None or self._hedge is not None:
             self._end_hedge()
-        replica, now = self._replica, asyncio.get_running_loop().time()
+        replica, now = self._replica, monotonic()
         if replica is not None:
             replica.answered += 1
             replica.waited_s += now - self._taken_at
@@ -526,14 +576,15 @@ class Journey(ABC):
                 replica.failed += 1
                 if replica.outlier_times and replica.circuit.state is State.HALF_OPEN:
                     self._gateway.peers.give_up(replica, "its trial was answered with an error", now)
-        self._hear()
+        self._hear(now)
 
-    def _hear(self) -> None:
-        now = self._heard_at = asyncio.get_running_loop().time()
+    def _hear(self, now: float) -> None:
+        """Something of the response came."""
+        self._heard_at = now
         replica = self._replica
         if replica is not None:
             replica.heard_at = now
-            if replica.circuit.state is not State.CLOSED:
+            if replica.circuit.state is not _CLOSED:
                 replica.circuit.answered(now=now)
                 self._gateway.advance(self._asking.route.model)
 
@@ -541,7 +592,7 @@ class Journey(ABC):
         """Count what a revision made of a request, while there is another one to compare it with."""
         replica = self._replica
         if replica is not None and replica.variant:
-            took_s = asyncio.get_running_loop().time() - self._taken_at if is_answered else None
+            took_s = monotonic() - self._taken_at if is_answered else None
             self._gateway.metrics.of_variant(self._asking.route.model, replica.variant).note(took_s)
 
     # A second replica at the same time
@@ -582,7 +633,7 @@ class Journey(ABC):
             return
         if not is_ejected:
             self._blame(hedge.replica, reason)
-        self._tried.append(hedge.replica)
+        self._tried += (hedge.replica,)
         if self._replica is None:  # the first one broke off before
             self._sent = 2
             self._give_up()
@@ -646,7 +697,8 @@ class Journey(ABC):
         self._counts.in_flight -= 1
         if self._left is not None:
             self._left.course.diverted -= 1
-        self._leave_line()
+        if self._line is not None:
+            self._leave_line()
         if self._hedging is not None or self._hedge is not None:
             self._end_hedge()
         self._note_times()
@@ -660,7 +712,8 @@ class Journey(ABC):
         connecting, self._connecting = self._connecting, None
         if connecting is not None and connecting is not asyncio.current_task():
             connecting.cancel()
-        self._gateway.advance(self._asking.route.model)
+        if self._desk.line.count:
+            self._desk.line.advance()
 
     # What is told of it
 
@@ -668,7 +721,7 @@ class Journey(ABC):
         _log.info("request %s: %s", self._request_id.decode(), text)
 
     def _note_times(self) -> None:
-        now, first_at = asyncio.get_running_loop().time(), self._first_at
+        now, first_at = monotonic(), self._first_at
         self._timings.over(self._error, now - self._began_at)
         if first_at and self._response is not None and self._response.is_event_stream:
             self._timings.first.note(first_at - self._began_at)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Final
 from urllib.parse import quote
 
@@ -25,8 +24,13 @@ _CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
 _SIZES: Final[Mapping[bytes, int]] = {b"%x" % size: size for size in range(1, 1 << 14)}
 """Sizes of chunks as nearly all are written."""
 _SIZE_ENDS_WITHIN: Final = 6
+_REMEMBERED: Final = 256
+"""Response heads that are read once however often they come,"""
 _REMEMBERED_HEAD: Final = 2048
-"""Bytes of the longest response head that is read once however often it comes."""
+"""and the bytes of the longest of these."""
+_LENGTH_LINE: Final = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,15})\r\n", re.IGNORECASE)
+_OWN: Final = b"x-tidemill-"
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _SINGLE: Final = (b"content-length", b"transfer-encoding", b"host", b"expect")
 """Headers that may be there once only."""
 
@@ -59,14 +63,15 @@ class Malformed(Exception):
 
 @dataclass(slots=True, kw_only=True)
 class _Head:
-    headers: Headers
+    headers: list[tuple[bytes, bytes]]
     _lines: dict[frozenset[bytes], bytes] = field(default_factory=dict, repr=False, compare=False)
 
     def lines(self, *, without: frozenset[bytes]) -> bytes:
-        """The headers that are meant for the far end, but for those named, as they go on the wire."""
+        """The headers that are meant for the far end, but for those named and the body's length, as on the wire."""
         known = self._lines.get(without)
         if known is None:
-            known = self._lines[without] = write_lines(end_to_end(self.headers, without=without))
+            named = without | {b"content-length"}
+            known = self._lines[without] = write_lines(end_to_end(self.headers, without=named))
         return known
 
 
@@ -83,6 +88,18 @@ class RequestHead(_Head):
     expects_continue: bool
     request_id: bytes = b""
     """What answers, logs and books call the request, once somebody asked."""
+    path: bytes = field(init=False)
+    """The target without its query."""
+    own: Headers = field(init=False)
+    """The headers that are for the gateway itself."""
+    given_id: bytes = field(init=False)
+    """The client's own name for the request, empty when it gives none that is acceptable."""
+
+    def __post_init__(self) -> None:
+        self.path = self.target.partition(b"?")[0]
+        self.own = [pair for pair in self.headers if pair[0].startswith(_OWN)]
+        given = (value for name, value in self.headers if name == b"x-request-id" and _REQUEST_ID.fullmatch(value))
+        self.given_id = next(given, b"")
 
     def header(self, name: bytes) -> bytes | None:
         """The value of the header of that lower-case name, None when absent.
@@ -91,19 +108,40 @@ class RequestHead(_Head):
         """
         return _only(self.headers, name)
 
-    def again(self) -> RequestHead:
-        """The same head on another request."""
-        return RequestHead(
-            method=self.method,
-            target=self.target,
-            http_1_0=self.http_1_0,
-            headers=self.headers,
-            host=self.host,
-            length=self.length,
-            keep_alive=self.keep_alive,
-            expects_continue=self.expects_continue,
-            _lines=self._lines,
-        )
+
+class Repeated:
+    """A head that was read, for requests that say the same but for the length of their bodies: most of a connection's.
+
+    It is one object for all of them, which come one after another.
+    """
+
+    __slots__ = ("_after", "_before", "_from", "_place", "head")
+
+    def __init__(self, said: bytes, head: RequestHead) -> None:
+        """``said`` is the head as it came, not much longer than it may be."""
+        self.head = head
+        line = _LENGTH_LINE.search(said)
+        self._before, self._after = (said[: line.start(1)], said[line.end(1) :]) if line else (said, b"")
+        self._from = len(self._before)
+        names = [name for name, _ in head.headers]
+        self._place = names.index(b"content-length") if line else 0
+
+    def end_in(self, data: bytes) -> int:
+        """Where the head ends that ``data`` begins with, then ``head`` is as it says; zero when it is another."""
+        if not data.startswith(self._before):
+            return 0
+        start, after = self._from, self._after
+        head = self.head
+        if after:
+            end = data.find(b"\r", start, start + 16)
+            length = data[start:end]
+            if end < 0 or not length.isdigit() or not data.startswith(after, end):
+                return 0
+            head.length = int(length)
+            head.headers[self._place] = (b"content-length", length)
+            start = end + len(after)
+        head.request_id = b""
+        return start
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,16 +168,16 @@ def cut_head(data: bytes) -> tuple[bytes, bytes] | None:
 
     Raises: Malformed as soon as the bytes cannot become a head; the same however they were split.
     """
-    window = data[:HEAD_LIMIT]
-    end = window.find(b"\r\n\r\n")
-    head = window if end < 0 else window[: end + 4]
-    if head.count(b"\n") != head.count(b"\r\n"):
+    end = data.find(b"\r\n\r\n", 0, HEAD_LIMIT)
+    head = data[:HEAD_LIMIT] if end < 0 else data[: end + 4]
+    lines = head.count(b"\r\n")
+    if head.count(b"\n") != lines:
         raise Malformed(400, "A header line ends with a bare line feed.")
     if end < 0:
         if len(data) >= HEAD_LIMIT:
             raise Malformed(431, f"The header is larger than {HEAD_LIMIT} bytes.")
         return None
-    if head.count(b"\r") != head.count(b"\r\n"):
+    if head.count(b"\r") != lines:
         raise Malformed(400, "A header line holds a bare carriage return.")
     return head, data[end + 4 :]
 
@@ -175,12 +213,29 @@ def read_request(head: bytes) -> RequestHead:
     )
 
 
+def take_response(data: bytes) -> tuple[ResponseHead, bytes] | None:
+    """The head of the response at the start of ``data``, and what follows it; None when more bytes are needed.
+
+    Nobody may change it: it is read once however often it comes, unless it is long or holds what is one client's own.
+    Raises: Malformed.
+    """
+    end = data.find(b"\r\n\r\n", 0, _REMEMBERED_HEAD) + 4
+    known = _known.get(data[:end]) if end > 3 else None
+    if known is not None:
+        return known, data[end:]
+    cut = cut_head(data)
+    if cut is None:
+        return None
+    head = read_response(cut[0])
+    if len(cut[0]) <= _REMEMBERED_HEAD and not any(name == b"set-cookie" for name, _ in head.headers):
+        if len(_known) >= _REMEMBERED:
+            del _known[next(iter(_known))]
+        _known[cut[0]] = head
+    return head, cut[1]
+
+
 def read_response(head: bytes) -> ResponseHead:
-    """The response that ``head``, as cut, describes; nobody may change it. Raises: Malformed."""
-    return _remembered(head) if len(head) <= _REMEMBERED_HEAD else _read_response(head)
-
-
-def _read_response(head: bytes) -> ResponseHead:
+    """The response that ``head``, as cut, describes. Raises: Malformed."""
     sink = _Sink()
     parser = httptools.HttpResponseParser(sink)
     _parse(parser, head, sink)
@@ -198,7 +253,8 @@ def _read_response(head: bytes) -> ResponseHead:
     )
 
 
-_remembered = lru_cache(maxsize=256)(_read_response)
+_known: Final[dict[bytes, ResponseHead]] = {}
+"""Response heads that may come again, the oldest first."""
 
 
 def end_to_end(headers: Headers, *, without: frozenset[bytes]) -> list[tuple[bytes, bytes]]:

@@ -8,10 +8,11 @@ each of which carries about one token; such a figure is marked as estimated.
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import orjson
+from msgspec import Meta
 
 _USAGE: Final = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _HAS_USAGE: Final = re.compile(rb'"usage"\s*:\s*\{')
@@ -105,6 +106,48 @@ def tokens_in(usage: object) -> tuple[int, int] | None:
     return (prompt, completion) if 0 <= prompt <= MOST_TOKENS and 0 <= completion <= MOST_TOKENS else None
 
 
+class _Details(msgspec.Struct):
+    cached_tokens: Annotated[int, Meta(ge=0, le=MOST_TOKENS)] | None = None
+
+
+class _Told(msgspec.Struct):
+    """A usage as engines tell it, in the words of either of OpenAI's APIs."""
+
+    prompt_tokens: Annotated[int, Meta(ge=0, le=MOST_TOKENS)] | None = None
+    completion_tokens: Annotated[int, Meta(ge=0, le=MOST_TOKENS)] | None = None
+    input_tokens: Annotated[int, Meta(ge=0, le=MOST_TOKENS)] | None = None
+    output_tokens: Annotated[int, Meta(ge=0, le=MOST_TOKENS)] | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
+
+
+_read_told: Final = msgspec.json.Decoder(_Told).decode
+
+
+def _counts_in(usage: bytes) -> tuple[int, int, int] | None:
+    """Prompt, completion and cached tokens of a usage in JSON, None when it is none."""
+    try:
+        told = _read_told(usage)
+    except (msgspec.DecodeError, UnicodeDecodeError):  # in a shape that is not usual
+        return _counts_of(usage)
+    prompt, completion = told.prompt_tokens, told.completion_tokens
+    if prompt is None:
+        prompt = told.input_tokens or 0
+    if completion is None:
+        completion = told.output_tokens or 0
+    details = told.prompt_tokens_details or told.input_tokens_details
+    return prompt, completion, (details.cached_tokens or 0) if details is not None else 0
+
+
+def _counts_of(usage: bytes) -> tuple[int, int, int] | None:
+    try:
+        told = orjson.loads(usage)
+    except orjson.JSONDecodeError:
+        return None
+    tokens = tokens_in(told)
+    return None if tokens is None else (*tokens, cached_in(told))
+
+
 def cached_in(usage: object) -> int:
     """How many of a usage's prompt tokens the replica had in its prefix cache, as far as it tells."""
     if isinstance(usage, dict):
@@ -116,25 +159,15 @@ def cached_in(usage: object) -> int:
     return 0
 
 
-def usage_of(body: bytes) -> object:
-    """The usage that a whole answer, or both ends of a long one, tell of; None when there is none."""
+def told_in(body: bytes) -> tuple[int, int, int] | None:
+    """Prompt, completion and cached tokens that a whole answer, or both ends of a long one, tell of; None: of none."""
     end = len(body)
     while (at := body.rfind(b'"usage"', 0, end)) >= 0:
         end, found = at, _USAGE.match(body, at)
-        if found is None:
-            continue
-        try:
-            usage = orjson.loads(found[1])
-        except orjson.JSONDecodeError:
-            continue
-        if tokens_in(usage) is not None:
-            return usage
+        counts = _counts_in(found[1]) if found is not None else None
+        if counts is not None:
+            return counts
     return None
-
-
-def tokens_of(body: bytes) -> tuple[int, int] | None:
-    """Prompt and completion tokens that a whole answer, or both ends of a long one, tell of."""
-    return tokens_in(usage_of(body))
 
 
 def estimated_prompt(size: int) -> int:
@@ -170,14 +203,11 @@ class WholeMeter:
     def reported(self) -> tuple[int, int] | None:
         """What the answer says."""
         ends = (self._last, self._first) if self._has_gap else (self._first + self._last,)
-        usage = next(filter(None, map(usage_of, ends)), None)
-        self.cached = cached_in(usage)
-        return tokens_in(usage)
-
-    @property
-    def counted(self) -> int:
-        """An answer that is not whole has told nothing."""
-        return 0
+        told = next(filter(None, map(told_in, ends)), None)
+        if told is None:
+            return None
+        self.cached = told[2]
+        return told[:2]
 
 
 class StreamMeter:

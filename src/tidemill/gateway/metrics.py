@@ -2,12 +2,11 @@
 
 What OpenTelemetry has a name for has that name, in Prometheus' spelling, with the buckets that it recommends: requests,
 first tokens, further tokens, token counts. Source: OpenTelemetry, "Semantic conventions for generative AI metrics".
-Everything is a sum or a count, so that what several processes tell can be added up: ``merged``.
+Everything is a sum or a count, so that what several processes tell can be added up.
 """
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,11 +150,6 @@ _PLAIN: Final = {
     "spans": "Spans that the collector took.",
     "spans_dropped": "Spans that were dropped: the collector was away for too long.",
 }
-_LARGEST: Final = frozenset({"tidemill_gateway_feed_age_seconds"})
-_SMALLEST: Final = frozenset({"tidemill_gateway_feed_version"})
-_SHARED: Final = frozenset({"tidemill_gateway_replicas"})
-"""Gauges that every process tells of the same thing: not to be added up."""
-_SERIES: Final = re.compile(r"((\w+)(?:\{.*\})?) (\S+)")
 
 
 @dataclass(slots=True)
@@ -254,44 +248,6 @@ class Metrics:
             lines += _heading(f"tidemill_gateway_{name}", "gauge", text)
             lines.append(f"tidemill_gateway_{name} {value}")
         return ("\n".join(lines) + "\n").encode()
-
-
-def merged(texts: Sequence[bytes]) -> bytes:
-    """What several processes of one gateway tell, as one: sums, but of what each tells of the same thing.
-
-    >>> merged([b"# TYPE n counter\\nn 1\\n", b"# TYPE n counter\\nn 2\\nn{a=\\"b\\"} 1\\n"])
-    b'# TYPE n counter\\nn 3\\nn{a="b"} 1\\n'
-    """
-    headings: dict[str, list[str]] = {}
-    families: dict[str, dict[str, float]] = {}
-    for text in texts:
-        family = ""
-        for line in text.decode().splitlines():
-            if line.startswith("#"):
-                family = line.split(" ", 3)[2]
-                told = headings.setdefault(family, [])
-                if line not in told:
-                    told.append(line)
-                continue
-            match = _SERIES.fullmatch(line)
-            if match is None:
-                continue
-            series, name, value = match[1], match[2], float(match[3])
-            known = families.setdefault(family, {})
-            before = known.get(series)
-            if before is None:
-                known[series] = value
-            elif name in _LARGEST or name in _SHARED:
-                known[series] = max(before, value)
-            elif name in _SMALLEST:
-                known[series] = min(before, value)
-            else:
-                known[series] = before + value
-    lines = []
-    for family, told in headings.items():
-        lines += told
-        lines += [f"{series} {value:.17g}" for series, value in families.get(family, {}).items()]
-    return ("\n".join(lines) + "\n").encode()
 
 
 def _operation_lines(name: str, model: str, operation: str, counts: OperationCounts) -> Iterator[str]:

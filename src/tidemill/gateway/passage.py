@@ -6,7 +6,7 @@ one takes it. What was begun to be sent is not sent again, unless it has no body
 
 from __future__ import annotations
 
-import asyncio
+from time import monotonic
 from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 from tidemill.gateway import answers
@@ -97,7 +97,7 @@ class Passage(Journey):
         if self._is_over or not data:
             return
         self._counts.request_bytes += len(data)
-        self._heard_at = asyncio.get_running_loop().time()
+        self._heard_at = monotonic()
         if self._upstream is None:
             self._waiting.append(data)
             self._waiting_size += len(data)
@@ -151,7 +151,7 @@ class Passage(Journey):
     def response_data(self, data: bytes) -> None:
         if not data or self._is_over:
             return
-        self._hear()
+        self._hear(monotonic())
         if not self._first_at:
             self._first_at = self._heard_at
         self._counts.response_bytes += len(data)
@@ -168,8 +168,7 @@ class Passage(Journey):
         close = self.is_raw or self._does_close or not self._has_all
         self._upstream = None  # it is the pool's again, or closed
         if not self.is_raw:
-            line = self._gateway.line(self._asking.route.model)
-            line.served_in(asyncio.get_running_loop().time() - self._taken_at)
+            self._desk.line.served_in(monotonic() - self._taken_at)
         self._over()
         self._client.ended(close=close)
 

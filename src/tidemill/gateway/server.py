@@ -1,8 +1,7 @@
-"""The client side: one connection reads one request at a time, and an exchange carries it to a replica and back.
+"""What all connections of a gateway share, and the rules of who may ask what of which model.
 
 The order in which a request is judged, each step before the next may cost anything: the head's form, the Host, the
-key, the path, the size, then the body and its model. What follows a request on the same connection (pipelining)
-stays unread bytes until the answer is out, so a client's going away is seen in every phase.
+key, the path, the size, then the body and its model.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ import hmac
 import itertools
 import logging
 import os
-import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 from urllib.parse import unquote
 
 import orjson
@@ -30,14 +27,14 @@ from tidemill.gateway.affinity import session_for, session_of, wish_of
 from tidemill.gateway.answers import Answer
 from tidemill.gateway.books import Books, Refused
 from tidemill.gateway.circuit import State
-from tidemill.gateway.exchange import Exchange
+from tidemill.gateway.connection import Connection
 from tidemill.gateway.felt import Felt
 from tidemill.gateway.guarding import Guarding, Refusal, Who, at_once, check_request, gives_way
 from tidemill.gateway.health import Prober
-from tidemill.gateway.journey import Asking, Journey
-from tidemill.gateway.messages import ChunkedBody, Malformed, RequestHead, cut_head, read_request, write_head
+from tidemill.gateway.journey import Asking
+from tidemill.gateway.messages import Headers, RequestHead
 from tidemill.gateway.metering import prepared
-from tidemill.gateway.metrics import OPERATIONS, Metrics
+from tidemill.gateway.metrics import OPERATIONS, Metrics, ModelCounts, OperationCounts
 from tidemill.gateway.passage import Passage, Sender
 from tidemill.gateway.peers import Peers
 from tidemill.gateway.rations import Rations
@@ -45,7 +42,7 @@ from tidemill.gateway.scraping import FRESH_S, Scraper
 from tidemill.gateway.siblings import Siblings
 from tidemill.gateway.table import Key, Replica, Route, Table
 from tidemill.gateway.tracing import Tracer
-from tidemill.gateway.upstream import Pool, is_gone, tune
+from tidemill.gateway.upstream import Pool
 from tidemill.gateway.waiting import Line
 from tidemill.gateway.wishes import Salts, read_wishes, user_of
 from tidemill.model.guard import Stage
@@ -54,10 +51,7 @@ INFERENCE_PATHS: Final = frozenset(
     {b"/v1/completions", b"/v1/chat/completions", b"/v1/embeddings", b"/v1/responses", b"/v1/rerank"}
 )
 _MODELS_PATH: Final = b"/v1/models"
-_READ_AHEAD: Final = 64 * 1024
 _GUARDING_THREADS: Final = 4
-_DRAINED_BODY: Final = 64 * 1024
-_REQUESTS_PER_STEP: Final = 64
 _USAGE_ON_REQUEST: Final = frozenset({b"/v1/completions", b"/v1/chat/completions"})
 """Where a stream tells of its usage only when it is asked to."""
 _SALTED: Final = frozenset({b"/v1/completions", b"/v1/chat/completions", b"/v1/responses"})
@@ -65,8 +59,6 @@ _SALTED: Final = frozenset({b"/v1/completions", b"/v1/chat/completions", b"/v1/r
 _REPEATABLE: Final = frozenset({b"/v1/embeddings", b"/v1/rerank"})
 """What may be asked of two replicas: it changes nothing, and costs what one answer costs."""
 _log = logging.getLogger("tidemill.gateway")
-_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +86,19 @@ class Limits:
     waiting: int = 1024
     """Requests of one model that may wait for a replica; one tenant's at most half of them."""
     longest_wait_s: float = 600.0
+
+
+@dataclass(slots=True)
+class Desk:
+    """What is kept of one model here: its figures, what its users felt, and who waits for it."""
+
+    counts: ModelCounts
+    felt: Felt = field(default_factory=Felt)
+    line: Line = field(default_factory=Line)
+
+    def timings(self, operation: str) -> OperationCounts:
+        """The times of one kind of request."""
+        return self.counts.operations.get(operation) or self.counts.of(operation)
 
 
 class Gateway:
@@ -143,15 +148,15 @@ class Gateway:
         """What compares the replicas of a model."""
         self.prober: Prober | None = None
         """What looks at replicas from outside, while it runs."""
-        self.felt: dict[str, Felt] = {}
-        """What users felt, by model that was asked for and is served."""
-        self._lines: dict[str, Line] = {}
+        self._desks: dict[str, Desk] = {}
+        """What is kept of each model that was asked for and is served."""
         self._own_token = own_token
         self._salts = Salts(pepper)
         self._feed_age_s = feed_age_s
         self._turns = itertools.count(1)
-        self._request_prefix = os.urandom(6).hex()
-        self._name = f"{place}/{self._request_prefix}"
+        own = os.urandom(6).hex()
+        self._request_prefix = f"req_{own}".encode()
+        self._name = f"{place}/{own}"
         self.rations = Rations(self._name, workers=workers, clock=self._clock, copy=limits_copy)
         if books is not None:
             books.on_entered = self.rations.booked
@@ -161,21 +166,25 @@ class Gateway:
         """Use another table from the next request on, also for those that wait."""
         self.table = table
         self.rations.adopt(table)
-        for model in [model for model, line in self._lines.items() if line.count]:
-            self._lines[model].advance()
+        for line in [desk.line for desk in self._desks.values() if desk.line.count]:
+            line.advance()
+
+    def desk(self, model: str) -> Desk:
+        """What is kept of a routed model."""
+        desk = self._desks.get(model)
+        if desk is None:
+            desk = self._desks[model] = Desk(counts=self.metrics.of(model))
+        return desk
 
     def line(self, model: str) -> Line:
         """Where requests wait for that model."""
-        line = self._lines.get(model)
-        if line is None:
-            line = self._lines[model] = Line()
-        return line
+        return self.desk(model).line
 
     def advance(self, model: str) -> None:
         """There may be room for a request that waits."""
-        line = self._lines.get(model)
-        if line is not None and line.count:
-            line.advance()
+        desk = self._desks.get(model)
+        if desk is not None and desk.line.count:
+            desk.line.advance()
 
     def has_route(self, route: Route) -> bool:
         """Whether the model is still served."""
@@ -229,13 +238,6 @@ class Gateway:
             for route in self._routes_of(replica):
                 self.advance(route.model)
 
-    def felt_of(self, model: str) -> Felt:
-        """Where what users of a model feel is counted."""
-        felt = self.felt.get(model)
-        if felt is None:
-            felt = self.felt[model] = Felt()
-        return felt
-
     def scrape_replicas(self) -> Scraper:
         """What asks all replicas for their engine's own figures while it runs."""
         return Scraper(lambda: self.table.routes.values() if self.table is not None else ())
@@ -247,14 +249,14 @@ class Gateway:
         models: dict[str, dict[str, Any]] = {}
         replicas: dict[str, dict[str, Any]] = {}
         for model, route in routes.items():
-            counts, felt = self.metrics.models.get(model), self.felt.get(model)
-            has_felt = with_felt and felt is not None
+            counts, desk = self.metrics.models.get(model), self._desks.get(model)
+            has_felt = with_felt and desk is not None
             diverted = route.course.diverted
             if counts is not None and (counts.in_flight or diverted or has_felt):
                 waiting = counts.waiting + diverted
                 models[model] = {"in_flight": counts.in_flight - counts.waiting, "waiting": waiting}
-                if has_felt and felt is not None:
-                    models[model]["felt"] = felt.told()
+                if has_felt and desk is not None:
+                    models[model]["felt"] = desk.felt.told()
             for replica in route.replicas:
                 replicas[replica.job] = told = {"in_flight": replica.outstanding, "is_leaving": replica.is_leaving}
                 if now - replica.told_at < FRESH_S:
@@ -381,7 +383,7 @@ class Gateway:
         """What is asked for, as far as the guardrails let it pass."""
         found: dict[str, dict[str, int]] = {}
         who = Who(self.request_id(head).decode(), key.project or route.project, key.id, route.model)
-        path = head.target.partition(b"?")[0]
+        path = head.path
         try:
             if await check_request(guards, content, size=len(body), path=path, threads=self, found=found):
                 body = orjson.dumps(content)
@@ -398,9 +400,7 @@ class Gateway:
     def request_id(self, head: RequestHead) -> bytes:
         """The client's request id when it gave an acceptable one, else a new one; the same however often asked."""
         if not head.request_id:
-            given = (value for name, value in head.headers if name == b"x-request-id" and _REQUEST_ID.fullmatch(value))
-            new = b"req_%b%08x" % (self._request_prefix.encode(), next(self._request_numbers))
-            head.request_id = next(given, new)
+            head.request_id = head.given_id or b"%b%08x" % (self._request_prefix, next(self._request_numbers))
         return head.request_id
 
     def admit(self, head: RequestHead, *, is_loopback: bool) -> Key | Answer | None:
@@ -409,7 +409,7 @@ class Gateway:
             return answers.refuse(400, "invalid_target", "The request's target must be a path.")
         if not self._is_host(head):
             return answers.refuse(421, "host_not_allowed", "This gateway does not answer to that Host.")
-        path = head.target.partition(b"?")[0]
+        path = head.path
         if path == b"/health":
             return None if head.method in (b"GET", b"HEAD") else _wrong_method(b"GET, HEAD")
         secret = _bearer(head)
@@ -443,8 +443,10 @@ class Gateway:
         self, head: RequestHead, key: Key | None, body: bytes
     ) -> Answer | Asking | Coroutine[Any, Any, Answer | Asking]:
         """The answer to a whole request, or what is to be asked of a replica; or steps to it that take a while."""
-        path = head.target.partition(b"?")[0]
+        path = head.path
         table = self.table
+        if key is not None and table is not None and path in INFERENCE_PATHS:
+            return self._inference(head, key, body, table)
         if key is None:
             if table is None:
                 return Answer(status=503, body=b'{"status":"starting"}', headers=((b"Retry-After", b"2"),))
@@ -456,10 +458,14 @@ class Gateway:
             return _starting()
         if path == _MODELS_PATH:
             return answers.model_list(table.visible(key))
-        if path not in INFERENCE_PATHS:
-            name = unquote(path[len(_MODELS_PATH) + 1 :].decode("ascii"))
-            route = table.route(name, key)
-            return answers.model(route) if route else answers.model_not_found(name, table.near(name, key))
+        name = unquote(path[len(_MODELS_PATH) + 1 :].decode("ascii"))
+        route = table.route(name, key)
+        return answers.model(route) if route else answers.model_not_found(name, table.near(name, key))
+
+    def _inference(
+        self, head: RequestHead, key: Key, body: bytes, table: Table
+    ) -> Answer | Asking | Coroutine[Any, Any, Answer | Asking]:
+        """The same for a request to a model."""
         content = _content(body)
         if isinstance(content, Answer):
             return content
@@ -477,7 +483,7 @@ class Gateway:
         *, flags: tuple[str, ...] = (),
     ) -> Asking | Answer:  # fmt: skip
         """What is to be asked of a replica, or why not."""
-        path = head.target.partition(b"?")[0]
+        path = head.path
         asking = Asking(
             route=route,
             body=body,
@@ -493,13 +499,14 @@ class Gateway:
             countries=key.countries,
             may_repeat=path in _REPEATABLE,
         )
-        refusal = read_wishes(asking, head, content, longest_wait_s=self.limits.longest_wait_s)
-        if refusal is not None:
-            return refusal
+        if head.own or "metadata" in content:
+            refusal = read_wishes(asking, head, content, longest_wait_s=self.limits.longest_wait_s)
+            if refusal is not None:
+                return refusal
         if not route.is_plain or asking.countries:
             asking.wish = wish_of(asking, head.headers, path, key, content)
         asks_usage = self.books is not None and path in _USAGE_ON_REQUEST and content.get("stream") is True
-        salt = self.salt(route, path, key.project)
+        salt = self.salt(route, path, key.project) if route.is_salted else ""
         if asks_usage or salt:
             asked = prepared(body, content, asks_usage=asks_usage, salt=salt)
             asking.body, asking.hides_usage = asked.body, asked.hides_usage
@@ -538,7 +545,8 @@ class Gateway:
         refusal = refusal or read_wishes(asking, head, {}, longest_wait_s=self.limits.longest_wait_s)
         if refusal is not None:
             return refusal
-        headers, cookie = head.headers, b""
+        headers: Headers = head.headers
+        cookie = b""
         if route.affinity == "session" and not session_of(headers, {}):
             headers, cookie = session_for(headers, services.PREFIX + target.service.encode())
         if not route.is_plain or asking.countries:
@@ -565,530 +573,6 @@ class Gateway:
                     return False
                 name = bare
         return name in self.hosts
-
-
-class _Phase(Enum):
-    IDLE = "between requests"
-    HEAD = "reading a head"
-    BODY = "reading a body"
-    RELAY = "passing a body on"
-    ANSWER = "answering"
-    LINGER = "closing"
-
-
-_BUSY: Final = frozenset({_Phase.RELAY, _Phase.ANSWER, _Phase.LINGER})
-
-
-class Connection(asyncio.Protocol):
-    """One client."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self.gateway = gateway
-        self._now = asyncio.get_running_loop().time
-        self._transport: asyncio.Transport | None = None
-        self._phase = _Phase.IDLE
-        self._since = 0.0
-        """When the phase began."""
-        self._head_at = 0.0
-        """When the head was whole."""
-        self._buffer = b""
-        self._head: RequestHead | None = None
-        self._said = b""
-        self._last: RequestHead | None = None
-        """The last head as it came, and as it was read."""
-        self._key: Key | None = None
-        self._refusal: Answer | None = None
-        self._pieces: list[bytes] = []
-        self._received = 0
-        self._chunks: ChunkedBody | None = None
-        self._held = 0
-        self._exchange: Journey | None = None
-        self._checking: asyncio.Task[None] | None = None
-        """Guardrails that look at the request."""
-        self._must_close = False
-        self._is_reading = True
-        self._is_writable = True
-        self._stalled: tuple[float, int] = (0.0, 0)
-        self._is_loopback = False
-        self._peer = ""
-        self._passage: Passage | None = None
-        """The exchange, when it is one that takes the body as it comes."""
-        self._read_since, self._read_s = 0.0, 0.0
-        """Since when such a body is read, and for how long it was before."""
-        self._ate_empty_line = False
-        self._has_more = False
-        self._is_advancing = False
-
-    # What asyncio calls
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        tune(self._transport)
-        peer = transport.get_extra_info("peername")
-        self._peer = str(peer[0]) if peer else ""
-        self._is_loopback = self._peer.startswith("127.") or self._peer == "::1"
-        self.gateway.connections.add(self)
-        self._enter(_Phase.IDLE)
-        if len(self.gateway.connections) > self.gateway.limits.connections:
-            self._must_close = True
-            self._reply(answers.overloaded("too_many_connections", "Too many connections are open.", retry_after_s=1))
-
-    def data_received(self, data: bytes) -> None:
-        if self._phase is _Phase.LINGER:
-            return
-        if self._phase is _Phase.RELAY:
-            self._take_passed(data)
-            return
-        if self._phase is _Phase.BODY:
-            self._take_body(data)
-        else:
-            self._buffer = self._buffer + data if self._buffer else data
-        self._advance()
-
-    def eof_received(self) -> None:
-        self._abandon()
-
-    def connection_lost(self, _exc: Exception | None) -> None:
-        self.gateway.connections.discard(self)
-        self._abandon()
-        self._transport = None
-
-    def pause_writing(self) -> None:
-        self._is_writable = False
-        self._stalled = (self._now(), self._waiting_to_be_sent())
-        if self._exchange is not None:
-            self._exchange.pause()
-
-    def resume_writing(self) -> None:
-        self._is_writable = True
-        if self._exchange is not None:
-            self._exchange.resume()
-        else:
-            self._advance()
-
-    # What the gateway calls
-
-    def check(self, now: float) -> None:
-        """End what has taken longer than the limits."""
-        limits, age = self.gateway.limits, now - self._since
-        if self._stalls(now):
-            self.abort()
-        elif self._phase is _Phase.IDLE and age > limits.idle_s:
-            self._close()
-        elif self._phase is _Phase.HEAD and age > limits.head_s:
-            self._fail(408, "The header took too long.")
-        elif self._phase is _Phase.BODY and age > limits.body_s + self._received / limits.body_rate:
-            self._fail(408, "The body took too long.")
-        elif self._phase is _Phase.LINGER and age > limits.linger_s:
-            self.abort()
-        elif self._phase is _Phase.RELAY and self._is_late(now):
-            self._cut_off(408, "The body took too long.")
-        elif self._exchange is not None:
-            if not self._is_reading and self._transport is not None and is_gone(self._transport):
-                self.abort()
-            else:
-                self._exchange.check(now)
-
-    def close_when_idle(self) -> None:
-        """Take no further request."""
-        self._must_close = True
-        if self._phase is _Phase.IDLE:
-            self._close()
-
-    def abort(self) -> None:
-        """Drop the client, and what runs for it."""
-        self._abandon()
-        if self._transport is not None:
-            self._transport.abort()
-
-    # What the exchange calls
-
-    @property
-    def is_writable(self) -> bool:
-        """Whether the client keeps up with what it is sent."""
-        return self._is_writable
-
-    @property
-    def closes(self) -> bool:
-        """Whether the answer under way is the last on this connection."""
-        return self._must_close or self.gateway.is_draining
-
-    def write(self, data: bytes) -> None:
-        """Send part of the answer."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(data)
-
-    def release(self) -> None:
-        """The request's body is needed no more."""
-        self.gateway.held -= self._held
-        self._held = 0
-
-    def answer(self, answer: Answer, request_id: bytes) -> None:
-        """Send an answer of the gateway's own in place of the replica's."""
-        self._exchange = None
-        self._reply(answer, request_id)
-        self._advance()
-
-    def want(self) -> None:
-        """Whether more of a body that is passed on can be taken has changed."""
-        if self._phase is _Phase.RELAY and self._passage is not None:
-            self._read(self._passage.is_hungry)
-
-    def switched(self) -> None:
-        """What comes from now on is passed on as it is, also what came already."""
-        self._enter(_Phase.RELAY)
-        data, self._buffer = self._buffer, b""
-        self._take_passed(data)
-
-    def ended(self, *, close: bool) -> None:
-        """The answer is out."""
-        self._exchange = None
-        self._must_close = self._must_close or close
-        self._end_request()
-        self._advance()
-
-    def broke(self) -> None:
-        """The answer cannot be completed; the client must not take it for whole."""
-        self._exchange = None
-        self._must_close = True
-        self._end_request()
-
-    # One request after another
-
-    def _advance(self) -> None:
-        """Go as far as the bytes and the client's own reading allow."""
-        if self._is_advancing:
-            return
-        self._is_advancing = True
-        for _ in range(_REQUESTS_PER_STEP):
-            if self._phase in _BUSY or not self._is_writable or not self._step():
-                break
-        else:
-            if not self._has_more:
-                self._has_more = True
-                asyncio.get_running_loop().call_soon(self._advance_later)
-        self._is_advancing = False
-        if self._phase is not _Phase.RELAY:
-            self._read(len(self._buffer) <= _READ_AHEAD or self._phase is _Phase.LINGER)
-
-    def _advance_later(self) -> None:
-        self._has_more = False
-        if self._transport is not None and not self._transport.is_closing():
-            self._advance()
-
-    def _step(self) -> bool:
-        """Whether a step was taken: from no request to its head, from its head to its body, to its answer."""
-        try:
-            if self._phase is _Phase.BODY:
-                return self._finish_body()
-            if not self._buffer:
-                return False
-            if self._phase is _Phase.IDLE:
-                self._enter(_Phase.HEAD)
-                self._ate_empty_line = False
-            return self._take_head()
-        except Malformed as error:
-            self._fail(error.status, error.detail)
-            return False
-
-    def _take_head(self) -> bool:
-        if not self._ate_empty_line and self._buffer[:1] == b"\r":
-            if len(self._buffer) < 2:
-                return False
-            if self._buffer[:2] == b"\r\n":
-                self._ate_empty_line = True
-                self._buffer = self._buffer[2:]
-                if not self._buffer:
-                    return False
-        if not 0x41 <= self._buffer[0] <= 0x5A:
-            raise Malformed(400, "This is not an HTTP request.")
-        head = self._read_head()
-        if head is None:
-            return False
-        self._head = head
-        self._head_at = self._now()
-        self._must_close = self._must_close or not head.keep_alive
-        self._judge(head)
-        return True
-
-    def _read_head(self) -> RequestHead | None:
-        """The head that the buffer begins with, which is taken out of it; None while it is not whole.
-
-        Most clients say the same in each request: then it is read once. Raises: Malformed.
-        """
-        said, last = self._said, self._last
-        if last is not None and self._buffer.startswith(said):
-            self._buffer = self._buffer[len(said) :]
-            return last.again()
-        cut = cut_head(self._buffer)
-        if cut is None:
-            return None
-        self._last = None
-        self._said, self._buffer = cut
-        self._last = read_request(self._said)
-        return self._last.again()
-
-    def _judge(self, head: RequestHead) -> None:
-        """Decide from the head alone whether and how the body is read."""
-        limits = self.gateway.limits
-        verdict = self.gateway.admit(head, is_loopback=self._is_loopback)
-        limit = limits.body if head.method == b"POST" else _DRAINED_BODY
-        if isinstance(verdict, Key) and head.target.startswith(services.PREFIX):
-            passage = self.gateway.passage(self, head, verdict, peer=self._peer, head_at=self._head_at)
-            if isinstance(passage, Passage):
-                self._pass(head, passage)
-                return
-            verdict = passage
-        if not isinstance(verdict, Answer):
-            self._key = verdict
-            if head.header(b"content-encoding") not in (None, b"identity"):
-                verdict = answers.refuse(415, "unsupported_encoding", "Send the body without Content-Encoding.")
-            elif head.length is not None and head.length > limit:
-                verdict = _too_large(limit)
-            elif not self._hold(head.length or 0):
-                verdict = answers.overloaded("too_many_bodies", "Too much is being sent at once.", retry_after_s=1)
-        if isinstance(verdict, Answer):
-            if head.length is None or head.length > _DRAINED_BODY or (head.length and head.expects_continue):
-                self._must_close = True
-                self._reply(verdict)
-                return
-            self._refusal = verdict
-        if head.expects_continue and head.length != 0:
-            self.write(_CONTINUE)
-        self._chunks = ChunkedBody() if head.length is None else None
-        self._received = 0
-        self._enter(_Phase.BODY)
-        data, self._buffer = self._buffer, b""
-        self._take_body(data)
-
-    def _take_body(self, data: bytes) -> None:
-        head = self._head
-        if head is None:
-            return
-        if self._chunks is None:
-            missing = (head.length or 0) - self._received
-            if len(data) > missing:
-                data, self._buffer = data[:missing], self._buffer + data[missing:]
-            self._received += len(data)
-            if data and self._refusal is None:
-                self._pieces.append(data)
-            return
-        if self._chunks.rest is not None:
-            self._buffer += data
-            return
-        try:
-            pieces = self._chunks.feed(data)
-        except Malformed as error:
-            self._fail(error.status, error.detail)
-            return
-        self._received += sum(map(len, pieces))
-        limit = self.gateway.limits.body if head.method == b"POST" else _DRAINED_BODY
-        if self._received > limit:
-            self._must_close = True
-            self._reply(_too_large(limit))
-        elif not self._hold(self._received - self._held):
-            self._must_close = True
-            self._reply(answers.overloaded("too_many_bodies", "Too much is being sent at once.", retry_after_s=1))
-        else:
-            self._pieces += pieces
-            if self._chunks.rest is not None:
-                self._buffer = self._chunks.rest
-
-    # A body that is passed on
-
-    def _pass(self, head: RequestHead, passage: Passage) -> None:
-        if head.expects_continue and head.length != 0:
-            self.write(_CONTINUE)
-        self._chunks = ChunkedBody() if head.length is None else None
-        self._received = 0
-        self._read_since, self._read_s = self._now(), 0.0
-        self._enter(_Phase.ANSWER if head.length == 0 else _Phase.RELAY)
-        self._exchange = self._passage = passage
-        passage.start()
-        if self._phase is _Phase.RELAY and self._passage is passage:
-            data, self._buffer = self._buffer, b""
-            self._take_passed(data)
-
-    def _take_passed(self, data: bytes) -> None:
-        head, passage = self._head, self._passage
-        if head is None or passage is None:
-            return
-        if passage.is_raw:
-            passage.body_data(data)
-        elif self._chunks is None:
-            missing = (head.length or 0) - self._received
-            if len(data) > missing:
-                data, self._buffer = data[:missing], self._buffer + data[missing:]
-            self._received += len(data)
-            passage.body_data(data)
-        else:
-            try:
-                pieces = self._chunks.feed(data)
-            except Malformed as error:
-                self._cut_off(error.status, error.detail)
-                return
-            for piece in pieces:
-                self._received += len(piece)
-                passage.body_data(piece)
-            self._buffer = self._chunks.rest or b""
-        if not passage.is_raw and (
-            self._chunks.rest is not None if self._chunks is not None else self._received == head.length
-        ):
-            self._enter(_Phase.ANSWER)
-            passage.body_ended()
-            self._advance()
-        else:
-            self.want()
-
-    def _is_late(self, now: float) -> bool:
-        """Whether a body that is passed on comes too slowly, as far as it was asked for."""
-        if self._passage is None or self._passage.is_raw:
-            return False
-        read_s = self._read_s + (now - self._read_since if self._is_reading else 0.0)
-        return read_s > self.gateway.limits.body_s + self._received / self.gateway.limits.passed_rate
-
-    def _cut_off(self, status: int, detail: str) -> None:
-        """End a request whose body cannot be passed on to its end, and the replica's work on it."""
-        passage, self._exchange = self._passage, None
-        if passage is None or passage.is_committed:
-            self._exchange = passage
-            self.abort()
-            return
-        passage.abandon()
-        self._fail(status, detail)
-
-    def _finish_body(self) -> bool:
-        head = self._head
-        if head is None:
-            return False
-        if self._chunks.rest is None if self._chunks is not None else self._received < (head.length or 0):
-            return False
-        body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces = []
-        self._enter(_Phase.ANSWER)
-        outcome = self._refusal or self.gateway.answer(head, self._key, body)
-        if isinstance(outcome, Asking | Answer):
-            return self._go_on(head, outcome)
-        self._checking = asyncio.get_running_loop().create_task(self._checked(head, outcome))
-        return True
-
-    async def _checked(self, head: RequestHead, steps: Coroutine[Any, Any, Answer | Asking]) -> None:
-        """Go on with a request once its guardrails have looked at it."""
-        try:
-            outcome = await steps
-        except Exception:  # noqa: BLE001 - whatever broke, the client is to hear of it
-            _log.exception("request %s could not be looked at", self.gateway.request_id(head).decode())
-            outcome = answers.refuse(500, "internal", "Something went wrong in the gateway.")
-        self._checking = None
-        if self._head is head:
-            self._go_on(head, outcome)
-            self._advance()
-
-    def _go_on(self, head: RequestHead, outcome: Answer | Asking) -> bool:
-        if isinstance(outcome, Answer):
-            self._reply(outcome)
-            return True
-        self._exchange = Exchange(self.gateway, self, head, outcome, head_at=self._head_at)
-        self._exchange.start()
-        return True
-
-    def _hold(self, size: int) -> bool:
-        """Whether there is room for ``size`` more bytes of bodies; then they are counted."""
-        if self.gateway.held + size > self.gateway.limits.bodies:
-            return False
-        self.gateway.held += size
-        self._held += size
-        return True
-
-    # Ends
-
-    def _reply(self, answer: Answer, request_id: bytes = b"") -> None:
-        head = self._head
-        if answer.status >= 400:
-            self.gateway.metrics.refuse(answer.status, answer.code)
-        if not request_id and head is not None:
-            request_id = self.gateway.request_id(head)
-        headers = [
-            (b"Content-Type", answer.content_type),
-            (b"Content-Length", b"%d" % len(answer.body)),
-            *answer.headers,
-        ]
-        if request_id:
-            headers.append((b"X-Request-Id", request_id))
-        if self.closes:
-            headers.append((b"Connection", b"close"))
-        line = b"HTTP/1.1 %d %b" % (answer.status, answers.reason(answer.status))
-        body = b"" if head is not None and head.method == b"HEAD" else answer.body
-        self.write(write_head(line, headers) + body)
-        self._end_request()
-
-    def _fail(self, status: int, detail: str) -> None:
-        """Refuse what cannot be read on; the connection ends with it, since nobody knows where the next would begin."""
-        self._must_close = True
-        code = {408: "timeout", 413: "too_large", 431: "header_too_large"}.get(status, "bad_request")
-        self._reply(answers.refuse(status, code, detail))
-
-    def _end_request(self) -> None:
-        self.release()
-        self._head = self._key = self._refusal = self._chunks = self._passage = None
-        self._pieces = []
-        if self.closes:
-            self._close()
-        else:
-            self._enter(_Phase.IDLE)
-
-    def _close(self) -> None:
-        """Send what waits, then close; what still comes is read and dropped, or it would cost the client the answer."""
-        if self._transport is None or self._phase is _Phase.LINGER:
-            return
-        self._buffer = b""
-        self._enter(_Phase.LINGER)
-        self._read(True)
-        if self._transport.can_write_eof() and not self._transport.is_closing():
-            self._transport.write_eof()
-        else:
-            self._transport.close()
-
-    def _abandon(self) -> None:
-        exchange, self._exchange = self._exchange, None
-        self._passage = None
-        if exchange is not None:
-            exchange.abandon()
-        checking, self._checking = self._checking, None
-        if checking is not None:
-            checking.cancel()
-        self.release()
-        self._pieces = []
-        self._buffer = b""
-
-    def _read(self, wanted: bool) -> None:
-        if self._transport is None or self._transport.is_closing() or wanted is self._is_reading:
-            return
-        self._is_reading = wanted
-        if wanted:
-            self._read_since = self._now()
-            self._transport.resume_reading()
-        else:
-            self._read_s += self._now() - self._read_since
-            self._transport.pause_reading()
-
-    def _stalls(self, now: float) -> bool:
-        """Whether the client has taken nothing for too long while an answer waits for it."""
-        if self._is_writable:
-            return False
-        since, waiting = self._stalled
-        left = self._waiting_to_be_sent()
-        if left != waiting:
-            self._stalled = (now, left)
-            return False
-        return now - since > self.gateway.limits.stall_s
-
-    def _waiting_to_be_sent(self) -> int:
-        return self._transport.get_write_buffer_size() if self._transport is not None else 0
-
-    def _enter(self, phase: _Phase) -> None:
-        self._phase = phase
-        self._since = self._now()
 
 
 def _bearer(head: RequestHead) -> str | Answer:
@@ -1122,7 +606,3 @@ def _starting() -> Answer:
 def _wrong_method(allowed: bytes) -> Answer:
     message = f"Use {allowed.decode()} here."
     return answers.refuse(405, "method_not_allowed", message, headers=((b"Allow", allowed),))
-
-
-def _too_large(limit: int) -> Answer:
-    return answers.refuse(413, "too_large", f"The body is larger than {limit} bytes.")

@@ -176,6 +176,9 @@ class Replica:
     queued: int = 0
     """Requests that wait inside it, of whichever gateway."""
     running: int = 0
+    address: tuple[str, int] = field(init=False)
+    authority: bytes = field(init=False)
+    """What the Host header says."""
     cache_milli: int | None = None
     """How full its KV cache is; None: it does not say."""
     first_token_s: float | None = None
@@ -196,15 +199,10 @@ class Replica:
             return SUSPECT if circuit.is_suspect else WELL
         return TRIAL if circuit.allows else SHUT
 
-    @property
-    def address(self) -> tuple[str, int]:
-        return (self.host, self.port)
-
-    @property
-    def authority(self) -> bytes:
-        """What the Host header says."""
+    def __post_init__(self) -> None:
+        self.address = (self.host, self.port)
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}".encode()
+        self.authority = f"{host}:{self.port}".encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

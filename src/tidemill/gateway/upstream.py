@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from time import monotonic
 from typing import Final, Protocol, cast
 
-from tidemill.gateway.messages import ChunkedBody, Malformed, ResponseHead, cut_head, read_response, write_head
+from tidemill.gateway.messages import ChunkedBody, Malformed, ResponseHead, take_response, write_head
 
 BUFFER_HIGH: Final = 256 * 1024
 """Bytes waiting to be sent on one connection above which its peer is no longer read."""
@@ -15,6 +17,8 @@ BUFFER_LOW: Final = 64 * 1024
 _BEGINNING: Final = b"HTTP/1."
 _IDLE_S: Final = 4.0
 """Shorter than the 5 s after which uvicorn, and so most engines, close an idle connection."""
+_MOST_TAKEN: Final = 4 * 1024 * 1024
+"""Bytes of a response whose client has gone that are looked at; more than what waits in a socket."""
 _IDLE_PER_ADDRESS: Final = 256
 
 _ESTABLISHED: Final = 1
@@ -34,6 +38,10 @@ class Receiver(Protocol):
 
     def response_failed(self, reason: str, *, started: bool) -> None:
         """The connection broke; ``started`` tells whether any byte of the response had come."""
+
+
+Whole = Callable[[ResponseHead, bytes], None]
+"""Gets a response of which head and body came at once."""
 
 
 class Sender(Protocol):
@@ -61,6 +69,8 @@ class UpstreamConnection(asyncio.Protocol):
         """Who sends a body that is not whole yet, or talks on after a switch of protocols."""
         self._has_body = True
         self._may_switch = False
+        self._whole: Whole | None = None
+        """Who gets a response that comes in one piece."""
         self._is_raw = False
         self.is_writable = True
         """Whether the peer takes what it is sent."""
@@ -74,18 +84,20 @@ class UpstreamConnection(asyncio.Protocol):
         sender: Sender | None = None,
         has_body: bool = True,
         may_switch: bool = False,
+        whole: Whole | None = None,
     ) -> None:
         """Send a request whose response goes to ``receiver``.
 
         The rest of its body comes from ``sender``, None: there is none. ``has_body`` is false when the response has
-        none whatever it says, ``may_switch`` true when it may be a switch to another protocol.
+        none whatever it says, ``may_switch`` true when it may be a switch to another protocol. ``whole`` is called in
+        place of all of the receiver's methods when a response comes in one piece.
         """
         if self._transport is None or self._receiver is not None:
             raise RuntimeError("a request may be sent only on a usable connection")
         self._receiver = receiver
         self._head = None
         self._has_bytes = False
-        self._sender, self._has_body, self._may_switch = sender, has_body, may_switch
+        self._sender, self._has_body, self._may_switch, self._whole = sender, has_body, may_switch, whole
         self._transport.writelines(parts)
 
     def write(self, data: bytes) -> None:
@@ -114,6 +126,21 @@ class UpstreamConnection(asyncio.Protocol):
         self._receiver = self._sender = None
         if self._transport is not None:
             self._transport.abort()
+
+    def take_what_came(self) -> None:
+        """Have the receiver hear what the peer has sent by now, also what the loop has not read yet."""
+        transport = self._transport
+        connected = transport.get_extra_info("socket") if transport is not None and not transport.is_closing() else None
+        taken = 0
+        while connected is not None and self._receiver is not None and taken < _MOST_TAKEN:
+            try:
+                data = os.read(connected.fileno(), BUFFER_HIGH)
+            except OSError:  # there is no more
+                return
+            if not data:
+                return
+            taken += len(data)
+            self.data_received(data)
 
     def pause(self) -> None:
         """Read no more for now, since the receiver's own peer is slow."""
@@ -176,22 +203,25 @@ class UpstreamConnection(asyncio.Protocol):
             data = self._buffer + data if self._buffer else data
             if not data.startswith(_BEGINNING) and not _BEGINNING.startswith(data):
                 raise Malformed(502, "The replica does not speak HTTP/1.")
-            cut = cut_head(data)
-            while cut is not None:
-                head = read_response(cut[0])
-                data = cut[1]
+            taken = take_response(data)
+            while taken is not None:
+                head, data = taken
+                if head.status >= 200:
+                    break
                 if head.status == 101:
                     if not self._may_switch:
                         raise Malformed(502, "The replica changed protocols unasked.")
                     self._is_raw = True
-                if head.status >= 200 or self._is_raw:
                     break
-                cut = cut_head(data)
-            if cut is None:
+                taken = take_response(data)
+            if taken is None:
                 self._buffer = data
                 return
             self._buffer = b""
             self._head = head
+            if self._whole is not None and data and head.length == len(data):
+                self._finish_at_once(self._whole, head, data)
+                return
             is_whole = not self._is_raw and (head.length == 0 or not self._has_body)
             self._chunks = ChunkedBody() if head.chunked else None
             self._remaining = head.length or 0
@@ -226,6 +256,11 @@ class UpstreamConnection(asyncio.Protocol):
             if not self._remaining:
                 self._finish(surplus)
 
+    def _finish_at_once(self, whole: Whole, head: ResponseHead, body: bytes) -> None:
+        self._receiver = None
+        self._free(b"", head)
+        whole(head, body)
+
     def _tell_started(self, head: ResponseHead) -> None:
         if self._receiver is not None:
             self._receiver.response_started(head)
@@ -235,13 +270,18 @@ class UpstreamConnection(asyncio.Protocol):
         head = self._head
         if receiver is None or head is None:
             return
+        self._free(surplus, head)
+        receiver.response_ended()
+
+    def _free(self, surplus: bytes, head: ResponseHead) -> None:
+        """The response is whole: the connection may carry another."""
         self.served += 1
-        self.resume()
+        if self._is_paused:
+            self.resume()
         if surplus or not head.keep_alive or self._sender is not None:
             self.abandon()
         else:
             self._pool.give(self, self._address)
-        receiver.response_ended()
 
 
 class Pool:
@@ -274,11 +314,13 @@ class Pool:
 
     def give(self, connection: UpstreamConnection, address: Address) -> None:
         """Take back a connection on which nothing is under way."""
-        idle = self._idle.setdefault(address, [])
+        idle = self._idle.get(address)
+        if idle is None:
+            idle = self._idle[address] = []
         if len(idle) >= _IDLE_PER_ADDRESS:
             connection.abandon()
             return
-        connection.idle_since = asyncio.get_running_loop().time()
+        connection.idle_since = monotonic()
         idle.append(connection)
 
     def drop(self, connection: UpstreamConnection, address: Address) -> None:

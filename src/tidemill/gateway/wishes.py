@@ -19,7 +19,6 @@ WAIT_HEADER: Final = b"x-tidemill-wait"
 PRIORITY_HEADER: Final = b"x-tidemill-priority"
 COUNTRIES_HEADER: Final = b"x-tidemill-countries"
 LABEL_HEADER: Final = b"x-tidemill-label"
-_OWN: Final = b"x-tidemill-"
 _LABEL_IN_BODY: Final = "tidemill_label"
 _BANDS: Final = {priority.value.encode(): priority.band for priority in Priority}
 _COUNTRY: Final = re.compile(r"[A-Z]{3}")
@@ -37,9 +36,7 @@ def read_wishes(asking: Asking, head: RequestHead, content: dict[str, Any], *, l
         refusal = _label(asking, metadata[_LABEL_IN_BODY], f"metadata.{_LABEL_IN_BODY}")
         if refusal is not None:
             return refusal
-    for name, value in head.headers:
-        if not name.startswith(_OWN):
-            continue
+    for name, value in head.own:
         if name == WAIT_HEADER:
             try:
                 wait_s = float(value)

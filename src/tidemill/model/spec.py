@@ -455,6 +455,8 @@ class WorkloadSpec:
     @property
     def home(self) -> tuple[SiteId, str]:
         """The site, and the machine there by name, that its volumes and mounted data sets bind it to; empty: none."""
+        if not self.volumes and not self.data:
+            return SiteId(""), ""
         bound: list[VolumeMount | DataMount] = [*self.volumes]
         bound += [one for one in self.data if one.mode is DataMode.MOUNT]
         site = next((one.site_id for one in bound if one.site_id), SiteId(""))
