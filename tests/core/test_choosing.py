@@ -447,7 +447,7 @@ def test_a_planted_bug_in_a_history_is_caught(
     plant(monkeypatch)
 
     @given(worlds())
-    @settings(max_examples=200, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
+    @settings(max_examples=2_000, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
     def caught(world: Setting) -> None:
         assert play(world) == play(world, order=-1)
 
@@ -479,7 +479,7 @@ def test_a_planted_bug_in_the_order_is_caught(
     plant(monkeypatch)
 
     @given(CANDIDATES, WEIGHTS, st.integers(0, 99))
-    @settings(max_examples=500, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
+    @settings(max_examples=2_000, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
     def caught(found: list[Candidate], weigh: list[tuple[Weight, int]], seed: int) -> None:
         look_at_an_order(found, weigh, seed)
 

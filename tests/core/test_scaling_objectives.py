@@ -30,6 +30,11 @@ MS = SECOND_NS // 1000
 TTFT = Scaling(ttft_ns=500 * MS)
 
 
+def examples(usual: int, phases: Sequence[Phase]) -> int:
+    """So many, or until a planted mistake is found."""
+    return usual if tuple(phases) != QUICKLY else 4_000
+
+
 def bounds(least: int = 1, most: int = 8, *, concurrency: int = 100, idle_s: int = 300, **objectives: object) -> Bounds:
     scaling_ = Scaling(**objectives)  # type: ignore[arg-type]
     return Bounds(least=least, most=most, concurrency=concurrency, idle_ns=idle_s * SECOND_NS, scaling=scaling_)
@@ -217,7 +222,7 @@ def test_hours_have_their_replicas_ready_when_they_begin_winter_and_summer(at: s
 
 
 def check_hours(choose: Callable[..., int], phases: Sequence[Phase] = tuple(Phase)) -> None:
-    @settings(max_examples=100, deadline=None, report_multiple_bugs=False, phases=phases)
+    @settings(max_examples=examples(100, phases), deadline=None, report_multiple_bugs=False, phases=phases)
     @given(
         st.sets(st.integers(0, 6), min_size=1),
         st.integers(0, 86_399),
@@ -316,7 +321,7 @@ POOR = replace(KNOWN, error_milli=1_400)
 def check_any_course(choose: Decide, phases: Sequence[Phase] = tuple(Phase)) -> None:
     """Never above the most or below need; monotone; given up only when not blind and not needed of late."""
 
-    @settings(max_examples=80, deadline=None, report_multiple_bugs=False, phases=phases)
+    @settings(max_examples=examples(80, phases), deadline=None, report_multiple_bugs=False, phases=phases)
     @given(
         some_bounds, st.lists(st.tuples(st.integers(0, 20), sights), min_size=1, max_size=6), st.sampled_from(MEMORIES)
     )

@@ -55,7 +55,7 @@ def test_the_property_catches_a_reader_that_takes_the_order_of_names(monkeypatch
     checked = weights._check_covering
     monkeypatch.setattr(weights, "_check_covering", lambda spans, size: checked(Unsorted(spans), size))
 
-    @settings(max_examples=200, database=None, derandomize=True, deadline=None, phases=[Phase.generate])
+    @settings(max_examples=2_000, database=None, derandomize=True, deadline=None, phases=[Phase.generate])
     @given(TENSORS, st.randoms(use_true_random=False))
     def run(shapes: list[Any], random: Any) -> None:
         check_reading(shapes, random)
